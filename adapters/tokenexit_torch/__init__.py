@@ -1,0 +1,30 @@
+"""Early exit of tokens on PyTorch models.
+
+    import timm, tokenexit_torch as tet
+    from tokenexit import schedule
+
+    vit = timm.create_model("vit_base_patch16_224", img_size=512, num_classes=0)
+    model = tet.wrap(vit, schedule.neighbours(), num_classes=19)
+    out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
+"""
+
+from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.fitting import FitReport, fit_exits
+from tokenexit_torch.hosts import Embedded, Host, TimmViT
+from tokenexit_torch.running import ExitingModel, Output
+from tokenexit_torch.saving import load, save
+from tokenexit_torch.wrapping import wrap
+
+__all__ = [
+    "Embedded",
+    "ExitingModel",
+    "FitReport",
+    "Host",
+    "Output",
+    "TimmViT",
+    "attending_per_image",
+    "fit_exits",
+    "load",
+    "save",
+    "wrap",
+]

@@ -1,0 +1,89 @@
+"""Attention within each image of a packed row, for blocks that know nothing of it.
+
+A packed row looks to a block like a batch of one long image. All its layers are token-wise but attention, which must
+not cross from one image to the next. Every block that calls `torch.nn.functional.scaled_dot_product_attention` can be
+run unmodified: within `attending_per_image` that call works image by image.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tokenexit import TokenExitError
+
+__all__ = ["attending_per_image"]
+
+
+@contextmanager
+def attending_per_image(lengths: Sequence[int]) -> Iterator["_PerImage"]:
+    """Within this context, attention over a packed row stays within each image.
+
+    Args:
+        lengths: How many tokens of the row belong to each image, in order.
+
+    Yields:
+        An object whose `calls` counts the attention calls that were taken over.
+
+    Raises:
+        TokenExitError: From the attention call, if it carries a mask, is causal, or is not over that row.
+    """
+    mode = _PerImage(lengths)
+    with mode:
+        yield mode
+
+
+class _PerImage(TorchFunctionMode):
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.calls = 0
+        self._total = sum(lengths)
+        # Neighbouring images with equally many tokens share one call: (images, tokens of each).
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        self._runs = [(images, length) for length, images in runs if length]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Float[Tensor, "1 heads tokens width"],
+        key: Float[Tensor, "1 heads tokens width"],
+        value: Float[Tensor, "1 heads tokens value_width"],
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Float[Tensor, "1 heads tokens value_width"]:
+        if attn_mask is not None or is_causal:
+            raise TokenExitError("`attn_mask` must be absent in a packed row, got a mask or is_causal=True")
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != self._total:
+                raise TokenExitError(
+                    f"`{name}` must have shape (1, heads, {self._total}, width) in a packed row, got {tuple(tensor.shape)}"
+                )
+        options["dropout_p"] = dropout_p
+        if len(self._runs) == 1 and self._runs[0][0] == 1:
+            return functional.scaled_dot_product_attention(query, key, value, **options)
+        results = []
+        start = 0
+        for images, length in self._runs:
+            stop = start + images * length
+            parts = (
+                rearrange(tensor[0, :, start:stop], "heads (images tokens) width -> images heads tokens width", images=images)
+                for tensor in (query, key, value)
+            )
+            attended = functional.scaled_dot_product_attention(*parts, **options)
+            results.append(rearrange(attended, "images heads tokens width -> heads (images tokens) width"))
+            start = stop
+        return torch.cat(results, dim=1)[None]

@@ -1,0 +1,135 @@
+"""Fit exit heads to a frozen network, without labels.
+
+The final head's predictions are the targets. On real images such heads read the early blocks better than auxiliary
+heads trained along with the network.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from tokenexit.errors import require
+from tokenexit_torch._modules import evaluating
+from tokenexit_torch.running import ExitingModel
+
+__all__ = ["FitReport", "fit_exits"]
+
+Progress = Callable[[Iterable], Iterable]
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well the exit heads foretell the final head.
+
+    Attributes:
+        agreement: Fraction of the patches seen on which the exit head and the final head predict the same class, by
+            the block that the exit head follows.
+        patches: How many patches were seen.
+    """
+
+    agreement: dict[int, float]
+    patches: int
+
+
+def fit_exits(
+    model: ExitingModel,
+    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "batch channels height width"]],
+    /,
+    *,
+    steps: int = 1200,
+    patches_per_step: int = 8192,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 0.01,
+    generator: torch.Generator | None = None,
+    progress: Progress = tqdm,
+) -> FitReport:
+    """Fit the exit heads to the final head's predictions; everything else stays frozen.
+
+    Tokens after each block with an exit head are computed once and kept in memory, in the dtype of the model:
+    `images * patches * width` numbers for every exit.
+
+    Args:
+        model: The wrapped model; its exit heads are changed in place.
+        images: Images without labels: a tensor, or batches of them.
+        steps: Optimiser steps, shared by all heads.
+        patches_per_step: Patches drawn for each step.
+        learning_rate: Of AdamW; falls to zero along a cosine.
+        weight_decay: Of AdamW.
+        generator: Draws the patches; seeded with 0 if left out.
+        progress: Wraps each of the two loops; `tqdm` shows a bar, `iter` shows nothing.
+
+    Returns:
+        The agreement of each head with the final head.
+
+    Raises:
+        TokenExitError: If the model has no exit heads, there are no images, or a number is out of range.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    require(len(model.exit_heads) > 0, "model", "have exit heads", "none")
+    require(steps >= 1, "steps", "be at least 1", steps)
+    require(patches_per_step >= 1, "patches_per_step", "be at least 1", patches_per_step)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    features, target = _trace(model, progress(_batches(images)))
+    parameters = [parameter for head in model.exit_heads.values() for parameter in head.parameters()]
+    wanted = [parameter.requires_grad for parameter in parameters]
+    modes = [head.training for head in model.exit_heads.values()]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        model.exit_heads.train()
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in progress(range(steps)):
+            drawn = torch.randint(target.shape[0], (patches_per_step,), generator=generator).to(target.device)
+            wish = target[drawn].softmax(dim=-1)
+            losses = [
+                functional.cross_entropy(head(features[int(after)][drawn]).float(), wish)
+                for after, head in model.exit_heads.items()
+            ]
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            scheduler.step()
+    finally:
+        for parameter, want in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(want)
+            parameter.grad = None
+        for head, mode in zip(model.exit_heads.values(), modes, strict=True):
+            head.train(mode)
+    return FitReport(_agreement(model.exit_heads, features, target), target.shape[0])
+
+
+@torch.no_grad()
+def _trace(model: ExitingModel, batches: Iterable[Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+    """Patches after each block with an exit head, `(patches, width)`, and the final logits, `(patches, classes)`."""
+    features: dict[int, list[Tensor]] = {int(after): [] for after in model.exit_heads}
+    target = []
+    with evaluating(model):
+        for images in batches:
+            *exits, (_, finished) = model.patches_after(images).items()
+            for after, patches in exits:
+                features[after].append(rearrange(patches, "images patches width -> (images patches) width"))
+            target.append(rearrange(model.head(finished), "images patches classes -> (images patches) classes").float())
+    require(sum(map(len, target)) > 0, "images", "hold at least one image", "none")
+    return {after: torch.cat(rows) for after, rows in features.items()}, torch.cat(target)
+
+
+@torch.no_grad()
+def _agreement(heads: nn.ModuleDict, features: dict[int, Tensor], target: Tensor) -> dict[int, float]:
+    final = target.argmax(dim=-1)
+    agreement = {}
+    for after, head in heads.items():
+        with evaluating(head):
+            parts = [head(part).argmax(dim=-1) for part in features[int(after)].split(65536)]
+        agreement[int(after)] = (torch.cat(parts) == final).float().mean().item()
+    return agreement
+
+
+def _batches(images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    yield from (images.split(8) if isinstance(images, Tensor) else images)

@@ -1,0 +1,41 @@
+"""Heads in PyTorch, built from the plans of `tokenexit.heads`."""
+
+from torch import Tensor, nn
+
+from tokenexit import TokenExitError
+from tokenexit.heads import FCN, MLP, HeadPlan, Linear
+
+__all__ = ["build"]
+
+
+def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
+    """A new head with random weights.
+
+    Args:
+        plan: Which kind of head.
+        width: Channels of a token.
+        classes: Class count.
+
+    Returns:
+        A module from `(..., width)` to `(..., classes)`.
+
+    Raises:
+        TokenExitError: If `plan` is not of `tokenexit.heads`.
+    """
+    match plan:
+        case Linear():
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+        case MLP():
+            hidden = plan.hidden or width
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+        case FCN():
+            first = nn.Linear(width, plan.hidden, bias=False)
+            return nn.Sequential(first, _TokenBatchNorm(plan.hidden), nn.ReLU(), nn.Linear(plan.hidden, classes))
+    raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
+
+
+class _TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm over all leading axes; the channels are the last one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)

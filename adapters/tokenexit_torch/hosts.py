@@ -1,0 +1,140 @@
+"""Hosts: a vision transformer, seen as the parts between which tokens can leave.
+
+A host declares what it has; nothing is guessed from a shape. `wrap` takes a timm `VisionTransformer` as it is, and any
+object that follows `Host`: a handful of lines for a ViT of your own.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from tokenexit import TokenExitError
+
+__all__ = ["Embedded", "Host", "TimmViT", "host_of"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Images as tokens, ready for the first block.
+
+    Attributes:
+        tokens: The tokens; prefix tokens first, then the patches of the grid, row by row.
+        prefix: How many leading tokens are no patches (cls, registers). They never leave.
+        grid: Height and width of the patch grid.
+        positions: What belongs to each slot and travels with its token to every block (rotary tables), if anything.
+    """
+
+    tokens: Float[Tensor, "images slots width"]
+    prefix: int
+    grid: tuple[int, int]
+    positions: Shaped[Tensor, "slots ..."] | None = None
+
+
+@runtime_checkable
+class Host(Protocol):
+    """What a vision transformer must offer.
+
+    Attributes:
+        module: The model; it owns the weights.
+        blocks: Its blocks, in order. Attention in them must go through
+            `torch.nn.functional.scaled_dot_product_attention`, without a mask.
+        width: Channels of a token.
+        image_shape: Shape of an image that it takes, `(channels, height, width)`; the self-check draws one.
+    """
+
+    module: nn.Module
+    blocks: Sequence[nn.Module]
+    width: int
+    image_shape: tuple[int, int, int]
+
+    def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
+        """All that happens before the first block."""
+        ...
+
+    def run(
+        self, index: int, tokens: Float[Tensor, "rows tokens width"], positions: Shaped[Tensor, "tokens ..."] | None, /
+    ) -> Float[Tensor, "rows tokens width"]:
+        """Block `index` on any tokens, with the positions that belong to them."""
+        ...
+
+    def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
+        """What follows the last block and works on each token alone: the final norm."""
+        ...
+
+    def dense(self, images: Float[Tensor, "images channels height width"], /) -> Float[Tensor, "images slots width"]:
+        """The model's own forward up to and including `finish`: what the self-check compares with."""
+        ...
+
+
+class TimmViT:
+    """A timm `VisionTransformer`: any size and patch, any prefix tokens, fixed or dynamic image size.
+
+    Args:
+        model: The model. It is not changed.
+
+    Raises:
+        TokenExitError: If the model is another class, or drops patches at random in training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        timm_vit = sys.modules.get("timm.models.vision_transformer")
+        if timm_vit is None or type(model) is not timm_vit.VisionTransformer:
+            raise TokenExitError(f"`model` must be a timm VisionTransformer, got {_name(model)}")
+        vit: Any = model
+        if not isinstance(vit.patch_drop, nn.Identity):
+            raise TokenExitError("`model` must keep all its patches, got one with patch_drop_rate > 0")
+        self._vit = vit
+        self.module: nn.Module = model
+        self.blocks: Sequence[nn.Module] = vit.blocks
+        self.width: int = vit.embed_dim
+        size = vit.patch_embed.img_size or tuple(4 * side for side in vit.patch_embed.patch_size)
+        self.image_shape: tuple[int, int, int] = (vit.patch_embed.proj.in_channels, *size)
+
+    def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
+        """See `Host.embed`."""
+        vit = self._vit
+        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        return Embedded(tokens, vit.num_prefix_tokens, tuple(vit.patch_embed.dynamic_feat_size(images.shape[-2:])))
+
+    def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
+        """See `Host.run`."""
+        return self._vit.blocks[index](tokens)
+
+    def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
+        """See `Host.finish`."""
+        return self._vit.norm(tokens)
+
+    def dense(self, images: Float[Tensor, "images channels height width"], /) -> Float[Tensor, "images slots width"]:
+        """See `Host.dense`."""
+        return self._vit.forward_features(images)
+
+
+def host_of(model: object, /) -> Host:
+    """The host for a model.
+
+    Args:
+        model: A timm `VisionTransformer`, or an object that follows `Host`.
+
+    Returns:
+        The host; the object itself if it is one.
+
+    Raises:
+        TokenExitError: If there is no host for this model.
+    """
+    if isinstance(model, nn.Module):
+        timm_vit = sys.modules.get("timm.models.vision_transformer")
+        if timm_vit is not None and type(model) is timm_vit.VisionTransformer:
+            return TimmViT(model)
+    elif isinstance(model, Host):
+        return model
+    raise TokenExitError(
+        f"`model` must be a timm VisionTransformer or follow tokenexit_torch.Host, got {_name(model)}"
+    )
+
+
+def _name(model: object) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"

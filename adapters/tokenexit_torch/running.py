@@ -1,0 +1,327 @@
+"""A vision transformer whose tokens leave early.
+
+The tokens run as a plain batch until the first exit point, then as one packed row: the linear layers see all tokens
+that still run, attention works image by image. At each exit point there is one gather.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenexit import ledger, policies, tokens
+from tokenexit.cost import Cost
+from tokenexit.errors import require
+from tokenexit.heads import HeadPlan
+from tokenexit.ledger import Ledger
+from tokenexit.schedule import Schedule
+from tokenexit.tokens import Packing
+from tokenexit_torch._modules import linear_weights
+from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.hosts import Embedded, Host
+
+__all__ = ["ExitingModel", "Output"]
+
+
+class Output(NamedTuple):
+    """What a wrapped model returns.
+
+    Attributes:
+        logits: Class scores of every patch, from the head at which it left.
+        exit_depth: How many blocks every patch ran through.
+        tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
+    """
+
+    logits: Float[Tensor, "images classes grid_height grid_width"]
+    exit_depth: Int[Tensor, "images grid_height grid_width"]
+    tokens_per_block: Int[Tensor, "images blocks"]
+
+    def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
+        """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
+
+        Args:
+            size: Height and width, in pixels.
+
+        Returns:
+            The interpolated logits.
+        """
+        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+
+
+class ExitingModel(nn.Module):
+    """A vision transformer whose tokens leave early; made by `wrap`.
+
+    Attributes:
+        host: The host of the wrapped model.
+        model: The wrapped model itself, its weights shared.
+        head: The final head.
+        exit_heads: The exit heads, by the block they follow, as a string.
+        head_plan: The plan that built the exit heads; None if they were given as modules.
+        own_head: Whether the final head was built by `wrap` rather than given.
+    """
+
+    def __init__(
+        self, host: Host, schedule: Schedule, head: nn.Module, exit_heads: Mapping[int, nn.Module], classes: int,
+        head_plan: HeadPlan | None, own_head: bool,
+    ) -> None:
+        super().__init__()
+        self.host = host
+        self.model = host.module
+        self.head = head
+        self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
+        self.classes = classes
+        self.head_plan = head_plan
+        self.own_head = own_head
+        self._schedule = self._checked(schedule)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks the network has."""
+        return len(self.host.blocks)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan in use; `retune` exchanges it."""
+        return self._schedule
+
+    def retune(
+        self, schedule: Schedule | None = None, /, *, threshold: float | Tensor | Mapping[int, float | Tensor] | None = None
+    ) -> None:
+        """Exchange the plan or its thresholds; the weights stay as they are.
+
+        Args:
+            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
+            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
+
+        Raises:
+            TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self._schedule if schedule is None else schedule
+        self._schedule = self._checked(plan if threshold is None else plan.with_threshold(threshold))
+
+    def forward(
+        self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
+    ) -> Output:
+        """Segment images.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            Class scores, exit depth and executed tokens.
+
+        Raises:
+            TokenExitError: If the images do not fit the model, or an exit of the plan has no head.
+        """
+        plan = self._schedule if schedule is None else self._checked(schedule)
+        embedded = self._embed(images)
+        return _Run(self, embedded).through(plan)
+
+    def every_exit(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> dict[int, Float[Tensor, "images classes grid_height grid_width"]]:
+        """Class scores of every head on all tokens, in one dense run: for auxiliary losses and for tracing.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+
+        Returns:
+            Logits by blocks run; the last entry is the final head's.
+
+        Raises:
+            TokenExitError: If the images do not fit the model.
+        """
+        embedded, patches = self._trace(images)
+        heads = [*self.exit_heads.values(), self.head]
+        height, width = embedded.grid
+        return {
+            after: rearrange(head(rows), "images (height width) classes -> images classes height width",
+                             height=height, width=width)
+            for (after, rows), head in zip(patches.items(), heads, strict=True)
+        }
+
+    def patches_after(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> dict[int, Float[Tensor, "images patches width"]]:
+        """Patches as every head would read them, in one dense run.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+
+        Returns:
+            Patches by blocks run: as the block leaves them for the exit heads, finished for the final head, which is
+            the last entry.
+
+        Raises:
+            TokenExitError: If the images do not fit the model.
+        """
+        return self._trace(images)[1]
+
+    def multiply_adds(self, output: Output, *, schedule: Schedule | None = None) -> Int[Tensor, "images"]:
+        """Multiply-adds that a call has executed, heads and patch embedding included.
+
+        They are read off the linear and convolution layers and the executed tokens; heads are counted for patches.
+
+        Args:
+            output: What the call returned.
+            schedule: The plan of that call; the model's own if left out.
+
+        Returns:
+            Multiply-adds per image.
+
+        Raises:
+            TokenExitError: If the output is of another network, or an exit of the plan has no head.
+        """
+        plan = self._schedule if schedule is None else self._checked(schedule)
+        height, width = output.exit_depth.shape[1:]
+        slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
+        inside = {id(layer) for block in self.host.blocks for layer in block.modules()}
+        outside = (layer for layer in self.model.modules() if id(layer) not in inside)
+        cost = Cost(
+            embed=sum(layer.weight.numel() for layer in outside if isinstance(layer, nn.Conv2d)),
+            blocks=tuple(linear_weights(block) for block in self.host.blocks),
+            width=self.host.width,
+            prefix=slots - height * width,
+            exit_heads={int(after): linear_weights(head) for after, head in self.exit_heads.items()},
+            head=linear_weights(self.head),
+        )
+        exits = [exit.after for exit in plan.active]
+        return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=exits)
+
+    def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
+        embedded = self._embed(images)
+        running, patches = embedded.tokens, {}
+        for block in range(self.depth):
+            running = self.host.run(block, running, embedded.positions)
+            if str(block + 1) in self.exit_heads:
+                patches[block + 1] = running[:, embedded.prefix :]
+        patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
+        return embedded, patches
+
+    def _checked(self, schedule: Schedule) -> Schedule:
+        require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
+        late = [after for after in schedule.after if after >= self.depth]
+        require(not late, "schedule", f"have exits after blocks 1 to {self.depth - 1} only, for {self.depth} blocks", late)
+        headless = [after for after in schedule.after if str(after) not in self.exit_heads]
+        present = [int(after) for after in self.exit_heads]
+        require(not headless, "schedule", f"have exits only after blocks with an exit head, {present}", headless)
+        return schedule
+
+    def _embed(self, images: Tensor) -> Embedded:
+        require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
+        channels = self.host.image_shape[0]
+        require(
+            images.ndim == 4 and images.shape[1] == channels, "images", f"have shape (images, {channels}, height, width)",
+            f"shape {tuple(images.shape)}",
+        )
+        weight = next(self.model.parameters())
+        require(images.device == weight.device, "images", f"be on the device of the model, {weight.device}", images.device)
+        cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
+        require(cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype)
+        return self.host.embed(images)
+
+
+class _Run:
+    """One forward pass: the state between two exit points. It lives for one call."""
+
+    def __init__(self, model: ExitingModel, embedded: Embedded) -> None:
+        self.model = model
+        self.embedded = embedded
+        images, slots, _ = embedded.tokens.shape
+        self.images, self.slots = images, slots
+        self.ledger: Ledger | None = None
+        self.lengths = [slots] * images
+        self.counts: list[list[int]] = []
+        # A batch is a packed row already, seen without its first axis.
+        self.row = embedded.tokens
+        self.packing: Packing | None = None
+        self.positions = embedded.positions
+
+    def through(self, plan: Schedule) -> Output:
+        policy = {exit.after: exit.policy for exit in plan.active}
+        for block in range(self.model.depth):
+            self.counts.append(self.lengths)
+            if any(self.lengths):
+                self._block(block)
+                if block + 1 in policy:
+                    self._exit(block + 1, policy[block + 1])
+        return self._output()
+
+    def _block(self, block: int) -> None:
+        host = self.model.host
+        if self.packing is None:
+            self.row = host.run(block, self.row, self.positions)
+            return
+        with attending_per_image(self.lengths):
+            self.row = host.run(block, self.row, self.positions)
+
+    def _exit(self, after: int, policy: policies.Policy) -> None:
+        self._pack()
+        packing = self.packing
+        assert packing is not None
+        flat = self.row[0]
+        logits = self.model.exit_heads[str(after)](flat)
+        if self.ledger is None:
+            self.ledger = ledger.open_ledger(logits, packing)
+        prefix = self.embedded.prefix
+        patch = packing.slot >= prefix
+        evidence = policies.Evidence(
+            logits.detach(),
+            image=packing.image,
+            images=self.images,
+            grid=self.embedded.grid,
+            position=packing.slot - prefix,
+            protected=~patch if prefix else None,
+            settled_label=self.ledger.label[:, prefix:],
+            settled_score=self.ledger.score[:, prefix:],
+        )
+        leave = policy(evidence)
+        self.ledger = ledger.record(self.ledger, packing, leave, logits, depth=after)
+        # An image all of whose patches have left is done: its prefix tokens need not run on.
+        staying = tokens.scatter(patch & ~leave, packing, into=torch.zeros_like(packing.running))
+        waiting = staying.any(dim=1).index_select(0, packing.image)
+        self._repack(~leave & waiting)
+
+    def _pack(self) -> None:
+        if self.packing is None:
+            everything = torch.ones(self.images, self.slots, dtype=torch.bool, device=self.row.device)
+            self.packing = tokens.pack(everything)
+            self.row = rearrange(self.row, "images slots width -> 1 (images slots) width")
+            if self.positions is not None:
+                self.positions = self.positions.repeat(self.images, *[1] * (self.positions.ndim - 1))
+
+    def _repack(self, stay: Tensor) -> None:
+        assert self.packing is not None
+        self.packing, rows = tokens.repack(self.packing, stay)
+        self.row = self.row.index_select(1, rows)
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, rows)
+        self.lengths = self.packing.lengths.tolist()
+
+    def _output(self) -> Output:
+        model, prefix = self.model, self.embedded.prefix
+        if self.packing is None:
+            logits = model.head(model.host.finish(self.row)[:, prefix:])
+            depth = torch.full(logits.shape[:2], model.depth, device=logits.device)
+        else:
+            assert self.ledger is not None
+            settled = self.ledger
+            if any(self.lengths):
+                final = model.head(model.host.finish(self.row[0]))
+                final = final.to(settled.logits.dtype)
+                everyone = torch.ones(final.shape[0], dtype=torch.bool, device=final.device)
+                settled = ledger.record(settled, self.packing, everyone, final, depth=model.depth)
+            logits, depth = settled.logits[:, prefix:], settled.depth[:, prefix:]
+        height, width = self.embedded.grid
+        grid = {"height": height, "width": width}
+        return Output(
+            rearrange(logits, "images (height width) classes -> images classes height width", **grid),
+            rearrange(depth, "images (height width) -> images height width", **grid),
+            torch.tensor(self.counts, device=logits.device).reshape(model.depth, self.images).T,
+        )

@@ -1,0 +1,127 @@
+"""Saving and loading exits: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
+
+The wrapped model's own weights are yours and are not saved; nor is a final head that you gave.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tokenexit import TokenExitError, manifest
+from tokenexit.errors import require
+from tokenexit.manifest import Manifest
+from tokenexit.schedule import dense
+from tokenexit_torch.running import ExitingModel
+from tokenexit_torch.wrapping import wrap
+
+__all__ = ["load", "save"]
+
+_PLAN = "exits.json"
+_WEIGHTS = "exits.safetensors"
+
+
+def save(model: ExitingModel, folder: str | Path, /) -> None:
+    """Write the exits of a wrapped model: `exits.json` and `exits.safetensors`.
+
+    Args:
+        model: The wrapped model.
+        folder: Where to; made if it is not there.
+
+    Raises:
+        TokenExitError: If `model` is not wrapped, or its schedule has a policy that is not of the library.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    text = manifest.to_json(_manifest(model))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in _saved(model).state_dict().items()}, folder / _WEIGHTS)
+    (folder / _PLAN).write_text(text, encoding="utf-8")
+
+
+def load(
+    folder: str | Path,
+    model: Any,
+    /,
+    *,
+    head: nn.Module | None = None,
+    exit_heads: Mapping[int, nn.Module] | None = None,
+) -> ExitingModel:
+    """Wrap a model with exits that were saved.
+
+    Args:
+        folder: Where `save` wrote them.
+        model: The model to wrap, as for `wrap`.
+        head: Your final head, if you gave one when the exits were saved.
+        exit_heads: Modules for the exit heads, if you gave modules then; their weights are loaded into them.
+
+    Returns:
+        The model with exits, heads in the dtype and on the device of `model`.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
+    """
+    folder = Path(folder)
+    for name in (_PLAN, _WEIGHTS):
+        require((folder / name).is_file(), "folder", f"hold the files {_PLAN} and {_WEIGHTS}", folder)
+    try:
+        plan = manifest.from_json((folder / _PLAN).read_text(encoding="utf-8"))
+    except (TokenExitError, UnicodeDecodeError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {_PLAN}, got {folder / _PLAN}: {error}") from error
+    require((head is None) == plan.own_head, "head", "be given exactly if the exits were saved without a final head",
+            "None" if head is None else type(head).__name__)
+    require((exit_heads is None) == (plan.plan is not None), "exit_heads",
+            "be given exactly if the exits were saved with modules of your own",
+            "None" if exit_heads is None else sorted(exit_heads))
+    require(exit_heads is None or sorted(exit_heads) == list(plan.after), "exit_heads",
+            f"have a module after each of the blocks {plan.after}", None if exit_heads is None else sorted(exit_heads))
+    wrapped = wrap(
+        model,
+        dense(after=plan.after),
+        head=head,
+        num_classes=plan.classes if head is None else None,
+        exit_heads=exit_heads if plan.plan is None else plan.plan,
+    )
+    wrapped.retune(plan.schedule)
+    found = _manifest(wrapped)
+    for name in ("width", "depth", "classes"):
+        require(getattr(found, name) == getattr(plan, name), "model",
+                f"have {name} {getattr(plan, name)}, as the saved exits", getattr(found, name))
+    _load_weights(_saved(wrapped), folder / _WEIGHTS)
+    return wrapped
+
+
+def _manifest(model: ExitingModel) -> Manifest:
+    return Manifest(
+        schedule=model.schedule,
+        after=tuple(int(after) for after in model.exit_heads),
+        plan=model.head_plan,
+        own_head=model.own_head,
+        classes=model.classes,
+        width=model.host.width,
+        depth=model.depth,
+    )
+
+
+def _saved(model: ExitingModel) -> nn.ModuleDict:
+    """The modules that are saved, under the names that they have in the file."""
+    parts: dict[str, nn.Module] = {"exit_heads": model.exit_heads}
+    return nn.ModuleDict(parts | ({"head": model.head} if model.own_head else {}))
+
+
+def _load_weights(modules: nn.ModuleDict, file: Path) -> None:
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
+    wanted = {name: tuple(value.shape) for name, value in modules.state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in weights.items()}
+    differing = {name: (wanted.get(name), got.get(name)) for name in wanted | got if wanted.get(name) != got.get(name)}
+    require(not differing, "folder", f"hold weights of the heads in {_PLAN}",
+            ", ".join(f"{name}: {have} instead of {want}" for name, (want, have) in differing.items()))
+    with torch.no_grad():
+        modules.load_state_dict(weights)

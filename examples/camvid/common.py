@@ -1,0 +1,189 @@
+"""What the CamVid scripts share: vision transformers from timm, weights from `.npz` files, errors for the shell."""
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+VIT = "vit_tiny_patch16_224"
+_UNUSED = ("norm.", "head.", "heads.")
+_TORCHVISION_OPERATORS = ("nms", "qnms")
+
+
+class UsageError(ValueError):
+    """What the user gave does not fit; the message names the argument, the rule and what was found."""
+
+
+def exit_with(main: Callable[[], None]) -> None:
+    """Runs a script's `main`, turning usage errors and Ctrl-C into one line and an exit status."""
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` once it is complete, and never before."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def import_timm() -> ModuleType:
+    """Imports timm, also beside a torchvision wheel whose operators do not fit the installed torch.
+
+    timm needs only torchvision's Python side, whose import fails where the wheel's operators could not be loaded;
+    declaring the two it asks for is then enough. A torchvision that works is left alone.
+    """
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    _declare_torchvision_operators()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
+        del sys.modules[name]
+    return importlib.import_module("timm")
+
+
+@functools.cache
+def _declare_torchvision_operators() -> torch.library.Library:
+    """Declares what is not there yet; cached, as a declaration lives no longer than its library object."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in _TORCHVISION_OPERATORS:
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def vit_config(patch: int, size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments of `timm.create_model` for a ViT-Tiny that hands its tokens to heads with a norm of their own.
+
+    Args:
+        patch: patch size in pixels.
+        size: image height and width in pixels.
+    """
+    return {"patch_size": patch, "img_size": list(size), "num_classes": 0, "final_norm": False}
+
+
+def build_vit(patch: int, size: tuple[int, int]) -> nn.Module:
+    """A ViT-Tiny with random weights; arguments as for `vit_config`."""
+    return import_timm().create_model(VIT, pretrained=False, **vit_config(patch, size))
+
+
+def read_npz(path: Path, *, argument: str) -> dict[str, Tensor]:
+    """Reads named arrays as float32 tensors; never unpickles.
+
+    Args:
+        path: a `.npz` file with timm's key names.
+        argument: the command-line argument that gave `path`, for the error message.
+
+    Raises:
+        UsageError: if the file is missing or is not an archive of plain arrays.
+    """
+    if not path.is_file():
+        raise UsageError(f"`{argument}` must be an existing .npz file, got {str(path)!r}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]).float() for name in archive.files}
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise UsageError(f"`{argument}` must be a .npz file of plain arrays, got {str(path)!r}: {error}") from error
+
+
+def load_backbone(vit: nn.Module, weights: Mapping[str, Tensor], *, argument: str) -> None:
+    """Copies timm-named weights into `vit`, strictly: every tensor of the model, with its shape, and nothing unknown.
+
+    The file's final norm and heads (`norm.*`, `head.*`, `heads.*`) are not part of such a backbone and are passed over.
+
+    Raises:
+        UsageError: naming the keys that are missing or unknown, or the first shape that does not fit.
+    """
+    own = vit.state_dict()
+    given = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unknown:
+        raise UsageError(
+            f"`{argument}` must hold exactly the tensors of {VIT}: missing {missing[:4]} ({len(missing)} in all), "
+            f"unknown {unknown[:4]} ({len(unknown)} in all)"
+        )
+    for name, value in given.items():
+        if value.shape != own[name].shape:
+            raise UsageError(
+                f"`{argument}`: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
+            )
+    vit.load_state_dict(given)
+
+
+def pretrained_vit(path: Path, patch: int, size: tuple[int, int]) -> nn.Module:
+    """A ViT-Tiny for images of `size` from ImageNet weights on a square grid, position embedding resampled.
+
+    Raises:
+        UsageError: as for `read_npz` and `load_backbone`.
+    """
+    vit = build_vit(patch, size)
+    weights = read_npz(path, argument="--weights")
+    if "pos_embed" in weights:
+        weights["pos_embed"] = _resampled(weights["pos_embed"], (size[0] // patch, size[1] // patch))
+    load_backbone(vit, weights, argument="--weights")
+    return vit
+
+
+def _resampled(
+    positions: Float[Tensor, "1 prefix_and_patches width"], grid: tuple[int, int]
+) -> Float[Tensor, "1 prefix_and_new_patches width"]:
+    import_timm()
+    return importlib.import_module("timm.layers").resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=1)
+
+
+def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int, nn.Sequential]]:
+    """A fine-tuned ViT-Tiny and its heads by the number of blocks they are read after, from one `.npz` file.
+
+    The patch size is read off the file's patch embedding.
+
+    Raises:
+        UsageError: as for `read_npz` and `load_backbone`, or if the heads are absent or incomplete.
+    """
+    weights = read_npz(path, argument="--init")
+    kernel = weights.get("patch_embed.proj.weight")
+    if kernel is None or kernel.ndim != 4:
+        raise UsageError(f"`--init` must hold 'patch_embed.proj.weight', got {sorted(weights)[:4]} ...")
+    vit = build_vit(kernel.shape[-1], size)
+    load_backbone(vit, weights, argument="--init")
+    blocks = sorted({int(name.split(".")[1]) for name in weights if name.startswith("heads.")})
+    return vit, {block: _head(weights, block) for block in blocks}
+
+
+def mlp_head(width: int, hidden: int, classes: int) -> nn.Sequential:
+    """A token-wise head: (..., width) features to (..., classes) logits."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+
+
+def _head(weights: Mapping[str, Tensor], block: int) -> nn.Sequential:
+    prefix = f"heads.{block}."
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    try:
+        hidden, width = own["1.weight"].shape
+        head = mlp_head(width, hidden, own["3.weight"].shape[0])
+        head.load_state_dict(own)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"`--init`: {prefix}* must be LayerNorm 0, Linear 1, GELU 2, Linear 3, got {sorted(own)}: {error}"
+        ) from error
+    return head

@@ -1,0 +1,408 @@
+"""Measures what exits cost and save on CamVid: accuracy, work and wall clock, beside dense and truncated networks.
+
+    python -m examples.camvid.evaluate --data CAMVID --run RUN --json results.json --plot frontier.png
+    python -m examples.camvid.evaluate --data CAMVID --init camvid_vit_tiny_p8.npz --fit-after 3 6 8 --json results.json
+
+Results are written as they come. Stop it at any time: the same command measures only what is not in the file yet.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+import tokenexit_torch as tet
+from examples import metrics, runs
+from examples.camvid import common, data, report, timing
+from tokenexit import cost, schedule
+
+_DTOP_THRESHOLDS = (0.8, 0.9, 0.95, 0.98)
+_NEIGHBOUR_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+_COARSE, _FINE = {4: 1, 6: 1, 8: 0}, {3: 2, 6: 1, 8: 0}  # radius by exit, for hundreds and for thousands of tokens
+_FIT_HIDDEN = 384
+_SCHEMA = 1
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.camvid.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
+    model.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
+    parser.add_argument("--json", type=Path, required=True, help="results; what it already holds is not measured again")
+    parser.add_argument("--plot", type=Path, help="frontier plot, .png or .svg")
+    parser.add_argument("--split", choices=data.SPLITS, default="val")
+    parser.add_argument("--limit", type=int, help="use only this many images, spread evenly over the split")
+    parser.add_argument("--exits", type=block_radius, nargs="+", metavar="BLOCK:RADIUS",
+                        help="exits of DToP and of the neighbourhood rule, with the radius of the latter")
+    parser.add_argument("--fit-after", type=int, nargs="+", metavar="BLOCK",
+                        help="with --init: fit new exit heads after these blocks to the final head, without labels")
+    parser.add_argument("--fit-images", type=int, help="train images to fit them on; all by default")
+    parser.add_argument("--fit-steps", type=int, default=1200)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time")
+    parser.add_argument("--rounds", type=int, default=5, help="timing rounds; 0 skips timing")
+    parser.add_argument("--timing-images", type=int, default=16, help="images of the split that are timed")
+    parser.add_argument("--accuracy-batch", type=int, default=4, help="batch size of the accuracy passes")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    _check(given)
+    return given
+
+
+def block_radius(text: str) -> tuple[int, int]:
+    """Read "6:1" as an exit after block 6 with radius 1."""
+    block, _, radius = text.partition(":")
+    if not (block.isdigit() and radius.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be BLOCK:RADIUS, two whole numbers, got {text!r}")
+    return int(block), int(radius)
+
+
+def _check(given: argparse.Namespace) -> None:
+    if given.fit_after is not None and given.run is not None:
+        raise common.UsageError("`--fit-after` must come with --init; a run has fitted heads already, got --run")
+    for name, value in (("--accuracy-batch", given.accuracy_batch), ("--batches", min(given.batches)),
+                        ("--fit-steps", given.fit_steps), ("--threads", given.threads or 1)):  # fmt: skip
+        if value < 1:
+            raise common.UsageError(f"`{name}` must be at least 1, got {value}")
+    if max(given.batches) > given.timing_images:
+        raise common.UsageError(
+            f"`--batches` must be at most --timing-images, {given.timing_images}, got {max(given.batches)}"
+        )
+    if given.rounds < 0:
+        raise common.UsageError(f"`--rounds` must be at least 0, got {given.rounds}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the network.
+
+    Attributes:
+        name: Its row in the table.
+        kind: Its line in the plot.
+        plan: When tokens leave.
+    """
+
+    name: str
+    kind: str
+    plan: schedule.Schedule
+
+
+def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting, ...]:
+    """Everything that is measured.
+
+    Args:
+        heads: Blocks with an exit head; the network is cut short after each.
+        radius: Exits of DToP and of the neighbourhood rule, with the radius of the latter.
+
+    Raises:
+        UsageError: If an exit has no head.
+    """
+    unknown = sorted(set(radius) - set(heads))
+    if unknown:
+        raise common.UsageError(f"`--exits` must be among the blocks with a head, {sorted(heads)}, got {unknown}")
+    exits, radii = ",".join(map(str, radius)), ",".join(f"{block}:{around}" for block, around in radius.items())
+    return (
+        Setting("dense", "dense", schedule.dense()),
+        *(Setting(f"truncated after {block}", "truncated", schedule.truncated(after=block)) for block in sorted(heads)),
+        *(
+            Setting(
+                f"DToP {threshold}, k = {kept}, exits {exits}", f"DToP, k = {kept}",
+                schedule.dtop(after=radius, threshold=threshold, per_class=kept),
+            )
+            for kept in (0, 5)
+            for threshold in _DTOP_THRESHOLDS
+        ),
+        *(
+            Setting(
+                f"neighbours {threshold}, k = 5, exits {radii}", "neighbours",
+                schedule.neighbours(radius=radius, threshold=threshold, per_class=5),
+            )
+            for threshold in _NEIGHBOUR_THRESHOLDS
+        ),
+    )  # fmt: skip
+
+
+def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
+    """Wide and early where tokens are many; the coarse plan where there is no head for that."""
+    fine = tokens >= 1500 and set(_FINE) <= set(heads)
+    return dict(_FINE if fine else _COARSE)
+
+
+def load_init(path: Path, fit_after: Collection[int] | None) -> tet.ExitingModel:
+    """A ready model with the file's exit heads, or with new ones that are still to be fitted.
+
+    Raises:
+        UsageError: If the file is missing or does not fit, or lacks the final head.
+    """
+    vit, heads = common.ready_model(path, data.SIZE)
+    depth = len(vit.blocks)
+    if depth not in heads:
+        raise common.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
+    final = heads.pop(depth)
+    exits: Mapping[int, torch.nn.Module] = heads
+    if fit_after is not None:
+        torch.manual_seed(0)
+        width, classes = final[1].in_features, final[-1].out_features
+        exits = {block: common.mlp_head(width, _FIT_HIDDEN, classes) for block in sorted(fit_after)}
+    return tet.wrap(vit, schedule.dense(after=sorted(exits)), head=final, exit_heads=exits)
+
+
+@torch.inference_mode()
+def accuracy(
+    model: tet.ExitingModel, plan: schedule.Schedule, batches: data.Batches,
+    dense: UInt8[Tensor, "images 352 480"] | None, device: torch.device, *, description: str,
+) -> tuple[dict[str, Any], UInt8[Tensor, "images 352 480"]]:
+    """Run a plan over a split.
+
+    Args:
+        model: The network with its exit heads.
+        plan: When tokens leave.
+        batches: The split.
+        dense: Classes that the dense network predicts; the plan's own if None.
+        device: Where the model is.
+        description: What the progress bar says.
+
+    Returns:
+        The figures for the JSON file (fractions, and multiply-adds per image), and the predicted classes.
+    """
+    classes = len(data.CLASSES)
+    confusion: dict[str, Tensor] = {}
+    predictions, tokens, multiply_adds = [], [], []
+    ordered = iter(batches.frames)
+    for images, labels in tqdm(batches, desc=description, leave=False, disable=None):
+        out = model(images.to(device), schedule=plan)
+        predicted = out.upsample(data.SIZE).argmax(1).cpu()
+        for one, label, frame in zip(predicted, labels, ordered):  # noqa: B905 - frames go on with the next batch
+            counts = metrics.confusion_matrix(one, label, classes=classes, ignore=data.IGNORE)
+            confusion[frame.sequence] = confusion.get(frame.sequence, 0) + counts
+        predictions.append(predicted.to(torch.uint8))
+        tokens.append(out.tokens_per_block.cpu())
+        multiply_adds.append(model.multiply_adds(out, schedule=plan).cpu())
+    labelled, counted, work = torch.cat(predictions), torch.cat(tokens), torch.cat(multiply_adds)
+    total = torch.stack(list(confusion.values())).sum(0)
+    figures = {
+        "miou": metrics.mean_iou(total),
+        "iou": dict(zip(data.CLASSES, _numbers(metrics.iou_per_class(total)), strict=True)),
+        "miou_by_sequence": {name: metrics.mean_iou(counts) for name, counts in sorted(confusion.items())},
+        "token_blocks": cost.token_blocks(counted, slots=int(counted[0, 0])),
+        "tokens_per_block": counted.double().mean(0).tolist(),
+        "multiply_adds": work.double().mean().item(),
+        "agreement": 1.0 if dense is None else (labelled == dense).double().mean().item(),
+    }
+    return figures, labelled
+
+
+def _numbers(values: Float[Tensor, " count"]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if value != value else value for value in values.tolist()]
+
+
+def bare_dense(model: tet.ExitingModel, prefix: int) -> Callable[[Tensor], Tensor]:
+    """The network as it is without this library: its own forward pass, and the final head."""
+    return lambda images: model.head(model.host.dense(images)[:, prefix:])
+
+
+@torch.inference_mode()
+def timed(
+    model: tet.ExitingModel, chosen: Sequence[Setting], images: Float[Tensor, "images 3 height width"], *,
+    batch: int, rounds: int,
+) -> dict[str, Any]:
+    """Time every setting at one batch size; what does not fill a batch is left out."""
+    prefix = model.host.embed(images[:1]).prefix
+    candidates: dict[str, Callable[[Tensor], object]] = {
+        setting.name: (lambda images, plan=setting.plan: model(images, schedule=plan)) for setting in chosen
+    }
+    candidates["dense"] = bare_dense(model, prefix)
+    batches = [part for part in images.split(batch) if len(part) == batch]
+    seconds = timing.interleaved(candidates, batches, rounds=rounds)
+    return timing.summary(seconds, images=batch * len(batches), baseline="dense")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on, besides its inputs."""
+    names = ("tokenexit", "torch", "timm", "numpy")
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[str, Any]:
+    """What accuracy depends on: results of other inputs do not belong into the same file."""
+    source = given.run or given.init
+    return {
+        "model": source.name,
+        "sha256": _digest(source),
+        "split": given.split,
+        "images": len(frames),
+        "fit_after": None if given.fit_after is None else sorted(given.fit_after),
+        "fit_images": given.fit_images,
+        "fit_steps": None if given.fit_after is None else given.fit_steps,
+        "device": torch.device(given.device).type,
+    }
+
+
+def _digest(source: Path) -> str:
+    """Of a ready model's file, or of the weights and plans of a run folder."""
+    parts = [source] if source.is_file() else sorted(source.rglob("*.safetensors")) + sorted(source.rglob("*.json"))
+    if not parts:
+        raise common.UsageError(f"`--run`, `--init` must name an existing run folder or .npz file, got {str(source)!r}")
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+
+
+def open_results(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The results so far, or empty ones.
+
+    Raises:
+        UsageError: If the file holds something else, or results of other inputs.
+    """
+    if not path.is_file():
+        return {"schema": _SCHEMA, "inputs": dict(identity), "fit": None, "settings": {}, "timing": {}}
+    try:
+        results = json.loads(path.read_text())
+        found = results["inputs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise common.UsageError(f"`--json` must be a new file or results of this script, got {str(path)!r}") from error
+    different = [f"{name} {found.get(name)!r}, not {now!r}" for name, now in identity.items() if found.get(name) != now]
+    if different:
+        raise common.UsageError(
+            f"`--json` must be a new file or have results of the same inputs, got {str(path)!r} with "
+            + "; ".join(different)
+        )
+    return results
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write the file whole or not at all."""
+    with common.replacing(path) as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+
+
+def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingModel:
+    """The model to measure; exit heads are fitted once, and kept beside the results for when these are gone on with."""
+    if given.run is not None:
+        model, _ = runs.load(given.run)
+        return model.eval().to(given.device)
+    model = load_init(given.init, given.fit_after).eval().to(given.device)
+    if given.fit_after is None:
+        return model
+    kept = given.json.with_suffix(".heads.pt")
+    if results["fit"] is not None and kept.is_file():
+        model.exit_heads.load_state_dict(torch.load(kept, map_location=given.device, weights_only=True))
+        return model
+    frames = data.frames(given.data, "train", given.fit_images)
+    images = data.Images(data.Batches(frames, given.accuracy_batch), torch.device(given.device))
+    fitted = tet.fit_exits(model, images, steps=given.fit_steps)
+    with common.replacing(kept) as file:
+        torch.save(model.exit_heads.state_dict(), file)
+    results["fit"] = {"images": len(frames), "agreement_on_train": {str(b): a for b, a in fitted.agreement.items()}}
+    write_results(given.json, results)
+    return model
+
+
+def evaluate(given: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the results file lacks, writing it after each setting and each batch size.
+
+    Raises:
+        UsageError: If data, model or results do not fit the arguments.
+    """
+    frames = data.frames(given.data, given.split, given.limit)
+    results = open_results(given.json, inputs(given, frames))
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    model = model_of(given, results)
+    heads, patches = [int(block) for block in model.exit_heads], patch_tokens(model)
+    chosen = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches))
+    results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
+    measure_accuracy(model, chosen, frames, results, given)
+    if given.rounds > 0:
+        measure_time(model, chosen, results, given)
+    return results
+
+
+@torch.inference_mode()
+def patch_tokens(model: tet.ExitingModel) -> int:
+    """Patches of a CamVid image."""
+    height, width = model.host.embed(next(model.parameters()).new_zeros(1, 3, *data.SIZE)).grid
+    return height * width
+
+
+def measure_accuracy(
+    model: tet.ExitingModel, chosen: Sequence[Setting], frames: Sequence[data.Frame], results: dict[str, Any],
+    given: argparse.Namespace,
+) -> None:
+    """Add to `results["settings"]`, and to the file, every setting that is not there yet under the same plan."""
+    done = results["settings"]
+    pending = [setting for setting in chosen if done.get(setting.name, {}).get("schedule") != setting.plan.to_dict()]
+    if not pending:
+        return
+    batches, device = data.Batches(frames, given.accuracy_batch), torch.device(given.device)
+    # Dense runs again even if its figures are known: the others are compared with its predictions.
+    dense, others = chosen[0], [setting for setting in pending if setting.kind != "dense"]
+    figures, reference = accuracy(model, dense.plan, batches, None, device, description=dense.name)
+    _keep(results, dense, figures, given.json)
+    for setting in tqdm(others, desc="settings", leave=False, disable=None):
+        figures, _ = accuracy(model, setting.plan, batches, reference, device, description=setting.name)
+        _keep(results, setting, figures, given.json)
+
+
+def _keep(results: dict[str, Any], setting: Setting, figures: Mapping[str, Any], path: Path) -> None:
+    results["settings"][setting.name] = {"kind": setting.kind, "schedule": setting.plan.to_dict(), **figures}
+    write_results(path, results)
+
+
+def measure_time(
+    model: tet.ExitingModel, chosen: Sequence[Setting], results: dict[str, Any], given: argparse.Namespace
+) -> None:
+    """Add to `results["timing"]`, and to the file, every batch size that is not there yet for the same settings."""
+    frames = data.frames(given.data, given.split, given.timing_images)
+    device = torch.device(given.device)
+    images = torch.cat(list(data.Images(data.Batches(frames, 1), device)))
+    conditions = {
+        "rounds": given.rounds, "images": len(frames), "threads": torch.get_num_threads(),
+        "device": results["about"]["device"], "plans": {setting.name: setting.plan.to_dict() for setting in chosen},
+    }  # fmt: skip
+    for batch in given.batches:
+        if results["timing"].get(str(batch), {}).get("conditions") == conditions:
+            continue
+        measured = timed(model, chosen, images, batch=batch, rounds=given.rounds)
+        results["timing"][str(batch)] = {"conditions": conditions, "settings": measured}
+        write_results(given.json, results)
+
+
+def main() -> None:
+    """Run from the command line."""
+    given = arguments()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    results = evaluate(given)
+    print(report.table(results))
+    if given.plot is not None:
+        report.plot(results, given.plot)
+        print(f"plot written to {given.plot}")
+
+
+if __name__ == "__main__":
+    common.exit_with(main)

@@ -1,0 +1,75 @@
+"""Wall clock that can be compared: all candidates in turn, several rounds, over the same batches."""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Float[Tensor, "batch 3 height width"]], *,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Time every candidate in every round, so that what slows the machine for a while slows all of them.
+
+    Args:
+        candidates: What to time, by name; each is given one batch at a time.
+        batches: Images on the device that runs them.
+        rounds: How often each candidate runs all batches, after one batch to warm up.
+
+    Returns:
+        Seconds for all batches, by candidate, one for each round.
+    """
+    for run in candidates.values():
+        run(batches[0])
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    title = f"timing, batch {len(batches[0])}"
+    with tqdm(total=rounds * len(candidates), desc=title, leave=False, disable=None) as bar:
+        for turn in range(rounds):
+            # A new order every round: nobody always runs after the same neighbour's caches and heat.
+            for name in random.Random(turn).sample(list(candidates), len(candidates)):
+                seconds[name].append(_seconds(candidates[name], batches))
+                bar.update()
+    return seconds
+
+
+def _seconds(run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> float:
+    _wait_for(batches[0].device)
+    started = time.perf_counter()
+    for images in batches:
+        run(images)
+    _wait_for(batches[0].device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(seconds: Mapping[str, Sequence[float]], *, images: int, baseline: str) -> dict[str, dict[str, list[float]]]:
+    """Lower quartile, median and upper quartile of speed and of speed-up, by candidate.
+
+    Args:
+        seconds: What `interleaved` returned.
+        images: Images in all batches together.
+        baseline: The candidate that the others are compared with, round by round.
+
+    Returns:
+        For each candidate `images_per_second` and `speedup` (a factor), three numbers each.
+    """
+    reference = np.asarray(seconds[baseline])
+    return {
+        name: {"images_per_second": _quartiles(images / np.asarray(values)),
+               "speedup": _quartiles(reference / np.asarray(values))}
+        for name, values in seconds.items()
+    }  # fmt: skip
+
+
+def _quartiles(values: Float[np.ndarray, " rounds"]) -> list[float]:
+    return np.percentile(values, (25, 50, 75)).tolist()

@@ -1,0 +1,316 @@
+"""Fine-tunes DeiT-Tiny on CamVid with auxiliary heads, fits the exit heads to the final head and saves a run folder.
+
+    python -m examples.camvid.train --data CAMVID --weights deit_tiny_patch16_224.npz --out RUN
+
+Stop it at any time: the same command goes on after the last finished epoch, to the bit as if it had not been stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import tokenexit_torch as tet
+from examples import metrics, runs
+from examples.camvid import common, data
+from tokenexit import heads, schedule
+
+CHECKPOINT = "checkpoint.pt"
+_AFTER = (4, 6, 8, 10)
+_HEADS = heads.MLP(hidden=384)
+_PATCH = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, besides data and weights; a run resumes only under its own recipe."""
+
+    epochs: int = 24
+    batch: int = 8
+    seed: int = 0
+    limit: int | None = None
+    precision: str = "bf16"
+    fit_steps: int = 1200
+    body_rate: float = 2e-4
+    head_rate: float = 1e-3
+    decay: float = 0.05
+    auxiliary: float = 0.4
+    warmup: float = 0.05
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "fit_steps"):
+            if getattr(self, name) < 1:
+                raise common.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
+
+
+def arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.camvid.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
+    parser.add_argument("--weights", type=Path, required=True, help="DeiT-Tiny, a .npz file with timm key names")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
+    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument("--batch", type=int, default=Recipe.batch)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--limit", type=int, help="use only this many train and val images")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision, help="of the training steps")
+    parser.add_argument("--fit-steps", type=int, default=Recipe.fit_steps, help="steps to fit exit heads at the end")
+    parser.add_argument("--validate-every", type=int, default=4, help="epochs between two looks at val")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare training data")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def new_model(weights: Path, seed: int) -> tet.ExitingModel:
+    """The pretrained backbone with fresh heads; nothing leaves while it trains."""
+    torch.manual_seed(seed)
+    vit = common.pretrained_vit(weights, _PATCH, data.SIZE)
+    return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
+
+
+def loss(
+    exits: Mapping[int, Float[Tensor, "batch classes grid_h grid_w"]],
+    label: Int64[Tensor, "batch height width"],
+    auxiliary: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the last head, plus `auxiliary` times that of each other, on logits upsampled to the labels.
+
+    Every second label pixel and row counts: that is eight samples a side of a token, at a tenth of the time.
+    """
+    last, label = max(exits), label[:, 1::2, 1::2]
+    return torch.stack(
+        [(1.0 if block == last else auxiliary) * _cross_entropy(logits, label) for block, logits in exits.items()]
+    ).sum()
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "batch classes grid_h grid_w"], label: Int64[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    full = functional.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+    # A sum over at least one pixel, so that a batch without any label is a zero, not a NaN.
+    total = functional.cross_entropy(full, label, ignore_index=data.IGNORE, reduction="sum")
+    return total / (label != data.IGNORE).sum().clamp(min=1)
+
+
+def new_optimizer(model: tet.ExitingModel, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with a higher rate for the heads, and decay for matrices and kernels only."""
+    body = list(model.host.module.parameters())
+    readers = [*model.exit_heads.parameters(), *model.head.parameters()]
+    groups = [
+        {"params": [parameter for parameter in chosen if _is_matrix(parameter) == decays], "lr": rate,
+         "weight_decay": recipe.decay if decays else 0.0}
+        for chosen, rate in ((body, recipe.body_rate), (readers, recipe.head_rate))
+        for decays in (True, False)
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter mixes features; biases, norms and the (1, tokens, width) embeddings do not."""
+    return parameter.ndim >= 2 and parameter.shape[0] != 1
+
+
+def new_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then half a cosine down to zero after `steps`."""
+    warmup = max(1, round(recipe.warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What changes during training, saved and restored together."""
+
+    model: tet.ExitingModel
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on as if nothing had happened."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up a saved state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+
+
+def run_epoch(
+    training: Training, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, device: torch.device
+) -> float:
+    """One pass over the batches; returns the mean loss."""
+    training.model.train()
+    losses = []
+    for images, labels in batches:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+            exits = training.model.every_exit(images.to(device))
+        value = loss(exits, labels.to(device), recipe.auxiliary)
+        training.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip)
+        training.optimizer.step()
+        training.scheduler.step()
+        losses.append(value.detach())
+    return torch.stack(losses).mean().item()
+
+
+@torch.inference_mode()
+def dense_miou(model: tet.ExitingModel, batches: data.Batches, device: torch.device) -> float:
+    """Data-set mIoU of the whole network in float32, as a fraction, logits upsampled to the labels."""
+    model.eval()
+    confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
+    for images, labels in tqdm(batches, desc="val", leave=False, disable=None):
+        logits = model.every_exit(images.to(device))[model.depth]
+        full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        confusion += metrics.confusion_matrix(
+            full.argmax(1).cpu(), labels, classes=len(data.CLASSES), ignore=data.IGNORE
+        )
+    return metrics.mean_iou(confusion)
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint whole or not at all."""
+    with common.replacing(path) as file:
+        torch.save(dict(content), file)
+
+
+def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads the checkpoint of the same recipe, data and weights, if there is one.
+
+    Raises:
+        UsageError: if the folder holds a run of another recipe, other data or other weights.
+    """
+    if not path.is_file():
+        return None
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    found = content["identity"]
+    different = [f"{name} {found.get(name)!r}, not {now!r}" for name, now in identity.items() if found.get(name) != now]
+    if different:
+        raise common.UsageError(
+            f"`--out` must be a new folder or a run with the same settings, got {str(path.parent)!r}, which has "
+            + "; ".join(different)
+        )
+    return content
+
+
+def identity_of(recipe: Recipe, weights: Path, chosen: tuple[data.Frame, ...]) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on from."""
+    names = "\n".join(frame.image.stem for frame in chosen)
+    return {
+        **asdict(recipe),
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        "frames": hashlib.sha256(names.encode()).hexdigest()[:16],
+    }
+
+
+def train(
+    recipe: Recipe, *, folder: Path, weights: Path, out: Path, device: torch.device, workers: int, validate_every: int
+) -> float:
+    """Trains, resuming what `out` holds; fits the exit heads, saves the run and returns the dense val mIoU.
+
+    Raises:
+        UsageError: if data or weights are missing or do not fit, or `out` holds another run.
+    """
+    chosen, held_out = (data.frames(folder, split, recipe.limit) for split in ("train", "val"))
+    model = new_model(weights, recipe.seed).to(device)
+    optimizer = new_optimizer(model, recipe)
+    steps = recipe.epochs * math.ceil(len(chosen) / recipe.batch)
+    training = Training(model, optimizer, new_scheduler(optimizer, recipe, steps))
+    identity, validation = identity_of(recipe, weights, chosen), data.Batches(held_out, recipe.batch)
+    saved = load_checkpoint(out / CHECKPOINT, identity)
+    history: list[dict[str, float]] = []
+    if saved is not None:
+        training.restore(saved["training"])
+        history = saved["history"]
+        print(f"resuming {out} after epoch {len(history)} of {recipe.epochs}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for epoch in range(len(history), recipe.epochs):
+        started = time.perf_counter()
+        batches = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=epoch, workers=workers)
+        bar = tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", leave=False, disable=None)
+        entry = {"loss": run_epoch(training, bar, recipe, device), "seconds": time.perf_counter() - started}
+        if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
+            entry["val_miou"] = dense_miou(model, validation, device)
+        history.append(entry)
+        save_checkpoint(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
+        print(_line(len(history), recipe.epochs, entry), flush=True)
+    return finish(model, recipe, chosen, out=out, device=device, history=history)
+
+
+def finish(
+    model: tet.ExitingModel,
+    recipe: Recipe,
+    chosen: tuple[data.Frame, ...],
+    *,
+    out: Path,
+    device: torch.device,
+    history: list[dict[str, float]],
+) -> float:
+    """Fits the exit heads to the final head on the train images, without labels, and saves the run."""
+    model.eval()
+    torch.manual_seed(recipe.seed)
+    report = tet.fit_exits(model, data.Images(data.Batches(chosen, recipe.batch), device), steps=recipe.fit_steps)
+    config = {"model_name": common.VIT, **common.vit_config(_PATCH, data.SIZE)}
+    about = runs.About(
+        host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
+        size=data.SIZE,
+    )  # fmt: skip
+    runs.save(out, model, about)
+    (out / "history.json").write_text(json.dumps({"recipe": asdict(recipe), "epochs": history}, indent=1) + "\n")
+    agreement = ", ".join(f"{block}: {100 * value:.1f} %" for block, value in report.agreement.items())
+    print(f"exit heads agree with the final head, by block: {agreement}")
+    print(f"dense val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
+    return history[-1]["val_miou"]
+
+
+def _line(epoch: int, epochs: int, entry: Mapping[str, float]) -> str:
+    parts = [f"epoch {epoch}/{epochs}", f"loss {entry['loss']:.4f}", f"{entry['seconds']:.0f} s"]
+    if "val_miou" in entry:
+        parts.append(f"dense val mIoU {100 * entry['val_miou']:.2f}")
+    return "  ".join(parts)
+
+
+def main() -> None:
+    """The command line."""
+    given = arguments()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    if given.validate_every < 1:
+        raise common.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
+    recipe = Recipe(
+        epochs=given.epochs, batch=given.batch, seed=given.seed, limit=given.limit, precision=given.precision,
+        fit_steps=given.fit_steps,
+    )  # fmt: skip
+    train(
+        recipe, folder=given.data, weights=given.weights, out=given.out, device=torch.device(given.device),
+        workers=given.workers, validate_every=given.validate_every,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    common.exit_with(main)

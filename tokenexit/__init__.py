@@ -1,0 +1,20 @@
+"""Tokens of a vision transformer leave when they are done. The framework-agnostic core.
+
+The functions take arrays of any library that follows the array API standard and return arrays of the same one.
+"""
+
+from tokenexit import cost, heads, ledger, manifest, policies, retention, schedule, scores, tokens
+from tokenexit.errors import TokenExitError
+
+__all__ = [
+    "TokenExitError",
+    "cost",
+    "heads",
+    "ledger",
+    "manifest",
+    "policies",
+    "retention",
+    "schedule",
+    "scores",
+    "tokens",
+]

@@ -1,0 +1,110 @@
+"""Plans of heads, which read class scores off single tokens.
+
+A plan is plain frozen data that every adapter builds in its own framework, so that heads fitted in one can be loaded
+in another. All of them take tokens as a block leaves them, `(..., width)`, and give `(..., classes)`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenexit.errors import require
+
+__all__ = ["FCN", "MLP", "HeadPlan", "Linear", "from_dict", "to_dict"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """LayerNorm and one linear layer."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """LayerNorm and two linear layers with a GELU between them: the library's default.
+
+    Attributes:
+        hidden: Channels between the layers; the width of the tokens if None.
+    """
+
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If `hidden` is neither None nor a whole number from 1 up.
+        """
+        if self.hidden is not None:
+            _require_size(self.hidden)
+
+
+@dataclass(frozen=True)
+class FCN:
+    """Two 1 x 1 convolutions with batch norm and ReLU between them: the auxiliary head of DToP and DoViT.
+
+    A 1 x 1 convolution is a linear layer on every token. In training the norm takes its statistics over all tokens.
+
+    Attributes:
+        hidden: Channels between the layers. Published: 256 (DoViT, 2023).
+    """
+
+    hidden: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If `hidden` is not a whole number from 1 up.
+        """
+        _require_size(self.hidden)
+
+
+HeadPlan = Linear | MLP | FCN
+"""Any of the plans."""
+
+_KINDS: dict[str, type[HeadPlan]] = {"linear": Linear, "mlp": MLP, "fcn": FCN}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def to_dict(plan: HeadPlan, /) -> dict[str, Any]:
+    """The plan as plain data, for JSON.
+
+    Args:
+        plan: One of the plans of this module.
+
+    Returns:
+        `{"kind": ..., field: value, ...}`.
+
+    Raises:
+        TokenExitError: If it is anything else.
+    """
+    require(type(plan) in _NAMES, "plan", f"be one of {', '.join(_KINDS)}", repr(plan))
+    return {"kind": _NAMES[type(plan)]} | dataclasses.asdict(plan)
+
+
+def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
+    """The plan that `to_dict` wrote down.
+
+    Args:
+        data: What `to_dict` returned, or its like read from a file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TokenExitError: If the kind is unknown, a field is missing or unknown, or a value is out of its range.
+    """
+    require(isinstance(data, Mapping), "plan", "be a mapping", repr(data))
+    kind = data.get("kind")
+    require(isinstance(kind, str) and kind in _KINDS, "kind", f"be one of {', '.join(_KINDS)}", repr(kind))
+    cls = _KINDS[str(kind)]
+    fields = sorted(field.name for field in dataclasses.fields(cls))
+    require(sorted(map(str, set(data) - {"kind"})) == fields, "plan", f"have the fields {fields} for kind {kind}",
+            sorted(map(str, data)))
+    return cls(**{name: data[name] for name in fields})
+
+
+def _require_size(value: object) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(ok, "hidden", "be a whole number from 1 up", repr(value))

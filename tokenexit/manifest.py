@@ -1,0 +1,107 @@
+"""What is written beside saved exit heads: the JSON that every adapter reads and writes.
+
+It holds plain data only. Names in it are looked up in closed registries, and unknown keys are refused.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tokenexit import heads
+from tokenexit.errors import TokenExitError, require
+from tokenexit.heads import HeadPlan
+from tokenexit.schedule import Schedule
+
+__all__ = ["Manifest", "from_json", "to_json"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a wrapped model is, its weights aside.
+
+    Attributes:
+        schedule: The plan in use.
+        after: The blocks that have an exit head.
+        plan: How the exit heads were built; None if they were given as modules.
+        own_head: Whether the final head was built along with them, and is saved with them.
+        classes: Class count.
+        width: Channels of a token.
+        depth: How many blocks the network has.
+    """
+
+    schedule: Schedule
+    after: tuple[int, ...]
+    plan: HeadPlan | None
+    own_head: bool
+    classes: int
+    width: int
+    depth: int
+
+
+def to_json(manifest: Manifest, /) -> str:
+    """The manifest as JSON.
+
+    Raises:
+        TokenExitError: If a policy of the schedule is not of this library.
+    """
+    data = {
+        "schema": SCHEMA,
+        "schedule": manifest.schedule.to_dict(),
+        "after": list(manifest.after),
+        "plan": None if manifest.plan is None else heads.to_dict(manifest.plan),
+        "own_head": manifest.own_head,
+        "classes": manifest.classes,
+        "width": manifest.width,
+        "depth": manifest.depth,
+    }
+    return json.dumps(data, indent=2) + "\n"
+
+
+def from_json(text: str, /) -> Manifest:
+    """The manifest that `to_json` wrote.
+
+    Args:
+        text: The JSON.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        TokenExitError: If it is not JSON, a key is missing or unknown, or a value is of the wrong type or range.
+    """
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TokenExitError(f"`text` must be JSON, got the error: {error}") from error
+    keys = {"schema", "schedule", "after", "plan", "own_head", "classes", "width", "depth"}
+    found = sorted(data) if isinstance(data, dict) else repr(data)
+    require(isinstance(data, dict) and set(data) == keys, "text", f"be an object with the keys {sorted(keys)}", found)
+    require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
+    for name in ("classes", "width", "depth"):
+        require(_is_count(data[name]), name, "be a whole number from 1 up", repr(data[name]))
+    after: Any = data["after"]
+    ok = isinstance(after, list) and all(_is_count(block) and block < data["depth"] for block in after)
+    require(ok, "after", f"be a list of blocks from 1 to {data['depth'] - 1}", repr(after))
+    require(after == sorted(set(after)), "after", "ascend", after)
+    require(isinstance(data["own_head"], bool), "own_head", "be true or false", repr(data["own_head"]))
+    try:
+        schedule = Schedule.from_dict(data["schedule"])
+    except RecursionError as error:
+        raise TokenExitError("`schedule` must not be nested so deeply, got a recursion error") from error
+    missing = sorted(set(schedule.after) - set(after))
+    require(not missing, "schedule", f"have exits only after blocks with a head, {after}", missing)
+    return Manifest(
+        schedule=schedule,
+        after=tuple(after),
+        plan=None if data["plan"] is None else heads.from_dict(data["plan"]),
+        own_head=data["own_head"],
+        classes=data["classes"],
+        width=data["width"],
+        depth=data["depth"],
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,471 @@
+"""Who leaves now: exit policies, small and composable.
+
+    policy = ConfidenceAbove(0.95).retaining(per_class=5)
+    leave = policy(Evidence(logits, image=image))
+
+A policy is a frozen dataclass; `&`, `|` and `.retaining` make policies of policies. Its thresholds are data, floats or
+arrays without axes, and `with_threshold` exchanges them. A policy of your own is a dataclass with one method:
+
+    @dataclass(frozen=True)
+    class CertainSky(Policy):
+        threshold: float
+
+        def leaves(self, evidence):
+            return (evidence.label == 0) & (evidence.confidence > self.threshold)
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+from jaxtyping import Bool, Float, Int
+
+from tokenexit import scores
+from tokenexit._array import Array, array_namespace, counting, take_or
+from tokenexit.errors import TokenExitError, require
+from tokenexit.retention import top_k_per_group
+
+__all__ = [
+    "ConfidenceAbove",
+    "EntropyBelow",
+    "Evidence",
+    "MarginAbove",
+    "NeighboursAgree",
+    "Policy",
+    "always",
+    "from_dict",
+    "never",
+    "to_dict",
+]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a policy may look at: the tokens that run at an exit point, in one row.
+
+    Attributes:
+        logits: Class scores of every token, from the head at this exit.
+        image: Image of every token; left out, all tokens are of one image.
+        images: How many images the batch has; needed by `NeighboursAgree`.
+        grid: Height and width of the patch grid; needed by `NeighboursAgree`.
+        position: Place of every token in the grid, row by row; needed by `NeighboursAgree`.
+        protected: Tokens that no policy lets leave, and that are nobody's neighbours: cls, registers, queries.
+        settled_label: Predicted class of the tokens that have left, at their place in the grid; -1 for the others.
+        settled_score: The confidence that they left with.
+    """
+
+    logits: Float[Array, "tokens classes"]
+    _: KW_ONLY
+    image: Int[Array, "tokens"] | None = None
+    images: int | None = None
+    grid: tuple[int, int] | None = None
+    position: Int[Array, "tokens"] | None = None
+    protected: Bool[Array, "tokens"] | None = None
+    settled_label: Int[Array, "images positions"] | None = None
+    settled_score: Float[Array, "images positions"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shapes.
+
+        Raises:
+            TokenExitError: If a field does not fit the logits, or the settled fields not the grid.
+        """
+        require(
+            self.logits.ndim == 2 and self.logits.shape[1] >= 1, "logits",
+            "have shape (tokens, classes) with at least one class", f"shape {tuple(self.logits.shape)}",
+        )
+        for name in ("image", "position", "protected"):
+            row = getattr(self, name)
+            require(
+                row is None or tuple(row.shape) == (self.logits.shape[0],), name,
+                f"have one entry for each of the {self.logits.shape[0]} tokens",
+                f"shape {None if row is None else tuple(row.shape)}",
+            )
+        for name in ("settled_label", "settled_score"):
+            settled = getattr(self, name)
+            if settled is not None:
+                require(
+                    self.grid is not None and tuple(settled.shape) == (self.images, self.grid[0] * self.grid[1]),
+                    name, f"have shape (images, positions) for images={self.images} and grid={self.grid}",
+                    f"shape {tuple(settled.shape)}",
+                )
+
+    @cached_property
+    def label(self) -> Int[Array, "tokens"]:
+        """Predicted class of every token."""
+        xp = array_namespace(self.logits)
+        return xp.argmax(self.logits, axis=-1)
+
+    @cached_property
+    def confidence(self) -> Float[Array, "tokens"]:
+        """Confidence of every token (`scores.confidence`)."""
+        return scores.confidence(self.logits)
+
+
+class Policy(ABC):
+    """Which tokens leave now. A subclass is a frozen dataclass with the method `leaves`."""
+
+    score: ClassVar[str | None] = None
+    """What `threshold` is compared with, for policies that have one."""
+
+    @abstractmethod
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """Which tokens this policy lets go, protected ones not yet excepted."""
+
+    def __call__(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """Which tokens leave now; protected tokens never do.
+
+        Args:
+            evidence: What is known at this exit point.
+
+        Returns:
+            True for every token that leaves.
+
+        Raises:
+            TokenExitError: If the evidence lacks something that the policy looks at.
+        """
+        leave = self.leaves(evidence)
+        return leave if evidence.protected is None else leave & ~evidence.protected
+
+    def __and__(self, other: "Policy") -> "Policy":
+        """A token leaves if both policies let it go."""
+        return _Both(self, other) if isinstance(other, Policy) else NotImplemented
+
+    def __or__(self, other: "Policy") -> "Policy":
+        """A token leaves if either policy lets it go."""
+        return _Either(self, other) if isinstance(other, Policy) else NotImplemented
+
+    def retaining(self, *, per_class: int) -> "Policy":
+        """Keep the most confident leavers of every predicted class (DToP, ICCV 2023, section 3.3).
+
+        Args:
+            per_class: How many tokens of each predicted class stay, per image, of those that could leave.
+
+        Returns:
+            This policy with that retention.
+
+        Raises:
+            TokenExitError: If `per_class` is negative.
+        """
+        return _Retaining(self, per_class)
+
+    def with_threshold(self, threshold: float | Array, /) -> Self:
+        """This policy with another threshold everywhere it has one.
+
+        Args:
+            threshold: The new threshold: a float or an array without axes.
+
+        Returns:
+            A policy of the same kind.
+
+        Raises:
+            TokenExitError: If the policy compares several scores, for which one number cannot serve.
+        """
+        kinds = sorted(_scores(self))
+        require(len(kinds) <= 1, "threshold", "be given for one kind of score at a time: build a new policy instead",
+                f"a policy on {' and '.join(kinds)}")
+        return _exchange(self, threshold)
+
+
+@dataclass(frozen=True)
+class _Threshold(Policy, ABC):
+    threshold: float | Float[Array, ""]
+
+    def __post_init__(self) -> None:
+        require(not isinstance(self.threshold, bool | str), "threshold", "be a number in [0, 1]", repr(self.threshold))
+        if isinstance(self.threshold, int | float):  # an array may be traced, so its value is not looked at
+            require(0 <= self.threshold <= 1, "threshold", "be in [0, 1]", self.threshold)
+
+
+@dataclass(frozen=True)
+class ConfidenceAbove(_Threshold):
+    """A token leaves if its confidence is strictly greater (DToP, ICCV 2023, section 3.2).
+
+    Attributes:
+        threshold: Softmax probability in [0, 1]. Published: 0.90 (ADE20K, ViT-B), 0.95 (ViT-L).
+    """
+
+    score: ClassVar[str | None] = "confidence"
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        return evidence.confidence > self.threshold
+
+
+@dataclass(frozen=True)
+class EntropyBelow(_Threshold):
+    """A token leaves if its normalised entropy is strictly lower (PAUMER, BMVC 2022, section 3).
+
+    Attributes:
+        threshold: Entropy divided by log(classes), in [0, 1].
+    """
+
+    score: ClassVar[str | None] = "entropy"
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        return scores.entropy(evidence.logits) < self.threshold
+
+
+@dataclass(frozen=True)
+class MarginAbove(_Threshold):
+    """A token leaves if its two best classes are strictly further apart.
+
+    Attributes:
+        threshold: Difference of softmax probabilities in [0, 1].
+    """
+
+    score: ClassVar[str | None] = "margin"
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        return scores.margin(evidence.logits) > self.threshold
+
+
+@dataclass(frozen=True)
+class NeighboursAgree(_Threshold):
+    """A token leaves if the grid around it predicts the same class, and is confident too.
+
+    New in this library. Early exits hurt at the boundaries of things; this rule lets only their interior go. Tokens
+    that have left count with the class and confidence they left with. A place of the grid about which nothing is
+    known counts against its neighbours; what lies beyond the edge of the grid does not.
+
+    Attributes:
+        threshold: Softmax probability in [0, 1] that the token and all its neighbours must exceed.
+        radius: The neighbourhood is the square of 2 radius + 1 places around the token; 0 is `ConfidenceAbove`.
+    """
+
+    score: ClassVar[str | None] = "confidence"
+    radius: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
+        """
+        super().__post_init__()
+        require(isinstance(self.radius, int) and self.radius >= 0, "radius", "be a whole number of at least 0",
+                self.radius)
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        confident = evidence.confidence > self.threshold
+        if self.radius == 0:
+            return confident
+        xp = array_namespace(evidence.logits)
+        # A vote is the class of a confident token, and -1 for any other.
+        votes = xp.where(confident, evidence.label, xp.full_like(evidence.label, -1))
+        key, grid = _on_grid(evidence, votes, self._settled_votes(evidence))
+        lowest, highest = _extent(grid, self.radius)
+        agreed = xp.reshape(lowest == highest, (-1,))
+        inside = key < agreed.shape[0]
+        unheard = xp.zeros_like(confident)
+        return confident & take_or(agreed, key, inside, unheard)
+
+    def _settled_votes(self, evidence: Evidence) -> Array | None:
+        if evidence.settled_label is None or evidence.settled_score is None:
+            return None
+        xp = array_namespace(evidence.settled_label)
+        confident = evidence.settled_score > self.threshold
+        return xp.where(confident, evidence.settled_label, xp.full_like(evidence.settled_label, -1))
+
+
+@dataclass(frozen=True)
+class _Never(Policy):
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        xp = array_namespace(evidence.logits)
+        return xp.zeros_like(evidence.label, dtype=xp.bool)
+
+
+@dataclass(frozen=True)
+class _Always(Policy):
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        xp = array_namespace(evidence.logits)
+        return xp.ones_like(evidence.label, dtype=xp.bool)
+
+
+@dataclass(frozen=True)
+class _Both(Policy):
+    left: Policy
+    right: Policy
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        return self.left(evidence) & self.right(evidence)
+
+
+@dataclass(frozen=True)
+class _Either(Policy):
+    left: Policy
+    right: Policy
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        return self.left(evidence) | self.right(evidence)
+
+
+@dataclass(frozen=True)
+class _Retaining(Policy):
+    policy: Policy
+    per_class: int
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.per_class, int) and self.per_class >= 0, "per_class",
+                "be a whole number of at least 0", self.per_class)
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        leave = self.policy(evidence)
+        group = evidence.label
+        if evidence.image is not None:
+            group = evidence.image * evidence.logits.shape[1] + group
+        return leave & ~top_k_per_group(leave, evidence.confidence, group, k=self.per_class)
+
+
+def never() -> Policy:
+    """Nothing leaves: with it, an exit point is not even evaluated."""
+    return _Never()
+
+
+def always() -> Policy:
+    """Everything leaves: the network is cut short here."""
+    return _Always()
+
+
+_KINDS: dict[str, type[Policy]] = {
+    "ConfidenceAbove": ConfidenceAbove,
+    "EntropyBelow": EntropyBelow,
+    "MarginAbove": MarginAbove,
+    "NeighboursAgree": NeighboursAgree,
+    "never": _Never,
+    "always": _Always,
+    "both": _Both,
+    "either": _Either,
+    "retaining": _Retaining,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def to_dict(policy: Policy, /) -> dict[str, Any]:
+    """The policy as plain data, for JSON.
+
+    Args:
+        policy: A policy of this library, thresholds included.
+
+    Returns:
+        `{"kind": ..., field: value, ...}`, nested for policies of policies.
+
+    Raises:
+        TokenExitError: If the policy, or one inside it, is not of this library.
+    """
+    require(type(policy) in _NAMES, "policy", f"be one of {', '.join(_KINDS)} to be written down", repr(policy))
+    return {"kind": _NAMES[type(policy)]} | {
+        field.name: _plain(getattr(policy, field.name)) for field in dataclasses.fields(policy)
+    }
+
+
+def from_dict(data: Mapping[str, Any], /) -> Policy:
+    """The policy that `to_dict` wrote down.
+
+    Args:
+        data: What `to_dict` returned, or its like read from a file.
+
+    Returns:
+        The policy.
+
+    Raises:
+        TokenExitError: If the kind is unknown, a field is missing or unknown, or a value is out of its range.
+    """
+    require(isinstance(data, Mapping), "policy", "be a mapping", repr(data))
+    kind = data.get("kind")
+    require(isinstance(kind, str) and kind in _KINDS, "kind", f"be one of {', '.join(_KINDS)}", repr(kind))
+    cls = _KINDS[str(kind)]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    require(set(data) - {"kind"} == set(fields), "policy", f"have the fields {sorted(fields)} for kind {kind}",
+            sorted(set(data) - {"kind"}))
+    values = {}
+    for name in fields:
+        value = data[name]
+        if name in ("left", "right", "policy"):
+            value = from_dict(value)
+        else:
+            require(isinstance(value, int | float) and not isinstance(value, bool), name, "be a number", repr(value))
+        values[name] = value
+    return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Policy):
+        return to_dict(value)
+    return value if isinstance(value, int) else float(value)
+
+
+def _scores(policy: Policy) -> set[str]:
+    inner = (getattr(policy, field.name) for field in dataclasses.fields(policy))  # pyright: ignore[reportArgumentType]
+    found = {policy.score} if policy.score else set[str]()
+    return found.union(*(_scores(value) for value in inner if isinstance(value, Policy)))
+
+
+def _exchange(policy: Any, threshold: float | Array) -> Any:
+    changes = {}
+    for field in dataclasses.fields(policy):
+        value = getattr(policy, field.name)
+        if field.name == "threshold":
+            changes[field.name] = threshold
+        elif isinstance(value, Policy):
+            changes[field.name] = _exchange(value, threshold)
+    return dataclasses.replace(policy, **changes)
+
+
+def _on_grid(evidence: Evidence, votes: Array, settled: Array | None) -> tuple[Array, Array]:
+    """Flat place of every token in the batch of grids, and the votes laid out as (images, height, width)."""
+    for name in ("image", "images", "grid", "position"):
+        if name == "image" and evidence.images == 1:
+            continue
+        if getattr(evidence, name) is None:
+            raise TokenExitError(f"`{name}` must be in the evidence for NeighboursAgree, got None")
+    assert evidence.grid is not None and evidence.images is not None
+    xp = array_namespace(votes)
+    positions = evidence.grid[0] * evidence.grid[1]
+    places = evidence.images * positions
+    key = evidence.position if evidence.image is None else evidence.image * positions + evidence.position
+    if evidence.protected is not None:
+        key = xp.where(evidence.protected, xp.full_like(key, places), key)
+    order = xp.argsort(key, stable=True)
+    place = counting(places, votes)
+    sorted_key = xp.take(key, order)
+    nearest = xp.searchsorted(sorted_key, place)
+    other = xp.full_like(place, -1) if settled is None else xp.reshape(settled, (places,))
+    if votes.shape[0] == 0:
+        return key, xp.reshape(other, (evidence.images, *evidence.grid))
+    nearest = xp.where(nearest < votes.shape[0], nearest, xp.zeros_like(nearest))
+    present = xp.take(sorted_key, nearest) == place
+    grid = take_or(votes, xp.take(order, nearest), present, other)
+    return key, xp.reshape(grid, (evidence.images, *evidence.grid))
+
+
+def _extent(grid: Array, radius: int) -> tuple[Array, Array]:
+    """Least and greatest value within `radius` of every place; beyond the edge there is nothing."""
+    xp = array_namespace(grid)
+    lowest, highest = grid, grid
+    for axis in (1, 2):
+        lowest = _over_window(xp.minimum, lowest, radius, axis)
+        highest = _over_window(xp.maximum, highest, radius, axis)
+    return lowest, highest
+
+
+def _over_window(combine: Any, grid: Array, radius: int, axis: int) -> Array:
+    xp = array_namespace(grid)
+    size = grid.shape[axis]
+
+    def part(start: int, stop: int) -> Array:
+        return grid[:, start:stop, :] if axis == 1 else grid[:, :, start:stop]
+
+    result = grid
+    for step in range(1, min(radius, size - 1) + 1):
+        # A place without a neighbour at this distance is its own neighbour, which changes neither extreme.
+        before = xp.concat([part(0, step), part(0, size - step)], axis=axis)
+        after = xp.concat([part(step, size), part(size - step, size)], axis=axis)
+        result = combine(result, combine(before, after))
+    return result

@@ -1,0 +1,85 @@
+"""How easy a token is, read off its class logits.
+
+Every score is computed in float32 whatever comes in: half precision turns a confidence of 0.951 into 0.949, and
+a logit of 70,000 into infinity. A logit that is NaN makes the score NaN, and a NaN score passes no threshold, so
+that a token about which nothing is known goes on computing.
+"""
+
+import math
+
+from jaxtyping import Float
+
+from tokenexit._array import Array, array_namespace, counting
+from tokenexit.errors import require
+
+__all__ = ["confidence", "entropy", "margin"]
+
+
+def confidence(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:
+    """Largest softmax probability: the score of DToP (ICCV 2023, section 3.2) and DoViT (2023, section 3.1).
+
+    Args:
+        logits: Class scores before softmax.
+
+    Returns:
+        Confidence in (0, 1], float32; 1 is certain.
+
+    Raises:
+        TokenExitError: If `logits` has no class axis or no classes.
+    """
+    xp = array_namespace(logits)
+    return 1 / xp.sum(xp.exp(_shifted(logits)), axis=-1)
+
+
+def entropy(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:
+    """Entropy of the softmax divided by log(classes): the score of PAUMER (BMVC 2022, section 3).
+
+    The division makes a threshold mean the same for 11 and for 150 classes.
+
+    Args:
+        logits: Class scores before softmax.
+
+    Returns:
+        Normalised entropy in [0, 1], float32; 0 is certain. With one class it is 0.
+
+    Raises:
+        TokenExitError: If `logits` has no class axis or no classes.
+    """
+    xp = array_namespace(logits)
+    shifted = _shifted(logits)
+    weight = xp.exp(shifted)
+    total = xp.sum(weight, axis=-1)
+    # x exp(x) tends to 0 as x falls: an impossible class (a logit of -inf) adds no entropy.
+    weighted = xp.where(weight == 0, xp.zeros_like(weight), weight * shifted)
+    nats = xp.log(total) - xp.sum(weighted, axis=-1) / total
+    nats = xp.where(nats < 0, xp.zeros_like(nats), nats)  # rounding; NaN is kept
+    classes = logits.shape[-1]
+    return nats / math.log(classes) if classes > 1 else nats
+
+
+def margin(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:
+    """Largest softmax probability less the second largest.
+
+    Args:
+        logits: Class scores before softmax.
+
+    Returns:
+        Margin in [0, 1], float32; 1 is certain. With one class it is 1.
+
+    Raises:
+        TokenExitError: If `logits` has no class axis or no classes.
+    """
+    xp = array_namespace(logits)
+    weight = xp.exp(_shifted(logits))
+    best = xp.argmax(weight, axis=-1, keepdims=True)
+    runner_up = xp.max(xp.where(counting(weight.shape[-1], weight) == best, xp.zeros_like(weight), weight), axis=-1)
+    return (xp.max(weight, axis=-1) - runner_up) / xp.sum(weight, axis=-1)
+
+
+def _shifted(logits: Array) -> Array:
+    """Logits in float32, less their maximum, so that no exponential overflows."""
+    xp = array_namespace(logits)
+    require(logits.ndim >= 1 and logits.shape[-1] >= 1, "logits", "have at least one class on its last axis",
+            f"shape {tuple(logits.shape)}")
+    logits = xp.astype(logits, xp.float32)
+    return logits - xp.max(logits, axis=-1, keepdims=True)
