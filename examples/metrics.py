@@ -8,16 +8,16 @@ from torch import Tensor
 def confusion_matrix(
     predicted: Int[Tensor, "*shape"], label: Int[Tensor, "*shape"], *, classes: int, ignore: int | None = None
 ) -> Int64[Tensor, "classes classes"]:
-    """Counts pixels by label (row) and prediction (column); matrices of batches add up to that of the data set.
+    """Count pixels by label (row) and prediction (column); matrices of batches add up to that of the data set.
 
     Args:
-        predicted: class of each pixel, 0 to classes - 1.
-        label: true class of each pixel, or `ignore`.
-        classes: number of classes.
-        ignore: label of the pixels that do not count.
+        predicted: Class of each pixel, 0 to classes - 1.
+        label: True class of each pixel, or `ignore`.
+        classes: Number of classes.
+        ignore: Label of the pixels that do not count.
 
     Raises:
-        ValueError: if the shapes differ, or a counted value is no class.
+        ValueError: If the shapes differ, or a counted value is no class.
     """
     if predicted.shape != label.shape:
         raise ValueError(f"`predicted` and `label` must have one shape, got {predicted.shape} and {label.shape}")

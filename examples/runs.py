@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokenexit_torch as tet
 from examples.camvid.common import import_timm
-from examples.scenes.vit import Config, PlainHost, PlainViT
+from examples.scenes.vit import Config, PlainHost, ViT
 from tokenexit import TokenExitError
 
 _ABOUT = "host.json"
@@ -100,7 +100,7 @@ def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
 
 
 def _plain(config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
-    vit = PlainViT(Config(**config))
+    vit = ViT(Config(**config))
     return PlainHost(vit), vit
 
 

@@ -52,8 +52,10 @@ class Cost:
             TokenExitError: If the blocks are not those of this cost, or an exit has no head.
         """
         require(
-            tokens_per_block.ndim == 2 and tokens_per_block.shape[1] == len(self.blocks), "tokens_per_block",
-            f"have shape (images, {len(self.blocks)})", f"shape {tuple(tokens_per_block.shape)}",
+            tokens_per_block.ndim == 2 and tokens_per_block.shape[1] == len(self.blocks),
+            "tokens_per_block",
+            f"have shape (images, {len(self.blocks)})",
+            f"shape {tuple(tokens_per_block.shape)}",
         )
         unknown = sorted(set(exits) - set(self.exit_heads))
         require(not unknown, "exits", f"be among the blocks with an exit head, {sorted(self.exit_heads)}", unknown)
@@ -84,7 +86,11 @@ def token_blocks(tokens_per_block: Int[Array, "images blocks"], /, *, slots: int
         TokenExitError: If there is no image, block or slot.
     """
     images, blocks = tokens_per_block.shape
-    require(images * blocks * slots > 0, "tokens_per_block", "have at least one image, block and slot",
-            f"shape {(images, blocks)} with slots={slots}")
+    require(
+        images * blocks * slots > 0,
+        "tokens_per_block",
+        "have at least one image, block and slot",
+        f"shape {(images, blocks)} with slots={slots}",
+    )
     xp = array_namespace(tokens_per_block)
     return int(xp.sum(tokens_per_block)) / (images * blocks * slots)

@@ -100,8 +100,12 @@ def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
     require(isinstance(kind, str) and kind in _KINDS, "kind", f"be one of {', '.join(_KINDS)}", repr(kind))
     cls = _KINDS[str(kind)]
     fields = sorted(field.name for field in dataclasses.fields(cls))
-    require(sorted(map(str, set(data) - {"kind"})) == fields, "plan", f"have the fields {fields} for kind {kind}",
-            sorted(map(str, data)))
+    require(
+        sorted(map(str, set(data) - {"kind"})) == fields,
+        "plan",
+        f"have the fields {fields} for kind {kind}",
+        sorted(map(str, data)),
+    )
     return cls(**{name: data[name] for name in fields})
 
 

@@ -59,7 +59,12 @@ def open_ledger(logits: Float[Array, "tokens classes"], packing: Packing, /) -> 
 
 
 def record(
-    ledger: Ledger, packing: Packing, leave: Bool[Array, "tokens"], logits: Float[Array, "tokens classes"], /, *,
+    ledger: Ledger,
+    packing: Packing,
+    leave: Bool[Array, "tokens"],
+    logits: Float[Array, "tokens classes"],
+    /,
+    *,
     depth: int,
 ) -> Ledger:
     """Settle the tokens that leave.
@@ -79,8 +84,10 @@ def record(
     """
     _require_logits(logits, packing)
     require(
-        tuple(leave.shape) == tuple(packing.index.shape), "leave",
-        f"have one entry for each of the {packing.index.shape[0]} tokens", f"shape {tuple(leave.shape)}",
+        tuple(leave.shape) == tuple(packing.index.shape),
+        "leave",
+        f"have one entry for each of the {packing.index.shape[0]} tokens",
+        f"shape {tuple(leave.shape)}",
     )
     xp = array_namespace(logits)
     slots = packing.images * packing.slots
@@ -101,6 +108,8 @@ def record(
 
 def _require_logits(logits: Array, packing: Packing) -> None:
     require(
-        logits.ndim == 2 and logits.shape[0] == packing.index.shape[0], "logits",
-        f"have shape (tokens, classes) with {packing.index.shape[0]} tokens", f"shape {tuple(logits.shape)}",
+        logits.ndim == 2 and logits.shape[0] == packing.index.shape[0],
+        "logits",
+        f"have shape (tokens, classes) with {packing.index.shape[0]} tokens",
+        f"shape {tuple(logits.shape)}",
     )

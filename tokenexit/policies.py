@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Self
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, counting, take_or
+from tokenexit._array import Array, array_namespace, device, take_or
+from tokenexit._grid import extremes, lay_out
 from tokenexit.errors import TokenExitError, require
 from tokenexit.retention import top_k_per_group
 
@@ -74,13 +75,16 @@ class Evidence:
             TokenExitError: If a field does not fit the logits, or the settled fields not the grid.
         """
         require(
-            self.logits.ndim == 2 and self.logits.shape[1] >= 1, "logits",
-            "have shape (tokens, classes) with at least one class", f"shape {tuple(self.logits.shape)}",
+            self.logits.ndim == 2 and self.logits.shape[1] >= 1,
+            "logits",
+            "have shape (tokens, classes) with at least one class",
+            f"shape {tuple(self.logits.shape)}",
         )
         for name in ("image", "position", "protected"):
             row = getattr(self, name)
             require(
-                row is None or tuple(row.shape) == (self.logits.shape[0],), name,
+                row is None or tuple(row.shape) == (self.logits.shape[0],),
+                name,
                 f"have one entry for each of the {self.logits.shape[0]} tokens",
                 f"shape {None if row is None else tuple(row.shape)}",
             )
@@ -89,7 +93,8 @@ class Evidence:
             if settled is not None:
                 require(
                     self.grid is not None and tuple(settled.shape) == (self.images, self.grid[0] * self.grid[1]),
-                    name, f"have shape (images, positions) for images={self.images} and grid={self.grid}",
+                    name,
+                    f"have shape (images, positions) for images={self.images} and grid={self.grid}",
                     f"shape {tuple(settled.shape)}",
                 )
 
@@ -105,6 +110,7 @@ class Evidence:
         return scores.confidence(self.logits)
 
 
+@dataclass(frozen=True)
 class Policy(ABC):
     """Which tokens leave now. A subclass is a frozen dataclass with the method `leaves`."""
 
@@ -165,8 +171,12 @@ class Policy(ABC):
             TokenExitError: If the policy compares several scores, for which one number cannot serve.
         """
         kinds = sorted(_scores(self))
-        require(len(kinds) <= 1, "threshold", "be given for one kind of score at a time: build a new policy instead",
-                f"a policy on {' and '.join(kinds)}")
+        require(
+            len(kinds) <= 1,
+            "threshold",
+            "be given for one kind of score at a time: build a new policy instead",
+            f"a policy on {' and '.join(kinds)}",
+        )
         return _exchange(self, threshold)
 
 
@@ -248,30 +258,40 @@ class NeighboursAgree(_Threshold):
             TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
         """
         super().__post_init__()
-        require(isinstance(self.radius, int) and self.radius >= 0, "radius", "be a whole number of at least 0",
-                self.radius)
+        require(
+            isinstance(self.radius, int) and self.radius >= 0, "radius", "be a whole number of at least 0", self.radius
+        )
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
         confident = evidence.confidence > self.threshold
         if self.radius == 0:
             return confident
+        if evidence.grid is None or evidence.images is None or evidence.position is None:
+            raise TokenExitError(
+                "`evidence` must have images, grid and position for NeighboursAgree, got "
+                f"images={evidence.images}, grid={evidence.grid}, position={evidence.position}"
+            )
         xp = array_namespace(evidence.logits)
-        # A vote is the class of a confident token, and -1 for any other.
-        votes = xp.where(confident, evidence.label, xp.full_like(evidence.label, -1))
-        key, grid = _on_grid(evidence, votes, self._settled_votes(evidence))
-        lowest, highest = _extent(grid, self.radius)
-        agreed = xp.reshape(lowest == highest, (-1,))
-        inside = key < agreed.shape[0]
-        unheard = xp.zeros_like(confident)
-        return confident & take_or(agreed, key, inside, unheard)
+        height, width = evidence.grid
+        places = evidence.images * height * width
+        place = evidence.position if evidence.image is None else evidence.image * height * width + evidence.position
+        if evidence.protected is not None:  # they are nowhere in the grid
+            place = xp.where(evidence.protected, xp.full_like(place, places), place)
+        votes = self._votes(evidence.label, confident)
+        absent = xp.full(places, -1, dtype=votes.dtype, device=device(votes))
+        if evidence.settled_label is not None and evidence.settled_score is not None:
+            absent = self._votes(evidence.settled_label, evidence.settled_score > self.threshold)
+        grid = xp.reshape(lay_out(votes, place, xp.reshape(absent, (places,))), (evidence.images, height, width))
+        lowest, highest = extremes(grid, radius=self.radius)
+        agreed = xp.reshape(lowest == highest, (places,))
+        return confident & take_or(agreed, place, place < places, xp.zeros_like(confident))
 
-    def _settled_votes(self, evidence: Evidence) -> Array | None:
-        if evidence.settled_label is None or evidence.settled_score is None:
-            return None
-        xp = array_namespace(evidence.settled_label)
-        confident = evidence.settled_score > self.threshold
-        return xp.where(confident, evidence.settled_label, xp.full_like(evidence.settled_label, -1))
+    @staticmethod
+    def _votes(label: Array, confident: Array) -> Array:
+        """The class of what is confident, and -1 for the rest, which agrees with nobody."""
+        xp = array_namespace(label)
+        return xp.where(confident, label, xp.full_like(label, -1))
 
 
 @dataclass(frozen=True)
@@ -312,8 +332,12 @@ class _Retaining(Policy):
     per_class: int
 
     def __post_init__(self) -> None:
-        require(isinstance(self.per_class, int) and self.per_class >= 0, "per_class",
-                "be a whole number of at least 0", self.per_class)
+        require(
+            isinstance(self.per_class, int) and self.per_class >= 0,
+            "per_class",
+            "be a whole number of at least 0",
+            self.per_class,
+        )
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         leave = self.policy(evidence)
@@ -382,8 +406,12 @@ def from_dict(data: Mapping[str, Any], /) -> Policy:
     require(isinstance(kind, str) and kind in _KINDS, "kind", f"be one of {', '.join(_KINDS)}", repr(kind))
     cls = _KINDS[str(kind)]
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    require(set(data) - {"kind"} == set(fields), "policy", f"have the fields {sorted(fields)} for kind {kind}",
-            sorted(set(data) - {"kind"}))
+    require(
+        set(data) - {"kind"} == set(fields),
+        "policy",
+        f"have the fields {sorted(fields)} for kind {kind}",
+        sorted(set(data) - {"kind"}),
+    )
     values = {}
     for name in fields:
         value = data[name]
@@ -402,7 +430,7 @@ def _plain(value: Any) -> Any:
 
 
 def _scores(policy: Policy) -> set[str]:
-    inner = (getattr(policy, field.name) for field in dataclasses.fields(policy))  # pyright: ignore[reportArgumentType]
+    inner = (getattr(policy, field.name) for field in dataclasses.fields(policy))
     found = {policy.score} if policy.score else set[str]()
     return found.union(*(_scores(value) for value in inner if isinstance(value, Policy)))
 
@@ -416,56 +444,3 @@ def _exchange(policy: Any, threshold: float | Array) -> Any:
         elif isinstance(value, Policy):
             changes[field.name] = _exchange(value, threshold)
     return dataclasses.replace(policy, **changes)
-
-
-def _on_grid(evidence: Evidence, votes: Array, settled: Array | None) -> tuple[Array, Array]:
-    """Flat place of every token in the batch of grids, and the votes laid out as (images, height, width)."""
-    for name in ("image", "images", "grid", "position"):
-        if name == "image" and evidence.images == 1:
-            continue
-        if getattr(evidence, name) is None:
-            raise TokenExitError(f"`{name}` must be in the evidence for NeighboursAgree, got None")
-    assert evidence.grid is not None and evidence.images is not None
-    xp = array_namespace(votes)
-    positions = evidence.grid[0] * evidence.grid[1]
-    places = evidence.images * positions
-    key = evidence.position if evidence.image is None else evidence.image * positions + evidence.position
-    if evidence.protected is not None:
-        key = xp.where(evidence.protected, xp.full_like(key, places), key)
-    order = xp.argsort(key, stable=True)
-    place = counting(places, votes)
-    sorted_key = xp.take(key, order)
-    nearest = xp.searchsorted(sorted_key, place)
-    other = xp.full_like(place, -1) if settled is None else xp.reshape(settled, (places,))
-    if votes.shape[0] == 0:
-        return key, xp.reshape(other, (evidence.images, *evidence.grid))
-    nearest = xp.where(nearest < votes.shape[0], nearest, xp.zeros_like(nearest))
-    present = xp.take(sorted_key, nearest) == place
-    grid = take_or(votes, xp.take(order, nearest), present, other)
-    return key, xp.reshape(grid, (evidence.images, *evidence.grid))
-
-
-def _extent(grid: Array, radius: int) -> tuple[Array, Array]:
-    """Least and greatest value within `radius` of every place; beyond the edge there is nothing."""
-    xp = array_namespace(grid)
-    lowest, highest = grid, grid
-    for axis in (1, 2):
-        lowest = _over_window(xp.minimum, lowest, radius, axis)
-        highest = _over_window(xp.maximum, highest, radius, axis)
-    return lowest, highest
-
-
-def _over_window(combine: Any, grid: Array, radius: int, axis: int) -> Array:
-    xp = array_namespace(grid)
-    size = grid.shape[axis]
-
-    def part(start: int, stop: int) -> Array:
-        return grid[:, start:stop, :] if axis == 1 else grid[:, :, start:stop]
-
-    result = grid
-    for step in range(1, min(radius, size - 1) + 1):
-        # A place without a neighbour at this distance is its own neighbour, which changes neither extreme.
-        before = xp.concat([part(0, step), part(0, size - step)], axis=axis)
-        after = xp.concat([part(step, size), part(size - step, size)], axis=axis)
-        result = combine(result, combine(before, after))
-    return result

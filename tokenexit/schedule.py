@@ -58,8 +58,12 @@ class Schedule:
             TokenExitError: If two exits share a block, or the exits are out of order.
         """
         require(all(isinstance(exit, Exit) for exit in self.exits), "exits", "be a tuple of Exit", repr(self.exits))
-        require(list(self.after) == sorted(set(self.after)), "exits", "come in strictly ascending order of `after`",
-                self.after)
+        require(
+            list(self.after) == sorted(set(self.after)),
+            "exits",
+            "come in strictly ascending order of `after`",
+            self.after,
+        )
 
     @property
     def after(self) -> tuple[int, ...]:
@@ -87,11 +91,14 @@ class Schedule:
             threshold = dict.fromkeys(self.after, threshold)
         unknown = sorted(set(threshold) - set(self.after))
         require(not unknown, "threshold", f"name blocks with an exit, {self.after}", unknown)
-        return Schedule(tuple(
-            dataclasses.replace(exit, policy=exit.policy.with_threshold(threshold[exit.after]))
-            if exit.after in threshold else exit
-            for exit in self.exits
-        ))
+        return Schedule(
+            tuple(
+                dataclasses.replace(exit, policy=exit.policy.with_threshold(threshold[exit.after]))
+                if exit.after in threshold
+                else exit
+                for exit in self.exits
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain data, for JSON.
@@ -204,8 +211,12 @@ def truncated(*, after: int) -> Schedule:
 
 
 def _require_block(after: Any) -> None:
-    require(isinstance(after, int) and not isinstance(after, bool) and after >= 1, "after",
-            "be a whole number of blocks from 1 up", repr(after))
+    require(
+        isinstance(after, int) and not isinstance(after, bool) and after >= 1,
+        "after",
+        "be a whole number of blocks from 1 up",
+        repr(after),
+    )
 
 
 def _require_keys(data: Any, argument: str, keys: set[str]) -> None:

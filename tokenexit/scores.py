@@ -79,7 +79,11 @@ def margin(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"
 def _shifted(logits: Array) -> Array:
     """Logits in float32, less their maximum, so that no exponential overflows."""
     xp = array_namespace(logits)
-    require(logits.ndim >= 1 and logits.shape[-1] >= 1, "logits", "have at least one class on its last axis",
-            f"shape {tuple(logits.shape)}")
+    require(
+        logits.ndim >= 1 and logits.shape[-1] >= 1,
+        "logits",
+        "have at least one class on its last axis",
+        f"shape {tuple(logits.shape)}",
+    )
     logits = xp.astype(logits, xp.float32)
     return logits - xp.max(logits, axis=-1, keepdims=True)

@@ -116,13 +116,17 @@ def scatter(
     """
     tokens = packing.index.shape[0]
     require(
-        row.ndim >= 1 and row.shape[0] == tokens, "row", f"hold {tokens} tokens on its first axis",
+        row.ndim >= 1 and row.shape[0] == tokens,
+        "row",
+        f"hold {tokens} tokens on its first axis",
         f"shape {tuple(row.shape)}",
     )
     _require_batch(into, "into", packing)
     require(
-        tuple(into.shape[2:]) == tuple(row.shape[1:]), "into",
-        f"end in the shape of one token, {tuple(row.shape[1:])}", f"shape {tuple(into.shape)}",
+        tuple(into.shape[2:]) == tuple(row.shape[1:]),
+        "into",
+        f"end in the shape of one token, {tuple(row.shape[1:])}",
+        f"shape {tuple(into.shape)}",
     )
     xp = array_namespace(row, into)
     slots = packing.images * packing.slots
@@ -153,6 +157,8 @@ def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, I
 
 def _require_batch(x: Array, argument: str, packing: Packing) -> None:
     require(
-        tuple(x.shape[:2]) == (packing.images, packing.slots), argument,
-        f"have {packing.images} images of {packing.slots} slots on its first axes", f"shape {tuple(x.shape)}",
+        tuple(x.shape[:2]) == (packing.images, packing.slots),
+        argument,
+        f"have {packing.images} images of {packing.slots} slots on its first axes",
+        f"shape {tuple(x.shape)}",
     )

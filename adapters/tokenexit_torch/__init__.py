@@ -1,11 +1,11 @@
 """Early exit of tokens on PyTorch models.
 
-    import timm, tokenexit_torch as tet
-    from tokenexit import schedule
+import timm, tokenexit_torch as tet
+from tokenexit import schedule
 
-    vit = timm.create_model("vit_base_patch16_224", img_size=512, num_classes=0)
-    model = tet.wrap(vit, schedule.neighbours(), num_classes=19)
-    out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
+vit = timm.create_model("vit_base_patch16_224", img_size=512, num_classes=0)
+model = tet.wrap(vit, schedule.neighbours(), num_classes=19)
+out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image

@@ -69,9 +69,8 @@ class _PerImage(TorchFunctionMode):
             raise TokenExitError("`attn_mask` must be absent in a packed row, got a mask or is_causal=True")
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != self._total:
-                raise TokenExitError(
-                    f"`{name}` must have shape (1, heads, {self._total}, width) in a packed row, got {tuple(tensor.shape)}"
-                )
+                rule = f"have shape (1, heads, {self._total}, width) in a packed row"
+                raise TokenExitError(f"`{name}` must {rule}, got {tuple(tensor.shape)}")
         options["dropout_p"] = dropout_p
         if len(self._runs) == 1 and self._runs[0][0] == 1:
             return functional.scaled_dot_product_attention(query, key, value, **options)
@@ -79,11 +78,11 @@ class _PerImage(TorchFunctionMode):
         start = 0
         for images, length in self._runs:
             stop = start + images * length
-            parts = (
-                rearrange(tensor[0, :, start:stop], "heads (images tokens) width -> images heads tokens width", images=images)
-                for tensor in (query, key, value)
+            part = (tensor[0, :, start:stop] for tensor in (query, key, value))
+            q, k, v = (
+                rearrange(x, "heads (images tokens) width -> images heads tokens width", images=images) for x in part
             )
-            attended = functional.scaled_dot_product_attention(*parts, **options)
+            attended = functional.scaled_dot_product_attention(q, k, v, **options)
             results.append(rearrange(attended, "images heads tokens width -> heads (images tokens) width"))
             start = stop
         return torch.cat(results, dim=1)[None]

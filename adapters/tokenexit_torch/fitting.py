@@ -43,7 +43,7 @@ def fit_exits(
     /,
     *,
     steps: int = 1200,
-    patches_per_step: int = 8192,
+    patches_per_step: int = 4096,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.01,
     generator: torch.Generator | None = None,

@@ -100,7 +100,7 @@ class TimmViT:
         tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         return Embedded(tokens, vit.num_prefix_tokens, tuple(vit.patch_embed.dynamic_feat_size(images.shape[-2:])))
 
-    def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
+    def run(self, index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
         return self._vit.blocks[index](tokens)
 
@@ -131,9 +131,7 @@ def host_of(model: object, /) -> Host:
             return TimmViT(model)
     elif isinstance(model, Host):
         return model
-    raise TokenExitError(
-        f"`model` must be a timm VisionTransformer or follow tokenexit_torch.Host, got {_name(model)}"
-    )
+    raise TokenExitError(f"`model` must be a timm VisionTransformer or follow tokenexit_torch.Host, got {_name(model)}")
 
 
 def _name(model: object) -> str:

@@ -65,8 +65,14 @@ class ExitingModel(nn.Module):
     """
 
     def __init__(
-        self, host: Host, schedule: Schedule, head: nn.Module, exit_heads: Mapping[int, nn.Module], classes: int,
-        head_plan: HeadPlan | None, own_head: bool,
+        self,
+        host: Host,
+        schedule: Schedule,
+        head: nn.Module,
+        exit_heads: Mapping[int, nn.Module],
+        classes: int,
+        head_plan: HeadPlan | None,
+        own_head: bool,
     ) -> None:
         super().__init__()
         self.host = host
@@ -89,7 +95,11 @@ class ExitingModel(nn.Module):
         return self._schedule
 
     def retune(
-        self, schedule: Schedule | None = None, /, *, threshold: float | Tensor | Mapping[int, float | Tensor] | None = None
+        self,
+        schedule: Schedule | None = None,
+        /,
+        *,
+        threshold: float | Tensor | Mapping[int, float | Tensor] | None = None,
     ) -> None:
         """Exchange the plan or its thresholds; the weights stay as they are.
 
@@ -141,8 +151,9 @@ class ExitingModel(nn.Module):
         heads = [*self.exit_heads.values(), self.head]
         height, width = embedded.grid
         return {
-            after: rearrange(head(rows), "images (height width) classes -> images classes height width",
-                             height=height, width=width)
+            after: rearrange(
+                head(rows), "images (height width) classes -> images classes height width", height=height, width=width
+            )
             for (after, rows), head in zip(patches.items(), heads, strict=True)
         }
 
@@ -207,7 +218,9 @@ class ExitingModel(nn.Module):
     def _checked(self, schedule: Schedule) -> Schedule:
         require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
         late = [after for after in schedule.after if after >= self.depth]
-        require(not late, "schedule", f"have exits after blocks 1 to {self.depth - 1} only, for {self.depth} blocks", late)
+        require(
+            not late, "schedule", f"have exits after blocks 1 to {self.depth - 1} only, for {self.depth} blocks", late
+        )
         headless = [after for after in schedule.after if str(after) not in self.exit_heads]
         present = [int(after) for after in self.exit_heads]
         require(not headless, "schedule", f"have exits only after blocks with an exit head, {present}", headless)
@@ -217,13 +230,19 @@ class ExitingModel(nn.Module):
         require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
         channels = self.host.image_shape[0]
         require(
-            images.ndim == 4 and images.shape[1] == channels, "images", f"have shape (images, {channels}, height, width)",
+            images.ndim == 4 and images.shape[1] == channels,
+            "images",
+            f"have shape (images, {channels}, height, width)",
             f"shape {tuple(images.shape)}",
         )
         weight = next(self.model.parameters())
-        require(images.device == weight.device, "images", f"be on the device of the model, {weight.device}", images.device)
+        require(
+            images.device == weight.device, "images", f"be on the device of the model, {weight.device}", images.device
+        )
         cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
-        require(cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype)
+        require(
+            cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
+        )
         return self.host.embed(images)
 
 

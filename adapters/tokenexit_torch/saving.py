@@ -72,25 +72,29 @@ def load(
         plan = manifest.from_json((folder / _PLAN).read_text(encoding="utf-8"))
     except (TokenExitError, UnicodeDecodeError) as error:
         raise TokenExitError(f"`folder` must hold a valid {_PLAN}, got {folder / _PLAN}: {error}") from error
-    require((head is None) == plan.own_head, "head", "be given exactly if the exits were saved without a final head",
-            "None" if head is None else type(head).__name__)
-    require((exit_heads is None) == (plan.plan is not None), "exit_heads",
-            "be given exactly if the exits were saved with modules of your own",
-            "None" if exit_heads is None else sorted(exit_heads))
-    require(exit_heads is None or sorted(exit_heads) == list(plan.after), "exit_heads",
-            f"have a module after each of the blocks {plan.after}", None if exit_heads is None else sorted(exit_heads))
-    wrapped = wrap(
-        model,
-        dense(after=plan.after),
-        head=head,
-        num_classes=plan.classes if head is None else None,
-        exit_heads=exit_heads if plan.plan is None else plan.plan,
+    require(
+        (head is None) == plan.own_head,
+        "head",
+        "be given exactly if the exits were saved without a final head",
+        "None" if head is None else type(head).__name__,
     )
+    chosen = plan.plan if exit_heads is None else exit_heads
+    if chosen is None:
+        raise TokenExitError("`exit_heads` must be given if the exits were saved with modules of your own, got None")
+    if exit_heads is not None:
+        require(plan.plan is None, "exit_heads", "be left out if a plan was saved", plan.plan)
+        require(sorted(exit_heads) == list(plan.after), "exit_heads", f"follow the blocks {plan.after}", [*exit_heads])
+    classes = plan.classes if head is None else None
+    wrapped = wrap(model, dense(after=plan.after), head=head, num_classes=classes, exit_heads=chosen)
     wrapped.retune(plan.schedule)
     found = _manifest(wrapped)
     for name in ("width", "depth", "classes"):
-        require(getattr(found, name) == getattr(plan, name), "model",
-                f"have {name} {getattr(plan, name)}, as the saved exits", getattr(found, name))
+        require(
+            getattr(found, name) == getattr(plan, name),
+            "model",
+            f"have {name} {getattr(plan, name)}, as the saved exits",
+            getattr(found, name),
+        )
     _load_weights(_saved(wrapped), folder / _WEIGHTS)
     return wrapped
 
@@ -121,7 +125,11 @@ def _load_weights(modules: nn.ModuleDict, file: Path) -> None:
     wanted = {name: tuple(value.shape) for name, value in modules.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in weights.items()}
     differing = {name: (wanted.get(name), got.get(name)) for name in wanted | got if wanted.get(name) != got.get(name)}
-    require(not differing, "folder", f"hold weights of the heads in {_PLAN}",
-            ", ".join(f"{name}: {have} instead of {want}" for name, (want, have) in differing.items()))
+    require(
+        not differing,
+        "folder",
+        f"hold weights of the heads in {_PLAN}",
+        ", ".join(f"{name}: {have} instead of {want}" for name, (want, have) in differing.items()),
+    )
     with torch.no_grad():
         modules.load_state_dict(weights)

@@ -52,7 +52,9 @@ def wrap(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     host = _unwrapped_host(model)
     require(
-        (head is None) != (num_classes is None), "head", "be given, or `num_classes`, and not both",
+        (head is None) != (num_classes is None),
+        "head",
+        "be given, or `num_classes`, and not both",
         f"head={'None' if head is None else type(head).__name__} and num_classes={num_classes}",
     )
     like = next(host.module.parameters())
@@ -61,7 +63,9 @@ def wrap(
     else:
         plan, given = exit_heads, {}
     if head is None:
-        require(isinstance(num_classes, int) and num_classes >= 1, "num_classes", "be a whole number from 1 up", num_classes)
+        require(
+            isinstance(num_classes, int) and num_classes >= 1, "num_classes", "be a whole number from 1 up", num_classes
+        )
         assert num_classes is not None
         final = build(plan or MLP(), width=host.width, classes=num_classes).to(like)
     else:
@@ -93,9 +97,15 @@ def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int
         try:
             together, alone = head(probe), head(probe[1:2])
         except (RuntimeError, ValueError, TypeError) as error:
-            raise TokenExitError(f"`{argument}` must take tokens of shape (tokens, {width}), got the error: {error}") from error
-    require(isinstance(together, Tensor) and together.ndim == 2 and together.shape[0] == 3, argument,
-            "turn tokens (3, width) into logits (3, classes)", getattr(together, "shape", type(together).__name__))
+            raise TokenExitError(
+                f"`{argument}` must take tokens of shape (tokens, {width}), got the error: {error}"
+            ) from error
+    require(
+        isinstance(together, Tensor) and together.ndim == 2 and together.shape[0] == 3,
+        argument,
+        "turn tokens (3, width) into logits (3, classes)",
+        getattr(together, "shape", type(together).__name__),
+    )
     require(_close(together[1:2], alone), argument, "treat each token by itself", "logits that depend on other tokens")
     return together.shape[1]
 
@@ -111,10 +121,18 @@ def _check(host: Host, like: Tensor) -> None:
         count, slots, width = embedded.tokens.shape
         height, across = embedded.grid
         require(width == host.width, "model.width", f"be the {width} channels of its tokens", host.width)
-        require(slots == embedded.prefix + height * across, "model.embed",
-                f"give {embedded.prefix} prefix tokens and a grid of {height} x {across}", f"{slots} tokens")
-        require(tuple(dense.shape) == (count, slots, width), "model.dense", f"give tokens of shape {(count, slots, width)}",
-                f"shape {tuple(dense.shape)}")
+        require(
+            slots == embedded.prefix + height * across,
+            "model.embed",
+            f"give {embedded.prefix} prefix tokens and a grid of {height} x {across}",
+            f"{slots} tokens",
+        )
+        require(
+            tuple(dense.shape) == (count, slots, width),
+            "model.dense",
+            f"give tokens of shape {(count, slots, width)}",
+            f"shape {tuple(dense.shape)}",
+        )
         row = rearrange(embedded.tokens, "images slots width -> 1 (images slots) width")
         positions = embedded.positions
         if positions is not None:
@@ -122,12 +140,20 @@ def _check(host: Host, like: Tensor) -> None:
         for index in range(len(host.blocks)):
             with attending_per_image([slots] * count) as attention:
                 row = host.run(index, row, positions)
-            require(attention.calls == 1, f"model.blocks[{index}]",
-                    "call torch.nn.functional.scaled_dot_product_attention once", f"{attention.calls} calls")
+            require(
+                attention.calls == 1,
+                f"model.blocks[{index}]",
+                "call torch.nn.functional.scaled_dot_product_attention once",
+                f"{attention.calls} calls",
+            )
         packed = rearrange(host.finish(row), "1 (images slots) width -> images slots width", images=count)
         gap = (packed.float() - dense.float()).abs().max().item()
-        require(_close(packed, dense), "model", "give the same tokens packed as in its own dense forward",
-                f"a difference of {gap:.3g}")
+        require(
+            _close(packed, dense),
+            "model",
+            "give the same tokens packed as in its own dense forward",
+            f"a difference of {gap:.3g}",
+        )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

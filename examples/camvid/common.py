@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from tokenexit import TokenExitError
 
 VIT = "vit_tiny_patch16_224"
+progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, nothing in a log file
 _UNUSED = ("norm.", "head.", "heads.")
 _TORCHVISION_OPERATORS = ("nms", "qnms")
 
@@ -25,10 +29,10 @@ class UsageError(ValueError):
 
 
 def exit_with(main: Callable[[], None]) -> None:
-    """Runs a script's `main`, turning usage errors and Ctrl-C into one line and an exit status."""
+    """Run a script's `main`, turning usage errors and Ctrl-C into one line and an exit status."""
     try:
         main()
-    except UsageError as error:
+    except (UsageError, TokenExitError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
@@ -47,7 +51,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def import_timm() -> ModuleType:
-    """Imports timm, also beside a torchvision wheel whose operators do not fit the installed torch.
+    """Import timm, also beside a torchvision wheel whose operators do not fit the installed torch.
 
     timm needs only torchvision's Python side, whose import fails where the wheel's operators could not be loaded;
     declaring the two it asks for is then enough. A torchvision that works is left alone.
@@ -65,7 +69,7 @@ def import_timm() -> ModuleType:
 
 @functools.cache
 def _declare_torchvision_operators() -> torch.library.Library:
-    """Declares what is not there yet; cached, as a declaration lives no longer than its library object."""
+    """Declare what is not there yet; cached, as a declaration lives no longer than its library object."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in _TORCHVISION_OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
@@ -77,8 +81,8 @@ def vit_config(patch: int, size: tuple[int, int]) -> dict[str, Any]:
     """The arguments of `timm.create_model` for a ViT-Tiny that hands its tokens to heads with a norm of their own.
 
     Args:
-        patch: patch size in pixels.
-        size: image height and width in pixels.
+        patch: Patch size in pixels.
+        size: Image height and width in pixels.
     """
     return {"patch_size": patch, "img_size": list(size), "num_classes": 0, "final_norm": False}
 
@@ -89,14 +93,14 @@ def build_vit(patch: int, size: tuple[int, int]) -> nn.Module:
 
 
 def read_npz(path: Path, *, argument: str) -> dict[str, Tensor]:
-    """Reads named arrays as float32 tensors; never unpickles.
+    """Read named arrays as float32 tensors; never unpickles.
 
     Args:
-        path: a `.npz` file with timm's key names.
-        argument: the command-line argument that gave `path`, for the error message.
+        path: A `.npz` file with timm's key names.
+        argument: The command-line argument that gave `path`, for the error message.
 
     Raises:
-        UsageError: if the file is missing or is not an archive of plain arrays.
+        UsageError: If the file is missing or is not an archive of plain arrays.
     """
     if not path.is_file():
         raise UsageError(f"`{argument}` must be an existing .npz file, got {str(path)!r}")
@@ -108,12 +112,12 @@ def read_npz(path: Path, *, argument: str) -> dict[str, Tensor]:
 
 
 def load_backbone(vit: nn.Module, weights: Mapping[str, Tensor], *, argument: str) -> None:
-    """Copies timm-named weights into `vit`, strictly: every tensor of the model, with its shape, and nothing unknown.
+    """Copy timm-named weights into `vit`, strictly: every tensor of the model, with its shape, and nothing unknown.
 
     The file's final norm and heads (`norm.*`, `head.*`, `heads.*`) are not part of such a backbone and are passed over.
 
     Raises:
-        UsageError: naming the keys that are missing or unknown, or the first shape that does not fit.
+        UsageError: Naming the keys that are missing or unknown, or the first shape that does not fit.
     """
     own = vit.state_dict()
     given = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
@@ -135,7 +139,7 @@ def pretrained_vit(path: Path, patch: int, size: tuple[int, int]) -> nn.Module:
     """A ViT-Tiny for images of `size` from ImageNet weights on a square grid, position embedding resampled.
 
     Raises:
-        UsageError: as for `read_npz` and `load_backbone`.
+        UsageError: As for `read_npz` and `load_backbone`.
     """
     vit = build_vit(patch, size)
     weights = read_npz(path, argument="--weights")
@@ -158,7 +162,7 @@ def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int,
     The patch size is read off the file's patch embedding.
 
     Raises:
-        UsageError: as for `read_npz` and `load_backbone`, or if the heads are absent or incomplete.
+        UsageError: As for `read_npz` and `load_backbone`, or if the heads are absent or incomplete.
     """
     weights = read_npz(path, argument="--init")
     kernel = weights.get("patch_embed.proj.weight")

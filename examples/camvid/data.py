@@ -55,12 +55,12 @@ def frames(folder: Path, split: str, limit: int | None = None) -> tuple[Frame, .
     The lists name the original `.png` images; `.jpg` images of the same stem are found as well.
 
     Args:
-        folder: holds `train.txt`, `train/`, `trainannot/` and the same for `val` and `test`.
-        split: one of `SPLITS`.
-        limit: keep this many frames, spread evenly over the split; all by default.
+        folder: Holds `train.txt`, `train/`, `trainannot/` and the same for `val` and `test`.
+        split: One of `SPLITS`.
+        limit: Keep this many frames, spread evenly over the split; all by default.
 
     Raises:
-        UsageError: if the split is unknown, or a folder, list or file is missing.
+        UsageError: If the split is unknown, or a folder, list or file is missing.
     """
     if split not in SPLITS:
         raise UsageError(f"`split` must be one of {SPLITS}, got {split!r}")
@@ -98,10 +98,10 @@ def _found(folder: Path) -> str:
 
 
 def read(frame: Frame) -> tuple[Image.Image, Image.Image]:
-    """Reads a frame's image (RGB) and label (one byte a pixel, classes 0 to 10 and `IGNORE`), 360 x 480 pixels.
+    """Read a frame's image (RGB) and label (one byte a pixel, classes 0 to 10 and `IGNORE`), 360 x 480 pixels.
 
     Raises:
-        UsageError: if a file has another size, or the label another mode or other values.
+        UsageError: If a file has another size, or the label another mode or other values.
     """
     image, label = Image.open(frame.image).convert("RGB"), Image.open(frame.label)
     for path, picture in ((frame.image, image), (frame.label, label)):
@@ -116,7 +116,7 @@ def read(frame: Frame) -> tuple[Image.Image, Image.Image]:
 
 
 def normalised(image: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "3 height width"]:
-    """Colours in 0 to 255 to channels with ImageNet's mean and deviation."""
+    """Turn colours from 0 to 255 into channels with ImageNet's mean and deviation."""
     scaled = (image.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
@@ -133,8 +133,8 @@ def training_pair(
     """A frame at a random scale, place, side and colour; what the frame does not cover is ignored.
 
     Args:
-        frame: what to read.
-        generator: the only source of randomness.
+        frame: What to read.
+        generator: The only source of randomness.
     """
     image, label = read(frame)
     scale = generator.uniform(*_SCALES)

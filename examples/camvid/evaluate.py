@@ -9,6 +9,7 @@ Results are written as they come. Stop it at any time: the same command measures
 import argparse
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,13 +20,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common, data, report, timing
 from tokenexit import cost, schedule
+from tokenexit.heads import MLP
 
 _DTOP_THRESHOLDS = (0.8, 0.9, 0.95, 0.98)
 _NEIGHBOUR_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
@@ -141,25 +142,6 @@ def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
     return dict(_FINE if fine else _COARSE)
 
 
-def load_init(path: Path, fit_after: Collection[int] | None) -> tet.ExitingModel:
-    """A ready model with the file's exit heads, or with new ones that are still to be fitted.
-
-    Raises:
-        UsageError: If the file is missing or does not fit, or lacks the final head.
-    """
-    vit, heads = common.ready_model(path, data.SIZE)
-    depth = len(vit.blocks)
-    if depth not in heads:
-        raise common.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
-    final = heads.pop(depth)
-    exits: Mapping[int, torch.nn.Module] = heads
-    if fit_after is not None:
-        torch.manual_seed(0)
-        width, classes = final[1].in_features, final[-1].out_features
-        exits = {block: common.mlp_head(width, _FIT_HIDDEN, classes) for block in sorted(fit_after)}
-    return tet.wrap(vit, schedule.dense(after=sorted(exits)), head=final, exit_heads=exits)
-
-
 @torch.inference_mode()
 def accuracy(
     model: tet.ExitingModel, plan: schedule.Schedule, batches: data.Batches,
@@ -182,7 +164,7 @@ def accuracy(
     confusion: dict[str, Tensor] = {}
     predictions, tokens, multiply_adds = [], [], []
     ordered = iter(batches.frames)
-    for images, labels in tqdm(batches, desc=description, leave=False, disable=None):
+    for images, labels in common.progress(batches, desc=description):
         out = model(images.to(device), schedule=plan)
         predicted = out.upsample(data.SIZE).argmax(1).cpu()
         for one, label, frame in zip(predicted, labels, ordered):  # noqa: B905 - frames go on with the next batch
@@ -240,6 +222,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": "float32",
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
     }
 
 
@@ -253,6 +236,8 @@ def _version(name: str) -> str:
 def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[str, Any]:
     """What accuracy depends on: results of other inputs do not belong into the same file."""
     source = given.run or given.init
+    if not source.exists():
+        raise common.UsageError(f"`--{'run' if given.run else 'init'}` must exist, got {str(source)!r}")
     return {
         "model": source.name,
         "sha256": _digest(source),
@@ -268,8 +253,6 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
 def _digest(source: Path) -> str:
     """Of a ready model's file, or of the weights and plans of a run folder."""
     parts = [source] if source.is_file() else sorted(source.rglob("*.safetensors")) + sorted(source.rglob("*.json"))
-    if not parts:
-        raise common.UsageError(f"`--run`, `--init` must name an existing run folder or .npz file, got {str(source)!r}")
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
@@ -302,23 +285,40 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingModel:
-    """The model to measure; exit heads are fitted once, and kept beside the results for when these are gone on with."""
+    """The model to measure: a run, or a ready model with the file's exit heads or with fitted ones.
+
+    Raises:
+        UsageError: If a file is missing or does not fit.
+    """
     if given.run is not None:
-        model, _ = runs.load(given.run)
-        return model.eval().to(given.device)
-    model = load_init(given.init, given.fit_after).eval().to(given.device)
+        return runs.load(given.run)[0]
+    vit, heads = common.ready_model(given.init, data.SIZE)
+    depth = len(vit.blocks)
+    if depth not in heads:
+        raise common.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
+    final = heads.pop(depth)
     if given.fit_after is None:
-        return model
-    kept = given.json.with_suffix(".heads.pt")
-    if results["fit"] is not None and kept.is_file():
-        model.exit_heads.load_state_dict(torch.load(kept, map_location=given.device, weights_only=True))
-        return model
+        return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
+    return fitted_model(vit, final, given, results)
+
+
+def fitted_model(
+    vit: nn.Module, final: nn.Module, given: argparse.Namespace, results: dict[str, Any]
+) -> tet.ExitingModel:
+    """Fit new exit heads on train images without labels; they are kept beside the results, for when these go on."""
+    kept = given.json.with_suffix(".exits")
+    if results["fit"] is not None and kept.is_dir():
+        return tet.load(kept, vit, head=final)
+    torch.manual_seed(0)
+    after = sorted(set(given.fit_after))
+    model = tet.wrap(vit, schedule.dense(after=after), head=final, exit_heads=MLP(hidden=_FIT_HIDDEN))
+    model.eval().to(given.device)
     frames = data.frames(given.data, "train", given.fit_images)
     images = data.Images(data.Batches(frames, given.accuracy_batch), torch.device(given.device))
-    fitted = tet.fit_exits(model, images, steps=given.fit_steps)
-    with common.replacing(kept) as file:
-        torch.save(model.exit_heads.state_dict(), file)
-    results["fit"] = {"images": len(frames), "agreement_on_train": {str(b): a for b, a in fitted.agreement.items()}}
+    fit = tet.fit_exits(model, images, steps=given.fit_steps, progress=common.progress)
+    tet.save(model, kept)
+    agreement = {str(block): value for block, value in fit.agreement.items()}
+    results["fit"] = {"images": len(frames), "hidden": _FIT_HIDDEN, "agreement_on_train": agreement}
     write_results(given.json, results)
     return model
 
@@ -332,7 +332,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     frames = data.frames(given.data, given.split, given.limit)
     results = open_results(given.json, inputs(given, frames))
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    model = model_of(given, results)
+    model = model_of(given, results).eval().to(given.device)
     heads, patches = [int(block) for block in model.exit_heads], patch_tokens(model)
     chosen = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches))
     results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
@@ -363,7 +363,7 @@ def measure_accuracy(
     dense, others = chosen[0], [setting for setting in pending if setting.kind != "dense"]
     figures, reference = accuracy(model, dense.plan, batches, None, device, description=dense.name)
     _keep(results, dense, figures, given.json)
-    for setting in tqdm(others, desc="settings", leave=False, disable=None):
+    for setting in common.progress(others, desc="settings"):
         figures, _ = accuracy(model, setting.plan, batches, reference, device, description=setting.name)
         _keep(results, setting, figures, given.json)
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
+
+from examples.camvid import common
 
 
 def interleaved(
@@ -29,7 +30,7 @@ def interleaved(
         run(batches[0])
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     title = f"timing, batch {len(batches[0])}"
-    with tqdm(total=rounds * len(candidates), desc=title, leave=False, disable=None) as bar:
+    with common.progress(total=rounds * len(candidates), desc=title) as bar:
         for turn in range(rounds):
             # A new order every round: nobody always runs after the same neighbour's caches and heat.
             for name in random.Random(turn).sample(list(candidates), len(candidates)):

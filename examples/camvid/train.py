@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common, data
-from tokenexit import heads, schedule
+from tokenexit import schedule
+from tokenexit.heads import MLP
 
 CHECKPOINT = "checkpoint.pt"
 _AFTER = (4, 6, 8, 10)
-_HEADS = heads.MLP(hidden=384)
+_HEADS = MLP(hidden=384)
 _PATCH = 16
 
 
@@ -56,7 +56,7 @@ class Recipe:
 
 
 def arguments() -> argparse.Namespace:
-    """Parses the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.camvid.train", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
     parser.add_argument("--weights", type=Path, required=True, help="DeiT-Tiny, a .npz file with timm key names")
@@ -153,7 +153,7 @@ class Training:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up a saved state."""
+        """Take up a saved state."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -163,7 +163,7 @@ class Training:
 def run_epoch(
     training: Training, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, device: torch.device
 ) -> float:
-    """One pass over the batches; returns the mean loss."""
+    """Pass over the batches once; return the mean loss."""
     training.model.train()
     losses = []
     for images, labels in batches:
@@ -184,7 +184,7 @@ def dense_miou(model: tet.ExitingModel, batches: data.Batches, device: torch.dev
     """Data-set mIoU of the whole network in float32, as a fraction, logits upsampled to the labels."""
     model.eval()
     confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
-    for images, labels in tqdm(batches, desc="val", leave=False, disable=None):
+    for images, labels in common.progress(batches, desc="val"):
         logits = model.every_exit(images.to(device))[model.depth]
         full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         confusion += metrics.confusion_matrix(
@@ -194,16 +194,16 @@ def dense_miou(model: tet.ExitingModel, batches: data.Batches, device: torch.dev
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint whole or not at all."""
+    """Write a checkpoint whole or not at all."""
     with common.replacing(path) as file:
         torch.save(dict(content), file)
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Reads the checkpoint of the same recipe, data and weights, if there is one.
+    """Read the checkpoint of the same recipe, data and weights, if there is one.
 
     Raises:
-        UsageError: if the folder holds a run of another recipe, other data or other weights.
+        UsageError: If the folder holds a run of another recipe, other data or other weights.
     """
     if not path.is_file():
         return None
@@ -231,10 +231,10 @@ def identity_of(recipe: Recipe, weights: Path, chosen: tuple[data.Frame, ...]) -
 def train(
     recipe: Recipe, *, folder: Path, weights: Path, out: Path, device: torch.device, workers: int, validate_every: int
 ) -> float:
-    """Trains, resuming what `out` holds; fits the exit heads, saves the run and returns the dense val mIoU.
+    """Train, resuming what `out` holds; fit the exit heads, save the run and return the dense val mIoU.
 
     Raises:
-        UsageError: if data or weights are missing or do not fit, or `out` holds another run.
+        UsageError: If data or weights are missing or do not fit, or `out` holds another run.
     """
     chosen, held_out = (data.frames(folder, split, recipe.limit) for split in ("train", "val"))
     model = new_model(weights, recipe.seed).to(device)
@@ -252,7 +252,7 @@ def train(
     for epoch in range(len(history), recipe.epochs):
         started = time.perf_counter()
         batches = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=epoch, workers=workers)
-        bar = tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", leave=False, disable=None)
+        bar = common.progress(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}")
         entry = {"loss": run_epoch(training, bar, recipe, device), "seconds": time.perf_counter() - started}
         if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
             entry["val_miou"] = dense_miou(model, validation, device)
@@ -271,10 +271,10 @@ def finish(
     device: torch.device,
     history: list[dict[str, float]],
 ) -> float:
-    """Fits the exit heads to the final head on the train images, without labels, and saves the run."""
+    """Fit the exit heads to the final head on the train images, without labels, and saves the run."""
     model.eval()
-    torch.manual_seed(recipe.seed)
-    report = tet.fit_exits(model, data.Images(data.Batches(chosen, recipe.batch), device), steps=recipe.fit_steps)
+    images = data.Images(data.Batches(chosen, recipe.batch), device)
+    report = tet.fit_exits(model, images, steps=recipe.fit_steps, progress=common.progress)
     config = {"model_name": common.VIT, **common.vit_config(_PATCH, data.SIZE)}
     about = runs.About(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
@@ -296,7 +296,7 @@ def _line(epoch: int, epochs: int, entry: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run from the command line."""
     given = arguments()
     if given.threads is not None:
         torch.set_num_threads(given.threads)

@@ -4,8 +4,6 @@ Painting goes from far to near and only ever writes surface numbers. Colour, lab
 numbers afterwards, once for the whole picture (`shade.py`), so that what is hidden costs nothing.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ SKY, ROAD, BUILDING, TREE, CAR, PERSON, POLE = range(len(CLASSES))
 NEAR = 1.2  # metres: nothing closer to the camera is painted
 NUMBERS = 10  # material-specific numbers that a surface can carry
 
-Colour = Float[np.ndarray, "3"]
+Colour = Float[np.ndarray, " 3"]
 
 
 class Material(enum.IntEnum):
@@ -77,7 +75,7 @@ class Light:
 
     ambient: Colour
     sun: Colour
-    towards_sun: Float[np.ndarray, "3"]
+    towards_sun: Float[np.ndarray, " 3"]
     zenith: Colour
     skyline: Colour
     haze: float

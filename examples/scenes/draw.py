@@ -1,7 +1,5 @@
 """Street scenes drawn from scratch: never the same twice, labelled to the pixel, a few milliseconds each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Colours are planar here, (3, ...), because NumPy is several times faster along long rows than along three channels.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageFilter
@@ -40,7 +38,9 @@ def shade(canvas: Canvas, layout: Layout, generator: np.random.Generator) -> UIn
     return _develop(colour, generator)
 
 
-def _sky(camera: Camera, light: Light, rows: int, generator: np.random.Generator) -> Float[np.ndarray, "3 rows columns"]:
+def _sky(
+    camera: Camera, light: Light, rows: int, generator: np.random.Generator
+) -> Float[np.ndarray, "3 rows columns"]:
     """A gradient from skyline to zenith, the sun's glow, and clouds that flatten towards the horizon."""
     row = np.arange(rows, dtype=np.float32)[:, None]
     column = np.arange(camera.width, dtype=np.float32)[None, :]
@@ -62,7 +62,7 @@ def _sky(camera: Camera, light: Light, rows: int, generator: np.random.Generator
 def _ground(
     canvas: Canvas,
     layout: Layout,
-    grain: Float[np.ndarray, "grain"],
+    grain: Float[np.ndarray, " grain"],
     horizon: int,
     generator: np.random.Generator,
 ) -> tuple[Float[np.ndarray, "3 rows columns"], Float[np.ndarray, "rows 1"]]:
@@ -107,7 +107,7 @@ def _facades(
     material: Int[np.ndarray, "height width"],
     table: Float[np.ndarray, "columns surfaces"],
     canvas: Canvas,
-    grain: Float[np.ndarray, "grain"],
+    grain: Float[np.ndarray, " grain"],
 ) -> None:
     """Gives every wall its bricks, windows and shop fronts, in place; depth becomes exact on the way."""
     camera, light = canvas.camera, canvas.light
@@ -148,7 +148,7 @@ def _facades(
     depth.reshape(-1)[at] = z
 
 
-def _lookup(grain: Float[np.ndarray, "grain"], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _lookup(grain: Float[np.ndarray, " grain"], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The grain at whole-numbered places of an endlessly repeated square."""
     column, row = x.astype(np.int32) & (GRAIN - 1), y.astype(np.int32) & (GRAIN - 1)
     return np.take(grain, row * GRAIN + column)

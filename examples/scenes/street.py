@@ -1,7 +1,5 @@
 """Lays out a street and paints its things, far to near: the houses, then everything that stands between them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +116,7 @@ def any_light(generator: np.random.Generator) -> Light:
     sun = np.array([(0.92, 0.86, 0.76), (0.05, 0.05, 0.05), (0.95, 0.62, 0.34), (0.0, 0.0, 0.0)])[mood]
     ambient = np.array([(0.40, 0.45, 0.53), (0.76, 0.77, 0.79), (0.48, 0.45, 0.50), (0.46, 0.45, 0.54)])[mood]
     lowest, highest = ((0.5, 1.1), (0.8, 1.2), (0.16, 0.4), (0.3, 0.4))[mood]
+    fewest, most = ((0.0, 0.7), (0.9, 0.9), (0.1, 0.8), (0.0, 0.6))[mood]
     elevation, azimuth = generator.uniform(lowest, highest), generator.uniform(-math.pi, math.pi)
     level = math.cos(elevation)
     tint = generator.normal(1.0, 0.05, (4, 3))
@@ -129,7 +128,7 @@ def any_light(generator: np.random.Generator) -> Light:
         skyline=skyline * tint[3],
         haze=float(generator.choice((0.001, 0.003, 0.008), p=(0.4, 0.4, 0.2))),
         evening=float(mood == 3),
-        clouds=float((generator.uniform(0.0, 0.7), 0.9, generator.uniform(0.1, 0.8), generator.uniform(0.0, 0.6))[mood]),
+        clouds=generator.uniform(fewest, most),
     )
 
 
@@ -167,8 +166,8 @@ def _backdrop(canvas: Canvas, layout: Layout, generator: np.random.Generator) ->
     camera = canvas.camera
     canvas.surface(SKY, (0.0, 0.0, 0.0), 0.0, material=Material.SKY)
     ground = canvas.surface(ROAD, (0.0, 0.0, 0.0), 0.0, material=Material.GROUND)
-    columns, rows = (-1, camera.width + 1), (camera.horizon, camera.height + 1)
-    canvas.polygon(np.array([(x, y) for x, y in zip(columns * 2, np.repeat(rows, 2), strict=True)])[[0, 1, 3, 2]], ground)
+    below = (camera.height - camera.horizon) / 2 + 1
+    canvas.polygon(_box(camera.width / 2, camera.horizon + below, camera.width, below), ground)
     end = generator.uniform(50.0, 170.0)
     reach = 0.7 * end * camera.width / camera.focal
     middle = end * (camera.width / 2 - camera.centre) / camera.focal
@@ -221,8 +220,9 @@ def _house(
     corners = np.array([(x, 0.0, near), (x, height, near), (x, height, far), (x, 0.0, far)])
     canvas.polygon(canvas.camera.project(corners), facade)
     if canvas.light.sunny:
+        end = np.array([(x, 0.0, near), (x, height, near), (x + deep, height, near), (x + deep, 0.0, near)])
         canvas.shade_ground(corners, SUN_SHADOW)
-        canvas.shade_ground(corners[[0, 1, 1, 0]] + np.array([(0, 0, 0), (0, 0, 0), (deep, 0, 0), (deep, 0, 0)]), SUN_SHADOW)
+        canvas.shade_ground(end, SUN_SHADOW)
 
 
 def _front(
@@ -276,9 +276,10 @@ def _tree(canvas: Canvas, x: float, z: float, generator: np.random.Generator) ->
     thick = max(0.5, generator.uniform(0.1, 0.22) * scale)
     bark = canvas.surface(TREE, np.array((0.30, 0.24, 0.19)) * light.on(BACK), z)
     top = foot - (bole + tall) * scale
-    trunk = np.array([(column - thick, foot), (column - 0.6 * thick, top), (column + 0.6 * thick, top), (column + thick, foot)])
-    canvas.polygon(trunk, bark)
-    leaves = LEAVES[generator.choice(len(LEAVES), p=(0.3, 0.25, 0.2, 0.15, 0.06, 0.04))] * generator.normal(1.0, 0.08, 3)
+    trunk = column + thick * np.array((-1.0, -0.6, 0.6, 1.0))
+    canvas.polygon(np.stack((trunk, (foot, top, top, foot)), axis=1), bark)
+    leaves = LEAVES[generator.choice(len(LEAVES), p=(0.3, 0.25, 0.2, 0.15, 0.06, 0.04))]
+    leaves = leaves * generator.normal(1.0, 0.08, 3)
     crown = canvas.surface(TREE, leaves * (light.ambient + 0.8 * light.sun), z, material=Material.CROWN)
     _crown(canvas, (column, top), (radius * scale, tall * scale), pointed, crown, generator)
     angle = np.linspace(0.0, 2 * np.pi, 10, endpoint=False)
@@ -447,9 +448,9 @@ def _car(canvas: Canvas, x: float, z: float, yaw: float, generator: np.random.Ge
 
 def _car_shadow(
     canvas: Canvas,
-    middle: Float[np.ndarray, "3"],
-    ahead: Float[np.ndarray, "3"],
-    right: Float[np.ndarray, "3"],
+    middle: Float[np.ndarray, " 3"],
+    ahead: Float[np.ndarray, " 3"],
+    right: Float[np.ndarray, " 3"],
     height: float,
 ) -> None:
     """What the box around a car throws on the ground, and the dark below it; ahead and right are half its size."""

@@ -4,8 +4,6 @@ To bring a ViT of your own, write what `PlainHost` writes: where the tokens come
 them, and what follows the last block.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -124,7 +122,7 @@ class PlainHost:
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
         return tet.Embedded(self.module.embed(images), prefix=0, grid=grid)
 
-    def run(self, index: int, tokens: Float[Tensor, "batch tokens width"], positions: None) -> Tensor:
+    def run(self, index: int, tokens: Float[Tensor, "batch tokens width"], _positions: None) -> Tensor:
         return self.blocks[index](tokens)
 
     def finish(self, tokens: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:

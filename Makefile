@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Python 3.11 or later, and nothing else: each builds its own environment in .venv.
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test lint types docs wheel-test clean
+
+demo: .venv/demo
+	$(RUN) examples.segment --out demo
+
+test: .venv/dev
+	$(RUN) pytest
+
+lint: .venv/dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: .venv/dev
+	$(RUN) pyright
+
+docs: .venv/dev
+	$(RUN) mkdocs build --strict --quiet
+
+# The built wheel, without any framework, must pass the core's tests in an environment of its own.
+wheel-test: .venv/dev
+	rm -rf .venv-wheel build/wheel
+	$(RUN) pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/tokenexit-*.whl --group test
+	cp -r tests/core build/wheel/tests
+	cd build/wheel && ../../.venv-wheel/bin/python -m pytest -q tests
+
+clean:
+	rm -rf .venv .venv-wheel build demo site
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	$(RUN) pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	touch $@
+
+.venv/demo: .venv/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[torch,viz]"
+	touch $@
+
+.venv/dev: .venv/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[torch,timm,viz]" --group dev
+	touch $@

@@ -1,0 +1,317 @@
+"""Trains a plain ViT on drawn street scenes with auxiliary heads, fits its exits and saves a run folder.
+
+    python -m examples.scenes.train --out RUN
+
+Most steps see crops of scenes, which are cheap; the last ones see whole scenes. Every step's scenes follow from the
+seed and the step alone, so that the same command goes on after an interruption as if there had been none.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import tokenexit_torch as tet
+from examples import metrics, runs
+from examples.camvid import common
+from examples.scenes.draw import CLASSES, PALETTE, draw
+from examples.scenes.vit import Config, PlainHost, ViT
+from tokenexit import schedule
+
+AFTER = (3, 4, 6, 8)
+CHECKPOINT = "checkpoint.pt"
+_MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
+_TRAIN, _FIT, _TEST = range(3)  # streams of scenes that never meet
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result; a run resumes only under its own recipe.
+
+    Attributes:
+        steps: Optimiser steps.
+        size: Height and width of a scene, in pixels.
+        batch: Crops in a step; a step on whole scenes has a quarter as many scenes, the same number of pixels.
+        seed: Of weights and scenes.
+        whole: Share of the steps, the last ones, that see whole scenes; the others see crops of half the size.
+        crops: Crops taken from each scene.
+        rate: Highest learning rate.
+        decay: Weight decay of matrices and kernels.
+        auxiliary: Weight of each auxiliary head's loss.
+        warmup: Share of the steps until the highest rate.
+        clip: Largest norm of a gradient.
+        fit_scenes: Scenes to which the exits are fitted.
+        fit_steps: Steps of that fit.
+        test_scenes: Held-out scenes.
+    """
+
+    steps: int = 3000
+    size: tuple[int, int] = (256, 384)
+    batch: int = 8
+    seed: int = 0
+    whole: float = 0.2
+    crops: int = 2
+    rate: float = 1.5e-3
+    decay: float = 0.05
+    auxiliary: float = 0.4
+    warmup: float = 0.05
+    clip: float = 1.0
+    fit_scenes: int = 64
+    fit_steps: int = 600
+    test_scenes: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "fit_scenes", "fit_steps", "test_scenes"):
+            if getattr(self, name) < 1:
+                raise common.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
+        if self.batch < 4 or self.batch % 4:
+            raise common.UsageError(f"`--batch` must be a multiple of 4, got {self.batch}")
+        if any(side < 64 or side % 16 for side in self.size):
+            raise common.UsageError(f"`--size` must be multiples of 16 from 64 up, got {self.size}")
+
+
+class Scenes(Dataset[tuple[Tensor, Tensor]]):
+    """The images and labels of each training step, drawn when asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __len__(self) -> int:
+        return self.recipe.steps
+
+    def __getitem__(
+        self, step: int
+    ) -> tuple[UInt8[Tensor, "batch 3 height width"], UInt8[Tensor, "batch height width"]]:
+        recipe = self.recipe
+        generator = np.random.default_rng((recipe.seed, _TRAIN, step))
+        if step >= (1 - recipe.whole) * recipe.steps:
+            return whole_scenes(generator, recipe.batch // 4, recipe.size)
+        images, labels = whole_scenes(generator, recipe.batch // recipe.crops, recipe.size)
+        height, width = (side // 2 for side in recipe.size)
+        corners = generator.integers((0, 0), (height + 1, width + 1), (recipe.batch, 2)).tolist()
+        windows = [(i % len(images), slice(y, y + height), slice(x, x + width)) for i, (y, x) in enumerate(corners)]
+        return (
+            torch.stack([images[scene, :, rows, columns] for scene, rows, columns in windows]),
+            torch.stack([labels[scene, rows, columns] for scene, rows, columns in windows]),
+        )
+
+
+def whole_scenes(
+    generator: np.random.Generator, count: int, size: tuple[int, int]
+) -> tuple[UInt8[Tensor, "count 3 height width"], UInt8[Tensor, "count height width"]]:
+    """Freshly drawn scenes and the class of each of their pixels."""
+    scenes = [draw(generator, size=size) for _ in range(count)]
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+    return images.permute(0, 3, 1, 2), torch.from_numpy(np.stack([scene.label for scene in scenes]))
+
+
+def about(recipe: Recipe, config: Config) -> runs.About:
+    """What the run folder says of the network."""
+    return runs.About(
+        host="plain", config=asdict(config), classes=CLASSES, palette=PALETTE, mean=_MEAN, std=_STD, size=recipe.size
+    )
+
+
+def new_model(recipe: Recipe, config: Config) -> tet.ExitingModel:
+    """A network with random weights; nothing leaves while it trains."""
+    torch.manual_seed(recipe.seed)
+    return tet.wrap(PlainHost(ViT(config)), schedule.dense(after=AFTER), num_classes=len(CLASSES))
+
+
+def loss(
+    exits: Mapping[int, Float[Tensor, "batch classes grid_h grid_w"]],
+    label: UInt8[Tensor, "batch height width"],
+    auxiliary: float,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the last head, plus `auxiliary` times that of each other, on logits upsampled to the labels.
+
+    Every second label pixel and row counts: four samples a side of a patch, at a quarter of the time.
+    """
+    target = label[:, 1::2, 1::2].long()
+    last = max(exits)
+    return torch.stack([
+        (1.0 if block == last else auxiliary) * functional.cross_entropy(_upsampled(logits, target), target)
+        for block, logits in exits.items()
+    ]).sum()  # fmt: skip
+
+
+def _upsampled(logits: Float[Tensor, "batch classes grid_h grid_w"], label: Tensor) -> Tensor:
+    return functional.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def new_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with decay for matrices and kernels only."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(recipe.warmup * recipe.steps))
+    if step < warmup:
+        return recipe.rate * (step + 1) / warmup
+    return recipe.rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+
+
+def train(model: tet.ExitingModel, recipe: Recipe, out: Path, every: int) -> None:
+    """Trains the model in place, from the checkpoint in `out` if there is one, leaving one every so many steps."""
+    optimizer = new_optimizer(model, recipe)
+    state = load_checkpoint(out / CHECKPOINT, recipe)
+    start = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    normalised = about(recipe, Config()).normalised
+    # One worker draws the next scenes while this process trains; a step's scenes do not depend on who draws them.
+    left = range(start, recipe.steps)
+    scenes = DataLoader(Scenes(recipe), batch_size=None, sampler=left, num_workers=1, prefetch_factor=4)
+    bar = tqdm(scenes, initial=start, total=recipe.steps, desc="train", disable=None)
+    model.train()
+    for step, (images, label) in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, recipe)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            exits = model.every_exit(normalised(images / 255))
+        value = loss(exits, label, recipe.auxiliary)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(progress(value, exits, label))
+        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+            save_checkpoint(out / CHECKPOINT, recipe, model, optimizer, step + 1)
+            tqdm.write(f"step {step + 1}: {progress(value, exits, label)}")
+
+
+def progress(value: Tensor, exits: Mapping[int, Tensor], label: UInt8[Tensor, "batch height width"]) -> str:
+    """Loss, and pixel accuracy of the first and of the last head on the step's own scenes."""
+    first, last = (
+        100 * (_upsampled(exits[block], label).argmax(1) == label).float().mean().item()
+        for block in (min(exits), max(exits))
+    )
+    return f"loss {value.item():.3f}, pixel accuracy {first:.1f} % (first head), {last:.1f} % (last)"
+
+
+def save_checkpoint(
+    path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Writes a checkpoint whole or not at all; nothing random is left in a step but its scenes, which it reseeds."""
+    state = {"recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    with common.replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The checkpoint of the same recipe, if there is one.
+
+    Raises:
+        UsageError: If the folder holds a run of another recipe.
+    """
+    if not path.is_file():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["recipe"] != asdict(recipe):
+        other = {name: value for name, value in state["recipe"].items() if asdict(recipe).get(name) != value}
+        raise common.UsageError(f"`--out` must be new or a run with the same settings, got {path.parent} with {other}")
+    return state
+
+
+def fit(model: tet.ExitingModel, recipe: Recipe) -> tet.FitReport:
+    """Fits the exits to the final head on scenes not seen before."""
+    images = [images for images, _ in _fresh(recipe, _FIT, recipe.fit_scenes)]
+    return tet.fit_exits(model, images, steps=recipe.fit_steps)
+
+
+@torch.inference_mode()
+def test(model: tet.ExitingModel, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Pixel accuracy and mean IoU of every head on held-out scenes, by the blocks that run before it."""
+    model.eval()
+    confusion: dict[int, Tensor] = {}
+    for images, label in tqdm(_fresh(recipe, _TEST, recipe.test_scenes), desc="test", disable=None):
+        for block, logits in model.every_exit(images).items():
+            found = metrics.confusion_matrix(_upsampled(logits, label).argmax(1), label, classes=len(CLASSES))
+            confusion[block] = confusion.get(block, 0) + found
+    return {
+        str(block): {
+            "pixel_accuracy": (counts.diagonal().sum() / counts.sum()).item(),
+            "mean_iou": metrics.mean_iou(counts),
+            **dict(zip(CLASSES, metrics.iou_per_class(counts).tolist(), strict=True)),
+        }
+        for block, counts in confusion.items()
+    }
+
+
+def _fresh(recipe: Recipe, stream: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images and labels of scenes from a stream of their own, two at a time."""
+    normalised = about(recipe, Config()).normalised
+    for first in range(0, count, 2):
+        generator = np.random.default_rng((recipe.seed, stream, first))
+        images, labels = whole_scenes(generator, min(2, count - first), recipe.size)
+        yield normalised(images / 255), labels
+
+
+def arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.scenes.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default %(default)s)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=Recipe.size, metavar=("H", "W"), help="of a scene (default 256 384)"
+    )
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="crops in a step (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="of weights and scenes (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=Recipe.rate, help="highest learning rate (default %(default)s)")
+    parser.add_argument(
+        "--fit-scenes", type=int, default=Recipe.fit_scenes, help="scenes to fit the exits to (default %(default)s)"
+    )
+    parser.add_argument("--fit-steps", type=int, default=Recipe.fit_steps, help="of that fit (default %(default)s)")
+    parser.add_argument("--test-scenes", type=int, default=Recipe.test_scenes, help="held out (default %(default)s)")
+    parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between two (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command line."""
+    given = arguments()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    recipe = Recipe(
+        steps=given.steps, size=tuple(given.size), batch=given.batch, seed=given.seed, rate=given.rate,
+        fit_scenes=given.fit_scenes, fit_steps=given.fit_steps, test_scenes=given.test_scenes,
+    )  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    model = new_model(recipe, Config())
+    train(model, recipe, given.out, given.checkpoint_every)
+    report = fit(model, recipe)
+    results = test(model, recipe)
+    # Half precision on disk: the weights fit into a repository.
+    runs.save(given.out, model, about(recipe, Config()), dtype=torch.float16)
+    summary = {"recipe": asdict(recipe), "agreement": report.agreement, "test": results}
+    (given.out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for block, scores in results.items():
+        agreement = report.agreement.get(int(block), 1.0)
+        print(
+            f"after block {block:>2}: pixel accuracy {100 * scores['pixel_accuracy']:.1f} %, "
+            f"mIoU {100 * scores['mean_iou']:.1f} %, agrees with the final head on {100 * agreement:.1f} %"
+        )
+    print(f"run saved in {given.out}")
+
+
+if __name__ == "__main__":
+    common.exit_with(main)

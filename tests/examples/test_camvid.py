@@ -1,0 +1,236 @@
+"""The CamVid example, on real frames where they are to be had."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples import metrics
+from examples.camvid import common, data, evaluate, report, timing, train
+
+SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+CAMVID, DEIT, READY = SHARED / "camvid", SHARED / "deit_tiny_patch16_224.npz", SHARED / "camvid_vit_tiny_p16.npz"
+needs_data = pytest.mark.skipif(
+    not (CAMVID.is_dir() and DEIT.is_file() and READY.is_file()),
+    reason=f"no CamVid and weights in {SHARED}; TOKENEXIT_DATA names the folder",
+)
+
+
+def test_metrics_agree_with_a_slow_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, label = (torch.randint(high, (3, 7, 5), generator=generator) for high in (4, 5))
+    expected = torch.zeros(4, 4, dtype=torch.int64)
+    for guess, truth in zip(predicted.flatten().tolist(), label.flatten().tolist(), strict=True):
+        if truth != 4:
+            expected[truth, guess] += 1
+    confusion = metrics.confusion_matrix(predicted, label, classes=4, ignore=4)
+    assert torch.equal(confusion, expected)
+    ious = []
+    for one in range(4):
+        both = ((predicted == one) & (label == one)).sum().item()
+        either = (((predicted == one) | (label == one)) & (label != 4)).sum().item()
+        ious.append(both / either)
+    assert metrics.iou_per_class(confusion).tolist() == pytest.approx(ious)
+    assert metrics.mean_iou(confusion) == pytest.approx(sum(ious) / 4)
+
+
+def test_metrics_add_up_over_batches() -> None:
+    predicted, label = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2])
+    whole = metrics.confusion_matrix(predicted, label, classes=3)
+    parts = [metrics.confusion_matrix(predicted[i : i + 2], label[i : i + 2], classes=3) for i in (0, 2)]
+    assert torch.equal(whole, parts[0] + parts[1])
+
+
+def test_a_class_that_is_nowhere_does_not_count() -> None:
+    confusion = metrics.confusion_matrix(torch.tensor([0, 0]), torch.tensor([0, 9]), classes=3, ignore=9)
+    assert metrics.iou_per_class(confusion).isnan().tolist() == [False, True, True]
+    assert metrics.mean_iou(confusion) == 1.0
+
+
+@pytest.mark.parametrize(("predicted", "label", "words"), [
+    ([0, 1], [0], "one shape"),
+    ([0, 3], [0, 1], r"`predicted` must be in \[0, 3\)"), ([0, 1], [0, 7], "`label` must be"),
+])  # fmt: skip
+def test_metrics_refuse_what_is_no_class(predicted: list[int], label: list[int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        metrics.confusion_matrix(torch.tensor(predicted), torch.tensor(label), classes=3)
+
+
+def tiny_camvid(folder: Path, *, scale: float = 1.0) -> Path:
+    """A data folder with one frame: a ramp whose label is its own grey value, modulo 12, in the left half only."""
+    for part in ("train", "trainannot"):
+        (folder / part).mkdir(parents=True)
+    (folder / "train.txt").write_text("/SegNet/CamVid/train/Seq_1.png /SegNet/CamVid/trainannot/Seq_1.png\n")
+    label = np.full(data.FRAME, data.IGNORE, dtype=np.uint8)
+    label[:, :240] = np.arange(360)[:, None] % 11
+    image = np.repeat((label * 20)[..., None], 3, axis=2)
+    Image.fromarray(image).save(folder / "train" / "Seq_1.png")
+    Image.fromarray(label).save(folder / "trainannot" / "Seq_1.png")
+    return folder
+
+
+def test_evaluation_cuts_the_middle_rows(tmp_path: Path) -> None:
+    (frame,) = data.frames(tiny_camvid(tmp_path), "train")
+    image, label = data.evaluation_pair(frame)
+    assert frame.sequence == "Seq"
+    assert image.shape == (3, *data.SIZE) and label.shape == data.SIZE
+    assert label[:, 0].tolist() == [row % 11 for row in range(4, 356)]
+    assert (label[:, 240:] == data.IGNORE).all()
+    expected = (label[0, 0] * 20 / 255 - data.MEAN[0]) / data.STD[0]
+    assert image[0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_augmentation_is_seeded_and_keeps_labels_on_their_pixels(tmp_path: Path) -> None:
+    (frame,) = data.frames(tiny_camvid(tmp_path), "train")
+    pairs = [data.training_pair(frame, np.random.default_rng(seed)) for seed in range(12)]
+    again = data.training_pair(frame, np.random.default_rng(3))
+    assert torch.equal(pairs[3][0], again[0]) and torch.equal(pairs[3][1], again[1])
+    assert not torch.equal(pairs[3][1], pairs[4][1])
+    for image, label in pairs:
+        assert image.shape == (3, *data.SIZE) and label.shape == data.SIZE
+        # Grey grows with the class, so brightness ranks as classes do wherever scale and jitter put them.
+        means = [image[0][label == one].mean().item() for one in range(0, 11, 5) if (label == one).any()]
+        assert means == sorted(means)
+    padding = [label for image, label in pairs if (image[:, 0, 0].abs() < 0.02).all()]
+    assert padding and all(label[0, 0] == data.IGNORE for label in padding)
+
+
+def test_an_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
+    (frame,) = data.frames(tiny_camvid(tmp_path), "train")
+    one, same, other = (
+        torch.cat([images for images, _ in data.training_batches([frame] * 3, batch=2, seed=0, epoch=epoch)])
+        for epoch in (0, 0, 1)
+    )
+    assert one.shape[0] == 3
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(common.UsageError, match=r"`--data` must be a CamVid folder.*there is no folder"):
+        data.frames(tmp_path / "nowhere", "train")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(common.UsageError, match=r"train.txt' is missing \(the folder holds photos\)"):
+        data.frames(tmp_path, "train")
+    tiny = tiny_camvid(tmp_path)
+    (tiny / "trainannot" / "Seq_1.png").unlink()
+    with pytest.raises(common.UsageError, match=r"trainannot/ holds no Seq_1.png"):
+        data.frames(tiny, "train")
+    with pytest.raises(common.UsageError, match=r"`--limit` must be at least 1, got 0"):
+        data.frames(tiny, "train", 0)
+
+
+def test_weights_are_checked_by_name_and_shape(tmp_path: Path) -> None:
+    vit = common.build_vit(16, (32, 32))
+    weights = vit.state_dict()
+    np.savez(tmp_path / "ok.npz", **{name: value.numpy() for name, value in weights.items()})
+    common.load_backbone(vit, common.read_npz(tmp_path / "ok.npz", argument="--weights"), argument="--weights")
+    with pytest.raises(common.UsageError, match=r"missing \['cls_token'\]"):
+        common.load_backbone(vit, {k: v for k, v in weights.items() if k != "cls_token"}, argument="--weights")
+    with pytest.raises(common.UsageError, match=r"'cls_token' must have shape \(1, 1, 192\), got \(1, 2, 192\)"):
+        common.load_backbone(vit, weights | {"cls_token": torch.zeros(1, 2, 192)}, argument="--weights")
+    with pytest.raises(common.UsageError, match=r"`--weights` must be an existing .npz file"):
+        common.read_npz(tmp_path / "none.npz", argument="--weights")
+    np.savez(tmp_path / "pickled.npz", cls_token=np.array([{}], dtype=object))
+    with pytest.raises(common.UsageError, match=r"plain arrays"):
+        common.read_npz(tmp_path / "pickled.npz", argument="--weights")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), common.replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with common.replacing(path) as file:
+        file.write(b"new")
+    assert [each.name for each in tmp_path.iterdir()] == ["result"] or path.read_text() == "new"
+
+
+def test_timing_takes_turns_over_the_same_batches() -> None:
+    seen: list[str] = []
+    batches = [torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)]
+    seconds = timing.interleaved({"a": lambda _: seen.append("a"), "b": lambda _: seen.append("b")}, batches, rounds=3)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    rounds = ["".join(seen[start : start + 4]) for start in range(2, 14, 4)]
+    assert all(one in ("aabb", "bbaa") for one in rounds)
+
+
+def test_speedup_is_the_median_of_rounds_not_a_ratio_of_medians() -> None:
+    figures = timing.summary({"dense": [1.0, 2.0, 8.0], "fast": [0.5, 2.0, 2.0]}, images=4, baseline="dense")
+    assert figures["dense"]["images_per_second"][1] == 2.0
+    assert figures["fast"]["speedup"][1] == 2.0
+
+
+@needs_data
+@pytest.mark.parametrize(("split", "count"), [("train", 367), ("val", 101), ("test", 233)])
+def test_the_real_lists_are_complete(split: str, count: int) -> None:
+    frames = data.frames(CAMVID, split)
+    assert len(frames) == count
+    image, label = data.evaluation_pair(frames[0])
+    assert image.shape == (3, *data.SIZE) and image.dtype == torch.float32
+    assert set(label.unique().tolist()) <= set(range(12))
+    assert [frame.image.stem for frame in data.frames(CAMVID, split, 2)] == [
+        frames[0].image.stem, frames[-1].image.stem,
+    ]  # fmt: skip
+
+
+def run_train(out: Path) -> float:
+    recipe = train.Recipe(epochs=2, batch=2, limit=3, fit_steps=3)
+    return train.train(
+        recipe, folder=CAMVID, weights=DEIT, out=out, device=torch.device("cpu"), workers=0, validate_every=2
+    )
+
+
+@needs_data
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = run_train(tmp_path / "straight")
+    save = train.save_checkpoint
+
+    def save_and_stop(path: Path, content: dict[str, object]) -> None:
+        save(path, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", save_and_stop)
+        run_train(tmp_path / "resumed")
+    assert run_train(tmp_path / "resumed") == straight
+    for file in ("host.safetensors", "exits.safetensors"):
+        assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+    with pytest.raises(common.UsageError, match=r"same settings.*batch 2, not 4"):
+        train.train(
+            train.Recipe(epochs=2, batch=4, limit=3, fit_steps=3), folder=CAMVID, weights=DEIT,
+            out=tmp_path / "straight", device=torch.device("cpu"), workers=0, validate_every=2,
+        )  # fmt: skip
+
+
+@needs_data
+def test_the_ready_model_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["evaluate", "--data", str(CAMVID), "--init", str(READY), "--json", str(tmp_path / "results.json"),
+               "--limit", "4", "--rounds", "1", "--batches", "1", "--timing-images", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    results = evaluate.evaluate(evaluate.arguments())
+    dense, cut = (results["settings"][name] for name in ("dense", "truncated after 8"))
+    assert dense["miou"] > 0.55 and dense["token_blocks"] == 1.0 and dense["agreement"] == 1.0
+    assert set(dense["iou"]) == set(data.CLASSES)
+    assert cut["token_blocks"] == pytest.approx(8 / 12)
+    assert 0.9 < cut["agreement"] < 1 and cut["multiply_adds"] < dense["multiply_adds"]
+    assert set(results["timing"]["1"]["settings"]) == set(results["settings"])
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert len(report.table(results).splitlines()) == 1 + len(results["settings"])
+    report.plot(results, tmp_path / "frontier.png")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(evaluate, "accuracy", never)
+    monkeypatch.setattr(evaluate, "timed", never)
+    assert evaluate.evaluate(evaluate.arguments())["settings"] == results["settings"]
+    monkeypatch.setattr(sys, "argv", [*command, "--split", "test"])
+    with pytest.raises(common.UsageError, match=r"same inputs.*split 'val', not 'test'"):
+        evaluate.evaluate(evaluate.arguments())
