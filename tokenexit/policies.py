@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 
@@ -158,7 +158,7 @@ class Policy(ABC):
         """
         return _Retaining(self, per_class)
 
-    def with_threshold(self, threshold: float | Array, /) -> Self:
+    def with_threshold(self, threshold: float | Array, /) -> "Policy":
         """This policy with another threshold everywhere it has one.
 
         Args:

@@ -54,8 +54,8 @@ class Packing:
         return xp.sum(xp.astype(self.running, self.index.dtype), axis=1)
 
     @cached_property
-    def rank(self) -> Int[Array, "images*slots"]:
-        """Row of every running slot of the flattened batch; meaningless for the slots that do not run."""
+    def rank(self) -> Int[Array, "places"]:
+        """Row of every running slot of the flattened batch, `(images * slots,)`; meaningless for the slots that do not run."""
         xp = array_namespace(self.running)
         running = xp.reshape(self.running, (self.images * self.slots,))
         return xp.cumulative_sum(xp.astype(running, self.index.dtype)) - 1

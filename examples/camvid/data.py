@@ -117,7 +117,7 @@ def read(frame: Frame) -> tuple[Image.Image, Image.Image]:
 
 def normalised(image: UInt8[np.ndarray, "height width 3"]) -> Float[Tensor, "3 height width"]:
     """Turn colours from 0 to 255 into channels with ImageNet's mean and deviation."""
-    scaled = (image.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    scaled = (image.astype(np.float32) / 255 - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
 

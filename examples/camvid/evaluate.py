@@ -15,14 +15,15 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import tokenexit_torch as tet
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common, data, report, timing
 from tokenexit import cost, schedule
@@ -33,11 +34,12 @@ _NEIGHBOUR_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 _COARSE, _FINE = {4: 1, 6: 1, 8: 0}, {3: 2, 6: 1, 8: 0}  # radius by exit, for hundreds and for thousands of tokens
 _FIT_HIDDEN = 384
 _SCHEMA = 1
+_SUMMARY = (__doc__ or "").partition("\n")[0]
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m examples.camvid.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.camvid.evaluate", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
@@ -82,6 +84,9 @@ def _check(given: argparse.Namespace) -> None:
         raise common.UsageError(
             f"`--batches` must be at most --timing-images, {given.timing_images}, got {max(given.batches)}"
         )
+    headless = sorted({block for block, _ in given.exits or ()} - set(given.fit_after or ()))
+    if given.fit_after is not None and headless:
+        raise common.UsageError(f"`--exits` must be among --fit-after, {sorted(given.fit_after)}, got {headless}")
     if given.rounds < 0:
         raise common.UsageError(f"`--rounds` must be at least 0, got {given.rounds}")
 
@@ -120,7 +125,7 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
         *(Setting(f"truncated after {block}", "truncated", schedule.truncated(after=block)) for block in sorted(heads)),
         *(
             Setting(
-                f"DToP {threshold}, k = {kept}, exits {exits}", f"DToP, k = {kept}",
+                f"DToP {threshold}, k = {kept}, exits {exits}", f"DToP, k = {kept}, exits {exits}",
                 schedule.dtop(after=radius, threshold=threshold, per_class=kept),
             )
             for kept in (0, 5)
@@ -128,7 +133,7 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
         ),
         *(
             Setting(
-                f"neighbours {threshold}, k = 5, exits {radii}", "neighbours",
+                f"neighbours {threshold}, k = 5, exits {radii}", f"neighbours, k = 5, exits {radii}",
                 schedule.neighbours(radius=radius, threshold=threshold, per_class=5),
             )
             for threshold in _NEIGHBOUR_THRESHOLDS
@@ -137,9 +142,9 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
 
 
 def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
-    """Wide and early where tokens are many; the coarse plan where there is no head for that."""
-    fine = tokens >= 1500 and set(_FINE) <= set(heads)
-    return dict(_FINE if fine else _COARSE)
+    """Wide and early where tokens are many; where there is no head for that, what is left of the plan."""
+    plan = _FINE if tokens >= 1500 and set(_FINE) <= set(heads) else _COARSE
+    return {block: around for block, around in plan.items() if block in heads} or dict.fromkeys(sorted(heads), 0)
 
 
 @torch.inference_mode()
@@ -167,7 +172,7 @@ def accuracy(
     for images, labels in common.progress(batches, desc=description):
         out = model(images.to(device), schedule=plan)
         predicted = out.upsample(data.SIZE).argmax(1).cpu()
-        for one, label, frame in zip(predicted, labels, ordered):  # noqa: B905 - frames go on with the next batch
+        for one, label, frame in zip(predicted, labels, islice(ordered, len(images)), strict=True):
             counts = metrics.confusion_matrix(one, label, classes=classes, ignore=data.IGNORE)
             confusion[frame.sequence] = confusion.get(frame.sequence, 0) + counts
         predictions.append(predicted.to(torch.uint8))
@@ -243,7 +248,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         "sha256": _digest(source),
         "split": given.split,
         "images": len(frames),
-        "fit_after": None if given.fit_after is None else sorted(given.fit_after),
+        "fit_after": None if given.fit_after is None else sorted(set(given.fit_after)),
         "fit_images": given.fit_images,
         "fit_steps": None if given.fit_after is None else given.fit_steps,
         "device": torch.device(given.device).type,
@@ -251,8 +256,8 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
 
 
 def _digest(source: Path) -> str:
-    """Of a ready model's file, or of the weights and plans of a run folder."""
-    parts = [source] if source.is_file() else sorted(source.rglob("*.safetensors")) + sorted(source.rglob("*.json"))
+    """Of a ready model's file, or of the weights in a run folder."""
+    parts = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
@@ -293,7 +298,7 @@ def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingM
     if given.run is not None:
         return runs.load(given.run)[0]
     vit, heads = common.ready_model(given.init, data.SIZE)
-    depth = len(vit.blocks)
+    depth = len(list(vit.get_submodule("blocks").children()))
     if depth not in heads:
         raise common.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
     final = heads.pop(depth)

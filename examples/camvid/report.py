@@ -4,20 +4,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_STYLES = {"truncated": "s--", "DToP, k = 0": "v-", "DToP, k = 5": "^-", "neighbours": "o-"}
+_STYLES = {"truncated": "s--", "DToP, k = 0": "v-", "DToP, k = 5": "^-", "neighbours": "o-"}  # by how the kind begins
 
 
 def table(results: Mapping[str, Any]) -> str:
     """One line for each setting that has been evaluated; speeds where they have been timed."""
     batches = list(results["timing"])
-    header = ["setting", "mIoU", "vs dense", "token-blocks", "GMACs", "agreement"]
-    header += [f"images/s, batch {batch} (x dense)" for batch in batches]
     dense = results["settings"]["dense"]["miou"]
+    sequences = list(results["settings"]["dense"]["miou_by_sequence"])
+    parts = sequences if len(sequences) > 1 else []
+    header = ["setting", "mIoU", "vs dense", *parts, "token-blocks", "GMACs", "agreement"]
+    header += [f"images/s, batch {batch} (x dense)" for batch in batches]
     rows = [header]
     for name, entry in results["settings"].items():
         row = [
-            name, f"{100 * entry['miou']:.2f}", f"{100 * (entry['miou'] - dense):+.2f}", f"{entry['token_blocks']:.3f}",
-            f"{entry['multiply_adds'] / 1e9:.2f}", f"{100 * entry['agreement']:.2f} %",
+            name, f"{100 * entry['miou']:.2f}", f"{100 * (entry['miou'] - dense):+.2f}",
+            *(f"{100 * entry['miou_by_sequence'][part]:.2f}" for part in parts),
+            f"{entry['token_blocks']:.3f}", f"{entry['multiply_adds'] / 1e9:.2f}", f"{100 * entry['agreement']:.2f} %",
         ]  # fmt: skip
         rows.append(row + [_speed(results["timing"][batch]["settings"].get(name)) for batch in batches])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -44,8 +47,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(axes_of_x), 4.5), layout="constrained")
     axes = figure.subplots(1, len(axes_of_x), sharey=True, squeeze=False)[0]
     for axis, label, points in zip(axes, axes_of_x, _panels(results), strict=True):
-        for kind, style in _STYLES.items():
-            line = sorted(point for name, point in points.items() if results["settings"][name]["kind"] == kind)
+        for kind, line in _lines(results, points).items():
+            style = next(style for start, style in _STYLES.items() if kind.startswith(start))
             axis.plot([x for x, _ in line], [y for _, y in line], style, label=kind, markersize=5)
         speed, miou = points["dense"]
         axis.axhline(miou, color="black", linewidth=1, label="dense")
@@ -53,9 +56,20 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"mIoU, %, CamVid {results['inputs']['split']}")
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _lines(
+    results: Mapping[str, Any], points: Mapping[str, tuple[float, float]]
+) -> dict[str, list[tuple[float, float]]]:
+    """The points of each kind in the order of their x, without the dense one; a kind may have none in some panel."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, entry in results["settings"].items():
+        if entry["kind"] != "dense":
+            lines.setdefault(entry["kind"], []).extend([points[name]] if name in points else [])
+    return {kind: sorted(line) for kind, line in lines.items()}
 
 
 def _panels(results: Mapping[str, Any]) -> Iterator[dict[str, tuple[float, float]]]:

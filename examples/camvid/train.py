@@ -10,17 +10,17 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenexit_torch as tet
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common, data
 from tokenexit import schedule
@@ -30,6 +30,7 @@ CHECKPOINT = "checkpoint.pt"
 _AFTER = (4, 6, 8, 10)
 _HEADS = MLP(hidden=384)
 _PATCH = 16
+_SUMMARY = (__doc__ or "").partition("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Recipe:
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m examples.camvid.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.camvid.train", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
     parser.add_argument("--weights", type=Path, required=True, help="DeiT-Tiny, a .npz file with timm key names")
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
@@ -161,7 +162,7 @@ class Training:
 
 
 def run_epoch(
-    training: Training, batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, device: torch.device
+    training: Training, batches: Iterable[Sequence[Tensor]], recipe: Recipe, device: torch.device
 ) -> float:
     """Pass over the batches once; return the mean loss."""
     training.model.train()

@@ -32,7 +32,7 @@ class Config:
 
     width: int = 128
     depth: int = 12
-    heads: int = 4
+    heads: int = 2
     patch: int = 8
 
     def __post_init__(self) -> None:
@@ -64,6 +64,8 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for last in (self.attention.out, self.mlp[-1]):
+            nn.init.zeros_(last.weight)  # a new block adds next to nothing, so that a deep network learns from the start
 
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         tokens = tokens + self.attention(self.norm1(tokens))
@@ -100,9 +102,12 @@ class ViT(nn.Module):
 
 
 def positions(grid: tuple[int, int], width: int) -> Float[Tensor, "tokens width"]:
-    """Sines and cosines of each patch's row and column: half of the channels for the one, half for the other."""
-    rates = torch.exp(torch.arange(width // 4) * (-4 * math.log(1000.0) / width))
-    rows, columns = (torch.outer(torch.arange(count), rates) for count in grid)
+    """Sines and cosines of how far down (half of the channels) and how far across (the other half) each patch is.
+
+    Places are shares of the picture, so that a small picture and a large one of the same street get the same positions.
+    """
+    rates = 40.0 * torch.exp(torch.arange(width // 4) * (-4 * math.log(1000.0) / width))
+    rows, columns = (torch.outer((torch.arange(count) + 0.5) / count, rates) for count in grid)
     rows, columns = (torch.cat((angles.sin(), angles.cos()), dim=1) for angles in (rows, columns))
     both = torch.cat((rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)), dim=2)
     return rearrange(both, "gh gw width -> (gh gw) width")

@@ -1,0 +1,21 @@
+"""Hypothesis profiles: `make test` runs the quick one, which draws the same examples every time."""
+
+import os
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+from hypothesis import settings
+
+settings.register_profile("quick", max_examples=60, derandomize=True, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the runtime type checker, which would speak before the library's own errors do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
