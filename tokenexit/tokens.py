@@ -55,7 +55,7 @@ class Packing:
 
     @cached_property
     def rank(self) -> Int[Array, "places"]:
-        """Row of every running slot of the flattened batch, `(images * slots,)`; meaningless for the slots that do not run."""
+        """Row of every running slot of the flattened batch; meaningless for the slots that do not run."""
         xp = array_namespace(self.running)
         running = xp.reshape(self.running, (self.images * self.slots,))
         return xp.cumulative_sum(xp.astype(running, self.index.dtype)) - 1

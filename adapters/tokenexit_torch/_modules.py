@@ -1,23 +1,32 @@
-"""Two things to ask of any module."""
+"""What can be asked of any module."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating", "linear_weights"]
+__all__ = ["evaluating", "linear_weights", "training"]
+
+
+def evaluating(module: nn.Module) -> AbstractContextManager[None]:
+    """Put a module into evaluation mode for a while, and every part of it back as it was."""
+    return _in_mode(module, False)
+
+
+def training(module: nn.Module) -> AbstractContextManager[None]:
+    """Put a module into training mode for a while, and every part of it back as it was."""
+    return _in_mode(module, True)
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while, and every part of it back as it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
+    before = [(part, part.training) for part in module.modules()]
+    module.train(mode)
     try:
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part, was in before:
+            part.training = was
 
 
 def linear_weights(module: nn.Module) -> int:

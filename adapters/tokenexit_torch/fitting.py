@@ -5,6 +5,7 @@ heads trained along with the network.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from tokenexit.errors import require
-from tokenexit_torch._modules import evaluating
+from tokenexit_torch._modules import evaluating, training
 from tokenexit_torch.running import ExitingModel
 
 __all__ = ["FitReport", "fit_exits"]
@@ -76,13 +77,8 @@ def fit_exits(
     require(patches_per_step >= 1, "patches_per_step", "be at least 1", patches_per_step)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     features, target = _trace(model, progress(_batches(images)))
-    parameters = [parameter for head in model.exit_heads.values() for parameter in head.parameters()]
-    wanted = [parameter.requires_grad for parameter in parameters]
-    modes = [head.training for head in model.exit_heads.values()]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        model.exit_heads.train()
+    with training(model.exit_heads), _requiring_grad(model.exit_heads), torch.enable_grad():
+        parameters = list(model.exit_heads.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in progress(range(steps)):
@@ -96,13 +92,20 @@ def fit_exits(
             torch.stack(losses).sum().backward()
             optimizer.step()
             scheduler.step()
-    finally:
-        for parameter, want in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(want)
-            parameter.grad = None
-        for head, mode in zip(model.exit_heads.values(), modes, strict=True):
-            head.train(mode)
+        optimizer.zero_grad()
     return FitReport(_agreement(model.exit_heads, features, target), target.shape[0])
+
+
+@contextmanager
+def _requiring_grad(module: nn.Module) -> Iterator[None]:
+    """Let all parameters of a module take gradients for a while, and put each back as it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, was in before:
+            parameter.requires_grad_(was)
 
 
 @torch.no_grad()

@@ -65,7 +65,9 @@ class Host(Protocol):
         """What follows the last block and works on each token alone: the final norm."""
         ...
 
-    def dense(self, images: Float[Tensor, "images channels height width"], /) -> Float[Tensor, "images slots channels_out"]:
+    def dense(
+        self, images: Float[Tensor, "images channels height width"], /
+    ) -> Float[Tensor, "images slots channels_out"]:
         """The model's own forward up to and including `finish`: what the self-check compares with."""
         ...
 
@@ -108,7 +110,9 @@ class TimmViT:
         """See `Host.finish`."""
         return self._vit.norm(tokens)
 
-    def dense(self, images: Float[Tensor, "images channels height width"], /) -> Float[Tensor, "images slots channels_out"]:
+    def dense(
+        self, images: Float[Tensor, "images channels height width"], /
+    ) -> Float[Tensor, "images slots channels_out"]:
         """See `Host.dense`."""
         return self._vit.forward_features(images)
 

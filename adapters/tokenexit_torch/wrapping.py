@@ -93,7 +93,7 @@ def _unwrapped_host(model: object) -> Host:
 def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int:
     """Class count of a head, after a check that it treats each token by itself."""
     with evaluating(head):
-        probe = torch.linspace(-1, 1, 3 * width, dtype=like.dtype, device=like.device).reshape(3, width)
+        probe = _drawn(3, width, like=like)
         try:
             together, alone = head(probe), head(probe[1:2])
         except (RuntimeError, ValueError, TypeError) as error:
@@ -113,8 +113,7 @@ def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int
 @torch.no_grad()
 def _check(host: Host, like: Tensor) -> None:
     """Run two random images packed and compare with the host's own dense forward."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *host.image_shape, generator=generator).to(like)
+    images = _drawn(2, *host.image_shape, like=like)
     with evaluating(host.module):
         dense = host.dense(images)
         embedded = host.embed(images)
@@ -154,6 +153,11 @@ def _check(host: Host, like: Tensor) -> None:
             "give the same tokens packed as in its own dense forward",
             f"a difference of {gap:.3g}",
         )
+
+
+def _drawn(*shape: int, like: Tensor) -> Tensor:
+    """Normal numbers, always the same ones; the global random state is left alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -19,11 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import tokenexit_torch as tet
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common, data, report, timing
 from tokenexit import cost, schedule
@@ -48,10 +48,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="frontier plot, .png or .svg")
     parser.add_argument("--split", choices=data.SPLITS, default="val")
     parser.add_argument("--limit", type=int, help="use only this many images, spread evenly over the split")
-    parser.add_argument("--exits", type=block_radius, nargs="+", metavar="BLOCK:RADIUS",
-                        help="exits of DToP and of the neighbourhood rule, with the radius of the latter")
-    parser.add_argument("--fit-after", type=int, nargs="+", metavar="BLOCK",
-                        help="with --init: fit new exit heads after these blocks to the final head, without labels")
+    parser.add_argument(
+        "--exits",
+        type=block_radius,
+        nargs="+",
+        metavar="BLOCK:RADIUS",
+        help="exits of DToP and of the neighbourhood rule, with the radius of the latter",
+    )
+    parser.add_argument(
+        "--fit-after",
+        type=int,
+        nargs="+",
+        metavar="BLOCK",
+        help="with --init: fit new exit heads after these blocks to the final head, without labels",
+    )
     parser.add_argument("--fit-images", type=int, help="train images to fit them on; all by default")
     parser.add_argument("--fit-steps", type=int, default=1200)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time")
@@ -149,8 +159,13 @@ def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
 
 @torch.inference_mode()
 def accuracy(
-    model: tet.ExitingModel, plan: schedule.Schedule, batches: data.Batches,
-    dense: UInt8[Tensor, "images 352 480"] | None, device: torch.device, *, description: str,
+    model: tet.ExitingModel,
+    plan: schedule.Schedule,
+    batches: data.Batches,
+    dense: UInt8[Tensor, "images 352 480"] | None,
+    device: torch.device,
+    *,
+    description: str,
 ) -> tuple[dict[str, Any], UInt8[Tensor, "images 352 480"]]:
     """Run a plan over a split.
 
@@ -204,8 +219,12 @@ def bare_dense(model: tet.ExitingModel, prefix: int) -> Callable[[Tensor], Tenso
 
 @torch.inference_mode()
 def timed(
-    model: tet.ExitingModel, chosen: Sequence[Setting], images: Float[Tensor, "images 3 height width"], *,
-    batch: int, rounds: int,
+    model: tet.ExitingModel,
+    chosen: Sequence[Setting],
+    images: Float[Tensor, "images 3 height width"],
+    *,
+    batch: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Time every setting at one batch size; what does not fill a batch is left out."""
     prefix = model.host.embed(images[:1]).prefix
@@ -355,7 +374,10 @@ def patch_tokens(model: tet.ExitingModel) -> int:
 
 
 def measure_accuracy(
-    model: tet.ExitingModel, chosen: Sequence[Setting], frames: Sequence[data.Frame], results: dict[str, Any],
+    model: tet.ExitingModel,
+    chosen: Sequence[Setting],
+    frames: Sequence[data.Frame],
+    results: dict[str, Any],
     given: argparse.Namespace,
 ) -> None:
     """Add to `results["settings"]`, and to the file, every setting that is not there yet under the same plan."""

@@ -13,7 +13,9 @@ from examples.camvid import common
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[Tensor], object]], batches: Sequence[Float[Tensor, "batch 3 height width"]], *,
+    candidates: Mapping[str, Callable[[Tensor], object]],
+    batches: Sequence[Float[Tensor, "batch 3 height width"]],
+    *,
     rounds: int,
 ) -> dict[str, list[float]]:
     """Time every candidate in every round, so that what slows the machine for a while slows all of them.

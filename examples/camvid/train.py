@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenexit_torch as tet
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common, data
 from tokenexit import schedule
@@ -161,9 +161,7 @@ class Training:
         torch.set_rng_state(state["rng"])
 
 
-def run_epoch(
-    training: Training, batches: Iterable[Sequence[Tensor]], recipe: Recipe, device: torch.device
-) -> float:
+def run_epoch(training: Training, batches: Iterable[Sequence[Tensor]], recipe: Recipe, device: torch.device) -> float:
     """Pass over the batches once; return the mean loss."""
     training.model.train()
     losses = []

@@ -87,7 +87,7 @@ class Light:
         """Whether things throw shadows."""
         return float(self.sun[0]) > 0.1
 
-    def on(self, normal: Sequence[float]) -> Colour:
+    def on(self, normal: Sequence[float] | np.ndarray) -> Colour:
         """The light on a surface with this unit normal; the sky lights what looks up more than what looks down."""
         facing = max(0.0, sum(n * s for n, s in zip(normal, self.towards_sun, strict=True)))
         return self.ambient * (0.85 + 0.15 * normal[1]) + self.sun * facing

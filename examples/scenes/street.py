@@ -499,9 +499,7 @@ def _paint_polygon(canvas: Canvas, corners: list[tuple[float, float, float]], su
 # The plan -------------------------------------------------------------------------------------------------------------
 
 
-def _things(
-    canvas: Canvas, layout: Layout, generator: np.random.Generator
-) -> list[tuple[float, Callable[[], None]]]:
+def _things(canvas: Canvas, layout: Layout, generator: np.random.Generator) -> list[tuple[float, Callable[[], None]]]:
     """Everything that stands on road and pavement, as (distance, how to paint it)."""
     things: list[tuple[float, Callable[[], None]]] = []
 

@@ -27,11 +27,13 @@ import tokenexit_torch as tet
 from examples import metrics, runs
 from examples.camvid import common
 from examples.scenes.draw import CLASSES, PALETTE, draw
-from examples.scenes.vit import PlainHost, ViT
+from examples.scenes.vit import Config, PlainHost, ViT
 from tokenexit import schedule
 
+NETWORK = Config()
 AFTER = (3, 4, 6, 8)
 CHECKPOINT = "checkpoint.pt"
+_SUMMARY = "Trains a plain ViT on drawn street scenes, fits its exits and saves a run folder."
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
 _TRAIN, _FIT, _TEST = range(3)  # streams of scenes that never meet
 
@@ -109,18 +111,17 @@ def scenes(
     return images.permute(0, 3, 1, 2), torch.from_numpy(np.stack([scene.label for scene in drawn]))
 
 
-def about(recipe: Recipe, model: tet.ExitingModel) -> runs.About:
+def about(recipe: Recipe) -> runs.About:
     """What the run folder says of the network."""
-    config = asdict(model.host.module.config)
     return runs.About(
-        host="plain", config=config, classes=CLASSES, palette=PALETTE, mean=_MEAN, std=_STD, size=recipe.size
+        host="plain", config=asdict(NETWORK), classes=CLASSES, palette=PALETTE, mean=_MEAN, std=_STD, size=recipe.size
     )
 
 
 def new_model(recipe: Recipe) -> tet.ExitingModel:
     """A network with random weights; nothing leaves while it trains."""
     torch.manual_seed(recipe.seed)
-    return tet.wrap(PlainHost(ViT()), schedule.dense(after=AFTER), num_classes=len(CLASSES))
+    return tet.wrap(PlainHost(ViT(NETWORK)), schedule.dense(after=AFTER), num_classes=len(CLASSES))
 
 
 def loss(
@@ -146,8 +147,8 @@ def _upsampled(logits: Float[Tensor, "batch classes grid_h grid_w"], label: Tens
 
 def new_optimizers(model: tet.ExitingModel, recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the blocks' matrices, which learns a ViT in markedly fewer steps than AdamW does; AdamW for the rest."""
-    matrices = [parameter for parameter in model.host.blocks.parameters() if parameter.ndim == 2]
-    taken = {id(parameter) for parameter in matrices}
+    matrices = [weight for block in model.host.blocks for weight in block.parameters() if weight.ndim == 2]
+    taken = {id(weight) for weight in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     return (
         torch.optim.Muon(matrices, lr=recipe.rate, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"),
@@ -170,7 +171,7 @@ def train(model: tet.ExitingModel, recipe: Recipe, out: Path, every: int) -> Non
     parts = {"model": model, **{f"optimizer{i}": each for i, each in enumerate(optimizers)}}
     parts |= {f"rate{i}": each for i, each in enumerate(rates)}
     start = restore(out / CHECKPOINT, recipe, parts)
-    normalised = about(recipe, model).normalised
+    normalised = about(recipe).normalised
     # One worker draws the next scenes while this process trains; a step's scenes do not depend on who draws them.
     left = range(start, recipe.steps)
     steps = DataLoader(Scenes(recipe), batch_size=None, sampler=left, num_workers=1, prefetch_factor=4)
@@ -227,7 +228,7 @@ def restore(path: Path, recipe: Recipe, parts: Mapping[str, Any]) -> int:
 
 def fit(model: tet.ExitingModel, recipe: Recipe) -> tet.FitReport:
     """Fits the exits to the final head on scenes not seen before."""
-    images = [images for images, _ in _fresh(model, recipe, _FIT, recipe.fit_scenes)]
+    images = [images for images, _ in _fresh(recipe, _FIT, recipe.fit_scenes)]
     return tet.fit_exits(model, images, steps=recipe.fit_steps)
 
 
@@ -236,7 +237,7 @@ def test(model: tet.ExitingModel, recipe: Recipe) -> dict[str, dict[str, float]]
     """Pixel accuracy and mean IoU of every head on held-out scenes, by the blocks that run before it."""
     model.eval()
     confusion: dict[int, Tensor] = {}
-    for images, label in tqdm(_fresh(model, recipe, _TEST, recipe.test_scenes), desc="test", disable=None):
+    for images, label in tqdm(_fresh(recipe, _TEST, recipe.test_scenes), desc="test", disable=None):
         for block, logits in model.every_exit(images).items():
             found = metrics.confusion_matrix(_upsampled(logits, label).argmax(1), label, classes=len(CLASSES))
             confusion[block] = confusion.get(block, 0) + found
@@ -250,9 +251,9 @@ def test(model: tet.ExitingModel, recipe: Recipe) -> dict[str, dict[str, float]]
     }
 
 
-def _fresh(model: tet.ExitingModel, recipe: Recipe, stream: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _fresh(recipe: Recipe, stream: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images and labels of scenes from a stream of their own, two at a time."""
-    normalised = about(recipe, model).normalised
+    normalised = about(recipe).normalised
     for first in range(0, count, 2):
         generator = np.random.default_rng((recipe.seed, stream, first))
         images, labels = scenes(generator, min(2, count - first), recipe.size)
@@ -261,7 +262,7 @@ def _fresh(model: tet.ExitingModel, recipe: Recipe, stream: int, count: int) -> 
 
 def arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m examples.scenes.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.scenes.train", description=_SUMMARY)
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimiser steps (default %(default)s)")
     parser.add_argument(
@@ -295,7 +296,7 @@ def main() -> None:
     report = fit(model, recipe)
     results = test(model, recipe)
     # Half precision on disk: the weights fit into a repository.
-    runs.save(given.out, model, about(recipe, model), dtype=torch.float16)
+    runs.save(given.out, model, about(recipe), dtype=torch.float16)
     summary = {"recipe": asdict(recipe), "agreement": report.agreement, "test": results}
     (given.out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for block, scores in results.items():

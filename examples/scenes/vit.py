@@ -63,9 +63,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        for last in (self.attention.out, self.mlp[-1]):
-            nn.init.zeros_(last.weight)  # a new block adds next to nothing, so that a deep network learns from the start
+        last = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), last)
+        # A new block adds next to nothing, so that even a deep network learns from the first step.
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(last.weight)
 
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         tokens = tokens + self.attention(self.norm1(tokens))

@@ -49,7 +49,11 @@ def decide(backend, policy, given_evidence):
 @each_backend
 @pytest.mark.parametrize(
     ("policy", "name", "passes"),
-    [(ConfidenceAbove, "confidence", np.greater), (EntropyBelow, "entropy", np.less), (MarginAbove, "margin", np.greater)],
+    [
+        (ConfidenceAbove, "confidence", np.greater),
+        (EntropyBelow, "entropy", np.less),
+        (MarginAbove, "margin", np.greater),
+    ],
 )
 @given(batch=strategies.batches(), threshold=THRESHOLD)
 def test_a_threshold_is_strict_and_nan_never_passes(backend, policy, name, passes, batch, threshold):
@@ -202,7 +206,9 @@ def test_thresholds_are_exchanged_everywhere_and_are_data():
             r"`image` must have one entry for each of the 3 tokens, got shape \(2,\)",
         ),
         (
-            lambda: Evidence(np.zeros((3, 2), np.float32), images=1, grid=(1, 3), settled_label=np.zeros((1, 2), np.int64)),
+            lambda: Evidence(
+                np.zeros((3, 2), np.float32), images=1, grid=(1, 3), settled_label=np.zeros((1, 2), np.int64)
+            ),
             r"`settled_label` must have shape \(images, positions\) for images=1 and grid=\(1, 3\), got shape \(1, 2\)",
         ),
         (lambda: policies.from_dict({"kind": "os.system"}), "`kind` must be one of ConfidenceAbove, .*got 'os.system'"),

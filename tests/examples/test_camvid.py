@@ -234,8 +234,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch:
 
 @needs_data
 def test_the_ready_model_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["evaluate", "--data", str(CAMVID), "--init", str(READY), "--json", str(tmp_path / "results.json"),
-               "--limit", "4", "--rounds", "1", "--batches", "1", "--timing-images", "1", "--device", "cpu"]
+    command = [
+        "evaluate",
+        "--data",
+        str(CAMVID),
+        "--init",
+        str(READY),
+        "--json",
+        str(tmp_path / "results.json"),
+        "--limit",
+        "4",
+        "--rounds",
+        "1",
+        "--batches",
+        "1",
+        "--timing-images",
+        "1",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     results = evaluate.evaluate(evaluate.arguments())
     dense, cut = (results["settings"][name] for name in ("dense", "truncated after 8"))

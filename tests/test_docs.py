@@ -1,0 +1,150 @@
+"""The documentation: every public name has its place, every page is in the navigation, and the code on the pages runs."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import tokenexit
+import tokenexit_torch
+from examples.camvid.common import import_timm
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+_BLOCK = re.compile(r"^::: (?P<name>\S+)\n(?P<options>(?:[ ]{4}.*\n|\n(?=[ ]{4}))*)", re.MULTILINE)
+_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def modules() -> Iterator[ModuleType]:
+    """Every public module of the library."""
+    for package in (tokenexit, tokenexit_torch):
+        yield package
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not info.name.rpartition(".")[2].startswith("_"):
+                yield importlib.import_module(info.name)
+
+
+def home(module: ModuleType, name: str) -> str:
+    """One name for one object, by however many modules it is offered."""
+    value = getattr(module, name)
+    if inspect.ismodule(value):
+        return value.__name__
+    if inspect.isclass(value) or inspect.isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"{module.__name__}.{name}"
+
+
+def resolved(dotted: str) -> str | None:
+    """The `home` of what a page names; None if there is no such thing."""
+    path, _, name = dotted.rpartition(".")
+    try:
+        return home(importlib.import_module(path), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def documented(text: str) -> list[str]:
+    """Dotted names in the blocks of a page, those in members lists included."""
+    names = []
+    for block in _BLOCK.finditer(text):
+        options = yaml.safe_load(block["options"]) or {}
+        members = options.get("options", {}).get("members", [])
+        names += [block["name"], *(f"{block['name']}.{member}" for member in members)]
+    return names
+
+
+def complaints(text: str) -> list[str]:
+    """What is wrong with the API pages, taken together."""
+    found = {name: resolved(name) for name in documented(text)}
+    places = Counter(found[name] for name in documented(text))
+    public = {home(module, name) for module in modules() for name in module.__all__}
+    return [
+        *(f"{name} does not exist" for name, target in found.items() if target is None),
+        *(f"{name} has no place" for name in sorted(public - places.keys())),
+        *(f"{name} has {count} places" for name, count in places.items() if name is not None and count > 1),
+        *(f"{name} is not public" for name in sorted(filter(None, places.keys() - public))),
+    ]
+
+
+def api_pages() -> str:
+    return "\n".join((DOCS / page).read_text() for page in PAGES if page.startswith("api/"))
+
+
+def test_every_public_name_has_exactly_one_place() -> None:
+    assert complaints(api_pages()) == []
+
+
+@pytest.mark.parametrize(("old", "new", "complaint"), [
+    ("        - margin\n", "", "tokenexit.scores.margin has no place"),
+    ("        - margin\n", "        - margni\n", "tokenexit.scores.margni does not exist"),
+    ("        - margin\n", "        - margin\n        - margin\n", "tokenexit.scores.margin has 2 places"),
+    ("::: tokenexit_torch.wrap\n", "", "tokenexit_torch.wrapping.wrap has no place"),
+    ("::: tokenexit_torch.wrap\n", "::: tokenexit_torch.wrapping.wrap\n::: tokenexit_torch.wrap\n",
+     "tokenexit_torch.wrapping.wrap has 2 places"),
+    ("::: tokenexit_torch.wrap\n", "::: tokenexit_torch.wrap\n\n::: tokenexit_torch.unwrap\n",
+     "tokenexit_torch.unwrap does not exist"),
+    ("        - margin\n", "        - margin\n        - array_namespace\n",
+     "array_api_compat.common._helpers.array_namespace is not public"),
+])  # fmt: skip
+def test_a_name_without_its_one_place_is_found(old: str, new: str, complaint: str) -> None:
+    before = api_pages()
+    assert before.count(old) == 1
+    assert complaint in complaints(before.replace(old, new))
+
+
+def navigation(entry: Any) -> Iterator[str]:
+    """The pages in a part of `nav`."""
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from navigation(part)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(navigation(nav)) == PAGES
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Code of a page, each piece on the lines that it has there, for tracebacks."""
+    text = (DOCS / page).read_text()
+    fences = (fence for fence in _FENCE.finditer(text) if fence["language"] == language)
+    return ["\n" * text.count("\n", 0, fence.start("code")) + fence["code"] for fence in fences]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_does_not_run_is_python_all_the_same(page: str) -> None:
+    for code in blocks(page, "py"):
+        ast.parse(code, page)
+
+
+RUNNABLE = [page for page in PAGES if blocks(page, "python")]
+
+
+def test_the_tour_and_the_guide_have_code_that_runs() -> None:
+    expected = {page for page in PAGES if page.startswith("guide/")} | {"index.md", "tour.md"}
+    assert set(RUNNABLE) == expected
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_timm()
+    module = ModuleType(f"page_{PAGES.index(page)}")  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        for code in blocks(page, "python"):
+            exec(compile(code, str(DOCS / page), "exec"), module.__dict__)

@@ -1,0 +1,55 @@
+"""Small vision transformers for the tests, with random weights large enough that predictions differ."""
+
+import torch
+from torch import nn
+
+import tokenexit_torch as tet
+from examples.runs import import_timm
+from examples.scenes.vit import Config, PlainHost, ViT
+from tokenexit.heads import MLP
+
+CLASSES = 5
+
+
+def timm_vit(*, heads=3, prefix=1, size=(32, 48), patch=8, depth=6, **options) -> nn.Module:
+    """A timm VisionTransformer of width 48; `prefix` counts cls and registers."""
+    timm = import_timm()
+    torch.manual_seed(heads + 10 * prefix)
+    tokens = {"class_token": prefix > 0, "reg_tokens": max(prefix - 1, 0), "global_pool": "token" if prefix else "avg"}
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=size, patch_size=patch, embed_dim=48, depth=depth, num_heads=heads, num_classes=0, fc_norm=False,
+        **tokens, **options,
+    )  # fmt: skip
+    return _lively(vit).eval()
+
+
+def plain_host(*, width=32, heads=2, depth=6, patch=8) -> PlainHost:
+    """The demo's own ViT, which has no prefix tokens."""
+    torch.manual_seed(7)
+    return PlainHost(_lively(ViT(Config(width=width, depth=depth, heads=heads, patch=patch))).eval())
+
+
+def wrapped(model, plan, **options) -> tet.ExitingModel:
+    """The model with exits after blocks 2, 3 and 4 whose confidences spread over (0, 1)."""
+    from tokenexit import schedule
+
+    torch.manual_seed(1)
+    exiting = tet.wrap(model, schedule.dense(after=(2, 3, 4)), num_classes=CLASSES, exit_heads=MLP(), **options).eval()
+    with torch.no_grad():
+        for head in [*exiting.exit_heads.values(), exiting.head]:
+            head[-1].weight.mul_(12)
+    exiting.retune(plan)
+    return exiting
+
+
+def images(count=3, size=(32, 48), seed=0) -> torch.Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def _lively(module: nn.Module) -> nn.Module:
+    """Scale the linear layers up: freshly initialised blocks hardly change their tokens."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 2 and "blocks" in name:
+                parameter.mul_(3)
+    return module

@@ -1,0 +1,136 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import tokenexit_torch as tet
+from tests.torch import models
+from tokenexit import TokenExitError, heads, policies, schedule
+
+PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tet.save(models.wrapped(models.timm_vit(), PLAN), tmp_path)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    data = json.loads((folder / "exits.json").read_text())
+    (folder / "exits.json").write_text(json.dumps(data | changes))
+
+
+@torch.no_grad()
+def test_what_was_saved_comes_back(tmp_path):
+    vit = models.timm_vit()
+    model = models.wrapped(vit, PLAN)
+    tet.save(model, tmp_path / "new" / "folder")
+    loaded = tet.load(tmp_path / "new" / "folder", vit).eval()
+    assert loaded.schedule == PLAN
+    assert [*loaded.exit_heads] == ["2", "3", "4"]
+    images = models.images()
+    for a, b in zip(model(images), loaded(images), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_heads_of_ones_own_come_back(tmp_path):
+    vit, head = models.timm_vit(), nn.Linear(48, 5)
+    model = tet.wrap(vit, PLAN, head=head, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
+    tet.save(model, tmp_path)
+    loaded = tet.load(tmp_path, vit, head=head, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
+    assert torch.equal(model(models.images()).logits, loaded(models.images()).logits)
+    with pytest.raises(TokenExitError, match="`exit_heads` must be given"):
+        tet.load(tmp_path, vit, head=head)
+    with pytest.raises(TokenExitError, match=r"`exit_heads` must follow the blocks \(2, 4\), got \[2\]"):
+        tet.load(tmp_path, vit, head=head, exit_heads={2: nn.Linear(48, 5)})
+    with pytest.raises(TokenExitError, match="`head` must be given exactly if"):
+        tet.load(tmp_path, vit, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(TokenExitError, match="`folder` must hold the files exits.json and exits.safetensors, got "):
+        tet.load(tmp_path, models.timm_vit())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 99}, "`schema` must be 1, got 99"),
+        ({"more": 1}, "`text` must be an object with the keys"),
+        ({"classes": -5}, "`classes` must be a whole number from 1 up, got -5"),
+        ({"after": [2, 2, 4]}, r"`after` must ascend, got \[2, 2, 4\]"),
+        ({"after": ["../../x"]}, "`after` must be a list of blocks from 1 to 5"),
+        ({"after": [2]}, r"`schedule` must have exits only after blocks with a head, \[2\], got \[4\]"),
+        ({"own_head": "yes"}, "`own_head` must be true or false, got 'yes'"),
+        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, got 'os.system'"),
+        ({"plan": {"kind": "mlp", "hidden": "9"}}, "`hidden` must be a whole number from 1 up, got '9'"),
+        (
+            {"schedule": {"schema": 1, "exits": [{"after": 2}]}},
+            r"`exits` must have exactly the keys \['after', 'policy'\]",
+        ),
+        ({"depth": 12}, "`model` must have depth 12, as the saved exits, got 6"),
+        ({"plan": {"kind": "mlp", "hidden": 9}}, r"`folder` must hold weights of the heads .*instead of \(9, 48\)"),
+    ],
+)
+def test_a_bad_plan_is_a_clear_error(saved, changes, message):
+    edit(saved, **changes)
+    with pytest.raises(TokenExitError, match=message):
+        tet.load(saved, models.timm_vit())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00", "[" * 100_000])
+def test_what_is_no_plan_is_a_clear_error(saved, text):
+    (saved / "exits.json").write_text(text)
+    with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.json, got .*exits.json"):
+        tet.load(saved, models.timm_vit())
+
+
+def test_a_policy_nested_too_deeply_is_a_clear_error(saved):
+    policy = {"kind": "never"}
+    text = (saved / "exits.json").read_text()
+    inner = '{"kind": "retaining", "per_class": 1, "policy": ' * 900 + json.dumps(policy) + "}" * 900
+    data = json.loads(text)
+    data["schedule"] = {"schema": 1, "exits": [{"after": 2, "policy": "HERE"}]}
+    (saved / "exits.json").write_text(json.dumps(data).replace('"HERE"', inner))
+    with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.json"):
+        tet.load(saved, models.timm_vit())
+
+
+def test_a_pickle_is_not_executed(saved, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (saved / "exits.safetensors").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.safetensors"):
+        tet.load(saved, models.timm_vit())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_weights_are_named(saved):
+    save_file({"exit_heads.9.weight": torch.zeros(3)}, saved / "exits.safetensors")
+    with pytest.raises(TokenExitError, match=r"exit_heads.9.weight: \(3,\) instead of None"):
+        tet.load(saved, models.timm_vit())
+
+
+def test_a_policy_of_ones_own_cannot_be_saved_and_nothing_is_written(tmp_path):
+    class Mine(policies.Policy):
+        def leaves(self, evidence):
+            return evidence.label == 0
+
+    model = models.wrapped(models.timm_vit(), schedule.Schedule((schedule.Exit(2, Mine()),)))
+    with pytest.raises(TokenExitError, match="`policy` must be one of"):
+        tet.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_head_plan_is_read_back():
+    for plan in (heads.Linear(), heads.MLP(), heads.MLP(hidden=3), heads.FCN(hidden=4)):
+        assert heads.from_dict(json.loads(json.dumps(heads.to_dict(plan)))) == plan

@@ -1,0 +1,163 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import tokenexit_torch as tet
+from tests.torch import models
+from tokenexit import TokenExitError, heads, schedule
+
+PLAN = schedule.neighbours(radius={2: 1, 4: 0})
+
+
+def test_wrapping_shares_the_weights_and_changes_nothing_in_the_model():
+    vit = models.timm_vit().train()
+    before, modes = copy.deepcopy(vit.state_dict()), [part.training for part in vit.modules()]
+    names = [name for name, _ in vit.named_modules()]
+    head = nn.Linear(48, 5)
+    model = tet.wrap(vit, PLAN, head=head, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
+    assert model.model is vit
+    assert model.head is head
+    assert {id(p) for p in vit.parameters()} <= {id(p) for p in model.parameters()}
+    after = vit.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [part.training for part in vit.modules()] == modes
+    assert [name for name, _ in vit.named_modules()] == names
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in vit.modules())
+    assert model.training
+
+
+def test_the_self_check_leaves_the_random_state_alone():
+    vit, given = models.timm_vit(), {2: nn.Linear(48, 5), 4: nn.Linear(48, 5)}
+    head, random = nn.Linear(48, 5), torch.get_rng_state()
+    tet.wrap(vit, PLAN, head=head, exit_heads=given)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("plan", [heads.Linear(), heads.MLP(), heads.MLP(hidden=7), heads.FCN(hidden=9)], ids=str)
+def test_head_plans_are_built_for_every_exit(plan):
+    model = tet.wrap(models.timm_vit(), PLAN, num_classes=5, exit_heads=plan).eval()
+    assert list(model.exit_heads) == ["2", "4"]
+    assert model(models.images(2)).logits.shape == (2, 5, 4, 6)
+    for head in [*model.exit_heads.values(), model.head]:
+        assert head(torch.zeros(2, 3, 48)).shape == (2, 3, 5)
+
+
+class TwoLooks(nn.Module):
+    """A block of one's own whose attention does, or does not, go through the function that is taken over."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x):
+        q = x[:, None]
+        for _ in range(self.calls):
+            q = functional.scaled_dot_product_attention(q, x[:, None], x[:, None])
+        return x + (q[:, 0] if self.calls else x.softmax(dim=1))
+
+
+class Crooked:
+    """A host that can be wrong in one way at a time."""
+
+    def __init__(self, *, calls=1, prefix=1, width=8, grid=(2, 3), shift=0.0):
+        self.module = nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), TwoLooks(calls))
+        self.blocks = [self.module[1]]
+        self.width, self.image_shape = width, (3, 16, 24)
+        self.prefix, self.grid, self.shift = prefix, grid, shift
+
+    def embed(self, images):
+        tokens = self.module[0](images).flatten(2).transpose(1, 2)
+        return tet.Embedded(functional.pad(tokens, (0, 0, 1, 0)), prefix=self.prefix, grid=self.grid)
+
+    def run(self, index, tokens, positions):
+        return self.blocks[index](tokens)
+
+    def finish(self, tokens):
+        return tokens
+
+    def dense(self, images):
+        return self.blocks[0](self.embed(images).tokens) + self.shift
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"calls": 0}, r"`model.blocks\[0\]` must call .*scaled_dot_product_attention once, got 0 calls"),
+        ({"calls": 2}, "once, got 2 calls"),
+        ({"prefix": 2}, "`model.embed` must give 2 prefix tokens and a grid of 2 x 3, got 7 tokens"),
+        ({"grid": (3, 3)}, "grid of 3 x 3, got 7 tokens"),
+        ({"width": 9}, "`model.width` must be the 8 channels of its tokens, got 9"),
+        (
+            {"shift": 0.1},
+            "`model` must give the same tokens packed as in its own dense forward, got a difference of 0.1",
+        ),
+    ],
+)
+def test_the_self_check_finds_what_is_wrong_with_a_host(wrong, message):
+    with pytest.raises(TokenExitError, match=message):
+        tet.wrap(Crooked(**wrong), schedule.dense(), num_classes=2)
+
+
+def test_the_self_check_accepts_the_same_host_put_right():
+    assert tet.wrap(Crooked(), schedule.dense(), num_classes=2)(torch.zeros(1, 3, 16, 24)).logits.shape == (1, 2, 2, 3)
+
+
+def test_attention_that_is_not_fused_is_found():
+    vit = models.timm_vit()
+    vit.blocks[3].attn.fused_attn = False
+    with pytest.raises(TokenExitError, match=r"`model.blocks\[3\]` must call .* once, got 0 calls"):
+        tet.wrap(vit, PLAN, num_classes=5)
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(dim=0))[:, :5]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda v: tet.wrap(nn.Linear(3, 3), PLAN, num_classes=5), "`model` must be a timm .*got torch.nn.*Linear"),
+        (lambda v: tet.wrap("vit", PLAN, num_classes=5), "`model` must be a timm .*got builtins.str"),
+        (lambda v: tet.wrap(tet.wrap(v, PLAN, num_classes=5), PLAN, num_classes=5), "must not be wrapped already"),
+        (lambda v: tet.wrap(v, PLAN), "`head` must be given, or `num_classes`.*got head=None and num_classes=None"),
+        (lambda v: tet.wrap(v, PLAN, head=nn.Linear(48, 5), num_classes=5), "head=Linear and num_classes=5"),
+        (lambda v: tet.wrap(v, PLAN, num_classes=0), "`num_classes` must be a whole number from 1 up, got 0"),
+        (lambda v: tet.wrap(v, "dtop", num_classes=5), "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
+        (
+            lambda v: tet.wrap(v, schedule.dtop(after=(6,)), num_classes=5),
+            r"blocks 1 to 5 only, for 6 blocks, got \[6\]",
+        ),
+        (lambda v: tet.wrap(v, PLAN, head=nn.Linear(47, 5)), r"`head` must take tokens of shape \(tokens, 48\)"),
+        (lambda v: tet.wrap(v, PLAN, head=Mixing()), "`head` must treat each token by itself"),
+        (lambda v: tet.wrap(v, PLAN, head=nn.Flatten(0)), r"`head` must turn tokens .* got .*144"),
+        (
+            lambda v: tet.wrap(v, PLAN, head=nn.Linear(48, 5), exit_heads={2: nn.Linear(48, 4), 4: nn.Linear(48, 5)}),
+            r"`exit_heads\[2\]` must give 5 classes, as the final head, got 4",
+        ),
+        (
+            lambda v: tet.wrap(v, PLAN, head=nn.Linear(48, 5), exit_heads={2: nn.Linear(48, 5)}),
+            r"exit head, \[2\], got \[4\]",
+        ),
+        (
+            lambda v: tet.wrap(models.timm_vit(patch_drop_rate=0.5), PLAN, num_classes=5),
+            "`model` must keep all its patches, got one with patch_drop_rate > 0",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(TokenExitError, match=message):
+        make(models.timm_vit())
+
+
+def test_another_vision_transformer_of_timm_is_refused_by_name():
+    swin = models.import_timm().create_model(
+        "swin_tiny_patch4_window7_224", img_size=224, num_classes=0, depths=(1, 1, 1, 1)
+    )
+    with pytest.raises(TokenExitError, match=r"got timm\.models\.swin_transformer\.SwinTransformer"):
+        tet.wrap(swin, PLAN, num_classes=5)
