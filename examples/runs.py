@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tokenexit_torch as tet
-from examples.camvid.common import import_timm
 from examples.scenes.vit import Config, PlainHost, ViT
+from examples.timm_import import import_timm
 from tokenexit import TokenExitError
 
 _ABOUT = "host.json"

@@ -115,7 +115,7 @@ class Policy(ABC):
     """Which tokens leave now. A subclass is a frozen dataclass with the method `leaves`."""
 
     score: ClassVar[str | None] = None
-    """What `threshold` is compared with, for policies that have one."""
+    """What a field `threshold` is compared with; policies that share it can be given one new threshold."""
 
     @abstractmethod
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
@@ -430,9 +430,9 @@ def _plain(value: Any) -> Any:
 
 
 def _scores(policy: Policy) -> set[str]:
-    inner = (getattr(policy, field.name) for field in dataclasses.fields(policy))
-    found = {policy.score} if policy.score else set[str]()
-    return found.union(*(_scores(value) for value in inner if isinstance(value, Policy)))
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    found = {policy.score or type(policy).__name__} if "threshold" in fields else set[str]()
+    return found.union(*(_scores(value) for value in fields.values() if isinstance(value, Policy)))
 
 
 def _exchange(policy: Any, threshold: float | Array) -> Any:

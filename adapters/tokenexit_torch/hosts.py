@@ -135,7 +135,9 @@ def host_of(model: object, /) -> Host:
             return TimmViT(model)
     elif isinstance(model, Host):
         return model
-    raise TokenExitError(f"`model` must be a timm VisionTransformer or follow tokenexit_torch.Host, got {_name(model)}")
+    raise TokenExitError(
+        f"`model` must be a timm VisionTransformer or a plain object that follows Host, got {_name(model)}"
+    )
 
 
 def _name(model: object) -> str:

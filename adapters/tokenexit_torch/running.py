@@ -34,11 +34,13 @@ class Output(NamedTuple):
         logits: Class scores of every patch, from the head at which it left.
         exit_depth: How many blocks every patch ran through.
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
+        exits: The blocks after which an exit head ran.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
     exit_depth: Int[Tensor, "images grid_height grid_width"]
     tokens_per_block: Int[Tensor, "images blocks"]
+    exits: tuple[int, ...]
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
@@ -60,9 +62,18 @@ class ExitingModel(nn.Module):
         model: The wrapped model itself, its weights shared.
         head: The final head.
         exit_heads: The exit heads, by the block they follow, as a string.
+        classes: Class count.
         head_plan: The plan that built the exit heads; None if they were given as modules.
         own_head: Whether the final head was built by `wrap` rather than given.
     """
+
+    host: Host
+    model: nn.Module
+    head: nn.Module
+    exit_heads: nn.ModuleDict
+    classes: int
+    head_plan: HeadPlan | None
+    own_head: bool
 
     def __init__(
         self,
@@ -159,7 +170,7 @@ class ExitingModel(nn.Module):
 
     def patches_after(
         self, images: Float[Tensor, "images channels height width"]
-    ) -> dict[int, Float[Tensor, "images patches width"]]:
+    ) -> dict[int, Float[Tensor, "images patches channels_out"]]:
         """Patches as every head would read them, in one dense run.
 
         Args:
@@ -174,22 +185,20 @@ class ExitingModel(nn.Module):
         """
         return self._trace(images)[1]
 
-    def multiply_adds(self, output: Output, *, schedule: Schedule | None = None) -> Int[Tensor, "images"]:
+    def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
 
         They are read off the linear and convolution layers and the executed tokens; heads are counted for patches.
 
         Args:
             output: What the call returned.
-            schedule: The plan of that call; the model's own if left out.
 
         Returns:
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network, or an exit of the plan has no head.
+            TokenExitError: If the output is of another network.
         """
-        plan = self._schedule if schedule is None else self._checked(schedule)
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
         inside = {id(layer) for block in self.host.blocks for layer in block.modules()}
@@ -202,8 +211,7 @@ class ExitingModel(nn.Module):
             exit_heads={int(after): linear_weights(head) for after, head in self.exit_heads.items()},
             head=linear_weights(self.head),
         )
-        exits = [exit.after for exit in plan.active]
-        return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=exits)
+        return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=output.exits)
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
         embedded = self._embed(images)
@@ -257,6 +265,7 @@ class _Run:
         self.ledger: Ledger | None = None
         self.lengths = [slots] * images
         self.counts: list[list[int]] = []
+        self.exits: list[int] = []
         # A batch is a packed row already, seen without its first axis.
         self.row = embedded.tokens
         self.packing: Packing | None = None
@@ -281,6 +290,7 @@ class _Run:
             self.row = host.run(block, self.row, self.positions)
 
     def _exit(self, after: int, policy: policies.Policy) -> None:
+        self.exits.append(after)
         self._pack()
         packing = self.packing
         assert packing is not None
@@ -343,4 +353,5 @@ class _Run:
             rearrange(logits, "images (height width) classes -> images classes height width", **grid),
             rearrange(depth, "images (height width) -> images height width", **grid),
             torch.tensor(self.counts, device=logits.device).reshape(model.depth, self.images).T,
+            tuple(self.exits),
         )

@@ -1,80 +1,20 @@
 """What the CamVid scripts share: vision transformers from timm, weights from `.npz` files, errors for the shell."""
 
-import contextlib
-import functools
 import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from tokenexit import TokenExitError
+from examples import shell
+from examples.timm_import import import_timm
 
 VIT = "vit_tiny_patch16_224"
-progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, nothing in a log file
 _UNUSED = ("norm.", "head.", "heads.")
-_TORCHVISION_OPERATORS = ("nms", "qnms")
-
-
-class UsageError(ValueError):
-    """What the user gave does not fit; the message names the argument, the rule and what was found."""
-
-
-def exit_with(main: Callable[[], None]) -> None:
-    """Run a script's `main`, turning usage errors and Ctrl-C into one line and an exit status."""
-    try:
-        main()
-    except (UsageError, TokenExitError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` once it is complete, and never before."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def import_timm() -> ModuleType:
-    """Import timm, also beside a torchvision wheel whose operators do not fit the installed torch.
-
-    timm needs only torchvision's Python side, whose import fails where the wheel's operators could not be loaded;
-    declaring the two it asks for is then enough. A torchvision that works is left alone.
-    """
-    try:
-        return importlib.import_module("timm")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    _declare_torchvision_operators()
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
-        del sys.modules[name]
-    return importlib.import_module("timm")
-
-
-@functools.cache
-def _declare_torchvision_operators() -> torch.library.Library:
-    """Declare what is not there yet; cached, as a declaration lives no longer than its library object."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in _TORCHVISION_OPERATORS:
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def vit_config(patch: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -103,12 +43,14 @@ def read_npz(path: Path, *, argument: str) -> dict[str, Tensor]:
         UsageError: If the file is missing or is not an archive of plain arrays.
     """
     if not path.is_file():
-        raise UsageError(f"`{argument}` must be an existing .npz file, got {str(path)!r}")
+        raise shell.UsageError(f"`{argument}` must be an existing .npz file, got {str(path)!r}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]).float() for name in archive.files}
     except (ValueError, OSError, AttributeError, TypeError) as error:
-        raise UsageError(f"`{argument}` must be a .npz file of plain arrays, got {str(path)!r}: {error}") from error
+        raise shell.UsageError(
+            f"`{argument}` must be a .npz file of plain arrays, got {str(path)!r}: {error}"
+        ) from error
 
 
 def load_backbone(vit: nn.Module, weights: Mapping[str, Tensor], *, argument: str) -> None:
@@ -123,13 +65,13 @@ def load_backbone(vit: nn.Module, weights: Mapping[str, Tensor], *, argument: st
     given = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or unknown:
-        raise UsageError(
+        raise shell.UsageError(
             f"`{argument}` must hold exactly the tensors of {VIT}: missing {missing[:4]} ({len(missing)} in all), "
             f"unknown {unknown[:4]} ({len(unknown)} in all)"
         )
     for name, value in given.items():
         if value.shape != own[name].shape:
-            raise UsageError(
+            raise shell.UsageError(
                 f"`{argument}`: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
             )
     vit.load_state_dict(given)
@@ -167,7 +109,7 @@ def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int,
     weights = read_npz(path, argument="--init")
     kernel = weights.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4:
-        raise UsageError(f"`--init` must hold 'patch_embed.proj.weight', got {sorted(weights)[:4]} ...")
+        raise shell.UsageError(f"`--init` must hold 'patch_embed.proj.weight', got {sorted(weights)[:4]} ...")
     vit = build_vit(kernel.shape[-1], size)
     load_backbone(vit, weights, argument="--init")
     blocks = sorted({int(name.split(".")[1]) for name in weights if name.startswith("heads.")})
@@ -187,7 +129,7 @@ def _head(weights: Mapping[str, Tensor], block: int) -> nn.Sequential:
         head = mlp_head(width, hidden, own["3.weight"].shape[0])
         head.load_state_dict(own)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UsageError(
+        raise shell.UsageError(
             f"`--init`: {prefix}* must be LayerNorm 0, Linear 1, GELU 2, Linear 3, got {sorted(own)}: {error}"
         ) from error
     return head

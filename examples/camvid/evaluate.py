@@ -24,8 +24,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 import tokenexit_torch as tet
-from examples import metrics, runs
-from examples.camvid import common, data, report, timing
+from examples import metrics, runs, shell, timing
+from examples.camvid import common, data, report
 from tokenexit import cost, schedule
 from tokenexit.heads import MLP
 
@@ -85,20 +85,20 @@ def block_radius(text: str) -> tuple[int, int]:
 
 def _check(given: argparse.Namespace) -> None:
     if given.fit_after is not None and given.run is not None:
-        raise common.UsageError("`--fit-after` must come with --init; a run has fitted heads already, got --run")
+        raise shell.UsageError("`--fit-after` must come with --init; a run has fitted heads already, got --run")
     for name, value in (("--accuracy-batch", given.accuracy_batch), ("--batches", min(given.batches)),
                         ("--fit-steps", given.fit_steps), ("--threads", given.threads or 1)):  # fmt: skip
         if value < 1:
-            raise common.UsageError(f"`{name}` must be at least 1, got {value}")
+            raise shell.UsageError(f"`{name}` must be at least 1, got {value}")
     if max(given.batches) > given.timing_images:
-        raise common.UsageError(
+        raise shell.UsageError(
             f"`--batches` must be at most --timing-images, {given.timing_images}, got {max(given.batches)}"
         )
     headless = sorted({block for block, _ in given.exits or ()} - set(given.fit_after or ()))
     if given.fit_after is not None and headless:
-        raise common.UsageError(f"`--exits` must be among --fit-after, {sorted(given.fit_after)}, got {headless}")
+        raise shell.UsageError(f"`--exits` must be among --fit-after, {sorted(given.fit_after)}, got {headless}")
     if given.rounds < 0:
-        raise common.UsageError(f"`--rounds` must be at least 0, got {given.rounds}")
+        raise shell.UsageError(f"`--rounds` must be at least 0, got {given.rounds}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
     """
     unknown = sorted(set(radius) - set(heads))
     if unknown:
-        raise common.UsageError(f"`--exits` must be among the blocks with a head, {sorted(heads)}, got {unknown}")
+        raise shell.UsageError(f"`--exits` must be among the blocks with a head, {sorted(heads)}, got {unknown}")
     exits, radii = ",".join(map(str, radius)), ",".join(f"{block}:{around}" for block, around in radius.items())
     return (
         Setting("dense", "dense", schedule.dense()),
@@ -184,7 +184,7 @@ def accuracy(
     confusion: dict[str, Tensor] = {}
     predictions, tokens, multiply_adds = [], [], []
     ordered = iter(batches.frames)
-    for images, labels in common.progress(batches, desc=description):
+    for images, labels in shell.progress(batches, desc=description):
         out = model(images.to(device), schedule=plan)
         predicted = out.upsample(data.SIZE).argmax(1).cpu()
         for one, label, frame in zip(predicted, labels, islice(ordered, len(images)), strict=True):
@@ -192,7 +192,7 @@ def accuracy(
             confusion[frame.sequence] = confusion.get(frame.sequence, 0) + counts
         predictions.append(predicted.to(torch.uint8))
         tokens.append(out.tokens_per_block.cpu())
-        multiply_adds.append(model.multiply_adds(out, schedule=plan).cpu())
+        multiply_adds.append(model.multiply_adds(out).cpu())
     labelled, counted, work = torch.cat(predictions), torch.cat(tokens), torch.cat(multiply_adds)
     total = torch.stack(list(confusion.values())).sum(0)
     figures = {
@@ -212,11 +212,6 @@ def _numbers(values: Float[Tensor, " count"]) -> list[float | None]:
     return [None if value != value else value for value in values.tolist()]
 
 
-def bare_dense(model: tet.ExitingModel, prefix: int) -> Callable[[Tensor], Tensor]:
-    """The network as it is without this library: its own forward pass, and the final head."""
-    return lambda images: model.head(model.host.dense(images)[:, prefix:])
-
-
 @torch.inference_mode()
 def timed(
     model: tet.ExitingModel,
@@ -227,11 +222,10 @@ def timed(
     rounds: int,
 ) -> dict[str, Any]:
     """Time every setting at one batch size; what does not fill a batch is left out."""
-    prefix = model.host.embed(images[:1]).prefix
     candidates: dict[str, Callable[[Tensor], object]] = {
         setting.name: (lambda images, plan=setting.plan: model(images, schedule=plan)) for setting in chosen
     }
-    candidates["dense"] = bare_dense(model, prefix)
+    candidates["dense"] = timing.bare_dense(model, images[:1])
     batches = [part for part in images.split(batch) if len(part) == batch]
     seconds = timing.interleaved(candidates, batches, rounds=rounds)
     return timing.summary(seconds, images=batch * len(batches), baseline="dense")
@@ -261,7 +255,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
     """What accuracy depends on: results of other inputs do not belong into the same file."""
     source = given.run or given.init
     if not source.exists():
-        raise common.UsageError(f"`--{'run' if given.run else 'init'}` must exist, got {str(source)!r}")
+        raise shell.UsageError(f"`--{'run' if given.run else 'init'}` must exist, got {str(source)!r}")
     return {
         "model": source.name,
         "sha256": _digest(source),
@@ -292,10 +286,10 @@ def open_results(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         results = json.loads(path.read_text())
         found = results["inputs"]
     except (ValueError, KeyError, TypeError) as error:
-        raise common.UsageError(f"`--json` must be a new file or results of this script, got {str(path)!r}") from error
+        raise shell.UsageError(f"`--json` must be a new file or results of this script, got {str(path)!r}") from error
     different = [f"{name} {found.get(name)!r}, not {now!r}" for name, now in identity.items() if found.get(name) != now]
     if different:
-        raise common.UsageError(
+        raise shell.UsageError(
             f"`--json` must be a new file or have results of the same inputs, got {str(path)!r} with "
             + "; ".join(different)
         )
@@ -304,7 +298,7 @@ def open_results(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write the file whole or not at all."""
-    with common.replacing(path) as file:
+    with shell.replacing(path) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
 
 
@@ -319,7 +313,7 @@ def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingM
     vit, heads = common.ready_model(given.init, data.SIZE)
     depth = len(list(vit.get_submodule("blocks").children()))
     if depth not in heads:
-        raise common.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
+        raise shell.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
     final = heads.pop(depth)
     if given.fit_after is None:
         return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
@@ -339,7 +333,7 @@ def fitted_model(
     model.eval().to(given.device)
     frames = data.frames(given.data, "train", given.fit_images)
     images = data.Images(data.Batches(frames, given.accuracy_batch), torch.device(given.device))
-    fit = tet.fit_exits(model, images, steps=given.fit_steps, progress=common.progress)
+    fit = tet.fit_exits(model, images, steps=given.fit_steps, progress=shell.progress)
     tet.save(model, kept)
     agreement = {str(block): value for block, value in fit.agreement.items()}
     results["fit"] = {"images": len(frames), "hidden": _FIT_HIDDEN, "agreement_on_train": agreement}
@@ -390,7 +384,7 @@ def measure_accuracy(
     dense, others = chosen[0], [setting for setting in pending if setting.kind != "dense"]
     figures, reference = accuracy(model, dense.plan, batches, None, device, description=dense.name)
     _keep(results, dense, figures, given.json)
-    for setting in common.progress(others, desc="settings"):
+    for setting in shell.progress(others, desc="settings"):
         figures, _ = accuracy(model, setting.plan, batches, reference, device, description=setting.name)
         _keep(results, setting, figures, given.json)
 
@@ -432,4 +426,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.exit_with(main)
+    shell.exit_with(main)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokenexit_torch as tet
-from examples import metrics, runs
+from examples import checkpoints, metrics, runs, shell
 from examples.camvid import common, data
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 _AFTER = (4, 6, 8, 10)
 _HEADS = MLP(hidden=384)
 _PATCH = 16
@@ -53,7 +53,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "fit_steps"):
             if getattr(self, name) < 1:
-                raise common.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
+                raise shell.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
 
 
 def arguments() -> argparse.Namespace:
@@ -183,19 +183,13 @@ def dense_miou(model: tet.ExitingModel, batches: data.Batches, device: torch.dev
     """Data-set mIoU of the whole network in float32, as a fraction, logits upsampled to the labels."""
     model.eval()
     confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
-    for images, labels in common.progress(batches, desc="val"):
+    for images, labels in shell.progress(batches, desc="val"):
         logits = model.every_exit(images.to(device))[model.depth]
         full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         confusion += metrics.confusion_matrix(
             full.argmax(1).cpu(), labels, classes=len(data.CLASSES), ignore=data.IGNORE
         )
     return metrics.mean_iou(confusion)
-
-
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    with common.replacing(path) as file:
-        torch.save(dict(content), file)
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -206,11 +200,11 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
     """
     if not path.is_file():
         return None
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = checkpoints.load(path)
     found = content["identity"]
     different = [f"{name} {found.get(name)!r}, not {now!r}" for name, now in identity.items() if found.get(name) != now]
     if different:
-        raise common.UsageError(
+        raise shell.UsageError(
             f"`--out` must be a new folder or a run with the same settings, got {str(path.parent)!r}, which has "
             + "; ".join(different)
         )
@@ -251,12 +245,12 @@ def train(
     for epoch in range(len(history), recipe.epochs):
         started = time.perf_counter()
         batches = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=epoch, workers=workers)
-        bar = common.progress(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}")
+        bar = shell.progress(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}")
         entry = {"loss": run_epoch(training, bar, recipe, device), "seconds": time.perf_counter() - started}
         if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
             entry["val_miou"] = dense_miou(model, validation, device)
         history.append(entry)
-        save_checkpoint(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
+        checkpoints.save(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
         print(_line(len(history), recipe.epochs, entry), flush=True)
     return finish(model, recipe, chosen, out=out, device=device, history=history)
 
@@ -273,7 +267,7 @@ def finish(
     """Fit the exit heads to the final head on the train images, without labels, and saves the run."""
     model.eval()
     images = data.Images(data.Batches(chosen, recipe.batch), device)
-    report = tet.fit_exits(model, images, steps=recipe.fit_steps, progress=common.progress)
+    report = tet.fit_exits(model, images, steps=recipe.fit_steps, progress=shell.progress)
     config = {"model_name": common.VIT, **common.vit_config(_PATCH, data.SIZE)}
     about = runs.About(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
@@ -300,7 +294,7 @@ def main() -> None:
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     if given.validate_every < 1:
-        raise common.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
+        raise shell.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
     recipe = Recipe(
         epochs=given.epochs, batch=given.batch, seed=given.seed, limit=given.limit, precision=given.precision,
         fit_steps=given.fit_steps,
@@ -312,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.exit_with(main)
+    shell.exit_with(main)

@@ -24,15 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import tokenexit_torch as tet
-from examples import metrics, runs
-from examples.camvid import common
+from examples import checkpoints, metrics, runs, shell
 from examples.scenes.draw import CLASSES, PALETTE, draw
 from examples.scenes.vit import Config, PlainHost, ViT
 from tokenexit import schedule
 
 NETWORK = Config()
 AFTER = (3, 4, 6, 8)
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 _SUMMARY = "Trains a plain ViT on drawn street scenes, fits its exits and saves a run folder."
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
 _TRAIN, _FIT, _TEST = range(3)  # streams of scenes that never meet
@@ -75,11 +74,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "fit_scenes", "fit_steps", "test_scenes"):
             if getattr(self, name) < 1:
-                raise common.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
+                raise shell.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
         if self.batch < 2:
-            raise common.UsageError(f"`--batch` must be at least 2, got {self.batch}")
+            raise shell.UsageError(f"`--batch` must be at least 2, got {self.batch}")
         if any(side < 64 or side % 16 for side in self.size):
-            raise common.UsageError(f"`--size` must be multiples of 16 from 64 up, got {self.size}")
+            raise shell.UsageError(f"`--size` must be multiples of 16 from 64 up, got {self.size}")
 
 
 class Scenes(Dataset[tuple[Tensor, Tensor]]):
@@ -205,8 +204,7 @@ def progress(value: Tensor, exits: Mapping[int, Tensor], label: UInt8[Tensor, "b
 def save_checkpoint(path: Path, recipe: Recipe, parts: Mapping[str, Any], step: int) -> None:
     """Writes a checkpoint whole or not at all; nothing in a step is random but its scenes, so no generator is kept."""
     state = {"recipe": asdict(recipe), "step": step, **{name: part.state_dict() for name, part in parts.items()}}
-    with common.replacing(path) as file:
-        torch.save(state, file)
+    checkpoints.save(path, state)
 
 
 def restore(path: Path, recipe: Recipe, parts: Mapping[str, Any]) -> int:
@@ -217,10 +215,10 @@ def restore(path: Path, recipe: Recipe, parts: Mapping[str, Any]) -> int:
     """
     if not path.is_file():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoints.load(path)
     if state["recipe"] != asdict(recipe):
         other = {name: value for name, value in state["recipe"].items() if asdict(recipe).get(name) != value}
-        raise common.UsageError(f"`--out` must be new or a run with the same settings, got {path.parent} with {other}")
+        raise shell.UsageError(f"`--out` must be new or a run with the same settings, got {path.parent} with {other}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
@@ -309,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.exit_with(main)
+    shell.exit_with(main)

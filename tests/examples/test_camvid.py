@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import metrics
-from examples.camvid import common, data, evaluate, report, timing, train
+from examples import metrics, shell, timing
+from examples.camvid import common, data, evaluate, report, train
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 CAMVID, DEIT, READY = SHARED / "camvid", SHARED / "deit_tiny_patch16_224.npz", SHARED / "camvid_vit_tiny_p16.npz"
@@ -127,16 +127,16 @@ def test_an_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(common.UsageError, match=r"`--data` must be a CamVid folder.*there is no folder"):
+    with pytest.raises(shell.UsageError, match=r"`--data` must be a CamVid folder.*there is no folder"):
         data.frames(tmp_path / "nowhere", "train")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(common.UsageError, match=r"train.txt' is missing \(the folder holds photos\)"):
+    with pytest.raises(shell.UsageError, match=r"train.txt' is missing \(the folder holds photos\)"):
         data.frames(tmp_path, "train")
     tiny = tiny_camvid(tmp_path)
     (tiny / "trainannot" / "Seq_1.png").unlink()
-    with pytest.raises(common.UsageError, match=r"trainannot/ holds no Seq_1.png"):
+    with pytest.raises(shell.UsageError, match=r"trainannot/ holds no Seq_1.png"):
         data.frames(tiny, "train")
-    with pytest.raises(common.UsageError, match=r"`--limit` must be at least 1, got 0"):
+    with pytest.raises(shell.UsageError, match=r"`--limit` must be at least 1, got 0"):
         data.frames(tiny, "train", 0)
 
 
@@ -145,20 +145,20 @@ def test_weights_are_checked_by_name_and_shape(tmp_path: Path) -> None:
     weights = vit.state_dict()
     np.savez(tmp_path / "ok.npz", **{name: value.numpy() for name, value in weights.items()})
     common.load_backbone(vit, common.read_npz(tmp_path / "ok.npz", argument="--weights"), argument="--weights")
-    with pytest.raises(common.UsageError, match=r"missing \['cls_token'\]"):
+    with pytest.raises(shell.UsageError, match=r"missing \['cls_token'\]"):
         common.load_backbone(vit, {k: v for k, v in weights.items() if k != "cls_token"}, argument="--weights")
-    with pytest.raises(common.UsageError, match=r"'cls_token' must have shape \(1, 1, 192\), got \(1, 2, 192\)"):
+    with pytest.raises(shell.UsageError, match=r"'cls_token' must have shape \(1, 1, 192\), got \(1, 2, 192\)"):
         common.load_backbone(vit, weights | {"cls_token": torch.zeros(1, 2, 192)}, argument="--weights")
-    with pytest.raises(common.UsageError, match=r"`--weights` must be an existing .npz file"):
+    with pytest.raises(shell.UsageError, match=r"`--weights` must be an existing .npz file"):
         common.read_npz(tmp_path / "none.npz", argument="--weights")
     np.savez(tmp_path / "pickled.npz", cls_token=np.array([{}], dtype=object))
-    with pytest.raises(common.UsageError, match=r"plain arrays"):
+    with pytest.raises(shell.UsageError, match=r"plain arrays"):
         common.read_npz(tmp_path / "pickled.npz", argument="--weights")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     def write(content: bytes, *, stopped: bool) -> None:
-        with common.replacing(path) as file:
+        with shell.replacing(path) as file:
             file.write(content)
             if stopped:
                 raise KeyboardInterrupt
@@ -225,7 +225,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch:
     assert run_train(tmp_path / "resumed") == straight
     for file in ("host.safetensors", "exits.safetensors"):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
-    with pytest.raises(common.UsageError, match=r"same settings.*batch 2, not 4"):
+    with pytest.raises(shell.UsageError, match=r"same settings.*batch 2, not 4"):
         train.train(
             train.Recipe(epochs=2, batch=4, limit=3, fit_steps=3), folder=CAMVID, weights=DEIT,
             out=tmp_path / "straight", device=torch.device("cpu"), workers=0, validate_every=2,
@@ -275,5 +275,5 @@ def test_the_ready_model_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(evaluate, "timed", never)
     assert evaluate.evaluate(evaluate.arguments())["settings"] == results["settings"]
     monkeypatch.setattr(sys, "argv", [*command, "--split", "test"])
-    with pytest.raises(common.UsageError, match=r"same inputs.*split 'val', not 'test'"):
+    with pytest.raises(shell.UsageError, match=r"same inputs.*split 'val', not 'test'"):
         evaluate.evaluate(evaluate.arguments())

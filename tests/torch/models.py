@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import tokenexit_torch as tet
-from examples.runs import import_timm
 from examples.scenes.vit import Config, PlainHost, ViT
+from examples.timm_import import import_timm
 from tokenexit.heads import MLP
 
 CLASSES = 5

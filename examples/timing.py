@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from examples.camvid import common
+import tokenexit_torch as tet
+from examples import shell
 
 
 def interleaved(
@@ -32,13 +33,28 @@ def interleaved(
         run(batches[0])
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     title = f"timing, batch {len(batches[0])}"
-    with common.progress(total=rounds * len(candidates), desc=title) as bar:
+    with shell.progress(total=rounds * len(candidates), desc=title) as bar:
         for turn in range(rounds):
             # A new order every round: nobody always runs after the same neighbour's caches and heat.
             for name in random.Random(turn).sample(list(candidates), len(candidates)):
                 seconds[name].append(_seconds(candidates[name], batches))
                 bar.update()
     return seconds
+
+
+@torch.inference_mode()
+def bare_dense(model: tet.ExitingModel, images: Float[Tensor, "1 3 height width"]) -> Callable[[Tensor], Tensor]:
+    """The baseline: the network as it is without the library, its own forward pass, and the final head.
+
+    Args:
+        model: The wrapped network.
+        images: An image, to learn how many tokens are no patches.
+
+    Returns:
+        A function from images to the logits of their patches.
+    """
+    prefix = model.host.embed(images).prefix
+    return lambda images: model.head(model.host.dense(images)[:, prefix:])
 
 
 def _seconds(run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> float:

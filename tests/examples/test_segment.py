@@ -1,0 +1,59 @@
+"""`make demo`, as a person runs it, and on pictures of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.scenes.draw import draw
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*options):
+    command = [sys.executable, "-m", "examples.segment", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(tmp_path):
+    done = run("--out", str(tmp_path), "--scenes", "2", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["agreement"] >= 0.99
+    assert found["token_blocks"] < 0.75
+    assert sum(found["patches_by_depth"].values()) == found["patches"] == 2 * 32 * 48
+    assert found["multiply_adds"]["exits"] < found["multiply_adds"]["dense"]
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 800
+    for word in ("ms a picture", "token-blocks", "pixels as in dense", "after block 3", "demo.png"):
+        assert word in done.stdout
+
+
+def test_pictures_of_ones_own_at_another_threshold(tmp_path):
+    file = tmp_path / "street.jpg"
+    Image.fromarray(draw(np.random.default_rng(77), size=(200, 500)).image).save(file)
+    done = run("--image", str(file), "--threshold", "1.0", "--rounds", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["token_blocks"] == 1
+    assert found["agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image", "no_such.png"], "error: `--image` must be a picture, got 'no_such.png'"),
+        (["--model", "no_such_folder"], "error: `folder` must hold a valid host.json"),
+        (["--threshold", "1.5"], "error: `threshold` must be in [0, 1], got 1.5"),
+        (["--rounds", "0"], "error: `--rounds` must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, options, message):
+    done = run(*options, "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
