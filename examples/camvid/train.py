@@ -29,6 +29,7 @@ from tokenexit.heads import MLP
 CHECKPOINT = "checkpoint.safetensors"
 _AFTER = (4, 6, 8, 10)
 _HEADS = MLP(hidden=384)
+_PLAN = schedule.neighbours(radius={4: 1, 6: 1, 8: 0}, threshold=0.9)
 _PATCH = 16
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 
@@ -273,6 +274,7 @@ def finish(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
         size=data.SIZE,
     )  # fmt: skip
+    model.retune(_PLAN)
     runs.save(out, model, about)
     (out / "history.json").write_text(json.dumps({"recipe": asdict(recipe), "epochs": history}, indent=1) + "\n")
     agreement = ", ".join(f"{block}: {100 * value:.1f} %" for block, value in report.agreement.items())

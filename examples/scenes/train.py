@@ -31,6 +31,7 @@ from tokenexit import schedule
 
 NETWORK = Config()
 AFTER = (3, 4, 6, 8)
+PLAN = schedule.neighbours(radius={3: 2, 6: 1, 8: 0}, threshold=0.9)
 CHECKPOINT = "checkpoint.safetensors"
 _SUMMARY = "Trains a plain ViT on drawn street scenes, fits its exits and saves a run folder."
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
@@ -293,6 +294,7 @@ def main() -> None:
     train(model, recipe, given.out, given.checkpoint_every)
     report = fit(model, recipe)
     results = test(model, recipe)
+    model.retune(PLAN)
     # Half precision on disk: the weights fit into a repository.
     runs.save(given.out, model, about(recipe), dtype=torch.float16)
     summary = {"recipe": asdict(recipe), "agreement": report.agreement, "test": results}
