@@ -3,13 +3,17 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test lint types docs wheel-test clean
+.PHONY: demo test properties lint types docs wheel-test clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
 
 test: .venv/dev
 	$(RUN) pytest
+
+# Thousands of examples for each property; half an hour and more.
+properties: .venv/dev
+	HYPOTHESIS_PROFILE=thorough $(RUN) pytest tests/core tests/torch
 
 lint: .venv/dev
 	$(RUN) ruff check .
@@ -28,7 +32,7 @@ wheel-test: .venv/dev
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/tokenexit-*.whl --group test
-	cp -r tests/core build/wheel/tests
+	mkdir -p build/wheel/tests && cp -r tests/__init__.py tests/conftest.py tests/core build/wheel/tests/
 	cd build/wheel && ../../.venv-wheel/bin/python -m pytest -q tests
 
 clean:
