@@ -76,7 +76,8 @@ def fit_exits(
     require(steps >= 1, "steps", "be at least 1", steps)
     require(patches_per_step >= 1, "patches_per_step", "be at least 1", patches_per_step)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    features, target = _trace(model, progress(_batches(images)))
+    batches = images.split(8) if isinstance(images, Tensor) else images
+    features, target = _trace(model, batches, progress)
     with training(model.exit_heads), _requiring_grad(model.exit_heads), torch.enable_grad():
         parameters = list(model.exit_heads.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -109,12 +110,12 @@ def _requiring_grad(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _trace(model: ExitingModel, batches: Iterable[Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+def _trace(model: ExitingModel, batches: Iterable[Tensor], progress: Progress) -> tuple[dict[int, Tensor], Tensor]:
     """Patches after each block with an exit head, `(patches, width)`, and the final logits, `(patches, classes)`."""
     features: dict[int, list[Tensor]] = {int(after): [] for after in model.exit_heads}
     target = []
     with evaluating(model):
-        for images in batches:
+        for images in progress(batches):
             *exits, (_, finished) = model.patches_after(images).items()
             for after, patches in exits:
                 features[after].append(rearrange(patches, "images patches width -> (images patches) width"))
@@ -132,7 +133,3 @@ def _agreement(heads: nn.ModuleDict, features: dict[int, Tensor], target: Tensor
             parts = [head(part).argmax(dim=-1) for part in features[int(after)].split(65536)]
         agreement[int(after)] = (torch.cat(parts) == final).float().mean().item()
     return agreement
-
-
-def _batches(images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    yield from (images.split(8) if isinstance(images, Tensor) else images)

@@ -34,7 +34,7 @@ def test_heads_learn_what_the_final_head_says_and_nothing_else_changes():
 def test_batches_give_what_one_tensor_gives_and_the_same_twice():
     images = models.images(10)
     one, _ = fitted(images)
-    same, _ = fitted([images[:8], images[8:]])
+    same, _ = fitted(part for part in (images[:8], images[8:]))
     for a, b in zip(one.exit_heads.parameters(), same.exit_heads.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
