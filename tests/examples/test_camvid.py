@@ -212,16 +212,16 @@ def run_train(out: Path) -> float:
 @needs_data
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = run_train(tmp_path / "straight")
-    save = train.save_checkpoint
+    save = train.checkpoints.save
 
     def save_and_stop(path: Path, content: dict[str, object]) -> None:
         save(path, content)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(train.checkpoints, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run_train(tmp_path / "resumed")
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.undo()
     assert run_train(tmp_path / "resumed") == straight
     for file in ("host.safetensors", "exits.safetensors"):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
