@@ -25,15 +25,17 @@ types: .venv/dev
 docs: .venv/dev
 	$(RUN) mkdocs build --strict --quiet
 
-# The built wheel, without any framework, must pass the core's tests in an environment of its own.
+# The built wheel, without any framework, must pass the core's tests in an environment of its own, away from the source.
 wheel-test: .venv/dev
-	rm -rf .venv-wheel build/wheel
+	rm -rf build/wheel .venv-wheel
 	$(RUN) pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/tokenexit-*.whl --group test
-	mkdir -p build/wheel/tests && cp -r tests/__init__.py tests/conftest.py tests/core build/wheel/tests/
-	cd build/wheel && ../../.venv-wheel/bin/python -m pytest -q tests
+	set -e; python=$$PWD/.venv-wheel/bin/python; away=$$(mktemp -d); \
+	mkdir $$away/tests; cp -r tests/__init__.py tests/conftest.py tests/core $$away/tests; cd $$away; \
+	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
+	$$python -m pytest -q --import-mode=importlib -p no:cacheprovider tests; rm -rf $$away
 
 clean:
 	rm -rf .venv .venv-wheel build demo site

@@ -9,6 +9,7 @@ Names are looked up in a closed registry; nothing read from a file is executed.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,12 +91,12 @@ def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
     """
     folder = Path(folder)
     about = _read_about(folder / _ABOUT)
-    host, module = _HOSTS[about.host](about.config)
     try:
+        host, module = _HOSTS[about.host](about.config)
         weights = {name: value.float() for name, value in load_file(folder / _WEIGHTS).items()}
         module.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise TokenExitError(f"`folder` must hold the network's {_WEIGHTS}, got {folder}: {error}") from error
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise TokenExitError(f"`folder` must hold a network as {_ABOUT} says, got {folder}: {error}") from error
     return tet.load(folder, host).eval(), about
 
 
@@ -105,10 +106,25 @@ def _plain(config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
 
 
 def _timm(config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
-    vit = import_timm().create_model(**config)
+    # A closed list: other arguments, and names with a scheme, make timm read files or fetch them.
+    unknown = sorted(set(config) - _TIMM_ARGUMENTS)
+    if unknown or not re.fullmatch(r"\w+", str(config.get("model_name"))):
+        raise ValueError(
+            f"`config` must have a plain model_name and only {sorted(_TIMM_ARGUMENTS)}, got {dict(config)}"
+        )
+    vit = import_timm().create_model(**config, pretrained=False)
     return vit, vit
 
 
+_TIMM_ARGUMENTS = {
+    "model_name",
+    "patch_size",
+    "img_size",
+    "num_classes",
+    "final_norm",
+    "reg_tokens",
+    "dynamic_img_size",
+}
 _HOSTS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, nn.Module]]] = {"plain": _plain, "timm": _timm}
 
 

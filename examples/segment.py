@@ -153,8 +153,13 @@ def main() -> None:
         model.retune(threshold=given.threshold)
     shown = pictures(given.image, about.size) if given.image else unseen_scenes(given.scenes, about.size)
     pixels = torch.stack([torch.from_numpy(np.asarray(picture).copy()) for picture in shown])
-    device = torch.device(given.device)
-    model.to(device)
+    try:
+        device = torch.device(given.device)
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise shell.UsageError(
+            f"`--device` must be one that PyTorch has here, got {given.device!r}: {error}"
+        ) from error
     images = about.normalised(pixels.permute(0, 3, 1, 2).to(device) / 255)
     figures, maps = compare(model, images)
     timed = {batch: measure(model, images, batch, given.rounds) for batch in sorted({1, len(images)})}
@@ -165,7 +170,7 @@ def main() -> None:
         "schedule": model.schedule.to_dict(),
         "pictures": [str(file) for file in given.image] if given.image else f"{len(shown)} drawn scenes",
         "environment": {
-            "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
+            "arguments": sys.argv[1:], "python": platform.python_version(), "torch": torch.__version__,
             "device": str(device), "threads": torch.get_num_threads(), "dtype": "float32", "rounds": given.rounds,
         },
     }  # fmt: skip

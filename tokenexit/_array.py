@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from array_api_compat import array_namespace, device, is_jax_array
+from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
 
-__all__ = ["Array", "array_namespace", "counting", "device", "take_or"]
+__all__ = ["Array", "array_namespace", "counting", "device", "is_array_api_obj", "take_or"]
 
 Array = Any
 """An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, CuPy."""

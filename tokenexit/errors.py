@@ -1,6 +1,6 @@
 """The one exception of the library, and the one way to raise it."""
 
-__all__ = ["TokenExitError"]
+__all__ = ["TokenExitError", "require"]
 
 
 class TokenExitError(ValueError):
@@ -8,6 +8,16 @@ class TokenExitError(ValueError):
 
 
 def require(ok: bool, argument: str, rule: str, got: object) -> None:
-    """Raise unless `ok`: "`argument` must `rule`, got `got`"."""
+    """Raise a `TokenExitError` unless a condition holds.
+
+    Args:
+        ok: The condition.
+        argument: Name of the argument that it is about.
+        rule: What the argument must do or be; the message reads "`argument` must `rule`, got `got`".
+        got: What it was.
+
+    Raises:
+        TokenExitError: If not `ok`.
+    """
     if not ok:
         raise TokenExitError(f"`{argument}` must {rule}, got {got}")

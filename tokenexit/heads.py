@@ -33,7 +33,7 @@ class MLP:
         """Check the field.
 
         Raises:
-            TokenExitError: If `hidden` is neither None nor a whole number from 1 up.
+            TokenExitError: If `hidden` is neither None nor a whole number from 1 to 1,000,000.
         """
         if self.hidden is not None:
             _require_size(self.hidden)
@@ -55,7 +55,7 @@ class FCN:
         """Check the field.
 
         Raises:
-            TokenExitError: If `hidden` is not a whole number from 1 up.
+            TokenExitError: If `hidden` is not a whole number from 1 to 1,000,000.
         """
         _require_size(self.hidden)
 
@@ -110,5 +110,5 @@ def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
 
 
 def _require_size(value: object) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(ok, "hidden", "be a whole number from 1 up", repr(value))
+    ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000
+    require(ok, "hidden", "be a whole number from 1 to 1,000,000", repr(value))

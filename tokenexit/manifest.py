@@ -15,6 +15,7 @@ from tokenexit.schedule import Schedule
 __all__ = ["Manifest", "from_json", "to_json"]
 
 SCHEMA = 1
+MOST = 1_000_000  # of channels, classes, blocks: larger numbers are a damaged or a hostile file
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Manifest:
         schedule: The plan in use.
         after: The blocks that have an exit head.
         plan: How the exit heads were built; None if they were given as modules.
-        own_head: Whether the final head was built along with them, and is saved with them.
+        built_head: Whether the final head was built along with them, and is saved with them.
         classes: Class count.
         width: Channels of a token.
         depth: How many blocks the network has.
@@ -34,7 +35,7 @@ class Manifest:
     schedule: Schedule
     after: tuple[int, ...]
     plan: HeadPlan | None
-    own_head: bool
+    built_head: bool
     classes: int
     width: int
     depth: int
@@ -51,7 +52,7 @@ def to_json(manifest: Manifest, /) -> str:
         "schedule": manifest.schedule.to_dict(),
         "after": list(manifest.after),
         "plan": None if manifest.plan is None else heads.to_dict(manifest.plan),
-        "own_head": manifest.own_head,
+        "built_head": manifest.built_head,
         "classes": manifest.classes,
         "width": manifest.width,
         "depth": manifest.depth,
@@ -73,19 +74,19 @@ def from_json(text: str, /) -> Manifest:
     """
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise TokenExitError(f"`text` must be JSON, got the error: {error}") from error
-    keys = {"schema", "schedule", "after", "plan", "own_head", "classes", "width", "depth"}
+    keys = {"schema", "schedule", "after", "plan", "built_head", "classes", "width", "depth"}
     found = sorted(data) if isinstance(data, dict) else repr(data)
     require(isinstance(data, dict) and set(data) == keys, "text", f"be an object with the keys {sorted(keys)}", found)
     require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
     for name in ("classes", "width", "depth"):
-        require(_is_count(data[name]), name, "be a whole number from 1 up", repr(data[name]))
+        require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
     after: Any = data["after"]
     ok = isinstance(after, list) and all(_is_count(block) and block < data["depth"] for block in after)
     require(ok, "after", f"be a list of blocks from 1 to {data['depth'] - 1}", repr(after))
     require(after == sorted(set(after)), "after", "ascend", after)
-    require(isinstance(data["own_head"], bool), "own_head", "be true or false", repr(data["own_head"]))
+    require(isinstance(data["built_head"], bool), "built_head", "be true or false", repr(data["built_head"]))
     try:
         schedule = Schedule.from_dict(data["schedule"])
     except RecursionError as error:
@@ -96,7 +97,7 @@ def from_json(text: str, /) -> Manifest:
         schedule=schedule,
         after=tuple(after),
         plan=None if data["plan"] is None else heads.from_dict(data["plan"]),
-        own_head=data["own_head"],
+        built_head=data["built_head"],
         classes=data["classes"],
         width=data["width"],
         depth=data["depth"],
@@ -104,4 +105,4 @@ def from_json(text: str, /) -> Manifest:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST

@@ -19,12 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, device, take_or
+from tokenexit._array import Array, array_namespace, device, is_array_api_obj, take_or
 from tokenexit._grid import extremes, lay_out
 from tokenexit.errors import TokenExitError, require
 from tokenexit.retention import top_k_per_group
@@ -88,6 +88,8 @@ class Evidence:
                 f"have one entry for each of the {self.logits.shape[0]} tokens",
                 f"shape {None if row is None else tuple(row.shape)}",
             )
+        both = (self.settled_label is None) == (self.settled_score is None)
+        require(both, "settled_score", "be given exactly if `settled_label` is", "one without the other")
         for name in ("settled_label", "settled_score"):
             settled = getattr(self, name)
             if settled is not None:
@@ -168,16 +170,18 @@ class Policy(ABC):
             A policy of the same kind.
 
         Raises:
-            TokenExitError: If the policy compares several scores, for which one number cannot serve.
+            TokenExitError: If the policy compares several kinds of score, for which one number cannot serve, or none.
         """
-        kinds = sorted(_scores(self))
-        require(
-            len(kinds) <= 1,
-            "threshold",
-            "be given for one kind of score at a time: build a new policy instead",
-            f"a policy on {' and '.join(kinds)}",
-        )
+        kinds = sorted(self.compared_scores)
+        require(len(kinds) == 1, "threshold", "be for a policy that compares one kind of score", kinds)
         return _exchange(self, threshold)
+
+    @property
+    def compared_scores(self) -> frozenset[str]:
+        """The kinds of score that this policy, and those inside it, compare with a threshold."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = {self.score or type(self).__name__} if "threshold" in fields else set[str]()
+        return frozenset(own.union(*(value.compared_scores for value in fields.values() if isinstance(value, Policy))))
 
 
 @dataclass(frozen=True)
@@ -185,9 +189,12 @@ class _Threshold(Policy, ABC):
     threshold: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
-        require(not isinstance(self.threshold, bool | str), "threshold", "be a number in [0, 1]", repr(self.threshold))
-        if isinstance(self.threshold, int | float):  # an array may be traced, so its value is not looked at
-            require(0 <= self.threshold <= 1, "threshold", "be in [0, 1]", self.threshold)
+        threshold: Any = self.threshold
+        if isinstance(threshold, int | float) and not isinstance(threshold, bool):
+            require(0 <= threshold <= 1, "threshold", "be in [0, 1]", threshold)
+        else:  # an array may be traced, so its value is not looked at
+            scalar = is_array_api_obj(threshold) and tuple(cast(Array, threshold).shape) == ()
+            require(scalar, "threshold", "be a number in [0, 1] or an array without axes", repr(threshold))
 
 
 @dataclass(frozen=True)
@@ -258,9 +265,7 @@ class NeighboursAgree(_Threshold):
             TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
         """
         super().__post_init__()
-        require(
-            isinstance(self.radius, int) and self.radius >= 0, "radius", "be a whole number of at least 0", self.radius
-        )
+        require(_is_whole(self.radius), "radius", "be a whole number of at least 0", repr(self.radius))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
@@ -275,9 +280,11 @@ class NeighboursAgree(_Threshold):
         xp = array_namespace(evidence.logits)
         height, width = evidence.grid
         places = evidence.images * height * width
+        inside = (evidence.position >= 0) & (evidence.position < height * width)
+        if evidence.protected is not None:
+            inside = inside & ~evidence.protected
         place = evidence.position if evidence.image is None else evidence.image * height * width + evidence.position
-        if evidence.protected is not None:  # they are nowhere in the grid
-            place = xp.where(evidence.protected, xp.full_like(place, places), place)
+        place = xp.where(inside, place, xp.full_like(place, places))
         votes = self._votes(evidence.label, confident)
         absent = xp.full(places, -1, dtype=votes.dtype, device=device(votes))
         if evidence.settled_label is not None and evidence.settled_score is not None:
@@ -285,7 +292,7 @@ class NeighboursAgree(_Threshold):
         grid = xp.reshape(lay_out(votes, place, xp.reshape(absent, (places,))), (evidence.images, height, width))
         lowest, highest = extremes(grid, radius=self.radius)
         agreed = xp.reshape(lowest == highest, (places,))
-        return confident & take_or(agreed, place, place < places, xp.zeros_like(confident))
+        return confident & take_or(agreed, place, inside, xp.zeros_like(confident))
 
     @staticmethod
     def _votes(label: Array, confident: Array) -> Array:
@@ -332,12 +339,7 @@ class _Retaining(Policy):
     per_class: int
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.per_class, int) and self.per_class >= 0,
-            "per_class",
-            "be a whole number of at least 0",
-            self.per_class,
-        )
+        require(_is_whole(self.per_class), "per_class", "be a whole number of at least 0", repr(self.per_class))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         leave = self.policy(evidence)
@@ -381,12 +383,13 @@ def to_dict(policy: Policy, /) -> dict[str, Any]:
         `{"kind": ..., field: value, ...}`, nested for policies of policies.
 
     Raises:
-        TokenExitError: If the policy, or one inside it, is not of this library.
+        TokenExitError: If the policy, or one inside it, is not of this library, or a threshold is out of range.
     """
     require(type(policy) in _NAMES, "policy", f"be one of {', '.join(_KINDS)} to be written down", repr(policy))
-    return {"kind": _NAMES[type(policy)]} | {
-        field.name: _plain(getattr(policy, field.name)) for field in dataclasses.fields(policy)
-    }
+    fields = {field.name: _plain(getattr(policy, field.name)) for field in dataclasses.fields(policy)}
+    data = {"kind": _NAMES[type(policy)]} | fields
+    from_dict(data)  # an array's value, which may be out of range, has not been looked at before
+    return data
 
 
 def from_dict(data: Mapping[str, Any], /) -> Policy:
@@ -423,16 +426,14 @@ def from_dict(data: Mapping[str, Any], /) -> Policy:
     return cls(**values)
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Policy):
         return to_dict(value)
     return value if isinstance(value, int) else float(value)
-
-
-def _scores(policy: Policy) -> set[str]:
-    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    found = {policy.score or type(policy).__name__} if "threshold" in fields else set[str]()
-    return found.union(*(_scores(value) for value in fields.values() if isinstance(value, Policy)))
 
 
 def _exchange(policy: Any, threshold: float | Array) -> Any:

@@ -16,7 +16,7 @@ __all__ = ["rank_in_group", "top_k_per_group"]
 def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /) -> Int[Array, "tokens"]:
     """Rank of every token by score within its group: 0 is the highest.
 
-    Ties go to the lower position; NaN ranks last.
+    Ties go to the lower position; NaN ranks as minus infinity.
 
     Args:
         score: What to rank by.

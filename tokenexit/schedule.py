@@ -1,6 +1,6 @@
 """The plan: after which blocks tokens may leave, and by which policy.
 
-A schedule is plain frozen data. It holds no array and no weight, prints as it reads, and is written to JSON and back.
+A schedule is plain frozen data. It holds no weight, prints as it reads, and is written to JSON and back.
 "Nothing leaves" (`dense`) and "everything leaves here" (`truncated`) are schedules like any other.
 """
 
@@ -57,7 +57,8 @@ class Schedule:
         Raises:
             TokenExitError: If two exits share a block, or the exits are out of order.
         """
-        require(all(isinstance(exit, Exit) for exit in self.exits), "exits", "be a tuple of Exit", repr(self.exits))
+        tuple_of_exits = isinstance(self.exits, tuple) and all(isinstance(exit, Exit) for exit in self.exits)
+        require(tuple_of_exits, "exits", "be a tuple of Exit", repr(self.exits))
         require(
             list(self.after) == sorted(set(self.after)),
             "exits",
@@ -85,12 +86,17 @@ class Schedule:
             A new schedule.
 
         Raises:
-            TokenExitError: If a block has no exit, a threshold is out of range, or a policy compares several scores.
+            TokenExitError: If a block has no exit, a threshold is out of range, or the exits compare several kinds of
+                score, for which one number cannot serve, or none at all.
         """
         if not isinstance(threshold, Mapping):
             threshold = dict.fromkeys(self.after, threshold)
         unknown = sorted(set(threshold) - set(self.after))
         require(not unknown, "threshold", f"name blocks with an exit, {self.after}", unknown)
+        kinds = sorted(
+            set[str]().union(*(exit.policy.compared_scores for exit in self.exits if exit.after in threshold))
+        )
+        require(len(kinds) == 1, "threshold", "be for exits that compare one kind of score", kinds)
         return Schedule(
             tuple(
                 dataclasses.replace(exit, policy=exit.policy.with_threshold(threshold[exit.after]))
@@ -151,6 +157,7 @@ def neighbours(
         TokenExitError: If a radius, a threshold or `per_class` is out of range.
     """
     radius = {3: 2, 6: 1, 8: 0} if radius is None else radius
+    require(len(radius) > 0, "radius", "name at least one block", radius)
     policy = {after: NeighboursAgree(1.0, radius=radius[after]) for after in radius}
     plan = Schedule(tuple(Exit(after, policy[after].retaining(per_class=per_class)) for after in sorted(policy)))
     return plan.with_threshold(threshold)
@@ -174,10 +181,10 @@ def dtop(
         The schedule.
 
     Raises:
-        TokenExitError: If a block, a threshold or `per_class` is out of range.
+        TokenExitError: If a block, a threshold or `per_class` is out of range, or no block is named.
     """
     policy = ConfidenceAbove(1.0).retaining(per_class=per_class)
-    return Schedule(tuple(Exit(block, policy) for block in after)).with_threshold(threshold)
+    return Schedule(tuple(Exit(block, policy) for block in _blocks(after))).with_threshold(threshold)
 
 
 def dense(*, after: Iterable[int] = ()) -> Schedule:
@@ -192,7 +199,7 @@ def dense(*, after: Iterable[int] = ()) -> Schedule:
     Raises:
         TokenExitError: If a block is not a whole number from 1 up, or they do not ascend.
     """
-    return Schedule(tuple(Exit(block, never()) for block in after))
+    return Schedule(tuple(Exit(block, never()) for block in _blocks(after)))
 
 
 def truncated(*, after: int) -> Schedule:
@@ -208,6 +215,11 @@ def truncated(*, after: int) -> Schedule:
         TokenExitError: If `after` is not a whole number from 1 up.
     """
     return Schedule((Exit(after, always()),))
+
+
+def _blocks(after: Iterable[int]) -> tuple[int, ...]:
+    require(isinstance(after, Iterable), "after", "be several blocks, as (6, 8)", repr(after))
+    return tuple(after)
 
 
 def _require_block(after: Any) -> None:

@@ -1,27 +1,18 @@
 """What can be asked of any module."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating", "linear_weights", "training"]
-
-
-def evaluating(module: nn.Module) -> AbstractContextManager[None]:
-    """Put a module into evaluation mode for a while, and every part of it back as it was."""
-    return _in_mode(module, False)
-
-
-def training(module: nn.Module) -> AbstractContextManager[None]:
-    """Put a module into training mode for a while, and every part of it back as it was."""
-    return _in_mode(module, True)
+__all__ = ["evaluating", "linear_weights"]
 
 
 @contextmanager
-def _in_mode(module: nn.Module, mode: bool) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while, and every part of it back as it was."""
     before = [(part, part.training) for part in module.modules()]
-    module.train(mode)
+    module.eval()
     try:
         yield
     finally:

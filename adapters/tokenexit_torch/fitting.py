@@ -1,11 +1,10 @@
 """Fit exit heads to a frozen network, without labels.
 
-The final head's predictions are the targets. On real images such heads read the early blocks better than auxiliary
-heads trained along with the network.
+The final head's predictions are the targets.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from tokenexit.errors import require
-from tokenexit_torch._modules import evaluating, training
+from tokenexit_torch._modules import evaluating
 from tokenexit_torch.running import ExitingModel
 
 __all__ = ["FitReport", "fit_exits"]
@@ -53,7 +52,7 @@ def fit_exits(
     """Fit the exit heads to the final head's predictions; everything else stays frozen.
 
     Tokens after each block with an exit head are computed once and kept in memory, in the dtype of the model:
-    `images * patches * width` numbers for every exit.
+    `images * patches * width` numbers for every exit. Patches with a NaN or an infinity are left out.
 
     Args:
         model: The wrapped model; its exit heads are changed in place.
@@ -74,39 +73,35 @@ def fit_exits(
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     require(len(model.exit_heads) > 0, "model", "have exit heads", "none")
     require(steps >= 1, "steps", "be at least 1", steps)
-    require(patches_per_step >= 1, "patches_per_step", "be at least 1", patches_per_step)
+    require(patches_per_step >= 2, "patches_per_step", "be at least 2", patches_per_step)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     batches = images.split(8) if isinstance(images, Tensor) else images
-    features, target = _trace(model, batches, progress)
-    with training(model.exit_heads), _requiring_grad(model.exit_heads), torch.enable_grad():
-        parameters = list(model.exit_heads.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    with torch.inference_mode(False), torch.enable_grad():
+        features, target = _trace(model, batches, progress)
+        # Copies in float32: half precision cannot hold the steps, and an interrupt leaves the model as it was.
+        heads = {int(after): copy.deepcopy(head).float().requires_grad_() for after, head in model.exit_heads.items()}
+        optimizer = torch.optim.AdamW(
+            [parameter for head in heads.values() for parameter in head.train().parameters()],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+        )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in progress(range(steps)):
-            drawn = torch.randint(target.shape[0], (patches_per_step,), generator=generator).to(target.device)
+            drawn = torch.randint(
+                target.shape[0], (patches_per_step,), generator=generator, device=generator.device
+            ).to(target.device)
             wish = target[drawn].softmax(dim=-1)
             losses = [
-                functional.cross_entropy(head(features[int(after)][drawn]).float(), wish)
-                for after, head in model.exit_heads.items()
+                functional.cross_entropy(head(features[after][drawn].float()), wish) for after, head in heads.items()
             ]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
             scheduler.step()
-        optimizer.zero_grad()
+    with torch.no_grad():
+        for after, head in heads.items():
+            model.exit_heads[str(after)].load_state_dict(head.state_dict())
     return FitReport(_agreement(model.exit_heads, features, target), target.shape[0])
-
-
-@contextmanager
-def _requiring_grad(module: nn.Module) -> Iterator[None]:
-    """Let all parameters of a module take gradients for a while, and put each back as it was."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, was in before:
-            parameter.requires_grad_(was)
 
 
 @torch.no_grad()
@@ -121,7 +116,11 @@ def _trace(model: ExitingModel, batches: Iterable[Tensor], progress: Progress) -
                 features[after].append(rearrange(patches, "images patches width -> (images patches) width"))
             target.append(rearrange(model.head(finished), "images patches classes -> (images patches) classes").float())
     require(sum(map(len, target)) > 0, "images", "hold at least one image", "none")
-    return {after: torch.cat(rows) for after, rows in features.items()}, torch.cat(target)
+    rows = {after: torch.cat(parts) for after, parts in features.items()}
+    wanted = torch.cat(target)
+    finite = torch.stack([part.isfinite().all(dim=1) for part in (wanted, *rows.values())]).all(dim=0)
+    require(bool(finite.any()), "images", "give finite tokens", "NaN or infinity for every patch")
+    return {after: part[finite] for after, part in rows.items()}, wanted[finite]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ that still run, attention works image by image. At each exit point there is one 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import ledger, policies, tokens
+from tokenexit import TokenExitError, ledger, policies, tokens
 from tokenexit.cost import Cost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
@@ -64,7 +65,7 @@ class ExitingModel(nn.Module):
         exit_heads: The exit heads, by the block they follow, as a string.
         classes: Class count.
         head_plan: The plan that built the exit heads; None if they were given as modules.
-        own_head: Whether the final head was built by `wrap` rather than given.
+        built_head: Whether `wrap` built the final head, rather than being given it.
     """
 
     host: Host
@@ -73,7 +74,7 @@ class ExitingModel(nn.Module):
     exit_heads: nn.ModuleDict
     classes: int
     head_plan: HeadPlan | None
-    own_head: bool
+    built_head: bool
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class ExitingModel(nn.Module):
         exit_heads: Mapping[int, nn.Module],
         classes: int,
         head_plan: HeadPlan | None,
-        own_head: bool,
+        built_head: bool,
     ) -> None:
         super().__init__()
         self.host = host
@@ -92,7 +93,7 @@ class ExitingModel(nn.Module):
         self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
         self.classes = classes
         self.head_plan = head_plan
-        self.own_head = own_head
+        self.built_head = built_head
         self._schedule = self._checked(schedule)
 
     @property
@@ -251,7 +252,11 @@ class ExitingModel(nn.Module):
         require(
             cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
         )
-        return self.host.embed(images)
+        try:
+            return self.host.embed(images)
+        except (AssertionError, ValueError) as error:
+            got = f"{tuple(images.shape)}: {error}"
+            raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
 
 
 class _Run:
@@ -282,12 +287,11 @@ class _Run:
         return self._output()
 
     def _block(self, block: int) -> None:
-        host = self.model.host
-        if self.packing is None:
-            self.row = host.run(block, self.row, self.positions)
-            return
-        with attending_per_image(self.lengths):
-            self.row = host.run(block, self.row, self.positions)
+        running = sum(length > 0 for length in self.lengths)
+        # A plain batch, or a row with the tokens of one image, needs no help to keep its images apart.
+        apart = nullcontext() if self.packing is None or running == 1 else attending_per_image(self.lengths)
+        with apart:
+            self.row = self.model.host.run(block, self.row, self.positions)
 
     def _exit(self, after: int, policy: policies.Policy) -> None:
         self.exits.append(after)
@@ -320,7 +324,7 @@ class _Run:
     def _pack(self) -> None:
         if self.packing is None:
             everything = torch.ones(self.images, self.slots, dtype=torch.bool, device=self.row.device)
-            self.packing = tokens.pack(everything)
+            self.packing = Packing(everything, torch.arange(self.images * self.slots, device=self.row.device))
             self.row = rearrange(self.row, "images slots width -> 1 (images slots) width")
             if self.positions is not None:
                 self.positions = self.positions.repeat(self.images, *[1] * (self.positions.ndim - 1))
@@ -352,6 +356,6 @@ class _Run:
         return Output(
             rearrange(logits, "images (height width) classes -> images classes height width", **grid),
             rearrange(depth, "images (height width) -> images height width", **grid),
-            torch.tensor(self.counts, device=logits.device).reshape(model.depth, self.images).T,
+            torch.tensor(self.counts, dtype=torch.int64, device=logits.device).reshape(model.depth, self.images).T,
             tuple(self.exits),
         )

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
+from tokenexit.heads import HeadPlan
 from tokenexit.manifest import Manifest
 from tokenexit.schedule import dense
+from tokenexit_torch.heads import build
+from tokenexit_torch.hosts import host_of
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.wrapping import wrap
 
@@ -60,7 +63,7 @@ def load(
         exit_heads: Modules for the exit heads, if you gave modules then; their weights are loaded into them.
 
     Returns:
-        The model with exits, heads in the dtype and on the device of `model`.
+        The model with exits; heads that are built anew are in the dtype and on the device of `model`.
 
     Raises:
         TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
@@ -73,7 +76,7 @@ def load(
     except (TokenExitError, UnicodeDecodeError) as error:
         raise TokenExitError(f"`folder` must hold a valid {_PLAN}, got {folder / _PLAN}: {error}") from error
     require(
-        (head is None) == plan.own_head,
+        (head is None) == plan.built_head,
         "head",
         "be given exactly if the exits were saved without a final head",
         "None" if head is None else type(head).__name__,
@@ -84,18 +87,22 @@ def load(
     if exit_heads is not None:
         require(plan.plan is None, "exit_heads", "be left out if a plan was saved", plan.plan)
         require(sorted(exit_heads) == list(plan.after), "exit_heads", f"follow the blocks {plan.after}", [*exit_heads])
+    host = host_of(model)
+    for name, found in (("width", host.width), ("depth", len(host.blocks))):
+        wanted = getattr(plan, name)
+        require(found == wanted, "model", f"have {name} {wanted}, as the saved exits", found)
+    shapes = _shapes_in(folder / _WEIGHTS)
+    if exit_heads is None and plan.plan is not None:
+        _require_shapes(_planned_shapes(plan, plan.plan), shapes)  # before memory is taken for what the file claims
     classes = plan.classes if head is None else None
     wrapped = wrap(model, dense(after=plan.after), head=head, num_classes=classes, exit_heads=chosen)
+    rule = f"give {plan.classes} classes, as the saved exits"
+    require(wrapped.classes == plan.classes, "head", rule, wrapped.classes)
+    saved = _saved(wrapped)
+    _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes)
+    with torch.no_grad():
+        saved.load_state_dict(load_file(folder / _WEIGHTS))
     wrapped.retune(plan.schedule)
-    found = _manifest(wrapped)
-    for name in ("width", "depth", "classes"):
-        require(
-            getattr(found, name) == getattr(plan, name),
-            "model",
-            f"have {name} {getattr(plan, name)}, as the saved exits",
-            getattr(found, name),
-        )
-    _load_weights(_saved(wrapped), folder / _WEIGHTS)
     return wrapped
 
 
@@ -104,7 +111,7 @@ def _manifest(model: ExitingModel) -> Manifest:
         schedule=model.schedule,
         after=tuple(int(after) for after in model.exit_heads),
         plan=model.head_plan,
-        own_head=model.own_head,
+        built_head=model.built_head,
         classes=model.classes,
         width=model.host.width,
         depth=model.depth,
@@ -114,22 +121,29 @@ def _manifest(model: ExitingModel) -> Manifest:
 def _saved(model: ExitingModel) -> nn.ModuleDict:
     """The modules that are saved, under the names that they have in the file."""
     parts: dict[str, nn.Module] = {"exit_heads": model.exit_heads}
-    return nn.ModuleDict(parts | ({"head": model.head} if model.own_head else {}))
+    return nn.ModuleDict(parts | ({"head": model.head} if model.built_head else {}))
 
 
-def _load_weights(modules: nn.ModuleDict, file: Path) -> None:
+def _planned_shapes(plan: Manifest, head: HeadPlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of the heads that a manifest describes; nothing is allocated."""
+    names = [f"exit_heads.{after}" for after in plan.after] + (["head"] if plan.built_head else [])
+    with torch.device("meta"):
+        one = build(head, width=plan.width, classes=plan.classes).state_dict()
+    return {f"{name}.{key}": tuple(value.shape) for name in names for key, value in one.items()}
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     try:
-        weights = load_file(file)
+        with safe_open(file, framework="pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
-    wanted = {name: tuple(value.shape) for name, value in modules.state_dict().items()}
-    got = {name: tuple(value.shape) for name, value in weights.items()}
-    differing = {name: (wanted.get(name), got.get(name)) for name in wanted | got if wanted.get(name) != got.get(name)}
-    require(
-        not differing,
-        "folder",
-        f"hold weights of the heads in {_PLAN}",
-        ", ".join(f"{name}: {have} instead of {want}" for name, (want, have) in differing.items()),
-    )
-    with torch.no_grad():
-        modules.load_state_dict(weights)
+
+
+def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    differing = [
+        f"{name}: {found.get(name)} instead of {wanted.get(name)}"
+        for name in sorted({*wanted, *found})
+        if wanted.get(name) != found.get(name)
+    ]
+    require(not differing, "folder", f"hold weights of the heads in {_PLAN}", ", ".join(differing[:4]))

@@ -1,6 +1,7 @@
 """What the CamVid scripts share: vision transformers from timm, weights from `.npz` files, errors for the shell."""
 
 import importlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from examples import shell
 from examples.timm_import import import_timm
+from tokenexit.heads import MLP
+from tokenexit_torch.heads import build
 
 VIT = "vit_tiny_patch16_224"
 _UNUSED = ("norm.", "head.", "heads.")
@@ -47,7 +50,7 @@ def read_npz(path: Path, *, argument: str) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]).float() for name in archive.files}
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise shell.UsageError(
             f"`{argument}` must be a .npz file of plain arrays, got {str(path)!r}: {error}"
         ) from error
@@ -98,7 +101,7 @@ def _resampled(
     return importlib.import_module("timm.layers").resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=1)
 
 
-def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int, nn.Sequential]]:
+def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int, nn.Module]]:
     """A fine-tuned ViT-Tiny and its heads by the number of blocks they are read after, from one `.npz` file.
 
     The patch size is read off the file's patch embedding.
@@ -116,17 +119,12 @@ def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int,
     return vit, {block: _head(weights, block) for block in blocks}
 
 
-def mlp_head(width: int, hidden: int, classes: int) -> nn.Sequential:
-    """A token-wise head: (..., width) features to (..., classes) logits."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
-
-
-def _head(weights: Mapping[str, Tensor], block: int) -> nn.Sequential:
+def _head(weights: Mapping[str, Tensor], block: int) -> nn.Module:
     prefix = f"heads.{block}."
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     try:
         hidden, width = own["1.weight"].shape
-        head = mlp_head(width, hidden, own["3.weight"].shape[0])
+        head = build(MLP(hidden), width=width, classes=own["3.weight"].shape[0])
         head.load_state_dict(own)
     except (KeyError, RuntimeError, ValueError) as error:
         raise shell.UsageError(

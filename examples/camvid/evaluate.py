@@ -235,7 +235,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on, besides its inputs."""
     names = ("tokenexit", "torch", "timm", "numpy")
     return {
-        "command": sys.argv,
+        "arguments": sys.argv[1:],
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": "float32",

@@ -185,7 +185,7 @@ def test_thresholds_are_exchanged_everywhere_and_are_data():
     rows = np.array([[2, 0], [9, 0]], np.float32)
     threshold = np.asarray(0.95, np.float32)
     np.testing.assert_array_equal(ConfidenceAbove(threshold)(Evidence(rows)), [False, True])
-    with pytest.raises(TokenExitError, match="one kind of score at a time.*confidence and margin"):
+    with pytest.raises(TokenExitError, match=r"one kind of score, got \['confidence', 'margin'\]"):
         (ConfidenceAbove(0.5) & MarginAbove(0.5)).with_threshold(0.4)
 
 
@@ -194,7 +194,16 @@ def test_thresholds_are_exchanged_everywhere_and_are_data():
     [
         (lambda: ConfidenceAbove(1.5), r"`threshold` must be in \[0, 1\], got 1.5"),
         (lambda: EntropyBelow(float("nan")), r"`threshold` must be in \[0, 1\], got nan"),
-        (lambda: MarginAbove(True), r"`threshold` must be a number in \[0, 1\], got True"),
+        (lambda: MarginAbove(True), r"`threshold` must be a number in \[0, 1\] or an array without axes, got True"),
+        (lambda: ConfidenceAbove(None), r"or an array without axes, got None"),
+        (lambda: ConfidenceAbove(np.array([0.5])), r"or an array without axes, got array"),
+        (lambda: NeighboursAgree(0.5, radius=True), "`radius` must be a whole number of at least 0, got True"),
+        (
+            lambda: Evidence(
+                np.zeros((3, 2), np.float32), images=1, grid=(1, 3), settled_label=np.zeros((1, 3), np.int64)
+            ),
+            "`settled_score` must be given exactly if `settled_label` is",
+        ),
         (lambda: NeighboursAgree(0.5, radius=-1), "`radius` must be a whole number of at least 0, got -1"),
         (lambda: NeighboursAgree(0.5, radius=1.5), "`radius` must be a whole number of at least 0, got 1.5"),
         (lambda: always().retaining(per_class=-2), "`per_class` must be a whole number of at least 0, got -2"),
@@ -207,7 +216,11 @@ def test_thresholds_are_exchanged_everywhere_and_are_data():
         ),
         (
             lambda: Evidence(
-                np.zeros((3, 2), np.float32), images=1, grid=(1, 3), settled_label=np.zeros((1, 2), np.int64)
+                np.zeros((3, 2), np.float32),
+                images=1,
+                grid=(1, 3),
+                settled_label=np.zeros((1, 2), np.int64),
+                settled_score=np.zeros((1, 2), np.float32),
             ),
             r"`settled_label` must have shape \(images, positions\) for images=1 and grid=\(1, 3\), got shape \(1, 2\)",
         ),

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,22 @@ def test_a_broken_run_folder_is_a_clear_error(tmp_path):
         runs.load(tmp_path)
     (tmp_path / "host.json").write_text('{"host": "os.system"}')
     with pytest.raises(ValueError, match="`folder` must hold a valid host.json"):
+        runs.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_name": "vit_tiny_patch16_224", "checkpoint_path": "weights.pth"},
+        {"model_name": "vit_tiny_patch16_224", "pretrained": True},
+        {"model_name": "hf-hub:someone/something"},
+        {"model_name": "../weights"},
+    ],
+)
+def test_a_run_folder_cannot_make_timm_read_or_fetch_anything(tmp_path, config):
+    about = {"host": "timm", "config": config, "classes": ["a"], "palette": [[0, 0, 0]], "mean": [0, 0, 0]}
+    (tmp_path / "host.json").write_text(json.dumps(about | {"std": [1, 1, 1], "size": [32, 32]}))
+    with pytest.raises(ValueError, match="`config` must have a plain model_name and only"):
         runs.load(tmp_path)
 
 

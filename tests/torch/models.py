@@ -29,6 +29,32 @@ def plain_host(*, width=32, heads=2, depth=6, patch=8) -> PlainHost:
     return PlainHost(_lively(ViT(Config(width=width, depth=depth, heads=heads, patch=patch))).eval())
 
 
+class Placed:
+    """The demo's ViT with something that belongs to each place and comes into every block, as rotary tables do."""
+
+    def __init__(self) -> None:
+        self._host = plain_host()
+        self.module, self.blocks = self._host.module, self._host.blocks
+        self.width, self.image_shape = self._host.width, self._host.image_shape
+        self.finish = self._host.finish
+
+    def embed(self, images):
+        embedded = self._host.embed(images)
+        slots = embedded.tokens.shape[1]
+        table = torch.sin(torch.arange(slots)[:, None] * torch.arange(1, self.width + 1))
+        return tet.Embedded(embedded.tokens, embedded.prefix, embedded.grid, positions=table)
+
+    def run(self, index, tokens, positions):
+        return self.blocks[index](tokens + positions)
+
+    def dense(self, images):
+        embedded = self.embed(images)
+        tokens = embedded.tokens
+        for block in self.blocks:
+            tokens = block(tokens + embedded.positions)
+        return self.finish(tokens)
+
+
 def wrapped(model, plan, **options) -> tet.ExitingModel:
     """The model with exits after blocks 2, 3 and 4 whose confidences spread over (0, 1)."""
     from tokenexit import schedule

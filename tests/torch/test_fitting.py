@@ -39,6 +39,34 @@ def test_batches_give_what_one_tensor_gives_and_the_same_twice():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_half_precision_a_bad_image_and_inference_mode_are_no_obstacle():
+    images = models.images(6)
+    images[2] = float("nan")
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.inference_mode():
+            model = models.wrapped(models.timm_vit(), schedule.dense()).to(dtype)
+            report = tet.fit_exits(model, images.to(dtype), steps=40, patches_per_step=64, progress=iter)
+        assert report.patches == 5 * 24
+        assert all(p.dtype == dtype and p.isfinite().all() for p in model.exit_heads.parameters())
+        assert min(report.agreement.values()) > 0.5
+
+
+def test_an_interrupt_leaves_the_heads_as_they_were():
+    model = models.wrapped(models.timm_vit(), schedule.dense())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def interrupted(loop):
+        for turn, item in enumerate(loop):
+            if turn == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        tet.fit_exits(model, models.images(), steps=9, progress=interrupted)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_batch_norm_heads_are_fitted_in_training_mode_and_put_back():
     model = tet.wrap(
         models.timm_vit(), schedule.dense(after=(2,)), num_classes=5, exit_heads=heads.FCN(hidden=8)
@@ -54,6 +82,11 @@ def test_batch_norm_heads_are_fitted_in_training_mode_and_put_back():
     ("call", "message"),
     [
         (lambda m: tet.fit_exits(m, []), "`images` must hold at least one image, got none"),
+        (lambda m: tet.fit_exits(m, models.images() * float("nan")), "`images` must give finite tokens, got NaN"),
+        (
+            lambda m: tet.fit_exits(m, models.images(), patches_per_step=1),
+            "`patches_per_step` must be at least 2, got 1",
+        ),
         (lambda m: tet.fit_exits(m, models.images(), steps=0), "`steps` must be at least 1, got 0"),
         (lambda m: tet.fit_exits(m.model, models.images()), "`model` must be wrapped by `wrap`, got VisionTransformer"),
         (
