@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tokenexit import TokenExitError
 from tokenexit.errors import require
 from tokenexit.heads import MLP, HeadPlan
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Schedule, neighbours
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.heads import build
@@ -21,7 +21,7 @@ __all__ = ["wrap"]
 
 def wrap(
     model: Any,
-    schedule: Schedule,
+    schedule: Schedule = neighbours(),
     /,
     *,
     head: nn.Module | None = None,
@@ -35,8 +35,8 @@ def wrap(
 
     Args:
         model: A timm `VisionTransformer`, or an object that follows `Host`.
-        schedule: After which blocks tokens leave, and by which policy. Each of its exits gets a head, so that
-            `schedule.dense(after=...)` declares heads for schedules to come.
+        schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
+            exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself.
         num_classes: Builds a final head for so many classes, instead of `head`.
         exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.

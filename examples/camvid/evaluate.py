@@ -64,6 +64,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fit-images", type=int, help="train images to fit them on; all by default")
     parser.add_argument("--fit-steps", type=int, default=1200)
+    parser.add_argument(
+        "--only", nargs="+", metavar="START", help="only dense, and settings whose name starts like this"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time")
     parser.add_argument("--rounds", type=int, default=5, help="timing rounds; 0 skips timing")
     parser.add_argument("--timing-images", type=int, default=16, help="images of the split that are timed")
@@ -352,7 +355,8 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     model = model_of(given, results).eval().to(given.device)
     heads, patches = [int(block) for block in model.exit_heads], patch_tokens(model)
-    chosen = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches))
+    every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches))
+    chosen = [one for one in every if given.only is None or one.name.startswith(("dense", *given.only))]
     results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
     measure_accuracy(model, chosen, frames, results, given)
     if given.rounds > 0:

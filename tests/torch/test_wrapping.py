@@ -32,6 +32,12 @@ def test_wrapping_shares_the_weights_and_changes_nothing_in_the_model():
     assert not head.training
 
 
+def test_the_default_schedule_is_neighbours():
+    model = tet.wrap(models.timm_vit(depth=9), num_classes=5)
+    assert model.schedule == schedule.neighbours()
+    assert [*model.exit_heads] == ["3", "6", "8"]
+
+
 def test_the_self_check_leaves_the_random_state_alone():
     vit, given = models.timm_vit(), {2: nn.Linear(48, 5), 4: nn.Linear(48, 5)}
     head, random = nn.Linear(48, 5), torch.get_rng_state()
