@@ -31,7 +31,7 @@ from tokenexit import schedule
 
 NETWORK = Config()
 AFTER = (3, 4, 6, 8)
-PLAN = schedule.neighbours(radius={3: 2, 6: 1, 8: 0}, threshold=0.9)
+PLAN = schedule.neighbours(radius={3: 2, 6: 1, 8: 1}, threshold=0.8)
 CHECKPOINT = "checkpoint.safetensors"
 _SUMMARY = "Trains a plain ViT on drawn street scenes, fits its exits and saves a run folder."
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
