@@ -78,11 +78,18 @@ class _PerImage(TorchFunctionMode):
         start = 0
         for images, length in self._runs:
             stop = start + images * length
-            part = (tensor[0, :, start:stop] for tensor in (query, key, value))
-            q, k, v = (
-                rearrange(x, "heads (images tokens) width -> images heads tokens width", images=images) for x in part
-            )
+            q, k, v = (_apart(tensor[:, :, start:stop], images) for tensor in (query, key, value))
             attended = functional.scaled_dot_product_attention(q, k, v, **options)
-            results.append(rearrange(attended, "images heads tokens width -> heads (images tokens) width"))
+            # Token by token, as fused attention leaves it in memory and as blocks read it next: no copy here or there.
+            results.append(rearrange(attended, "images heads tokens width -> 1 (images tokens) heads width"))
             start = stop
-        return torch.cat(results, dim=1)[None]
+        return rearrange(torch.cat(results, dim=1), "1 tokens heads width -> 1 heads tokens width")
+
+
+def _apart(row: Tensor, images: int) -> Tensor:
+    """Images of equal length, cut out of a row."""
+    return (
+        row
+        if images == 1
+        else rearrange(row, "1 heads (images tokens) width -> images heads tokens width", images=images)
+    )
