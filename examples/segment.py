@@ -26,6 +26,7 @@ from examples.scenes.draw import draw
 from tokenexit import cost, schedule
 
 SHIPPED = Path(__file__).parent / "scenes" / "model"
+_AT_ONCE = 8
 _UNSEEN = 3  # a stream of scenes that examples.scenes.train never draws from
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 
@@ -102,21 +103,26 @@ def compare(
     model: tet.ExitingModel, images: Float[Tensor, "images 3 height width"]
 ) -> tuple[dict[str, Any], show.Maps]:
     """What the exits changed and saved on the pictures, and the maps to show."""
-    height, width = images.shape[-2:]
-    dense, exiting = model(images, schedule=schedule.dense()), model(images)
-    classes, with_exits = (out.upsample((height, width)).argmax(1) for out in (dense, exiting))
-    slots = int(dense.tokens_per_block[0, 0])
-    left = {str(after): int((exiting.exit_depth == after).sum()) for after in (*model.schedule.after, model.depth)}
-    work, dense_work = (model.multiply_adds(out).double().mean().item() for out in (exiting, dense))
+    size = (images.shape[-2], images.shape[-1])
+    # A few at a time: pictures may be many.
+    parts = images.split(_AT_ONCE)
+    dense, exiting = [model(part, schedule=schedule.dense()) for part in parts], [model(part) for part in parts]
+    classes, with_exits = (torch.cat([out.upsample(size).argmax(1) for out in outs]) for outs in (dense, exiting))
+    dense_work, work = (
+        torch.cat([model.multiply_adds(out) for out in outs]).double().mean().item() for outs in (dense, exiting)
+    )
+    depth, ran = torch.cat([out.exit_depth for out in exiting]), torch.cat([out.tokens_per_block for out in exiting])
+    slots = int(dense[0].tokens_per_block[0, 0])
+    left = {str(after): int((depth == after).sum()) for after in (*model.schedule.after, model.depth)}
     figures = {
         "agreement": (classes == with_exits).double().mean().item(),
         "agreement_by_picture": (classes == with_exits).double().mean(dim=(1, 2)).tolist(),
-        "token_blocks": cost.token_blocks(exiting.tokens_per_block, slots=slots),
+        "token_blocks": cost.token_blocks(ran, slots=slots),
         "multiply_adds": {"dense": dense_work, "exits": work},
-        "patches": exiting.exit_depth.numel(),
+        "patches": depth.numel(),
         "patches_by_depth": left,
     }
-    return figures, show.Maps(classes.cpu(), with_exits.cpu(), exiting.exit_depth.cpu())
+    return figures, show.Maps(classes.cpu(), with_exits.cpu(), depth.cpu())
 
 
 def table(figures: dict[str, Any], timed: dict[int, dict[str, dict[str, Any]]], depth: int) -> str:
@@ -162,7 +168,7 @@ def main() -> None:
         ) from error
     images = about.normalised(pixels.permute(0, 3, 1, 2).to(device) / 255)
     figures, maps = compare(model, images)
-    timed = {batch: measure(model, images, batch, given.rounds) for batch in sorted({1, len(images)})}
+    timed = {batch: measure(model, images, batch, given.rounds) for batch in sorted({1, min(len(images), _AT_ONCE)})}
     given.out.mkdir(parents=True, exist_ok=True)
     show.draw(pixels, maps, about, model.depth, headline(figures, timed)).savefig(given.out / "demo.png", dpi=110)
     record = figures | {
