@@ -6,6 +6,7 @@ import sys
 from types import ModuleType
 
 import torch
+from torch.library import Library
 
 _TORCHVISION_OPERATORS = ("nms", "qnms")
 
@@ -28,10 +29,10 @@ def import_timm() -> ModuleType:
 
 
 @functools.cache
-def _declare_torchvision_operators() -> torch.library.Library:
+def _declare_torchvision_operators() -> Library:
     """Declare what is not there yet; cached, as a declaration lives no longer than its library object."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    declared = Library("torchvision", "FRAGMENT")
     for name in _TORCHVISION_OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared

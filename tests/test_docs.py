@@ -1,6 +1,7 @@
 """The documentation: every public name has its place, every page is in the navigation, and the code runs."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -136,6 +137,17 @@ RUNNABLE = [page for page in PAGES if blocks(page, "python")]
 def test_the_tour_and_the_guide_have_code_that_runs() -> None:
     expected = {page for page in PAGES if page.startswith("guide/")} | {"index.md", "tour.md"}
     assert set(RUNNABLE) == expected
+
+
+def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_timm()
+    fit = functools.partial(tokenexit_torch.fit_exits, steps=3, patches_per_step=64, progress=iter)
+    monkeypatch.setattr(tokenexit_torch, "fit_exits", fit)  # the reader's is longer
+    (code,) = (fence["code"] for fence in _FENCE.finditer((ROOT / "README.md").read_text()) if fence["language"])
+    with torch.random.fork_rng():
+        namespace = {}
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["out"].logits.shape == (2, 19, 6, 8)
 
 
 @pytest.mark.parametrize("page", RUNNABLE)
