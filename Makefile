@@ -23,7 +23,7 @@ types: .venv/dev
 	$(RUN) pyright
 
 docs: .venv/dev
-	$(RUN) mkdocs build --strict --quiet
+	$(RUN) mkdocs build --strict
 
 # The built wheel, without any framework, must pass the core's tests in an environment of its own, away from the source.
 wheel-test: .venv/dev
@@ -50,5 +50,5 @@ clean:
 	touch $@
 
 .venv/dev: .venv/pip pyproject.toml constraints.txt
-	$(INSTALL) ".[torch,timm,viz]" --group dev
+	$(INSTALL) ".[torch,jax,timm,viz]" --group dev
 	touch $@

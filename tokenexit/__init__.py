@@ -3,11 +3,12 @@
 The functions take arrays of any library that follows the array API standard and return arrays of the same one.
 """
 
-from tokenexit import cost, heads, ledger, manifest, policies, retention, schedule, scores, tokens
+from tokenexit import carries, cost, heads, ledger, manifest, policies, retention, schedule, scores, tokens
 from tokenexit.errors import TokenExitError
 
 __all__ = [
     "TokenExitError",
+    "carries",
     "cost",
     "heads",
     "ledger",

@@ -4,7 +4,19 @@ from typing import Any
 
 from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
 
-__all__ = ["Array", "array_namespace", "counting", "device", "is_array_api_obj", "take_or"]
+__all__ = [
+    "Array",
+    "array_namespace",
+    "counting",
+    "data_dependent_shapes",
+    "device",
+    "filled",
+    "first_k",
+    "is_array",
+    "like_numbers",
+    "on_host",
+    "take_or",
+]
 
 Array = Any
 """An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, CuPy."""
@@ -16,6 +28,59 @@ def counting(count: int, like: Array, /) -> Array:
     if is_jax_array(like):  # a traced array has no device of its own
         return xp.arange(count)
     return xp.arange(count, dtype=xp.int64, device=device(like))
+
+
+def filled(shape: tuple[int, ...], value: float | bool | int, like: Array, /, *, dtype: Any) -> Array:
+    """An array of one value, on the device of `like`."""
+    xp = array_namespace(like)
+    if is_jax_array(like):
+        return xp.full(shape, value, dtype=dtype)
+    return xp.full(shape, value, dtype=dtype, device=device(like))
+
+
+def data_dependent_shapes(xp: Any, /) -> bool:
+    """Whether a library has functions such as `nonzero`; JAX, whose functions may be compiled, says no."""
+    return xp.__array_namespace_info__().capabilities()["data-dependent shapes"]
+
+
+def first_k(value: Array, k: int, /) -> tuple[Array, Array]:
+    """The `k` greatest on the last axis, and where they are; of equal ones the first.
+
+    The standard has no such function, and sorting everything is far slower; so JAX's own is used where there is one.
+    """
+    xp = array_namespace(value)
+    if is_jax_array(value):
+        from jax import lax
+
+        best, at = lax.top_k(value, k)
+        return best, at
+    place = counting(value.shape[-1], value)
+    found, left = [], xp.ones_like(value, dtype=xp.bool)
+    for _ in range(k):
+        best = xp.max(value, axis=-1, keepdims=True)
+        at = xp.min(xp.where((value == best) & left, place, value.shape[-1]), axis=-1, keepdims=True)
+        found.append((best, at))
+        left = left & (place != at)
+        value = xp.where(left, value, -xp.inf)
+    return xp.concat([best for best, _ in found], axis=-1), xp.concat([at for _, at in found], axis=-1)
+
+
+def is_array(value: Any, /) -> bool:
+    """Whether `value` is an array of any library."""
+    return is_array_api_obj(value)
+
+
+def like_numbers(values: tuple[float, ...], like: Array, /) -> Array:
+    """Numbers as a float32 array on the device of `like`."""
+    xp = array_namespace(like)
+    if is_jax_array(like):
+        return xp.asarray(values, dtype=xp.float32)
+    return xp.asarray(values, dtype=xp.float32, device=device(like))
+
+
+def on_host(values: Array, /) -> bool:
+    """Whether an array lies in the memory of the CPU, so that its values are there without waiting."""
+    return "cpu" in str(device(values)).lower()
 
 
 def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:

@@ -1,18 +1,92 @@
-"""What a run has cost: multiply-adds, from the tokens that really ran through each block.
+"""What a run costs: multiply-adds, from the tokens that run through each block; and whether an exit is worth its price.
 
 One multiply-add counts as one. Linear and convolution layers and the two products of attention count; norms,
-activations and biases do not. Heads and the patch embedding are included, everything that exits cost as well.
+activations, biases and interpolation do not, unless a price is given for them. Heads and the patch embedding are
+included, everything that exits cost as well. The functions that give the parts of known networks read no weights.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Real
 
 from tokenexit._array import Array, array_namespace
 from tokenexit.errors import require
+from tokenexit.heads import FCN, MLP, HeadPlan, Linear
 
-__all__ = ["Cost", "token_blocks"]
+__all__ = ["Cost", "HeadCost", "Repacking", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """Multiply-adds of a head: so many for each token that it reads, and so many for its own work on an image.
+
+    A head that treats each token by itself has no work of its own. One with class queries does: they attend to the
+    tokens, which is linear in tokens, and to each other, which is not about tokens at all.
+
+    Attributes:
+        per_token: For each token that the head reads.
+        fixed: For each image of which it reads any token.
+    """
+
+    per_token: int
+    fixed: int = 0
+
+    def multiply_adds(self, tokens: Real[Array, "images"], /) -> Real[Array, "images"]:
+        """Multiply-adds of the head for each image.
+
+        Args:
+            tokens: How many tokens of each image the head reads; it does not run for an image without any.
+
+        Returns:
+            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
+        """
+        xp = array_namespace(tokens)
+        tokens = _counted(tokens)
+        ran = tokens * _number(self.per_token, tokens) + _number(self.fixed, tokens)
+        return xp.where(tokens > 0, ran, xp.zeros_like(tokens))
+
+
+@dataclass(frozen=True)
+class Repacking:
+    """What an exit saves and what it spends, in multiply-adds per image, beside a run without that exit.
+
+    Attributes:
+        linear: Saved in the linear layers of the blocks that leavers skip.
+        attention: Saved in the two products of attention of these blocks.
+        next_head: Saved in the head after these blocks, which leavers do not reach.
+        exit_head: Spent on the exit head, which reads all patches that run.
+        moving: Spent on gathering the tokens that stay.
+    """
+
+    linear: Real[Array, "images"]
+    attention: Real[Array, "images"]
+    next_head: Real[Array, "images"]
+    exit_head: Real[Array, "images"]
+    moving: Real[Array, "images"]
+
+    @property
+    def saved(self) -> Real[Array, "images"]:
+        """Multiply-adds that no longer run."""
+        return self.linear + self.attention + self.next_head
+
+    @property
+    def spent(self) -> Real[Array, "images"]:
+        """Multiply-adds, or their equivalent in time, that run only because of the exit."""
+        return self.exit_head + self.moving
+
+    @property
+    def pays(self) -> Bool[Array, "images"]:
+        """Whether each image, by itself, saves more than it spends."""
+        return self.saved > self.spent
+
+    @property
+    def batch_pays(self) -> Bool[Array, ""]:
+        """Whether all images together save more than they spend: a row is repacked as a whole, or not."""
+        xp = array_namespace(self.linear)
+        return xp.sum(self.saved) > xp.sum(self.spent)
 
 
 @dataclass(frozen=True)
@@ -24,32 +98,53 @@ class Cost:
         blocks: Linear layers of each block, per token.
         width: Channels; attention adds `2 * tokens * width` per token, for tokens of the same image.
         prefix: Tokens per image that are not patches; heads are not counted for them.
-        exit_heads: Exit heads by the block they follow, per patch.
-        head: Final head, per patch.
+        exit_heads: Exit heads, by the block they follow.
+        head: Final head.
+        decoder: What runs once per image on the restored map, whatever left: a dense decoder, an upsampling.
     """
 
     embed: int
     blocks: tuple[int, ...]
     width: int
     prefix: int
-    exit_heads: Mapping[int, int]
-    head: int
+    exit_heads: Mapping[int, HeadCost]
+    head: HeadCost
+    decoder: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the blocks of the exit heads.
+
+        Raises:
+            TokenExitError: If an exit head follows no block, or the last.
+        """
+        last = len(self.blocks) - 1
+        outside = sorted(after for after in self.exit_heads if not 1 <= after <= last)
+        require(not outside, "exit_heads", f"follow blocks from 1 to {last}, for {last + 1} blocks", outside)
 
     def multiply_adds(
-        self, tokens_per_block: Int[Array, "images blocks"], /, *, patches: int, exits: Collection[int] = ()
-    ) -> Int[Array, "images"]:
+        self,
+        tokens_per_block: Int[Array, "images blocks"],
+        /,
+        *,
+        patches: int,
+        exits: Collection[int] = (),
+        head_on: Literal["running", "all"] = "running",
+    ) -> Real[Array, "images"]:
         """Multiply-adds executed for each image.
 
         Args:
             tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
             patches: Patches of an image.
-            exits: Blocks after which an exit head ran.
+            exits: Blocks after which an exit head ran, on the patches that ran through that block.
+            head_on: Which patches the final head read: those that ran through the last block, or all, where frozen
+                features rejoin before the head (PAUMER, BMVC 2022; DoViT, 2023). Features that rejoin before the last
+                block show in `tokens_per_block`.
 
         Returns:
-            Multiply-adds per image, int64.
+            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
 
         Raises:
-            TokenExitError: If the blocks are not those of this cost, or an exit has no head.
+            TokenExitError: If the blocks are not those of this cost, an exit has no head, or `head_on` is unknown.
         """
         require(
             tokens_per_block.ndim == 2 and tokens_per_block.shape[1] == len(self.blocks),
@@ -59,17 +154,213 @@ class Cost:
         )
         unknown = sorted(set(exits) - set(self.exit_heads))
         require(not unknown, "exits", f"be among the blocks with an exit head, {sorted(self.exit_heads)}", unknown)
+        _require_head_on(head_on)
         xp = array_namespace(tokens_per_block)
-        tokens = xp.astype(tokens_per_block, xp.int64)
-        total = xp.full_like(tokens[:, 0], patches * self.embed)
+        tokens = _counted(tokens_per_block)
+        total = xp.full_like(tokens[:, 0], _number(patches * self.embed + self.decoder, tokens))
         for block, linear in enumerate(self.blocks):
             ran = tokens[:, block]
-            total = total + ran * linear + 2 * self.width * ran * ran
-        heads = {after: self.exit_heads[after] for after in exits} | {len(self.blocks): self.head}
-        for after, head in heads.items():
-            ran = tokens[:, after - 1] - self.prefix
-            total = total + head * xp.where(ran > 0, ran, xp.zeros_like(ran))
-        return total
+            total = total + ran * _number(linear, ran) + self._attention(ran)
+        for after in set(exits):
+            total = total + self.exit_heads[after].multiply_adds(tokens[:, after - 1] - self.prefix)
+        last = tokens[:, -1]
+        return total + self.head.multiply_adds(xp.full_like(last, patches) if head_on == "all" else last - self.prefix)
+
+    def repacking(
+        self,
+        running: Int[Array, "images"],
+        leaving: Int[Array, "images"] | int,
+        /,
+        *,
+        after: int,
+        until: int | None = None,
+        per_moved_element: float,
+        head_on: Literal["running", "all"] = "running",
+    ) -> Repacking:
+        """Predict whether an exit pays: what its leavers save until the next one, and what it spends.
+
+        Less `moving`, it is the difference of two `multiply_adds`. A moved element has no multiply-add; on a given
+        machine it takes the time of some, and `tests/benchmarks/repacking.py` measures of how many. The policy and the
+        notes about leavers are not counted, nor is putting features back where they rejoin.
+
+        Args:
+            running: How many tokens of each image ran through block `after`, prefix tokens included.
+            leaving: How many of them leave: for each image, or the same for all. An image all of whose patches leave
+                is done, and its prefix tokens stop as well.
+            after: The block that the exit follows.
+            until: The block up to which leavers are missing: that of the next exit, the last before they rejoin, or
+                the end if left out. If a head follows it, they are missing there too.
+            per_moved_element: Multiply-adds of a linear layer in the time in which one number of one token is
+                gathered; a property of the machine, and of its number format. Per token it is rounded to a whole.
+            head_on: Which patches the final head reads, as in `multiply_adds`.
+
+        Returns:
+            The parts of the balance, per image: int64, or float32 where the library has no 64-bit integers.
+
+        Raises:
+            TokenExitError: If the exit has no head, `until` is no later block, the shapes do not fit, or an option is
+                out of its range.
+        """
+        end = len(self.blocks)
+        until = end if until is None else until
+        require(after in self.exit_heads, "after", f"be a block with an exit head, of {sorted(self.exit_heads)}", after)
+        require(after < until <= end, "until", f"be a block from {after + 1} to {end}", until)
+        require(
+            0 <= per_moved_element < math.inf, "per_moved_element", "be a finite number, 0 or more", per_moved_element
+        )
+        require(running.ndim == 1, "running", "have shape (images,)", f"shape {tuple(running.shape)}")
+        _require_head_on(head_on)
+        xp = array_namespace(running)
+        before = _counted(running)
+        gone = xp.full_like(before, leaving) if isinstance(leaving, int) else _counted(leaving)
+        fits = tuple(gone.shape) == tuple(before.shape)
+        require(fits, "leaving", f"have shape {tuple(before.shape)}", f"shape {tuple(gone.shape)}")
+        stay = xp.where(before - gone > self.prefix, before - gone, xp.zeros_like(before))
+        blocks = self.blocks[after:until]
+        heads = {**self.exit_heads, **({end: self.head} if head_on == "running" else {})}
+        head = heads.get(until, HeadCost(0))
+        return Repacking(
+            linear=(before - stay) * _number(sum(blocks), stay),
+            attention=(self._attention(before) - self._attention(stay)) * len(blocks),
+            next_head=head.multiply_adds(before - self.prefix) - head.multiply_adds(stay - self.prefix),
+            exit_head=self.exit_heads[after].multiply_adds(before - self.prefix),
+            moving=stay * _number(round(per_moved_element * self.width), stay),
+        )
+
+    def _attention(self, tokens: Array) -> Array:
+        return 2 * self.width * tokens * tokens
+
+
+def plain_vit(
+    *,
+    width: int,
+    depth: int,
+    patch: int,
+    channels: int = 3,
+    mlp_ratio: float = 4.0,
+    prefix: int = 0,
+    exit_heads: Mapping[int, HeadCost] | None = None,
+    head: HeadCost = HeadCost(0),
+    decoder: int = 0,
+    norm: int = 0,
+) -> Cost:
+    """Parts of a plain ViT (Dosovitskiy et al., ICLR 2021, section 3.1): patch embedding, equal blocks, final norm.
+
+    Args:
+        width: Channels.
+        depth: How many blocks.
+        patch: Side of a patch, in pixels.
+        channels: Channels of an image.
+        mlp_ratio: Channels inside a block's MLP, as a multiple of `width`.
+        prefix: Tokens per image that are not patches: cls, registers.
+        exit_heads: Exit heads, by the block they follow; none if left out.
+        head: Final head; none if left out.
+        decoder: What runs once per image whatever left, in multiply-adds per image.
+        norm: Multiply-adds for an element of a LayerNorm; not counted if 0. The published figures of DToP
+            (ICCV 2023) take 5. The final norm is counted with the final head, for the tokens that it reads.
+
+    Returns:
+        The parts.
+
+    Raises:
+        TokenExitError: If a size is less than 1, a count is negative, or an exit head follows no block, or the last.
+    """
+    _require_sizes(width=width, depth=depth, patch=patch, channels=channels)
+    require(width * mlp_ratio >= 1, "mlp_ratio", f"give at least one channel for width {width}", mlp_ratio)
+    _require_counts(prefix=prefix, decoder=decoder, norm=norm)
+    inside = int(width * mlp_ratio)
+    return Cost(
+        embed=channels * patch * patch * width,
+        # Queries, keys, values and the projection after attention; then the MLP; and a norm before each of the two.
+        blocks=(4 * width * width + 2 * width * inside + 2 * norm * width,) * depth,
+        width=width,
+        prefix=prefix,
+        exit_heads={} if exit_heads is None else exit_heads,
+        head=HeadCost(head.per_token + norm * width, head.fixed),
+        decoder=decoder,
+    )
+
+
+def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> HeadCost:
+    """Cost of a head that treats each token by itself, from its plan.
+
+    Args:
+        plan: `Linear`, `MLP` or `FCN` of `tokenexit.heads`.
+        width: Channels of the tokens.
+        classes: Class count.
+        norm: Multiply-adds for an element of a LayerNorm; not counted if 0. The batch norm of `FCN` never counts: in
+            use it is part of the layer before it.
+
+    Returns:
+        The cost.
+
+    Raises:
+        TokenExitError: If the plan is another, a size is less than 1, or `norm` is negative.
+    """
+    _require_sizes(width=width, classes=classes)
+    _require_counts(norm=norm)
+    if isinstance(plan, FCN):
+        return HeadCost(width * plan.hidden + plan.hidden * classes)
+    if isinstance(plan, MLP):
+        hidden = width if plan.hidden is None else plan.hidden
+        return HeadCost(norm * width + width * hidden + hidden * classes)
+    require(isinstance(plan, Linear), "plan", "be a Linear, MLP or FCN of tokenexit.heads", repr(plan))
+    return HeadCost(norm * width + width * classes)
+
+
+def atm_head(*, width: int, classes: int, layers: int = 3, norm: int = 0) -> HeadCost:
+    """Cost of the attention-to-mask head of SegViT (NeurIPS 2022, section 3) as DToP (ICCV 2023) uses it.
+
+    A linear layer and a norm halve the channels of the tokens. There is one query per class. In each layer the queries
+    attend to each other, then to the tokens, and pass an MLP of four times their channels, with a norm after each of
+    the three. The masks are the query-key products of the last layer; a linear layer reads two presence scores off
+    each query.
+
+    Args:
+        width: Channels of the tokens, even; the head has half of them.
+        classes: Class count, which is that of the queries.
+        layers: Decoder layers. Published: 3.
+        norm: Multiply-adds for an element of a LayerNorm; not counted if 0.
+
+    Returns:
+        The cost.
+
+    Raises:
+        TokenExitError: If `width` is odd, a size is less than 1, or `norm` is negative.
+    """
+    _require_sizes(width=width, classes=classes, layers=layers)
+    require(width % 2 == 0, "width", "be even", width)
+    _require_counts(norm=norm)
+    half = width // 2
+    keys_and_values = 2 * half * half
+    attended = 2 * classes * half  # by every query, in both products
+    among_queries = 4 * half * half + 2 * classes * half
+    queries_and_out = 2 * half * half
+    mlp = 8 * half * half
+    per_query = layers * (among_queries + queries_and_out + mlp + 3 * norm * half) + 2 * half
+    return HeadCost(
+        per_token=width * half + norm * half + layers * (keys_and_values + attended), fixed=classes * per_query
+    )
+
+
+def upsampling(*, channels: int, size: tuple[int, int], per_element: int) -> int:
+    """Multiply-adds of a bilinear upsampling, for the `decoder` of a `Cost`; by our convention it is not counted.
+
+    Args:
+        channels: Channels of the map, say its classes.
+        size: Height and width that it is brought to.
+        per_element: Multiply-adds for an element of the result. The published figures of DToP take 4.
+
+    Returns:
+        Multiply-adds per image.
+
+    Raises:
+        TokenExitError: If a size is less than 1, or `per_element` is negative.
+    """
+    height, width = size
+    _require_sizes(channels=channels, height=height, width=width)
+    _require_counts(per_element=per_element)
+    return channels * height * width * per_element
 
 
 def token_blocks(tokens_per_block: Int[Array, "images blocks"], /, *, slots: int) -> float:
@@ -80,7 +371,7 @@ def token_blocks(tokens_per_block: Int[Array, "images blocks"], /, *, slots: int
         slots: Tokens of an image, prefix tokens included.
 
     Returns:
-        1 for the dense network, less if tokens left.
+        1 for the dense network, less if tokens left. A Python number: it cannot be traced.
 
     Raises:
         TokenExitError: If there is no image, block or slot.
@@ -94,3 +385,28 @@ def token_blocks(tokens_per_block: Int[Array, "images blocks"], /, *, slots: int
     )
     xp = array_namespace(tokens_per_block)
     return int(xp.sum(tokens_per_block)) / (images * blocks * slots)
+
+
+def _counted(tokens: Array) -> Array:
+    """Token counts in a dtype that holds multiply-adds, which 32 bits do not: an image may take 10 ** 12."""
+    xp = array_namespace(tokens)
+    return xp.astype(tokens, xp.__array_namespace_info__().dtypes().get("int64", xp.float32))
+
+
+def _number(value: int, beside: Array) -> int | float:
+    """`value` for arithmetic with `beside`: JAX takes no Python integer beyond 32 bits, not even beside floats."""
+    return float(value) if array_namespace(beside).isdtype(beside.dtype, "real floating") else value
+
+
+def _require_head_on(head_on: str) -> None:
+    require(head_on in ("running", "all"), "head_on", "be 'running' or 'all'", repr(head_on))
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        require(value >= 1, name, "be at least 1", value)
+
+
+def _require_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        require(value >= 0, name, "be 0 or more", value)

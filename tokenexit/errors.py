@@ -14,10 +14,11 @@ def require(ok: bool, argument: str, rule: str, got: object) -> None:
         ok: The condition.
         argument: Name of the argument that it is about.
         rule: What the argument must do or be; the message reads "`argument` must `rule`, got `got`".
-        got: What it was.
+        got: What it was: a text as it is to be read, or anything else, which is written out as `repr` does.
 
     Raises:
         TokenExitError: If not `ok`.
     """
     if not ok:
-        raise TokenExitError(f"`{argument}` must {rule}, got {got}")
+        # Only now: writing out an array waits for its values.
+        raise TokenExitError(f"`{argument}` must {rule}, got {got if isinstance(got, str) else repr(got)}")

@@ -4,11 +4,11 @@ A plan is plain frozen data that every adapter builds in its own framework, so t
 in another. All of them take tokens as a block leaves them, `(..., width)`, and give `(..., classes)`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenexit._plain import from_plain, is_whole, to_plain
 from tokenexit.errors import require
 
 __all__ = ["FCN", "MLP", "HeadPlan", "Linear", "from_dict", "to_dict"]
@@ -64,7 +64,6 @@ HeadPlan = Linear | MLP | FCN
 """Any of the plans."""
 
 _KINDS: dict[str, type[HeadPlan]] = {"linear": Linear, "mlp": MLP, "fcn": FCN}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 def to_dict(plan: HeadPlan, /) -> dict[str, Any]:
@@ -79,8 +78,7 @@ def to_dict(plan: HeadPlan, /) -> dict[str, Any]:
     Raises:
         TokenExitError: If it is anything else.
     """
-    require(type(plan) in _NAMES, "plan", f"be one of {', '.join(_KINDS)}", repr(plan))
-    return {"kind": _NAMES[type(plan)]} | dataclasses.asdict(plan)
+    return to_plain(plan, _KINDS, argument="plan")
 
 
 def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
@@ -95,20 +93,9 @@ def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
     Raises:
         TokenExitError: If the kind is unknown, a field is missing or unknown, or a value is out of its range.
     """
-    require(isinstance(data, Mapping), "plan", "be a mapping", repr(data))
-    kind = data.get("kind")
-    require(isinstance(kind, str) and kind in _KINDS, "kind", f"be one of {', '.join(_KINDS)}", repr(kind))
-    cls = _KINDS[str(kind)]
-    fields = sorted(field.name for field in dataclasses.fields(cls))
-    require(
-        sorted(map(str, set(data) - {"kind"})) == fields,
-        "plan",
-        f"have the fields {fields} for kind {kind}",
-        sorted(map(str, data)),
-    )
-    return cls(**{name: data[name] for name in fields})
+    return from_plain(data, _KINDS, argument="plan")
 
 
 def _require_size(value: object) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000
+    ok = isinstance(value, int) and is_whole(value, least=1) and value <= 1_000_000
     require(ok, "hidden", "be a whole number from 1 to 1,000,000", repr(value))

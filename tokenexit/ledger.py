@@ -1,19 +1,20 @@
-"""What the tokens that left have left behind: their frozen predictions, and how deep they went.
+"""What the tokens that left have left behind: their frozen predictions or features, and how deep they went.
 
-DToP (ICCV 2023, section 3.2) finalises a token when it leaves: the class scores of its exit head are its result.
-A ledger is a value: `record` returns a new one and changes nothing.
+DToP (ICCV 2023, section 3.2) finalises a token when it leaves: the class scores of its exit head are its result. In
+PAUMER (BMVC 2022) and DoViT (2023) it leaves its feature, which rejoins the others later. A ledger holds either, for
+either layout. It is a value: `record` returns a new one and changes nothing.
 """
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, device, take_or
-from tokenexit.errors import require
-from tokenexit.tokens import Packing
+from tokenexit._array import Array, array_namespace, filled
+from tokenexit.errors import TokenExitError, require
+from tokenexit.tokens import Receipt, scatter
 
-__all__ = ["Ledger", "open_ledger", "record"]
+__all__ = ["Ledger", "fold_leavers", "open_ledger", "record", "rejoin"]
 
 
 @dataclass(frozen=True)
@@ -25,91 +26,178 @@ class Ledger:
         label: Frozen predicted class; -1 while the token runs.
         score: Confidence that the token left with; zero while it runs.
         depth: How many blocks the token has run through; zero while it runs.
+        features: Frozen features, for a schedule that carries them; zero while the token runs.
     """
 
     logits: Float[Array, "images slots classes"]
     label: Int[Array, "images slots"]
     score: Float[Array, "images slots"]
     depth: Int[Array, "images slots"]
+    features: Float[Array, "images slots width"] | None = None
 
 
-def open_ledger(logits: Float[Array, "tokens classes"], packing: Packing, /) -> Ledger:
-    """An empty ledger for the batch of `packing`.
+def open_ledger(
+    logits: Float[Array, "..."], receipt: Receipt, /, *, features: Float[Array, "..."] | None = None
+) -> Ledger:
+    """An empty ledger for the batch of `receipt`.
 
     Args:
-        logits: Class scores whose class count, dtype and device the ledger takes.
-        packing: The receipt of any row of the batch.
+        logits: Class scores whose class count and dtype the ledger takes, in the layout of the receipt.
+        receipt: The receipt of any row, or selection, of the batch.
+        features: Features, in the same layout, if the ledger is to keep them too.
 
     Returns:
         A ledger in which nothing has settled.
 
     Raises:
-        TokenExitError: If `logits` is not two-dimensional.
+        TokenExitError: If `logits` or `features` are not in the layout of `receipt`.
     """
-    _require_logits(logits, packing)
+    _require_layout(logits, receipt, "logits")
     xp = array_namespace(logits)
-    shape = (packing.images, packing.slots)
-    there = device(logits)
+    shape = (receipt.images, receipt.slots)
+    if features is not None:
+        _require_layout(features, receipt, "features")
+        features = filled((*shape, features.shape[-1]), 0, features, dtype=features.dtype)
     return Ledger(
-        logits=xp.zeros((*shape, logits.shape[1]), dtype=logits.dtype, device=there),
-        label=xp.full(shape, -1, dtype=packing.index.dtype, device=there),
-        score=xp.zeros(shape, dtype=xp.float32, device=there),
-        depth=xp.zeros(shape, dtype=packing.index.dtype, device=there),
+        logits=filled((*shape, logits.shape[-1]), 0, logits, dtype=logits.dtype),
+        label=filled(shape, -1, logits, dtype=receipt.index.dtype),
+        score=filled(shape, 0, logits, dtype=xp.float32),
+        depth=filled(shape, 0, logits, dtype=receipt.index.dtype),
+        features=features,
     )
 
 
 def record(
     ledger: Ledger,
-    packing: Packing,
-    leave: Bool[Array, "tokens"],
-    logits: Float[Array, "tokens classes"],
+    receipt: Receipt,
+    leave: Bool[Array, "..."],
+    logits: Float[Array, "..."],
     /,
     *,
     depth: int,
+    score: Float[Array, "..."] | None = None,
+    features: Float[Array, "..."] | None = None,
 ) -> Ledger:
     """Settle the tokens that leave.
 
     Args:
         ledger: The ledger so far.
-        packing: The receipt of the present row.
-        leave: Which of its tokens leave.
-        logits: The class scores of all its tokens.
+        receipt: The receipt of the tokens that run: `(tokens,)` or `(images, capacity)` is the layout of the others.
+        leave: Which of them leave. Entries that are not valid hold no token, and leave nothing behind.
+        logits: The class scores of all of them, with one more axis.
         depth: How many blocks they have run through.
+        score: How confident they are; the softmax of `logits` says so if left out, which does not suit an ATM head.
+        features: Their features, if the ledger keeps them.
 
     Returns:
-        The ledger with the leavers' predictions and depth.
+        The ledger with the leavers' outcome.
 
     Raises:
-        TokenExitError: If `leave` or `logits` do not hold the tokens of `packing`.
+        TokenExitError: If an array is not in the layout of `receipt`, or `features` are given to a ledger that does
+            not keep them, or left out for one that does.
     """
-    _require_logits(logits, packing)
-    require(
-        tuple(leave.shape) == tuple(packing.index.shape),
-        "leave",
-        f"have one entry for each of the {packing.index.shape[0]} tokens",
-        f"shape {tuple(leave.shape)}",
-    )
+    _require_layout(logits, receipt, "logits")
+    for name, array in (("leave", leave), ("score", score)):
+        require(
+            array is None or tuple(array.shape) == receipt.layout,
+            name,
+            f"have one entry for each of the layout {receipt.layout}",
+            f"shape {None if array is None else tuple(array.shape)}",
+        )
+    kept = "features" if ledger.features is not None else "none"
+    given = "features" if features is not None else "none"
+    require(kept == given, "features", "be given exactly if the ledger keeps them", f"{given}, and it keeps {kept}")
     xp = array_namespace(logits)
-    slots = packing.images * packing.slots
-    running = xp.reshape(packing.running, (slots,))
-    left = take_or(leave, packing.rank, running, xp.zeros_like(running))
+    left = scatter(leave, receipt, into=filled((receipt.images, receipt.slots), False, leave, dtype=xp.bool))
 
-    def settle(row: Array, settled: Array) -> Array:
-        flat = xp.reshape(settled, (slots, *settled.shape[2:]))
-        return xp.reshape(take_or(row, packing.rank, left, flat), settled.shape)
+    def settle(values: Array, settled: Array) -> Array:
+        found = scatter(values, receipt, into=settled)
+        return xp.where(xp.reshape(left, (*left.shape, *[1] * (settled.ndim - 2))), found, settled)
 
     return Ledger(
         logits=settle(logits, ledger.logits),
-        label=settle(xp.argmax(logits, axis=-1), ledger.label),
-        score=settle(scores.confidence(logits), ledger.score),
-        depth=settle(xp.full_like(packing.index, depth), ledger.depth),
+        label=settle(xp.astype(xp.argmax(logits, axis=-1), ledger.label.dtype), ledger.label),
+        score=settle(scores.confidence(logits) if score is None else score, ledger.score),
+        depth=settle(filled(receipt.layout, depth, logits, dtype=ledger.depth.dtype), ledger.depth),
+        features=None if ledger.features is None else settle(features, ledger.features),
     )
 
 
-def _require_logits(logits: Array, packing: Packing) -> None:
+def rejoin(ledger: Ledger, receipt: Receipt, features: Float[Array, "..."], /) -> Float[Array, "images slots width"]:
+    """All tokens again: those that run with their present features, those that left with what they left behind.
+
+    Args:
+        ledger: The ledger, which must keep features.
+        receipt: The receipt of the tokens that run.
+        features: Their features, in its layout.
+
+    Returns:
+        A feature for every slot: what the decoder, or the last block, is given.
+
+    Raises:
+        TokenExitError: If the ledger keeps no features, or `features` are not in the layout of `receipt`.
+    """
+    if ledger.features is None:
+        raise TokenExitError("`ledger` must keep features to rejoin, got one without")
+    _require_layout(features, receipt, "features")
+    return scatter(features, receipt, into=ledger.features)
+
+
+def fold_leavers(
+    features: Float[Array, "..."], receipt: Receipt, leave: Bool[Array, "..."], /, *, into: int = 0, above: float = 0.1
+) -> Float[Array, "..."]:
+    """Average the mean of the leavers into one token of their image, which stays (DoViT, 2023, section 3.2).
+
+    So attention still knows of those that left, by one token that speaks for all of them.
+
+    Args:
+        features: Features of the tokens that run, in the layout of the receipt.
+        receipt: Their receipt.
+        leave: Which of them leave.
+        into: Slot of the token that takes the mean in: the cls token, as a rule.
+        above: Share of the image's other tokens that must leave, strictly, for it to happen. Published: 0.1.
+
+    Returns:
+        The features, those of the token `into` of an image replaced by the average of themselves and the leavers' mean.
+
+    Raises:
+        TokenExitError: If an array is not in the layout of `receipt`, there is no slot `into`, or `above` is not in
+            [0, 1].
+    """
+    _require_layout(features, receipt, "features")
     require(
-        logits.ndim == 2 and logits.shape[0] == packing.index.shape[0],
-        "logits",
-        f"have shape (tokens, classes) with {packing.index.shape[0]} tokens",
-        f"shape {tuple(logits.shape)}",
+        tuple(leave.shape) == receipt.layout,
+        "leave",
+        f"have the layout {receipt.layout}",
+        f"shape {tuple(leave.shape)}",
+    )
+    require(0 <= into < receipt.slots, "into", f"be one of the {receipt.slots} slots", into)
+    require(0 <= above <= 1, "above", "be in [0, 1]", above)
+    xp = array_namespace(features)
+    batch = (receipt.images, receipt.slots)
+    left = scatter(leave, receipt, into=filled(batch, False, leave, dtype=xp.bool))
+    # A sum over an image is one over its slots, where all others are zero.
+    at_slot = scatter(
+        xp.astype(features, xp.float32),
+        receipt,
+        into=filled((*batch, features.shape[-1]), 0, features, dtype=xp.float32),
+    )
+    leaving = xp.sum(xp.astype(left, xp.float32), axis=1, keepdims=True)
+    others = xp.sum(xp.astype(receipt.running, xp.float32), axis=1, keepdims=True) - 1
+    total = xp.sum(xp.where(left[..., None], at_slot, 0.0), axis=1)
+    mean = total / xp.where(leaving > 0, leaving, 1.0)
+    taker = at_slot[:, into, :]
+    folded = xp.where(leaving > above * others, (taker + mean) / 2, taker)
+    # Only that token changes: what the others hold is theirs, to the last bit.
+    own = xp.reshape(receipt.slot == into, (*receipt.layout, 1))
+    taken = xp.reshape(xp.take(folded, receipt.image, axis=0), features.shape)
+    return xp.where(own, xp.astype(taken, features.dtype), features)
+
+
+def _require_layout(values: Shaped[Array, "..."], receipt: Receipt, argument: str) -> None:
+    require(
+        values.ndim == len(receipt.layout) + 1 and tuple(values.shape[:-1]) == receipt.layout,
+        argument,
+        f"have the layout {receipt.layout} and one more axis",
+        f"shape {tuple(values.shape)}",
     )

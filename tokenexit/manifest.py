@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenexit import heads
+from tokenexit._plain import is_whole
 from tokenexit.errors import TokenExitError, require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
@@ -104,5 +105,5 @@ def from_json(text: str, /) -> Manifest:
     )
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+def _is_count(value: Any) -> bool:
+    return is_whole(value, least=1) and value <= MOST

@@ -1,10 +1,11 @@
 """Who leaves now: exit policies, small and composable.
 
     policy = ConfidenceAbove(0.95).retaining(per_class=5)
-    leave = policy(Evidence(logits, image=image))
+    leave = policy(Evidence(logits, image=image, images=8))
 
-A policy is a frozen dataclass; `&`, `|` and `.retaining` make policies of policies. Its thresholds are data, floats or
-arrays without axes, and `with_threshold` exchanges them. A policy of your own is a dataclass with one method:
+A policy is a frozen dataclass; `&`, `|`, `~`, `.retaining` and `.with_minimum` make policies of policies. Its
+thresholds are data, floats or arrays without axes or `PerClass`, and `with_threshold` exchanges them. A policy of your
+own is a dataclass with one method:
 
     @dataclass(frozen=True)
     class CertainSky(Policy):
@@ -15,56 +16,80 @@ arrays without axes, and `with_threshold` exchanges them. A policy of your own i
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, device, is_array_api_obj, take_or
+from tokenexit._array import Array, array_namespace, filled, is_array, like_numbers, take_or
 from tokenexit._grid import extremes, lay_out
+from tokenexit._lazy import lazy
+from tokenexit._plain import from_plain, is_whole, to_plain
 from tokenexit.errors import TokenExitError, require
-from tokenexit.retention import top_k_per_group
+from tokenexit.retention import rank_in_group, top_k_per_group
 
 __all__ = [
+    "BatchBudget",
+    "Budget",
     "ConfidenceAbove",
     "EntropyBelow",
     "Evidence",
+    "GateBelow",
     "MarginAbove",
     "NeighboursAgree",
+    "Patience",
+    "PerClass",
     "Policy",
+    "Threshold",
     "always",
     "from_dict",
     "never",
     "to_dict",
 ]
 
+Score = Literal["confidence", "entropy", "margin", "gate"]
+
 
 @dataclass(frozen=True)
 class Evidence:
     """What a policy may look at: the tokens that run at an exit point, in one row.
 
+    In the static layout the row is that of all entries, image after image, and `valid` says which hold a token. What a
+    policy does then has shapes that do not depend on the data: it compiles.
+
     Attributes:
-        logits: Class scores of every token, from the head at this exit.
+        logits: Class scores before softmax, from the head at this exit.
+        class_scores: Instead of logits, scores of every class that are not a softmax's, the greatest of which is the
+            confidence: those of an ATM head (`scores.mask_scores`).
+        gate: Learned probability that the token is kept; with it alone, there need be no class scores.
         image: Image of every token; left out, all tokens are of one image.
-        images: How many images the batch has; needed by `NeighboursAgree`.
-        grid: Height and width of the patch grid; needed by `NeighboursAgree`.
+        images: How many images the batch has; needed with `image`.
+        grid: Height and width of the patch grid; needed by `NeighboursAgree` and `Budget`.
         position: Place of every token in the grid, row by row; needed by `NeighboursAgree`.
+        valid: Which entries hold a token, in the static layout; every image has the same number of entries.
         protected: Tokens that no policy lets leave, and that are nobody's neighbours: cls, registers, queries.
+        exit: Which of the exit points this is, from 0.
+        previous: Class that the earlier exit heads predicted for these tokens, first exit first.
         settled_label: Predicted class of the tokens that have left, at their place in the grid; -1 for the others.
         settled_score: The confidence that they left with.
     """
 
-    logits: Float[Array, "tokens classes"]
+    logits: Float[Array, "tokens classes"] | None = None
     _: KW_ONLY
+    class_scores: Float[Array, "tokens classes"] | None = None
+    gate: Float[Array, "tokens"] | None = None
     image: Int[Array, "tokens"] | None = None
     images: int | None = None
     grid: tuple[int, int] | None = None
     position: Int[Array, "tokens"] | None = None
+    valid: Bool[Array, "tokens"] | None = None
     protected: Bool[Array, "tokens"] | None = None
+    exit: int | None = None
+    previous: Int[Array, "exits tokens"] | None = None
     settled_label: Int[Array, "images positions"] | None = None
     settled_score: Float[Array, "images positions"] | None = None
 
@@ -72,22 +97,43 @@ class Evidence:
         """Check the shapes.
 
         Raises:
-            TokenExitError: If a field does not fit the logits, or the settled fields not the grid.
+            TokenExitError: If there is nothing to look at, both kinds of class scores are given, a field does not fit
+                the tokens, or the settled fields do not fit the grid.
         """
         require(
-            self.logits.ndim == 2 and self.logits.shape[1] >= 1,
-            "logits",
-            "have shape (tokens, classes) with at least one class",
-            f"shape {tuple(self.logits.shape)}",
+            self.logits is None or self.class_scores is None, "class_scores", "be given instead of `logits`", "both"
         )
-        for name in ("image", "position", "protected"):
+        require(self._given is not None, "logits", "be given, or `class_scores` or `gate` instead", "nothing")
+        for name in ("logits", "class_scores"):
+            table = getattr(self, name)
+            require(
+                table is None or (table.ndim == 2 and table.shape[1] >= 1),
+                name,
+                "have shape (tokens, classes) with at least one class",
+                f"shape {None if table is None else tuple(table.shape)}",
+            )
+        tokens = self.tokens
+        for name in ("gate", "image", "position", "valid", "protected"):
             row = getattr(self, name)
             require(
-                row is None or tuple(row.shape) == (self.logits.shape[0],),
+                row is None or tuple(row.shape) == (tokens,),
                 name,
-                f"have one entry for each of the {self.logits.shape[0]} tokens",
+                f"have one entry for each of the {tokens} tokens",
                 f"shape {None if row is None else tuple(row.shape)}",
             )
+        require(self.image is None or self.images is not None, "images", "be given with `image`", self.images)
+        require(
+            self.previous is None or (self.previous.ndim == 2 and self.previous.shape[1] == tokens),
+            "previous",
+            f"have shape (exits, tokens) for {tokens} tokens",
+            f"shape {None if self.previous is None else tuple(self.previous.shape)}",
+        )
+        require(
+            self.valid is None or tokens % (self.images or 1) == 0,
+            "valid",
+            f"have as many entries for each of {self.images} images",
+            f"{tokens} entries",
+        )
         both = (self.settled_label is None) == (self.settled_score is None)
         require(both, "settled_score", "be given exactly if `settled_label` is", "one without the other")
         for name in ("settled_label", "settled_score"):
@@ -100,16 +146,163 @@ class Evidence:
                     f"shape {tuple(settled.shape)}",
                 )
 
-    @cached_property
-    def label(self) -> Int[Array, "tokens"]:
-        """Predicted class of every token."""
-        xp = array_namespace(self.logits)
-        return xp.argmax(self.logits, axis=-1)
+    @property
+    def _given(self) -> Array | None:
+        return next((one for one in (self.logits, self.class_scores, self.gate) if one is not None), None)
 
-    @cached_property
+    @property
+    def tokens(self) -> int:
+        """How many tokens, or entries, the row has."""
+        return cast(Array, self._given).shape[0]
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are.
+
+        Raises:
+            TokenExitError: If there are no class scores.
+        """
+        return self._table.shape[1]
+
+    @property
+    def _table(self) -> Array:
+        table = self.logits if self.class_scores is None else self.class_scores
+        if table is None:
+            raise TokenExitError("`evidence` must have logits or class_scores for this policy, got a gate alone")
+        return table
+
+    @lazy
+    def label(self) -> Int[Array, "tokens"]:
+        """Predicted class of every token.
+
+        Raises:
+            TokenExitError: If there are no class scores.
+        """
+        xp = array_namespace(self._table)
+        return xp.argmax(self._table, axis=-1)
+
+    @lazy
     def confidence(self) -> Float[Array, "tokens"]:
-        """Confidence of every token (`scores.confidence`)."""
-        return scores.confidence(self.logits)
+        """Confidence of every token: `scores.confidence` of the logits, or the greatest of its class scores.
+
+        Raises:
+            TokenExitError: If there are no class scores.
+        """
+        if self.class_scores is None:
+            return scores.confidence(self._table)
+        xp = array_namespace(self.class_scores)
+        return xp.max(xp.astype(self.class_scores, xp.float32), axis=-1)
+
+    @lazy
+    def entropy(self) -> Float[Array, "tokens"]:
+        """Normalised entropy of every token (`scores.entropy`).
+
+        Raises:
+            TokenExitError: If there are no logits: scores that are not normalised have no entropy.
+        """
+        return scores.entropy(self._logits("entropy"))
+
+    @lazy
+    def margin(self) -> Float[Array, "tokens"]:
+        """Margin of every token (`scores.margin`).
+
+        Raises:
+            TokenExitError: If there are no logits.
+        """
+        return scores.margin(self._logits("margin"))
+
+    def _logits(self, score: str) -> Array:
+        if self.logits is None:
+            raise TokenExitError(f"`evidence` must have logits for the {score}, got none")
+        return self.logits
+
+    @lazy
+    def eligible(self) -> Bool[Array, "tokens"]:
+        """Which tokens a policy may let go: those that are valid and not protected."""
+        xp = array_namespace(self._given)
+        able = xp.ones_like(cast(Array, self._given), dtype=xp.bool)
+        able = able if able.ndim == 1 else able[:, 0]
+        if self.valid is not None:
+            able = able & self.valid
+        return able if self.protected is None else able & ~self.protected
+
+    @lazy
+    def known(self) -> Bool[Array, "tokens"]:
+        """Of which tokens the confidence, and the gate if there is one, is a number."""
+        xp = array_namespace(self._given)
+        known = [self.confidence] if self.logits is not None or self.class_scores is not None else []
+        known += [] if self.gate is None else [self.gate]
+        able = ~xp.isnan(known[0])
+        return able if len(known) == 1 else able & ~xp.isnan(known[1])
+
+    def hardness(self, score: Score, /) -> Float[Array, "tokens"]:
+        """How hard every token is by one of the scores: the harder, the greater; NaN is the hardest of all.
+
+        Args:
+            score: `confidence`, `entropy`, `margin` or `gate`.
+
+        Raises:
+            TokenExitError: If the evidence does not have what the score is computed from.
+        """
+        if score == "gate":
+            value = self._gate
+        else:
+            value = self.entropy if score == "entropy" else -(self.margin if score == "margin" else self.confidence)
+        xp = array_namespace(value)
+        return xp.where(xp.isnan(value), xp.inf, value)
+
+    @property
+    def _gate(self) -> Array:
+        if self.gate is None:
+            raise TokenExitError("`evidence` must have gate for a policy that looks at it, got none")
+        return self.gate
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """One threshold for every predicted class, wherever a policy takes a threshold.
+
+    Attributes:
+        thresholds: As many as there are classes: numbers in [0, 1], or one array.
+    """
+
+    thresholds: tuple[float, ...] | Float[Array, "classes"]
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If a threshold is not in [0, 1], or there are none.
+        """
+        given: Any = self.thresholds
+        if isinstance(given, tuple):
+            numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in given)
+            ok = numbers and len(given) > 0 and all(0 <= one <= 1 for one in given)
+        else:
+            ok = is_array(given) and given.ndim == 1 and given.shape[0] > 0
+        require(ok, "thresholds", "be a tuple of numbers in [0, 1], or an array with one axis", given)
+
+    def of(self, label: Int[Array, "*tokens"], /, *, classes: int) -> Float[Array, "*tokens"]:
+        """The threshold of every predicted class.
+
+        Args:
+            label: The classes; what is below 0 is given that of class 0.
+            classes: How many classes there are.
+
+        Raises:
+            TokenExitError: If there are not as many thresholds.
+        """
+        xp = array_namespace(label)
+        given: Any = self.thresholds
+        if isinstance(given, tuple):
+            given = like_numbers(given, label)
+        require(given.shape[0] == classes, "thresholds", f"be one for each of the {classes} classes", given.shape[0])
+        flat = xp.reshape(xp.where(label < 0, 0, label), (math.prod(label.shape),))
+        return xp.reshape(xp.take(given, flat), label.shape)
+
+
+Threshold = float | Float[Array, ""] | PerClass
+"""What a policy compares a score with: a number in [0, 1], an array without axes, or one for every class."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +317,7 @@ class Policy(ABC):
         """Which tokens this policy lets go, protected ones not yet excepted."""
 
     def __call__(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
-        """Which tokens leave now; protected tokens never do.
+        """Which tokens leave now; protected ones, and entries without a token, never do.
 
         Args:
             evidence: What is known at this exit point.
@@ -136,7 +329,7 @@ class Policy(ABC):
             TokenExitError: If the evidence lacks something that the policy looks at.
         """
         leave = self.leaves(evidence)
-        return leave if evidence.protected is None else leave & ~evidence.protected
+        return leave if evidence.valid is None and evidence.protected is None else leave & evidence.eligible
 
     def __and__(self, other: "Policy") -> "Policy":
         """A token leaves if both policies let it go."""
@@ -145,6 +338,14 @@ class Policy(ABC):
     def __or__(self, other: "Policy") -> "Policy":
         """A token leaves if either policy lets it go."""
         return _Either(self, other) if isinstance(other, Policy) else NotImplemented
+
+    def __invert__(self) -> "Policy":
+        """A token leaves if the policy does not let it go; one about which nothing is known, a NaN, stays all the same.
+
+        Raises:
+            TokenExitError: If the policy takes tokens back, or keeps to a budget: without these, it has no sense.
+        """
+        return _Not(self)
 
     def retaining(self, *, per_class: int) -> "Policy":
         """Keep the most confident leavers of every predicted class (DToP, ICCV 2023, section 3.3).
@@ -160,11 +361,25 @@ class Policy(ABC):
         """
         return _Retaining(self, per_class)
 
-    def with_threshold(self, threshold: float | Array, /) -> "Policy":
+    def with_minimum(self, *, per_image: int) -> "Policy":
+        """Keep the least confident leavers of an image of which too few tokens would stay.
+
+        Args:
+            per_image: How many tokens of each image stay at least, of those that are not protected.
+
+        Returns:
+            This policy with that minimum.
+
+        Raises:
+            TokenExitError: If `per_image` is negative.
+        """
+        return _Minimum(self, per_image)
+
+    def with_threshold(self, threshold: Threshold, /) -> "Policy":
         """This policy with another threshold everywhere it has one.
 
         Args:
-            threshold: The new threshold: a float or an array without axes.
+            threshold: The new threshold: a number, an array without axes, or `PerClass`.
 
         Returns:
             A policy of the same kind.
@@ -177,6 +392,13 @@ class Policy(ABC):
         return _exchange(self, threshold)
 
     @property
+    def takes_back(self) -> bool:
+        """Whether this policy, or one inside it, keeps to a number of tokens: so what leaves is not one by one."""
+        inside = (getattr(self, field.name) for field in dataclasses.fields(self))
+        counts = isinstance(self, Budget | _Retaining | _Minimum)
+        return counts or any(one.takes_back for one in inside if isinstance(one, Policy))
+
+    @property
     def compared_scores(self) -> frozenset[str]:
         """The kinds of score that this policy, and those inside it, compare with a threshold."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -186,15 +408,22 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class _Threshold(Policy, ABC):
-    threshold: float | Float[Array, ""]
+    threshold: Threshold
 
     def __post_init__(self) -> None:
         threshold: Any = self.threshold
         if isinstance(threshold, int | float) and not isinstance(threshold, bool):
             require(0 <= threshold <= 1, "threshold", "be in [0, 1]", threshold)
         else:  # an array may be traced, so its value is not looked at
-            scalar = is_array_api_obj(threshold) and tuple(cast(Array, threshold).shape) == ()
-            require(scalar, "threshold", "be a number in [0, 1] or an array without axes", repr(threshold))
+            scalar = is_array(threshold) and tuple(cast(Array, threshold).shape) == ()
+            ok = scalar or isinstance(threshold, PerClass)
+            require(ok, "threshold", "be a number in [0, 1], an array without axes or PerClass", threshold)
+
+    def _limit(self, label: Any, evidence: Evidence) -> Any:
+        """The threshold, or that of each of some labels."""
+        if isinstance(self.threshold, PerClass):
+            return self.threshold.of(label(), classes=evidence.classes)
+        return self.threshold
 
 
 @dataclass(frozen=True)
@@ -209,7 +438,7 @@ class ConfidenceAbove(_Threshold):
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
-        return evidence.confidence > self.threshold
+        return evidence.confidence > self._limit(lambda: evidence.label, evidence)
 
 
 @dataclass(frozen=True)
@@ -224,7 +453,7 @@ class EntropyBelow(_Threshold):
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
-        return scores.entropy(evidence.logits) < self.threshold
+        return evidence.entropy < self._limit(lambda: evidence.label, evidence)
 
 
 @dataclass(frozen=True)
@@ -239,7 +468,117 @@ class MarginAbove(_Threshold):
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
-        return scores.margin(evidence.logits) > self.threshold
+        return evidence.margin > self._limit(lambda: evidence.label, evidence)
+
+
+@dataclass(frozen=True)
+class GateBelow(_Threshold):
+    """A token leaves if the learned probability that it is kept is strictly lower (SViT, WACV 2024, section 3.2).
+
+    Attributes:
+        threshold: Probability in [0, 1]; one per class needs class scores beside the gate.
+    """
+
+    score: ClassVar[str | None] = "gate"
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        return evidence._gate < self._limit(lambda: evidence.label, evidence)
+
+
+@dataclass(frozen=True)
+class Budget(Policy):
+    """The easiest tokens leave, so that of every image only so many stay (PAUMER, BMVC 2022, section 3: a fraction).
+
+    Of equal tokens the earlier stays. Protected tokens are beside the budget.
+
+    Attributes:
+        keep: What may stay of the patches that an image had at first: a float, or an array without axes of that kind,
+            is a fraction in [0, 1], rounded to the nearest number of tokens; an int is that number.
+        by: By what the easiest are known: `confidence`, `entropy`, `margin` or `gate`.
+    """
+
+    keep: float | int | Float[Array, ""] | Int[Array, ""]
+    by: Score = "confidence"
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If `keep` is neither a fraction in [0, 1] nor a whole number, or `by` no score.
+        """
+        keep: Any = self.keep
+        if is_array(keep):
+            require(tuple(keep.shape) == (), "keep", "be a number or an array without axes", keep)
+        else:
+            fraction = isinstance(keep, float) and 0 <= keep <= 1
+            require(fraction or is_whole(keep), "keep", "be a float in [0, 1] or a whole number", keep)
+        known = ("confidence", "entropy", "margin", "gate")
+        require(self.by in known, "by", f"be one of {', '.join(known)}", repr(self.by))
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        return self._beyond(evidence, evidence.image, per=1)
+
+    def _beyond(self, evidence: Evidence, group: Array | None, *, per: int) -> Array:
+        if evidence.grid is None:
+            raise TokenExitError(f"`evidence` must have grid for {type(self).__name__}, got none")
+        hardness = evidence.hardness(self.by)
+        xp = array_namespace(hardness)
+        none = filled((evidence.tokens,), 0, hardness, dtype=xp.int32)
+        group = none if group is None else group
+        rank = rank_in_group(hardness, xp.where(evidence.eligible, group, -1))
+        keep: Any = self.keep
+        whole = xp.isdtype(keep.dtype, "integral") if is_array(keep) else isinstance(keep, int)
+        if whole:
+            return rank >= keep
+        # Rounded to the nearest, up at a half; an array's value may not be known yet.
+        return xp.astype(rank, xp.float32) + 0.5 > keep * float(per * evidence.grid[0] * evidence.grid[1])
+
+
+@dataclass(frozen=True)
+class BatchBudget(Budget):
+    """The easiest tokens leave, so that of a whole batch only so many stay: its images trade with each other.
+
+    The one policy by which an image's result depends on its batch mates. A fraction is one of the patches that all
+    images had at first.
+    """
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        if evidence.images is None:
+            raise TokenExitError("`evidence` must have images for BatchBudget, got none")
+        return self._beyond(evidence, None, per=evidence.images)
+
+
+@dataclass(frozen=True)
+class Patience(Policy):
+    """A token leaves if its predicted class has not changed over the exits before this one.
+
+    Attributes:
+        exits: How many earlier exits must have predicted the class that this one does; with fewer, nothing leaves.
+    """
+
+    exits: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If `exits` is not a whole number from 1 up.
+        """
+        require(is_whole(self.exits, least=1), "exits", "be a whole number of at least 1", repr(self.exits))
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        if evidence.previous is None:
+            raise TokenExitError("`evidence` must have previous for Patience, got none")
+        xp = array_namespace(evidence.previous)
+        seen = evidence.previous.shape[0]
+        if seen < self.exits:
+            return evidence.eligible & False
+        latest = evidence.previous[seen - self.exits :, :]
+        return xp.all(latest == evidence.label, axis=0) & evidence.known
 
 
 @dataclass(frozen=True)
@@ -251,7 +590,8 @@ class NeighboursAgree(_Threshold):
     known counts against its neighbours; what lies beyond the edge of the grid does not.
 
     Attributes:
-        threshold: Softmax probability in [0, 1] that the token and all its neighbours must exceed.
+        threshold: Softmax probability in [0, 1] that the token and all its neighbours must exceed; of a neighbour,
+            the threshold of the class that it predicts.
         radius: The neighbourhood is the square of 2 radius + 1 places around the token; 0 is `ConfidenceAbove`.
     """
 
@@ -265,11 +605,11 @@ class NeighboursAgree(_Threshold):
             TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
         """
         super().__post_init__()
-        require(_is_whole(self.radius), "radius", "be a whole number of at least 0", repr(self.radius))
+        require(is_whole(self.radius), "radius", "be a whole number of at least 0", repr(self.radius))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
-        confident = evidence.confidence > self.threshold
+        confident = evidence.confidence > self._limit(lambda: evidence.label, evidence)
         if self.radius == 0:
             return confident
         if evidence.grid is None or evidence.images is None or evidence.position is None:
@@ -277,18 +617,19 @@ class NeighboursAgree(_Threshold):
                 "`evidence` must have images, grid and position for NeighboursAgree, got "
                 f"images={evidence.images}, grid={evidence.grid}, position={evidence.position}"
             )
-        xp = array_namespace(evidence.logits)
+        xp = array_namespace(confident)
         height, width = evidence.grid
         places = evidence.images * height * width
         inside = (evidence.position >= 0) & (evidence.position < height * width)
-        if evidence.protected is not None:
-            inside = inside & ~evidence.protected
+        inside = inside & evidence.eligible
         place = evidence.position if evidence.image is None else evidence.image * height * width + evidence.position
-        place = xp.where(inside, place, xp.full_like(place, places))
+        place = xp.where(inside, place, places)
         votes = self._votes(evidence.label, confident)
-        absent = xp.full(places, -1, dtype=votes.dtype, device=device(votes))
+        absent = filled((places,), -1, votes, dtype=votes.dtype)
         if evidence.settled_label is not None and evidence.settled_score is not None:
-            absent = self._votes(evidence.settled_label, evidence.settled_score > self.threshold)
+            settled = evidence.settled_label
+            limit = self._limit(lambda: settled, evidence)
+            absent = xp.astype(self._votes(settled, evidence.settled_score > limit), votes.dtype)
         grid = xp.reshape(lay_out(votes, place, xp.reshape(absent, (places,))), (evidence.images, height, width))
         lowest, highest = extremes(grid, radius=self.radius)
         agreed = xp.reshape(lowest == highest, (places,))
@@ -298,21 +639,19 @@ class NeighboursAgree(_Threshold):
     def _votes(label: Array, confident: Array) -> Array:
         """The class of what is confident, and -1 for the rest, which agrees with nobody."""
         xp = array_namespace(label)
-        return xp.where(confident, label, xp.full_like(label, -1))
+        return xp.where(confident, label, -1)
 
 
 @dataclass(frozen=True)
 class _Never(Policy):
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
-        xp = array_namespace(evidence.logits)
-        return xp.zeros_like(evidence.label, dtype=xp.bool)
+        return evidence.eligible & False
 
 
 @dataclass(frozen=True)
 class _Always(Policy):
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
-        xp = array_namespace(evidence.logits)
-        return xp.ones_like(evidence.label, dtype=xp.bool)
+        return evidence.eligible
 
 
 @dataclass(frozen=True)
@@ -334,19 +673,56 @@ class _Either(Policy):
 
 
 @dataclass(frozen=True)
+class _Not(Policy):
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        simple = not self.policy.takes_back
+        require(simple, "policy", "neither take tokens back nor keep to a budget for `~`", self.policy)
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        return ~self.policy(evidence) & evidence.known
+
+
+@dataclass(frozen=True)
 class _Retaining(Policy):
     policy: Policy
     per_class: int
 
     def __post_init__(self) -> None:
-        require(_is_whole(self.per_class), "per_class", "be a whole number of at least 0", repr(self.per_class))
+        require(is_whole(self.per_class), "per_class", "be a whole number of at least 0", repr(self.per_class))
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        leave, label, classes = self.policy(evidence), evidence.label, evidence.classes
+        images = evidence.images or 1
+        if evidence.valid is not None:  # the static layout: row by row, and with static shapes
+            xp = array_namespace(leave)
+            rows = (xp.reshape(x, (images, evidence.tokens // images)) for x in (leave, evidence.confidence, label))
+            kept = xp.reshape(top_k_per_group(*rows, k=self.per_class, groups=classes), (evidence.tokens,))
+            return leave & ~kept
+        group = label if evidence.image is None else evidence.image * classes + label
+        groups = images * classes
+        return leave & ~top_k_per_group(leave, evidence.confidence, group, k=self.per_class, groups=groups)
+
+
+@dataclass(frozen=True)
+class _Minimum(Policy):
+    policy: Policy
+    per_image: int
+
+    def __post_init__(self) -> None:
+        require(is_whole(self.per_image), "per_image", "be a whole number of at least 0", repr(self.per_image))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         leave = self.policy(evidence)
-        group = evidence.label
-        if evidence.image is not None:
-            group = evidence.image * evidence.logits.shape[1] + group
-        return leave & ~top_k_per_group(leave, evidence.confidence, group, k=self.per_class)
+        xp = array_namespace(leave)
+        by = "gate" if evidence.logits is None and evidence.class_scores is None else "confidence"
+        hardness = evidence.hardness(by)
+        # First those that stay anyhow, then the hardest of the others: of these, none is as hard.
+        most = xp.finfo(hardness.dtype).max
+        order = xp.where(leave, xp.where(hardness > most, most, hardness), xp.inf)
+        image = xp.astype(evidence.eligible, xp.int32) * 0 if evidence.image is None else evidence.image
+        return leave & (rank_in_group(order, xp.where(evidence.eligible, image, -1)) >= self.per_image)
 
 
 def never() -> Policy:
@@ -359,18 +735,24 @@ def always() -> Policy:
     return _Always()
 
 
-_KINDS: dict[str, type[Policy]] = {
+_KINDS: dict[str, type[Policy] | type[PerClass]] = {
     "ConfidenceAbove": ConfidenceAbove,
     "EntropyBelow": EntropyBelow,
     "MarginAbove": MarginAbove,
+    "GateBelow": GateBelow,
     "NeighboursAgree": NeighboursAgree,
+    "Budget": Budget,
+    "BatchBudget": BatchBudget,
+    "Patience": Patience,
     "never": _Never,
     "always": _Always,
     "both": _Both,
     "either": _Either,
+    "not": _Not,
     "retaining": _Retaining,
+    "minimum": _Minimum,
+    "PerClass": PerClass,
 }
-_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 def to_dict(policy: Policy, /) -> dict[str, Any]:
@@ -385,9 +767,7 @@ def to_dict(policy: Policy, /) -> dict[str, Any]:
     Raises:
         TokenExitError: If the policy, or one inside it, is not of this library, or a threshold is out of range.
     """
-    require(type(policy) in _NAMES, "policy", f"be one of {', '.join(_KINDS)} to be written down", repr(policy))
-    fields = {field.name: _plain(getattr(policy, field.name)) for field in dataclasses.fields(policy)}
-    data = {"kind": _NAMES[type(policy)]} | fields
+    data = to_plain(policy, _KINDS, argument="policy", write=_plain)
     from_dict(data)  # an array's value, which may be out of range, has not been looked at before
     return data
 
@@ -404,39 +784,37 @@ def from_dict(data: Mapping[str, Any], /) -> Policy:
     Raises:
         TokenExitError: If the kind is unknown, a field is missing or unknown, or a value is out of its range.
     """
-    require(isinstance(data, Mapping), "policy", "be a mapping", repr(data))
-    kind = data.get("kind")
-    require(isinstance(kind, str) and kind in _KINDS, "kind", f"be one of {', '.join(_KINDS)}", repr(kind))
-    cls = _KINDS[str(kind)]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    require(
-        set(data) - {"kind"} == set(fields),
-        "policy",
-        f"have the fields {sorted(fields)} for kind {kind}",
-        sorted(set(data) - {"kind"}),
-    )
-    values = {}
-    for name in fields:
-        value = data[name]
-        if name in ("left", "right", "policy"):
-            value = from_dict(value)
-        else:
-            require(isinstance(value, int | float) and not isinstance(value, bool), name, "be a number", repr(value))
-        values[name] = value
-    return cls(**values)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    policy = from_plain(data, _KINDS, argument="policy", read=_read)
+    require(isinstance(policy, Policy), "policy", "be a policy", policy)
+    return policy
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Policy):
-        return to_dict(value)
-    return value if isinstance(value, int) else float(value)
+    if isinstance(value, Policy | PerClass):
+        return to_plain(value, _KINDS, argument="policy", write=_plain)
+    if isinstance(value, tuple) or (is_array(value) and value.ndim == 1):
+        return [float(one) for one in value]
+    if is_array(value):
+        return int(value) if array_namespace(value).isdtype(value.dtype, "integral") else float(value)
+    return value
 
 
-def _exchange(policy: Any, threshold: float | Array) -> Any:
+def _read(name: str, value: Any) -> Any:
+    if name in ("left", "right", "policy"):
+        return from_dict(value)
+    if name == "threshold" and isinstance(value, Mapping):
+        found = from_plain(value, _KINDS, argument="threshold", read=_read)
+        require(isinstance(found, PerClass), "threshold", "be a number or PerClass", repr(found))
+        return found
+    if name == "thresholds":
+        require(isinstance(value, list), name, "be a list of numbers", repr(value))
+        return tuple(value)
+    if name != "by":
+        require(isinstance(value, int | float) and not isinstance(value, bool), name, "be a number", repr(value))
+    return value
+
+
+def _exchange(policy: Any, threshold: Threshold) -> Any:
     changes = {}
     for field in dataclasses.fields(policy):
         value = getattr(policy, field.name)

@@ -3,14 +3,27 @@
 A class that has lost all its tokens is gone from the attention of those that still compute; DToP (ICCV 2023,
 section 3.3) therefore keeps the k most confident tokens of each predicted class, per image. Image and class
 together are one group, so that neither is ever looped over.
+
+Sorting everything is slower than the loop it replaces when classes are few, so little is sorted: in a long ragged row,
+tokens that k others of their group are seen to beat are dropped first; in libraries without shapes that depend on the
+data, as JAX, a tournament of chunks leaves k chunks per group to look at. Only where neither serves is all sorted.
 """
 
-from jaxtyping import Bool, Float, Int
+import math
+from typing import Any
 
-from tokenexit._array import Array, array_namespace, counting
+from jaxtyping import Bool, Float, Int, Shaped
+
+from tokenexit._array import Array, array_namespace, counting, data_dependent_shapes, filled, first_k, on_host
 from tokenexit.errors import require
 
 __all__ = ["rank_in_group", "top_k_per_group"]
+
+# Speed alone depends on these; `tests/benchmarks/retention.py` measures it.
+FEW_TO_SORT = 2048
+MANY_TO_SORT = 16384
+FEW_GROUPS = 256
+FEW_ROUNDS = 8
 
 
 def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /) -> Int[Array, "tokens"]:
@@ -28,15 +41,9 @@ def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /)
     Raises:
         TokenExitError: If the two arrays are not one-dimensional and of one length.
     """
-    require(
-        score.ndim == 1 and score.shape == group.shape,
-        "group",
-        f"have one entry for each of the scores, of shape {tuple(score.shape)}",
-        f"shape {tuple(group.shape)}",
-    )
+    _require_row(score, group, "group")
     xp = array_namespace(score, group)
-    falling = xp.where(xp.isnan(score), xp.full_like(score, xp.inf), -score)
-    by_score = xp.argsort(falling, stable=True)
+    by_score = xp.argsort(-_without_nan(xp, score), stable=True)
     by_group = xp.argsort(xp.take(group, by_score), stable=True)
     order = xp.take(by_score, by_group)
     sorted_group = xp.take(group, order)
@@ -45,25 +52,208 @@ def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /)
 
 
 def top_k_per_group(
-    candidate: Bool[Array, "tokens"], score: Float[Array, "tokens"], group: Int[Array, "tokens"], /, *, k: int
-) -> Bool[Array, "tokens"]:
+    candidate: Bool[Array, "*images tokens"],
+    score: Float[Array, "*images tokens"],
+    group: Int[Array, "*images tokens"],
+    /,
+    *,
+    k: int,
+    groups: int,
+) -> Bool[Array, "*images tokens"]:
     """The at most `k` candidates of each group with the highest scores.
+
+    Ties go to the lower position; NaN ranks as minus infinity. One row of tokens is taken as ragged, and may be
+    worked on with shapes that depend on the data, where the library has them. Rows of fixed length, as
+    `(images, tokens)`, are looked at one by one, never compared with each other, with static shapes only.
 
     Args:
         candidate: Which tokens compete; the others take no place.
         score: What to rank by.
-        group: Group of every token, not negative: say `image * classes + predicted class`.
+        group: Group of every token, 0 <= group < groups, which is not checked: in a ragged row say
+            `image * classes + predicted class`.
         k: How many to mark in each group; may exceed any group.
+        groups: How many groups there can be.
 
     Returns:
         True for the marked tokens, all of them candidates.
 
     Raises:
-        TokenExitError: If `k` is negative, or the arrays are not one-dimensional and of one length.
+        TokenExitError: If `k` is negative, `groups` is not positive, or the arrays differ in shape.
     """
     require(k >= 0, "k", "be at least 0", k)
-    if k == 0:
+    require(groups >= 1, "groups", "be at least 1", groups)
+    for name, array in (("score", score), ("group", group)):
+        require(
+            array.ndim >= 1 and array.shape == candidate.shape,
+            name,
+            f"have one entry for each of the candidates, of shape {tuple(candidate.shape)}",
+            f"shape {tuple(array.shape)}",
+        )
+    if k == 0 or 0 in candidate.shape:
         return candidate & ~candidate
-    xp = array_namespace(candidate, score, group)
-    competing = xp.where(candidate, group, xp.full_like(group, -1))
-    return candidate & (rank_in_group(score, competing) < k)
+    xp = array_namespace(score)
+    k = min(k, candidate.shape[-1])
+    eager = data_dependent_shapes(xp)
+    # An accelerator sorts sooner than it tells the host how many tokens remain.
+    if eager and candidate.ndim == 1 and candidate.shape[0] > FEW_TO_SORT and on_host(candidate):
+        find = _in_ragged_row
+    elif not eager and groups <= FEW_GROUPS and k <= FEW_ROUNDS:
+        find = _by_tournament
+    else:
+        find = _by_sorting
+    return candidate & find(xp, candidate, score, group, k, groups)
+
+
+def _without_nan(xp: Any, score: Array) -> Array:
+    return xp.where(xp.isnan(score), -xp.inf, score)
+
+
+def _in_order(xp: Any, score: Array, group: Array, groups: int) -> tuple[Array, Array]:
+    """The tokens of each row sorted by group, and by falling score within it, and their groups."""
+    tokens = score.shape[-1]
+    by_score = xp.argsort(-score, axis=-1, stable=True)
+    then = xp.take_along_axis(group, by_score, axis=-1)
+    bits = tokens.bit_length()
+    if (groups + 1) << bits > xp.iinfo(by_score.dtype).max:
+        by_group = xp.argsort(then, axis=-1, stable=True)
+        return xp.take_along_axis(by_score, by_group, axis=-1), xp.take_along_axis(then, by_group, axis=-1)
+    # One key of both, because sorting values is several times faster than sorting indices.
+    key = xp.sort(xp.astype(then, by_score.dtype) * (1 << bits) + counting(tokens, score), axis=-1)
+    return xp.take_along_axis(by_score, key % (1 << bits), axis=-1), key // (1 << bits)
+
+
+def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
+    order, sorted_group = _in_order(xp, _without_nan(xp, score), xp.where(candidate, group, groups), groups)
+    # Of a token's group, if the k-th before it is not, no k are ahead of it.
+    later = sorted_group[..., k:] != sorted_group[..., : score.shape[-1] - k]
+    first = xp.concat([xp.ones_like(candidate[..., :k]), later], axis=-1)
+    back = xp.sort(order * 2 + xp.astype(first, order.dtype), axis=-1)
+    return back % 2 == 1
+
+
+def _in_ragged_row(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
+    limit, last, marked = _kth(xp, candidate, score, group, k, groups)
+    least = xp.take(limit, group)
+    # NaN is among them, so that in no group there are fewer than are first.
+    reach = candidate & ~(score < least)
+    if int(xp.count_nonzero(reach)) == int(marked):
+        return reach
+    # Somewhere the k-th has equals behind it, or there is NaN.
+    score = _without_nan(xp, score)
+    return (score > least) | ((score == least) & (counting(score.shape[0], score) <= xp.take(last, group)))
+
+
+def _kth(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> tuple[Array, Array, Array]:
+    """Score and place of the k-th candidate of every group, or what none fails if it has fewer; how many are first."""
+    tokens = score.shape[0]
+
+    def worth(place: Array, value: Array, own: Array, limit: Array, last: Array) -> tuple[Array, Array, Array]:
+        """Of some candidates, those that k others of their group are not known to be ahead of."""
+        least = xp.take(limit, own)
+        (rows,) = xp.nonzero((value > least) | ((value == least) & (place <= xp.take(last, own))))
+        return xp.take(place, rows), xp.take(value, rows), xp.take(own, rows)
+
+    # As many tokens in the sample as then remain.
+    stride = math.isqrt(tokens // (k * groups))
+    if tokens > FEW_TO_SORT and stride > 1:
+        place = counting(-(-tokens // stride), group) * stride
+        own = xp.where(candidate[::stride], group[::stride], groups)
+        limit, last = _bound(xp, place, _without_nan(xp, score[::stride]), own, k, groups + 1)
+        (place,) = xp.nonzero(candidate & ~(score < xp.take(limit, group)))
+    else:
+        (place,) = xp.nonzero(candidate)
+        limit = last = None
+    value, own = _without_nan(xp, xp.take(score, place)), xp.take(group, place)
+    if place.shape[0] > MANY_TO_SORT and limit is not None:  # many share a score: the earlier ones come first
+        place, value, own = worth(place, value, own, limit, last)
+    if place.shape[0] > MANY_TO_SORT and k * groups < place.shape[0]:
+        place, value, own = worth(place, value, own, *_bound(xp, place, value, own, k, groups))
+    order, sorted_group = _in_order(xp, value, own, groups)
+    start = xp.searchsorted(sorted_group, counting(groups + 1, place))
+    kth, marked = start[:-1] + (k - 1), xp.sum(xp.minimum(start[1:] - start[:-1], k))
+    if place.shape[0] == 0:
+        return filled((groups,), -xp.inf, score, dtype=score.dtype), kth, marked
+    found = kth < start[1:]
+    row = xp.take(order, xp.where(found, kth, 0))
+    value, place = xp.take(value, row), xp.take(place, row)
+    return xp.where(found, value, -xp.inf), xp.where(found, place, xp.iinfo(place.dtype).max), marked
+
+
+def _bound(xp: Any, place: Array, score: Array, group: Array, k: int, groups: int) -> tuple[Array, Array]:
+    """The worst score, and the last place, of some k good tokens of every group: the first k by rounded score.
+
+    A token that k others of its group are ahead of is not among the first k: any k of them will do, but the better
+    they are, the fewer tokens remain.
+    """
+    tokens = score.shape[0]
+    bits = tokens.bit_length()
+    levels = 1 << max(0, min(20, 62 - bits - groups.bit_length()))
+    falling = (1 - xp.astype(score, xp.float32)) * levels
+    level = xp.astype(xp.minimum(xp.maximum(falling, 0), levels - 1), place.dtype)
+    key = xp.sort((xp.astype(group, place.dtype) * levels + level) * (1 << bits) + counting(tokens, score))
+    start = xp.searchsorted(key, counting(groups + 1, place) * (levels << bits))
+    found = start[:-1] + k <= start[1:]
+    row = xp.where(found, start[:-1], 0)[:, None] + counting(k, start)
+    row = xp.reshape(xp.where(row < tokens, row, 0), (groups * k,))
+    row = xp.take(key, row) & ((1 << bits) - 1)
+    limit = xp.min(xp.reshape(xp.take(score, row), (groups, k)), axis=1)
+    last = xp.max(xp.reshape(xp.take(place, row), (groups, k)), axis=1)
+    return xp.where(found, limit, -xp.inf), xp.where(found, last, xp.iinfo(place.dtype).max)
+
+
+def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
+    tokens = score.shape[-1]
+    rows = math.prod(score.shape[:-1])
+    chunk = 4 if tokens < 1024 else 8
+    chunks = -(-tokens // chunk)
+    # No candidate is as low as what stands for "none".
+    score = xp.maximum(_without_nan(xp, score), xp.full_like(score, xp.finfo(score.dtype).min))
+    contending = xp.where(candidate, score, xp.full_like(score, -xp.inf))
+    contending = xp.reshape(_padded(xp.reshape(contending, (rows, tokens)), chunks * chunk), (rows, 1, chunks, chunk))
+    label = xp.reshape(_padded(xp.reshape(group, (rows, tokens)), chunks * chunk), (rows, 1, chunks, chunk))
+    wanted = xp.astype(xp.reshape(counting(groups, group), (groups, 1)), group.dtype)
+    # The best of each group in every chunk, in steps over whole maps, which compile to vector code: a reduction
+    # does not.
+    champion = filled((rows, groups, chunks), -xp.inf, score, dtype=score.dtype)
+    for step in range(chunk):
+        champion = xp.maximum(champion, xp.where(label[..., step] == wanted, contending[..., step], -xp.inf))
+    # The first k of a group are in the k chunks with its best champions. Chunks are contiguous, so that of equal
+    # champions the one in the earlier chunk is the earlier token; and in order, so that places are as well.
+    _, picked = first_k(champion, min(k, chunks))
+    picked = xp.sort(picked, axis=-1)
+    finals = picked.shape[-1] * chunk
+    place = xp.reshape(picked[..., None] * chunk + counting(chunk, group), (rows, groups, finals))
+    flat = (rows, groups * finals)
+
+    def at_place(values: Array) -> Array:
+        values = xp.reshape(values, (rows, chunks * chunk))
+        return xp.reshape(xp.take_along_axis(values, xp.reshape(place, flat), axis=-1), (rows, groups, finals))
+
+    finalist = xp.where(at_place(label) == wanted, at_place(contending), -xp.inf)
+    value, at = first_k(finalist, min(k, finals))
+    least = xp.min(value, axis=-1)
+    at = xp.where(value == least[..., None], xp.take_along_axis(place, at, axis=-1), xp.zeros_like(at))
+    last = xp.max(at, axis=-1)
+    own = xp.reshape(group, (rows, tokens))
+    least = xp.reshape(xp.take_along_axis(least, own, axis=-1), score.shape)
+    last = xp.reshape(xp.take_along_axis(last, own, axis=-1), score.shape)
+    return (score > least) | ((score == least) & (counting(tokens, group) <= last))
+
+
+def _padded(rows: Shaped[Array, "rows tokens"], length: int) -> Shaped[Array, "rows length"]:
+    """Rows of a length, with minus infinity, or the least integer, at their end."""
+    xp = array_namespace(rows)
+    more = length - rows.shape[1]
+    if more == 0:
+        return rows
+    nothing = -xp.inf if xp.isdtype(rows.dtype, "real floating") else xp.iinfo(rows.dtype).min
+    return xp.concat([rows, filled((rows.shape[0], more), nothing, rows, dtype=rows.dtype)], axis=1)
+
+
+def _require_row(score: Array, group: Array, argument: str) -> None:
+    require(
+        score.ndim == 1 and score.shape == group.shape,
+        argument,
+        f"have one entry for each of the scores, of shape {tuple(score.shape)}",
+        f"shape {tuple(group.shape)}",
+    )

@@ -1,4 +1,4 @@
-"""The plan: after which blocks tokens may leave, and by which policy.
+"""The plan: after which blocks tokens may leave, by which policy, and what they leave behind.
 
 A schedule is plain frozen data. It holds no weight, prints as it reads, and is written to JSON and back.
 "Nothing leaves" (`dense`) and "everything leaves here" (`truncated`) are schedules like any other.
@@ -9,14 +9,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenexit import policies
-from tokenexit._array import Array
-from tokenexit.errors import require
-from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Policy, always, never
+from tokenexit import carries, policies
+from tokenexit._plain import is_whole, require_keys
+from tokenexit.carries import Carry, Feature, Prediction, Preserved
+from tokenexit.errors import TokenExitError, require
+from tokenexit.policies import (
+    Budget,
+    ConfidenceAbove,
+    EntropyBelow,
+    GateBelow,
+    NeighboursAgree,
+    Policy,
+    Threshold,
+    always,
+    never,
+)
 
-__all__ = ["Exit", "Schedule", "dense", "dtop", "neighbours", "truncated"]
+__all__ = ["Exit", "Schedule", "dense", "dovit", "dtop", "neighbours", "paumer", "svit", "truncated"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class Exit:
             TokenExitError: If `after` is not a whole number from 1 up, or `policy` no policy.
         """
         _require_block(self.after)
-        require(isinstance(self.policy, Policy), "policy", "be a tokenexit.policies.Policy", repr(self.policy))
+        if not isinstance(self.policy, Policy):
+            raise TokenExitError(f"`policy` must be a tokenexit.policies.Policy, got {self.policy!r}")
 
 
 @dataclass(frozen=True)
@@ -47,24 +59,27 @@ class Schedule:
 
     Attributes:
         exits: The exit points; their `after` ascends.
+        carry: What a token leaves behind, at all of them.
     """
 
     exits: tuple[Exit, ...] = ()
+    carry: Carry = Prediction()
 
     def __post_init__(self) -> None:
         """Check the order.
 
         Raises:
-            TokenExitError: If two exits share a block, or the exits are out of order.
+            TokenExitError: If two exits share a block, the exits are out of order, or `carry` is no carry.
         """
         tuple_of_exits = isinstance(self.exits, tuple) and all(isinstance(exit, Exit) for exit in self.exits)
-        require(tuple_of_exits, "exits", "be a tuple of Exit", repr(self.exits))
+        require(tuple_of_exits, "exits", "be a tuple of Exit", self.exits)
         require(
             list(self.after) == sorted(set(self.after)),
             "exits",
             "come in strictly ascending order of `after`",
             self.after,
         )
+        require(isinstance(self.carry, Carry), "carry", "be a carry of tokenexit.carries", repr(self.carry))
 
     @property
     def after(self) -> tuple[int, ...]:
@@ -76,7 +91,7 @@ class Schedule:
         """The exit points at which a token can leave: those whose policy is not `never()`."""
         return tuple(exit for exit in self.exits if exit.policy != never())
 
-    def with_threshold(self, threshold: float | Array | Mapping[int, float | Array], /) -> "Schedule":
+    def with_threshold(self, threshold: Threshold | Mapping[int, Threshold], /) -> "Schedule":
         """The same plan with other thresholds.
 
         Args:
@@ -97,14 +112,13 @@ class Schedule:
             set[str]().union(*(exit.policy.compared_scores for exit in self.exits if exit.after in threshold))
         )
         require(len(kinds) == 1, "threshold", "be for exits that compare one kind of score", kinds)
-        return Schedule(
-            tuple(
-                dataclasses.replace(exit, policy=exit.policy.with_threshold(threshold[exit.after]))
-                if exit.after in threshold
-                else exit
-                for exit in self.exits
-            )
+        exits = tuple(
+            dataclasses.replace(exit, policy=exit.policy.with_threshold(threshold[exit.after]))
+            if exit.after in threshold
+            else exit
+            for exit in self.exits
         )
+        return dataclasses.replace(self, exits=exits)
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain data, for JSON.
@@ -113,7 +127,7 @@ class Schedule:
             TokenExitError: If a policy is not of this library.
         """
         exits = [{"after": exit.after, "policy": policies.to_dict(exit.policy)} for exit in self.exits]
-        return {"schema": SCHEMA, "exits": exits}
+        return {"schema": SCHEMA, "exits": exits, "carry": carries.to_dict(self.carry)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], /) -> "Schedule":
@@ -128,18 +142,21 @@ class Schedule:
         Raises:
             TokenExitError: If the schema is another one, a key is missing or unknown, or a value is out of range.
         """
-        _require_keys(data, "schedule", {"schema", "exits"})
+        require(isinstance(data, Mapping), "schedule", "be a mapping", repr(data))
+        require("schema" in data, "schedule", "have a schema", sorted(map(str, data)))
         require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
+        require_keys(data, "schedule", {"schema", "exits", "carry"})
         require(isinstance(data["exits"], list), "exits", "be a list", repr(data["exits"]))
         for exit in data["exits"]:
-            _require_keys(exit, "exits", {"after", "policy"})
-        return Schedule(tuple(Exit(exit["after"], policies.from_dict(exit["policy"])) for exit in data["exits"]))
+            require_keys(exit, "exits", {"after", "policy"})
+        exits = tuple(Exit(exit["after"], policies.from_dict(exit["policy"])) for exit in data["exits"])
+        return Schedule(exits, carries.from_dict(data["carry"]))
 
 
 def neighbours(
     *,
     radius: Mapping[int, int] | None = None,
-    threshold: float | Array | Mapping[int, float | Array] = 0.9,
+    threshold: Threshold | Mapping[int, Threshold] = 0.9,
     per_class: int = 5,
 ) -> Schedule:
     """A token leaves when its neighbourhood agrees: wide early, narrow late. The library's own default.
@@ -166,7 +183,7 @@ def neighbours(
 def dtop(
     *,
     after: Iterable[int] = (6, 8),
-    threshold: float | Array | Mapping[int, float | Array] = 0.9,
+    threshold: Threshold | Mapping[int, Threshold] = 0.9,
     per_class: int = 5,
 ) -> Schedule:
     """Dynamic Token Pruning (DToP, ICCV 2023): confident tokens leave, k of each predicted class stay.
@@ -185,6 +202,81 @@ def dtop(
     """
     policy = ConfidenceAbove(1.0).retaining(per_class=per_class)
     return Schedule(tuple(Exit(block, policy) for block in _blocks(after))).with_threshold(threshold)
+
+
+def dovit(
+    *,
+    after: Iterable[int] = (2, 5, 8),
+    threshold: Threshold | Mapping[int, Threshold] = 0.985,
+    fold_above: float | None = 0.1,
+) -> Schedule:
+    """Dynamic Token-Pass (DoViT, 2023): confident tokens pass by the other blocks and rejoin for the decoder.
+
+    Args:
+        after: Blocks with an exit. Published: 2, 5 and 8 of ViT-S's and ViT-B's 12; 6, 12 and 18 of ViT-L's 24.
+        threshold: Confidence to exceed; one for all exits or one for each. Published: 0.985 (Cityscapes), 0.95 to 0.98
+            (ADE20K).
+        fold_above: Share of an image's tokens above which the mean of those that leave is averaged into the cls token.
+            Published: 0.1. None for a network without prefix tokens.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        TokenExitError: If a block, a threshold or `fold_above` is out of range, or no block is named.
+    """
+    exits = tuple(Exit(block, ConfidenceAbove(1.0)) for block in _blocks(after))
+    return Schedule(exits, Feature("decoder", fold_above)).with_threshold(threshold)
+
+
+def paumer(
+    *,
+    after: Iterable[int] = (8, 10),
+    threshold: Threshold | Mapping[int, Threshold] | None = None,
+    keep: Mapping[int, float] | None = None,
+) -> Schedule:
+    """Patch Pausing (PAUMER, BMVC 2022): tokens whose entropy is low pause, and rejoin for the decoder.
+
+    The paper gives neither blocks nor thresholds, for it draws them anew in every training step. The defaults are ours,
+    from the measurements in the benchmarks of the documentation.
+
+    Args:
+        after: Blocks with an exit, where a threshold decides.
+        threshold: Normalised entropy below which a token pauses; one for all exits or one for each. 0.05 if neither
+            this nor `keep` is given.
+        keep: The other rule of the paper: for each block with an exit, the fraction of an image's patches that stays,
+            those of the highest entropy.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        TokenExitError: If a block, a threshold or a fraction is out of range, none is named, or both rules are.
+    """
+    if keep is None:
+        exits = tuple(Exit(block, EntropyBelow(0.0)) for block in _blocks(after))
+        return Schedule(exits, Feature()).with_threshold(0.05 if threshold is None else threshold)
+    require(threshold is None, "keep", "be given instead of `threshold`", "both")
+    require(isinstance(keep, Mapping) and len(keep) > 0, "keep", "name at least one block", keep)
+    return Schedule(tuple(Exit(block, Budget(keep[block], by="entropy")) for block in sorted(keep)), Feature())
+
+
+def svit(*, after: Iterable[int] = range(3, 12), threshold: Threshold | Mapping[int, Threshold] = 0.5) -> Schedule:
+    """Token pruning with learned gates (SViT, WACV 2024): a token may skip any block, and come back at any later one.
+
+    Args:
+        after: After how many blocks there is a gate, which decides who runs the next one. Published: before each of
+            the blocks 4 to 12 of 12, trained to keep 0.7, 0.49 and 0.343 of the tokens in three blocks each.
+        threshold: Probability of being kept below which a token skips the block; one for all gates or one for each.
+
+    Returns:
+        The schedule. It needs a network with gates.
+
+    Raises:
+        TokenExitError: If a block or a threshold is out of range, or no block is named.
+    """
+    exits = tuple(Exit(block, GateBelow(0.0)) for block in _blocks(after))
+    return Schedule(exits, Preserved()).with_threshold(threshold)
 
 
 def dense(*, after: Iterable[int] = ()) -> Schedule:
@@ -223,14 +315,4 @@ def _blocks(after: Iterable[int]) -> tuple[int, ...]:
 
 
 def _require_block(after: Any) -> None:
-    require(
-        isinstance(after, int) and not isinstance(after, bool) and after >= 1,
-        "after",
-        "be a whole number of blocks from 1 up",
-        repr(after),
-    )
-
-
-def _require_keys(data: Any, argument: str, keys: set[str]) -> None:
-    require(isinstance(data, Mapping), argument, f"be a mapping with the keys {sorted(keys)}", repr(data))
-    require(set(data) == keys, argument, f"have exactly the keys {sorted(keys)}", sorted(map(str, data)))
+    require(is_whole(after, least=1), "after", "be a whole number of blocks from 1 up", repr(after))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tokenexit._array import Array, array_namespace, counting
 from tokenexit.errors import require
 
-__all__ = ["confidence", "entropy", "margin"]
+__all__ = ["confidence", "entropy", "margin", "mask_scores"]
 
 
 def confidence(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:
@@ -76,14 +76,50 @@ def margin(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"
     return (xp.max(weight, axis=-1) - runner_up) / xp.sum(weight, axis=-1)
 
 
+def mask_scores(
+    mask_logits: Float[Array, "*tokens classes"], presence: Float[Array, "*#tokens classes"], /
+) -> Float[Array, "*tokens classes"]:
+    """Presence times the sigmoid of the mask: the class scores of an ATM head (DToP, ICCV 2023, section 3.2).
+
+    They are not normalised over the classes, so they are no logits: hand them to a policy as
+    `Evidence(class_scores=...)`. Its confidence is then the greatest of them, which is DToP's.
+
+    Args:
+        mask_logits: Mask logits of every token and class.
+        presence: Probability that the class is in the token's image; for every token, or one row for all.
+
+    Returns:
+        Scores in [0, 1], float32.
+
+    Raises:
+        TokenExitError: If `mask_logits` has no class axis or no classes, or the classes of the two differ.
+    """
+    _require_classes(mask_logits, "mask_logits")
+    require(
+        presence.ndim >= 1 and presence.shape[-1] == mask_logits.shape[-1],
+        "presence",
+        f"have {mask_logits.shape[-1]} classes on its last axis",
+        f"shape {tuple(presence.shape)}",
+    )
+    xp = array_namespace(mask_logits, presence)
+    mask_logits = xp.astype(mask_logits, xp.float32)
+    falling = xp.exp(-xp.abs(mask_logits))  # never overflows
+    sigmoid = xp.where(mask_logits >= 0, 1 / (1 + falling), falling / (1 + falling))
+    return xp.astype(presence, xp.float32) * sigmoid
+
+
 def _shifted(logits: Array) -> Array:
     """Logits in float32, less their maximum, so that no exponential overflows."""
     xp = array_namespace(logits)
-    require(
-        logits.ndim >= 1 and logits.shape[-1] >= 1,
-        "logits",
-        "have at least one class on its last axis",
-        f"shape {tuple(logits.shape)}",
-    )
+    _require_classes(logits, "logits")
     logits = xp.astype(logits, xp.float32)
     return logits - xp.max(logits, axis=-1, keepdims=True)
+
+
+def _require_classes(values: Array, argument: str) -> None:
+    require(
+        values.ndim >= 1 and values.shape[-1] >= 1,
+        argument,
+        "have at least one class on its last axis",
+        f"shape {tuple(values.shape)}",
+    )

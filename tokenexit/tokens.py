@@ -1,23 +1,28 @@
-"""The bookkeeping of ragged batches: which tokens still run, and how they go back where they belong.
+"""The bookkeeping: which tokens still run, and how they go back where they belong.
 
-A batch starts as `(images, slots)`: every image has the same slots, prefix tokens among them. The tokens that still
-run lie in one packed row, image after image, in the order of their slots. A `Packing` is the receipt for that row.
+A batch starts as `(images, slots)`: every image has the same slots, prefix tokens among them. The tokens that run lie
+
+- in one packed row, image after image, in the order of their slots: a `Packing` is the receipt for it; or
+- in the static layout, `(images, capacity)`, so many entries for every image, some of them not valid: a `Selection`.
+
+`gather` and `scatter` are inverse to each other by either receipt. Inside, scatter is a gather by rank, so that both
+are made of standard operations, differentiate, and compile.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit._array import Array, array_namespace, take_or
+from tokenexit._array import Array, array_namespace, counting, take_or
+from tokenexit._lazy import lazy
 from tokenexit.errors import require
 
-__all__ = ["Packing", "gather", "pack", "repack", "scatter"]
+__all__ = ["Packing", "Receipt", "Selection", "gather", "pack", "repack", "reselect", "scatter", "select"]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Receipt for a packed row of tokens.
+    """Receipt for a packed row of tokens. Its shapes depend on the data.
 
     Attributes:
         running: Which slot of which image the row holds.
@@ -37,28 +42,121 @@ class Packing:
         """How many slots an image has."""
         return self.running.shape[1]
 
-    @cached_property
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Shape of a value for every entry: `(tokens,)`."""
+        return tuple(self.index.shape)
+
+    @lazy
     def image(self) -> Int[Array, "tokens"]:
         """Image of every token of the row."""
         return self.index // self.slots
 
-    @cached_property
+    @lazy
     def slot(self) -> Int[Array, "tokens"]:
         """Slot of every token of the row within its image."""
         return self.index % self.slots
 
-    @cached_property
+    @lazy
     def lengths(self) -> Int[Array, "images"]:
         """How many tokens of each image the row holds."""
         xp = array_namespace(self.running)
         return xp.sum(xp.astype(self.running, self.index.dtype), axis=1)
 
-    @cached_property
+    @lazy
+    def offsets(self) -> Int[Array, "images_and_one"]:
+        """Where each image begins in the row, and where the last one ends: what attention calls cu_seqlens."""
+        xp = array_namespace(self.lengths)
+        return xp.cumulative_sum(self.lengths, include_initial=True)
+
+    @lazy
     def rank(self) -> Int[Array, "places"]:
         """Row of every running slot of the flattened batch; meaningless for the slots that do not run."""
         xp = array_namespace(self.running)
         running = xp.reshape(self.running, (self.images * self.slots,))
         return xp.cumulative_sum(xp.astype(running, self.index.dtype)) - 1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Receipt for the static layout: the same number of entries for every image, so that shapes are known beforehand.
+
+    Attributes:
+        slot_of: Slot of every entry within its image, ascending where valid; a slot of no meaning elsewhere.
+        valid: Which entries hold a token; in every image they come first.
+        slots: How many slots an image has.
+        overflow: How many tokens of each image had to leave because there was no room, at this selection.
+    """
+
+    slot_of: Int[Array, "images capacity"]
+    valid: Bool[Array, "images capacity"]
+    slots: int
+    overflow: Int[Array, "images"]
+
+    @property
+    def images(self) -> int:
+        """How many images the batch has."""
+        return self.valid.shape[0]
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Shape of a value for every entry: `(images, capacity)`."""
+        return tuple(self.valid.shape)
+
+    @lazy
+    def image(self) -> Int[Array, "entries"]:
+        """Image of every entry, in one row."""
+        xp = array_namespace(self.slot_of)
+        images, capacity = self.layout
+        of_image = xp.reshape(counting(images, self.slot_of), (images, 1))
+        return xp.reshape(xp.broadcast_to(of_image, (images, capacity)), (images * capacity,))
+
+    @lazy
+    def slot(self) -> Int[Array, "entries"]:
+        """Slot of every entry within its image, in one row."""
+        xp = array_namespace(self.slot_of)
+        return xp.reshape(self.slot_of, (self.slot_of.shape[0] * self.slot_of.shape[1],))
+
+    @lazy
+    def index(self) -> Int[Array, "entries"]:
+        """Slot of every entry in the flattened batch, `image * slots + slot`."""
+        return self.image * self.slots + self.slot
+
+    @lazy
+    def lengths(self) -> Int[Array, "images"]:
+        """How many tokens of each image are held."""
+        xp = array_namespace(self.valid)
+        return xp.sum(xp.astype(self.valid, self.slot_of.dtype), axis=1)
+
+    @lazy
+    def rank(self) -> Int[Array, "places"]:
+        """Entry of every running slot of the flattened batch; meaningless for the slots that do not run."""
+        return self._found[0]
+
+    @lazy
+    def running(self) -> Bool[Array, "images slots"]:
+        """Which slot of which image the entries hold."""
+        xp = array_namespace(self.valid)
+        return xp.reshape(self._found[1], (self.images, self.slots))
+
+    @lazy
+    def _found(self) -> tuple[Array, Array]:
+        xp = array_namespace(self.slot_of)
+        places, entries = self.images * self.slots, self.index.shape[0]
+        wanted = counting(places, self.slot_of)
+        if entries == 0:
+            return wanted, wanted < 0
+        # One slot more than there are, for what is not valid: so all entries together ascend.
+        valid = xp.reshape(self.valid, (entries,))
+        key = self.image * (self.slots + 1) + xp.where(valid, self.slot, self.slots)
+        wanted = wanted + wanted // self.slots
+        rank = xp.searchsorted(key, wanted)
+        rank = xp.where(rank < entries, rank, 0)
+        return rank, xp.take(key, rank) == wanted
+
+
+Receipt = Packing | Selection
+"""Either of the receipts."""
 
 
 def pack(running: Bool[Array, "images slots"], /) -> Packing:
@@ -73,66 +171,10 @@ def pack(running: Bool[Array, "images slots"], /) -> Packing:
     Raises:
         TokenExitError: If `running` is not two-dimensional.
     """
-    require(running.ndim == 2, "running", "have shape (images, slots)", f"shape {tuple(running.shape)}")
+    _require_two(running, "running")
     xp = array_namespace(running)
     (index,) = xp.nonzero(xp.reshape(running, (running.shape[0] * running.shape[1],)))
     return Packing(running, index)
-
-
-def gather(x: Shaped[Array, "images slots *rest"], packing: Packing, /) -> Shaped[Array, "tokens *rest"]:
-    """The packed row of the running tokens' values.
-
-    Args:
-        x: A value for every slot of the batch.
-        packing: The receipt.
-
-    Returns:
-        The values of the running tokens, in the order of the row.
-
-    Raises:
-        TokenExitError: If `x` does not start with the images and slots of `packing`.
-    """
-    _require_batch(x, "x", packing)
-    xp = array_namespace(x)
-    flat = xp.reshape(x, (packing.images * packing.slots, *x.shape[2:]))
-    return xp.take(flat, packing.index, axis=0)
-
-
-def scatter(
-    row: Shaped[Array, "tokens *rest"], packing: Packing, /, *, into: Shaped[Array, "images slots *rest"]
-) -> Shaped[Array, "images slots *rest"]:
-    """A copy of `into` in which the running slots have the values of `row`: the inverse of `gather`.
-
-    Args:
-        row: A value for every running token, in the order of the row.
-        packing: The receipt.
-        into: What the other slots hold.
-
-    Returns:
-        The restored batch.
-
-    Raises:
-        TokenExitError: If `row` does not hold the tokens of `packing`, or `into` not its images and slots.
-    """
-    tokens = packing.index.shape[0]
-    require(
-        row.ndim >= 1 and row.shape[0] == tokens,
-        "row",
-        f"hold {tokens} tokens on its first axis",
-        f"shape {tuple(row.shape)}",
-    )
-    _require_batch(into, "into", packing)
-    require(
-        tuple(into.shape[2:]) == tuple(row.shape[1:]),
-        "into",
-        f"end in the shape of one token, {tuple(row.shape[1:])}",
-        f"shape {tuple(into.shape)}",
-    )
-    xp = array_namespace(row, into)
-    slots = packing.images * packing.slots
-    running = xp.reshape(packing.running, (slots,))
-    flat = take_or(row, packing.rank, running, xp.reshape(into, (slots, *into.shape[2:])))
-    return xp.reshape(flat, into.shape)
 
 
 def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, Int[Array, "kept"]]:
@@ -155,10 +197,161 @@ def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, I
     return Packing(running, xp.take(packing.index, rows)), rows
 
 
-def _require_batch(x: Array, argument: str, packing: Packing) -> None:
+def select(
+    stay: Bool[Array, "images slots"], score: Float[Array, "images slots"], /, *, capacity: int
+) -> tuple[Selection, Bool[Array, "images slots"]]:
+    """Receipt for the static layout that holds the slots marked in `stay`, as far as there is room.
+
+    If an image has more of them than the capacity, those with the highest score are the surplus: they must leave too,
+    with their present prediction, and are counted. Of equal scores the later slot leaves.
+
+    Args:
+        stay: Which slots are to run.
+        score: How confident each is; NaN, as minus infinity, is the last to be surplus. Prefix tokens, which must
+            stay, are given minus infinity.
+        capacity: Entries for every image.
+
+    Returns:
+        The receipt, and which slots are surplus.
+
+    Raises:
+        TokenExitError: If the arrays are not two-dimensional and of one shape, or there are not so many slots.
+    """
+    picked, valid, surplus, overflow = _fit(stay, score, capacity, "slots")
+    return Selection(picked, valid, stay.shape[1], overflow), surplus
+
+
+def reselect(
+    selection: Selection, stay: Bool[Array, "images held"], score: Float[Array, "images held"], /, *, capacity: int
+) -> tuple[Selection, Int[Array, "images capacity"], Bool[Array, "images held"]]:
+    """Select from what is selected already.
+
+    Args:
+        selection: The receipt of the present layout.
+        stay: Which of its entries are to run on; those that are not valid never do.
+        score: How confident each is, as in `select`.
+        capacity: Entries for every image, from now on.
+
+    Returns:
+        The receipt of the smaller layout, which still speaks of the slots of the original batch; which entry of the
+        present layout each of its entries takes; and which present entries are surplus.
+
+    Raises:
+        TokenExitError: If the arrays do not have the layout of `selection`, or it has fewer entries than `capacity`.
+    """
+    for name, array in (("stay", stay), ("score", score)):
+        require(
+            tuple(array.shape) == selection.layout,
+            name,
+            f"have the layout of the selection, {selection.layout}",
+            f"shape {tuple(array.shape)}",
+        )
+    xp = array_namespace(stay, score)
+    entry, valid, surplus, overflow = _fit(stay & selection.valid, score, capacity, "entries")
+    slot_of = xp.take_along_axis(selection.slot_of, entry, axis=1)
+    return Selection(slot_of, valid, selection.slots, overflow), entry, surplus
+
+
+def gather(x: Shaped[Array, "images slots *rest"], receipt: Receipt, /) -> Shaped[Array, "..."]:
+    """The running tokens' values, in the layout of the receipt.
+
+    Args:
+        x: A value for every slot of the batch.
+        receipt: The receipt.
+
+    Returns:
+        `(tokens, *rest)` for a `Packing`; `(images, capacity, *rest)` for a `Selection`, whose entries that are not
+        valid hold the value of some slot.
+
+    Raises:
+        TokenExitError: If `x` does not start with the images and slots of `receipt`.
+    """
+    _require_batch(x, "x", receipt)
+    xp = array_namespace(x)
+    flat = xp.reshape(x, (receipt.images * receipt.slots, *x.shape[2:]))
+    return xp.reshape(xp.take(flat, receipt.index, axis=0), (*receipt.layout, *x.shape[2:]))
+
+
+def scatter(
+    values: Shaped[Array, "..."], receipt: Receipt, /, *, into: Shaped[Array, "images slots *rest"]
+) -> Shaped[Array, "images slots *rest"]:
+    """A copy of `into` in which the running slots have the gathered values: the inverse of `gather`.
+
+    With the batch itself as `into`, the slots that do not run keep what they have: the carry of SViT (WACV 2024).
+
+    Args:
+        values: A value for every entry, in the layout of the receipt.
+        receipt: The receipt.
+        into: What the other slots hold.
+
+    Returns:
+        The restored batch.
+
+    Raises:
+        TokenExitError: If `values` does not have the layout of `receipt`, or `into` not its images and slots.
+    """
+    entries = len(receipt.layout)
     require(
-        tuple(x.shape[:2]) == (packing.images, packing.slots),
+        tuple(values.shape[:entries]) == receipt.layout,
+        "values",
+        f"start with the layout of the receipt, {receipt.layout}",
+        f"shape {tuple(values.shape)}",
+    )
+    rest = tuple(values.shape[entries:])
+    _require_batch(into, "into", receipt)
+    require(
+        tuple(into.shape[2:]) == rest, "into", f"end in the shape of one token, {rest}", f"shape {tuple(into.shape)}"
+    )
+    xp = array_namespace(values, into)
+    slots = receipt.images * receipt.slots
+    flat = xp.reshape(values, (receipt.index.shape[0], *rest))
+    running = xp.reshape(receipt.running, (slots,))
+    return xp.reshape(take_or(flat, receipt.rank, running, xp.reshape(into, (slots, *rest))), into.shape)
+
+
+def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Array, Array, Array]:
+    """Which places fill the entries of every image, which entries are filled, which places had no room, how many."""
+    _require_two(stay, "stay")
+    require(
+        tuple(score.shape) == tuple(stay.shape),
+        "score",
+        f"have the shape of `stay`, {tuple(stay.shape)}",
+        f"shape {tuple(score.shape)}",
+    )
+    images, places = stay.shape
+    require(0 <= capacity <= places, "capacity", f"be from 0 to the {places} {of} of an image", capacity)
+    xp = array_namespace(stay, score)
+    many = counting(0, stay).dtype
+    if images * places == 0:
+        nothing = xp.astype(xp.zeros_like(stay), many)[:, :capacity]
+        return nothing, nothing > 0, stay, xp.sum(xp.astype(stay, many), axis=1)
+    # Of those that stay, the `capacity` least confident have room: by score, and of equal ones by place.
+    most = xp.finfo(score.dtype).max
+    score = xp.where(xp.isnan(score), -xp.inf, xp.where(score > most, most, score))
+    order = xp.argsort(xp.where(stay, score, xp.inf), axis=1, stable=True)
+    rank = xp.argsort(order, axis=1)
+    room = stay & (rank < capacity)
+    number = xp.cumulative_sum(xp.astype(room, many), axis=1)
+    # The j-th entry takes the first place at which j + 1 have been counted; over all images, the counts ascend.
+    image = xp.reshape(counting(images, stay), (images, 1))
+    entry = xp.reshape(counting(capacity, stay), (1, capacity))
+    counted = xp.reshape(number + image * (places + 1), (images * places,))
+    wanted = xp.reshape(image * (places + 1) + entry + 1, (images * capacity,))
+    picked = xp.reshape(xp.searchsorted(counted, wanted), (images, capacity)) - image * places
+    filled = entry < number[:, -1:]
+    surplus = stay & ~room
+    overflow = xp.sum(xp.astype(surplus, many), axis=1)
+    return xp.where(filled, xp.astype(picked, many), 0), filled, surplus, overflow
+
+
+def _require_two(marks: Array, argument: str) -> None:
+    require(marks.ndim == 2, argument, "have shape (images, slots)", f"shape {tuple(marks.shape)}")
+
+
+def _require_batch(x: Array, argument: str, receipt: Receipt) -> None:
+    require(
+        tuple(x.shape[:2]) == (receipt.images, receipt.slots),
         argument,
-        f"have {packing.images} images of {packing.slots} slots on its first axes",
+        f"have {receipt.images} images of {receipt.slots} slots on its first axes",
         f"shape {tuple(x.shape)}",
     )

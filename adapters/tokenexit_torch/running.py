@@ -6,7 +6,7 @@ that still run, attention works image by image. At each exit point there is one 
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, ledger, policies, tokens
-from tokenexit.cost import Cost
+from tokenexit.carries import Feature, Preserved
+from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.ledger import Ledger
+from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
@@ -32,16 +34,18 @@ class Output(NamedTuple):
     """What a wrapped model returns.
 
     Attributes:
-        logits: Class scores of every patch, from the head at which it left.
-        exit_depth: How many blocks every patch ran through.
+        logits: Class scores of every patch, from the head at which it left; from the final head if features rejoined.
+        exit_depth: After how many blocks every patch left; all of them if it never did.
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         exits: The blocks after which an exit head ran.
+        head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
     exit_depth: Int[Tensor, "images grid_height grid_width"]
     tokens_per_block: Int[Tensor, "images blocks"]
     exits: tuple[int, ...]
+    head_on: Literal["running", "all"]
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
@@ -111,7 +115,7 @@ class ExitingModel(nn.Module):
         schedule: Schedule | None = None,
         /,
         *,
-        threshold: float | Tensor | Mapping[int, float | Tensor] | None = None,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
     ) -> None:
         """Exchange the plan or its thresholds; the weights stay as they are.
 
@@ -143,7 +147,7 @@ class ExitingModel(nn.Module):
         """
         plan = self._schedule if schedule is None else self._checked(schedule)
         embedded = self._embed(images)
-        return _Run(self, embedded).through(plan)
+        return _Run(self, embedded, plan).through()
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
@@ -209,10 +213,12 @@ class ExitingModel(nn.Module):
             blocks=tuple(linear_weights(block) for block in self.host.blocks),
             width=self.host.width,
             prefix=slots - height * width,
-            exit_heads={int(after): linear_weights(head) for after, head in self.exit_heads.items()},
-            head=linear_weights(self.head),
+            exit_heads={int(after): HeadCost(linear_weights(head)) for after, head in self.exit_heads.items()},
+            head=HeadCost(linear_weights(self.head)),
         )
-        return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=output.exits)
+        return cost.multiply_adds(
+            output.tokens_per_block, patches=height * width, exits=output.exits, head_on=output.head_on
+        )
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
         embedded = self._embed(images)
@@ -225,7 +231,15 @@ class ExitingModel(nn.Module):
         return embedded, patches
 
     def _checked(self, schedule: Schedule) -> Schedule:
-        require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
+        if not isinstance(schedule, Schedule):
+            raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
+        gated = isinstance(schedule.carry, Preserved) or any("gate" in e.policy.compared_scores for e in schedule.exits)
+        require(
+            not gated,
+            "schedule",
+            "carry predictions or features and look at no gate, for a model without gates",
+            schedule,
+        )
         late = [after for after in schedule.after if after >= self.depth]
         require(
             not late, "schedule", f"have exits after blocks 1 to {self.depth - 1} only, for {self.depth} blocks", late
@@ -246,7 +260,7 @@ class ExitingModel(nn.Module):
         )
         weight = next(self.model.parameters())
         require(
-            images.device == weight.device, "images", f"be on the device of the model, {weight.device}", images.device
+            images.device == weight.device, "images", f"be on the device of the model, {weight.device}", str(images.device)
         )
         cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
         require(
@@ -262,9 +276,18 @@ class ExitingModel(nn.Module):
 class _Run:
     """One forward pass: the state between two exit points. It lives for one call."""
 
-    def __init__(self, model: ExitingModel, embedded: Embedded) -> None:
+    def __init__(self, model: ExitingModel, embedded: Embedded, plan: Schedule) -> None:
         self.model = model
         self.embedded = embedded
+        self.policy = {exit.after: exit.policy for exit in plan.active}
+        self.feature = plan.carry if isinstance(plan.carry, Feature) else None
+        folds = self.feature is not None and self.feature.fold_above is not None
+        require(
+            not folds or embedded.prefix > 0,
+            "schedule",
+            "have fold_above=None for a model without prefix tokens",
+            plan.carry,
+        )
         images, slots, _ = embedded.tokens.shape
         self.images, self.slots = images, slots
         self.ledger: Ledger | None = None
@@ -275,15 +298,19 @@ class _Run:
         self.row = embedded.tokens
         self.packing: Packing | None = None
         self.positions = embedded.positions
+        # The classes that the exit heads so far have predicted for the tokens of the row.
+        self.previous = torch.empty((0, 0), dtype=torch.int64, device=embedded.tokens.device)
 
-    def through(self, plan: Schedule) -> Output:
-        policy = {exit.after: exit.policy for exit in plan.active}
+    def through(self) -> Output:
+        last = self.model.depth - 1
         for block in range(self.model.depth):
+            if block == last and self.feature is not None and self.feature.before == "last block":
+                self._rejoin()
             self.counts.append(self.lengths)
             if any(self.lengths):
                 self._block(block)
-                if block + 1 in policy:
-                    self._exit(block + 1, policy[block + 1])
+                if block + 1 in self.policy:
+                    self._exit(block + 1, self.policy[block + 1])
         return self._output()
 
     def _block(self, block: int) -> None:
@@ -294,14 +321,11 @@ class _Run:
             self.row = self.model.host.run(block, self.row, self.positions)
 
     def _exit(self, after: int, policy: policies.Policy) -> None:
-        self.exits.append(after)
-        self._pack()
-        packing = self.packing
-        assert packing is not None
+        packing = self._pack()
         flat = self.row[0]
         logits = self.model.exit_heads[str(after)](flat)
         if self.ledger is None:
-            self.ledger = ledger.open_ledger(logits, packing)
+            self.ledger = ledger.open_ledger(logits, packing, features=None if self.feature is None else flat)
         prefix = self.embedded.prefix
         patch = packing.slot >= prefix
         evidence = policies.Evidence(
@@ -311,40 +335,63 @@ class _Run:
             grid=self.embedded.grid,
             position=packing.slot - prefix,
             protected=~patch if prefix else None,
+            exit=len(self.exits),
+            previous=self.previous,
             settled_label=self.ledger.label[:, prefix:],
             settled_score=self.ledger.score[:, prefix:],
         )
         leave = policy(evidence)
-        self.ledger = ledger.record(self.ledger, packing, leave, logits, depth=after)
         # An image all of whose patches have left is done: its prefix tokens need not run on.
         staying = tokens.scatter(patch & ~leave, packing, into=torch.zeros_like(packing.running))
         waiting = staying.any(dim=1).index_select(0, packing.image)
-        self._repack(~leave & waiting)
+        stay = ~leave & waiting
+        features = None if self.feature is None else flat
+        self.ledger = ledger.record(self.ledger, packing, ~stay, logits, depth=after, features=features)
+        if self.feature is not None and self.feature.fold_above is not None:
+            self.row = ledger.fold_leavers(flat, packing, leave, above=self.feature.fold_above)[None]
+        self.previous = torch.cat([self.previous, evidence.label[None]])
+        self.exits.append(after)
+        self._repack(stay)
 
-    def _pack(self) -> None:
+    def _pack(self) -> Packing:
         if self.packing is None:
             everything = torch.ones(self.images, self.slots, dtype=torch.bool, device=self.row.device)
             self.packing = Packing(everything, torch.arange(self.images * self.slots, device=self.row.device))
             self.row = rearrange(self.row, "images slots width -> 1 (images slots) width")
+            self.previous = self.previous.new_empty((0, self.images * self.slots))
             if self.positions is not None:
                 self.positions = self.positions.repeat(self.images, *[1] * (self.positions.ndim - 1))
+        return self.packing
 
     def _repack(self, stay: Tensor) -> None:
         assert self.packing is not None
         self.packing, rows = tokens.repack(self.packing, stay)
         self.row = self.row.index_select(1, rows)
+        self.previous = self.previous.index_select(1, rows)
         if self.positions is not None:
             self.positions = self.positions.index_select(0, rows)
         self.lengths = self.packing.lengths.tolist()
 
+    def _rejoin(self) -> None:
+        """All tokens of all images run again, as a plain batch."""
+        if self.packing is not None:
+            assert self.ledger is not None
+            self.row = ledger.rejoin(self.ledger, self.packing, self.row[0])
+            self.packing, self.positions = None, self.embedded.positions
+            self.lengths = [self.slots] * self.images
+
     def _output(self) -> Output:
         model, prefix = self.model, self.embedded.prefix
+        settled = self.ledger
+        if self.feature is not None:
+            self._rejoin()
         if self.packing is None:
             logits = model.head(model.host.finish(self.row)[:, prefix:])
-            depth = torch.full(logits.shape[:2], model.depth, device=logits.device)
+            depth = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
+            depth = depth if settled is None else settled.depth[:, prefix:]
+            depth = torch.where(depth > 0, depth, model.depth)
         else:
-            assert self.ledger is not None
-            settled = self.ledger
+            assert settled is not None
             if any(self.lengths):
                 final = model.head(model.host.finish(self.row[0]))
                 final = final.to(settled.logits.dtype)
@@ -358,4 +405,5 @@ class _Run:
             rearrange(depth, "images (height width) -> images height width", **grid),
             torch.tensor(self.counts, dtype=torch.int64, device=logits.device).reshape(model.depth, self.images).T,
             tuple(self.exits),
+            "running" if self.feature is None else "all",
         )

@@ -31,6 +31,8 @@ from tokenexit.heads import MLP
 
 _DTOP_THRESHOLDS = (0.8, 0.9, 0.95, 0.98)
 _NEIGHBOUR_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+_PAUMER_THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
+_DOVIT_THRESHOLDS = (0.95, 0.985)
 _COARSE, _FINE = {4: 1, 6: 1, 8: 0}, {3: 2, 6: 1, 8: 0}  # radius by exit, for hundreds and for thousands of tokens
 _FIT_HIDDEN = 384
 _SCHEMA = 1
@@ -53,7 +55,7 @@ def arguments() -> argparse.Namespace:
         type=block_radius,
         nargs="+",
         metavar="BLOCK:RADIUS",
-        help="exits of DToP and of the neighbourhood rule, with the radius of the latter",
+        help="exits of all methods, with the radius of the neighbourhood rule",
     )
     parser.add_argument(
         "--fit-after",
@@ -124,7 +126,7 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
 
     Args:
         heads: Blocks with an exit head; the network is cut short after each.
-        radius: Exits of DToP and of the neighbourhood rule, with the radius of the latter.
+        radius: Exits of all methods, with the radius of the neighbourhood rule.
 
     Raises:
         UsageError: If an exit has no head.
@@ -150,6 +152,20 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
                 schedule.neighbours(radius=radius, threshold=threshold, per_class=5),
             )
             for threshold in _NEIGHBOUR_THRESHOLDS
+        ),
+        *(
+            Setting(
+                f"PAUMER {threshold}, exits {exits}", f"PAUMER, exits {exits}",
+                schedule.paumer(after=radius, threshold=threshold),
+            )
+            for threshold in _PAUMER_THRESHOLDS
+        ),
+        *(
+            Setting(
+                f"DoViT {threshold}, exits {exits}", f"DoViT, exits {exits}",
+                schedule.dovit(after=radius, threshold=threshold),
+            )
+            for threshold in _DOVIT_THRESHOLDS
         ),
     )  # fmt: skip
 

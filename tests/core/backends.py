@@ -18,6 +18,11 @@ class Backend:
     array: Callable[[np.ndarray], Any]
     numpy: Callable[[Any], np.ndarray] = np.asarray
 
+    def held(self, x: np.ndarray) -> np.ndarray:
+        """What an array made of these numbers really holds: in half precision, float32 numbers are rounded."""
+        held = self.numpy(self.array(x))
+        return held.astype(x.dtype) if held.dtype != x.dtype else held
+
 
 def _readonly(x: np.ndarray) -> np.ndarray:
     x = x.copy()
@@ -34,7 +39,18 @@ def _backends() -> list[Backend]:
     if importlib.util.find_spec("torch"):
         import torch
 
-        found.append(Backend("torch", lambda x: torch.from_numpy(x.copy())))
+        def array(x: np.ndarray, float32: torch.dtype = torch.float32) -> torch.Tensor:
+            own = torch.from_numpy(np.array(x))
+            return own.to(float32) if own.dtype == torch.float32 else own
+
+        def numpy(x: torch.Tensor) -> np.ndarray:
+            return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()  # NumPy has no bfloat16
+
+        found += [
+            Backend("torch", array, numpy),
+            Backend("torch-float16", lambda x: array(x, torch.float16), numpy),
+            Backend("torch-bfloat16", lambda x: array(x, torch.bfloat16), numpy),
+        ]
     return found
 
 

@@ -1,6 +1,8 @@
 """Slow and obvious: what the core must agree with."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,17 @@ def margin(logits: np.ndarray) -> np.ndarray:
     return np.array([one(row) for row in logits])
 
 
+def mask_scores(mask_logits: np.ndarray, presence: np.ndarray) -> np.ndarray:
+    def sigmoid(x):
+        if math.isnan(x):
+            return math.nan
+        return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+    logits, there = np.broadcast_arrays(mask_logits, presence)
+    flat = [sigmoid(float(x)) * float(p) for x, p in zip(logits.ravel(), there.ravel(), strict=True)]
+    return np.array(flat, dtype=np.float64).reshape(logits.shape)
+
+
 def rank_in_group(score: np.ndarray, group: np.ndarray) -> np.ndarray:
     def before(i, j):
         """Whether token i ranks before token j."""
@@ -45,6 +58,18 @@ def rank_in_group(score: np.ndarray, group: np.ndarray) -> np.ndarray:
 
     n = len(score)
     return np.array([sum(group[i] == group[j] and before(i, j) for i in range(n)) for j in range(n)], dtype=int)
+
+
+def top_k_per_group(candidate: np.ndarray, score: np.ndarray, group: np.ndarray, k: int) -> np.ndarray:
+    """One row, of any length: quick, for NumPy sorts by three keys at once."""
+    score = np.where(np.isnan(score), -np.inf, score.astype(np.float64))
+    rows = np.flatnonzero(candidate)
+    rows = rows[np.lexsort((rows, -score[rows], group[rows]))]
+    own = group[rows]
+    ahead = np.arange(len(rows)) - np.searchsorted(own, own)
+    marked = np.zeros(len(candidate), dtype=bool)
+    marked[rows[ahead < k]] = True
+    return marked
 
 
 def neighbours_agree(label_map, confident_map, image, position, grid, radius) -> bool:
@@ -58,3 +83,118 @@ def neighbours_agree(label_map, confident_map, image, position, grid, radius) ->
             if label_map[image][place] != own or not confident_map[image][place]:
                 return False
     return True
+
+
+@dataclass
+class Facts:
+    """What is known of the tokens, in NumPy; scores are those that the library found, to the last bit."""
+
+    images: int
+    grid: tuple[int, int]
+    image: np.ndarray
+    position: np.ndarray
+    able: np.ndarray
+    label: np.ndarray
+    confidence: np.ndarray
+    gate: np.ndarray
+    previous: np.ndarray
+    settled_label: np.ndarray
+    settled_score: np.ndarray
+    entropy: np.ndarray | None = None
+    margin: np.ndarray | None = None
+
+    @property
+    def known(self) -> np.ndarray:
+        return ~np.isnan(self.confidence) & ~np.isnan(self.gate)
+
+    def hardness(self, by: str) -> np.ndarray:
+        value = getattr(self, by).astype(np.float64)
+        return np.where(np.isnan(value), np.inf, value if by in ("entropy", "gate") else -value)
+
+
+def leaves(plan: dict[str, Any], facts: Facts) -> np.ndarray:
+    """Which tokens a policy, given as `policies.to_dict` writes it down, lets go: token by token."""
+    kind, tokens = plan["kind"], range(len(facts.label))
+    if kind in _COMPARED:
+        score, above = _COMPARED[kind]
+        value = getattr(facts, score).astype(np.float32)
+        limit = [_limit(plan, facts.label[i]) for i in tokens]
+        left = [bool(value[i] > limit[i] if above else value[i] < limit[i]) for i in tokens]
+    elif kind == "NeighboursAgree":
+        left = _neighbours_agree(plan, facts)
+    elif kind in ("never", "always"):
+        left = [kind == "always"] * len(tokens)
+    elif kind in ("both", "either"):
+        pair = zip(leaves(plan["left"], facts), leaves(plan["right"], facts), strict=True)
+        left = [a and b if kind == "both" else a or b for a, b in pair]
+    elif kind == "not":
+        left = ~leaves(plan["policy"], facts) & facts.known
+    elif kind == "Patience":
+        left = [_patient(plan["exits"], facts, i) for i in tokens]
+    elif kind in ("Budget", "BatchBudget"):
+        left = np.ones(len(tokens), dtype=bool)
+        of = [0] * len(tokens) if kind == "BatchBudget" else facts.image
+        patches = facts.grid[0] * facts.grid[1] * (facts.images if kind == "BatchBudget" else 1)
+        keep = plan["keep"]
+        keep = keep if isinstance(keep, int) else math.floor(float(np.float32(keep * patches)) + 0.5)
+        left[_first(facts.hardness(plan["by"]), of, facts.able, keep)] = False
+    elif kind == "retaining":
+        left = leaves(plan["policy"], facts)
+        of = [(image, label) for image, label in zip(facts.image, facts.label, strict=True)]
+        left[_first(facts.confidence, of, left.copy(), plan["per_class"])] = False
+    elif kind == "minimum":
+        left = leaves(plan["policy"], facts)
+        for image in range(facts.images):
+            mine = facts.able & (facts.image == image)
+            short = max(0, plan["per_image"] - int((mine & ~left).sum()))
+            left[_first(facts.hardness("confidence"), facts.image, mine & left, short)] = False
+    else:
+        raise AssertionError(kind)
+    return np.array(left, dtype=bool) & facts.able
+
+
+_COMPARED = {
+    "ConfidenceAbove": ("confidence", True),
+    "MarginAbove": ("margin", True),
+    "EntropyBelow": ("entropy", False),
+    "GateBelow": ("gate", False),
+}
+
+
+def _limit(plan, label):
+    threshold = plan["threshold"]
+    return np.float32(threshold["thresholds"][label] if isinstance(threshold, dict) else threshold)
+
+
+def _first(score, of, able, count) -> list[int]:
+    """The able tokens of each group with the highest scores, so many of each; NaN is the lowest score."""
+    found = []
+    for group in {tuple(np.atleast_1d(one).tolist()) for one in of}:
+        rows = [i for i in range(len(score)) if able[i] and tuple(np.atleast_1d(of[i]).tolist()) == group]
+        rows.sort(key=lambda i: (math.inf if math.isnan(score[i]) else -score[i], i))
+        found += rows[:count]
+    return found
+
+
+def _patient(exits, facts, i) -> bool:
+    seen = facts.previous[:, i].tolist()
+    return len(seen) >= exits and all(label == facts.label[i] for label in seen[-exits:]) and bool(facts.known[i])
+
+
+def _neighbours_agree(plan, facts) -> list[bool]:
+    confident = [bool(facts.confidence[i] > _limit(plan, facts.label[i])) for i in range(len(facts.label))]
+    if plan["radius"] == 0:
+        return confident
+    label_map = facts.settled_label.copy()
+    confident_map = np.zeros(label_map.shape, dtype=bool)
+    for place in np.ndindex(*label_map.shape):
+        settled = label_map[place] >= 0
+        confident_map[place] = settled and facts.settled_score[place] > _limit(plan, label_map[place])
+    for i in np.flatnonzero(facts.able):
+        label_map[facts.image[i], facts.position[i]] = facts.label[i]
+        confident_map[facts.image[i], facts.position[i]] = confident[i]
+    return [
+        bool(facts.able[i])
+        and neighbours_agree(label_map, confident_map, facts.image[i], facts.position[i], facts.grid, plan["radius"])
+        for i in range(len(facts.label))
+    ]

@@ -8,52 +8,304 @@ from tests.core import strategies
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, ledger, scores, tokens
 
+CLASSES, WIDTH = 3, 2
+FIELDS = ("logits", "label", "score", "depth", "features")
+
+
+def draw_run(data):
+    """A batch, and for every exit the depth, who leaves, and what every slot then has: logits, score, features."""
+    mask = data.draw(strategies.running(st.integers(0, 3), st.integers(1, 8)))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**20)))
+    exits = []
+    for depth in (2, 3, 5, 7):
+        leave = random.random(mask.shape) < data.draw(st.sampled_from([0.0, 0.3, 0.7])) if depth < 7 else mask
+        logits, features = (random.normal(size=(*mask.shape, n)).astype(np.float32) for n in (CLASSES, WIDTH))
+        exits.append((depth, leave, logits, random.random(mask.shape).astype(np.float32), features))
+    return mask, exits
+
+
+def written(backend, book):
+    """What a ledger says, as NumPy arrays."""
+    found = {name: getattr(book, name) for name in FIELDS}
+    return {name: None if value is None else backend.numpy(value) for name, value in found.items()}
+
+
+def agree(one, other):
+    for name in FIELDS:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def check_book(backend, found, wanted, own_score):
+    """Compare a ledger with a dictionary of who left when: `{(image, slot): exit}`."""
+    for place in np.ndindex(found["depth"].shape):
+        if place not in wanted:
+            assert found["depth"][place] == 0
+            assert found["label"][place] == -1
+            assert found["score"][place] == 0
+            assert not found["logits"][place].any()
+            assert not found["features"][place].any()
+            continue
+        depth, _, logits, score, features = wanted[place]
+        logits = backend.held(logits)[place]
+        assert found["depth"][place] == depth
+        np.testing.assert_array_equal(found["logits"][place], logits)
+        np.testing.assert_array_equal(found["features"][place], backend.held(features)[place])
+        assert found["label"][place] == logits.argmax()
+        assert found["score"][place] == pytest.approx(
+            backend.held(score)[place] if own_score else scores.confidence(logits), abs=1e-6
+        )
+
+
+def at_exit(backend, book, receipt, leave, step, own_score, batch):
+    """The ledger once the marked entries of a receipt have left at an exit."""
+    depth, _, logits, score, features = step
+
+    def gather(x):
+        return tokens.gather(backend.array(x), receipt)
+
+    if book is None:
+        book = ledger.open_ledger(gather(logits), receipt, features=gather(features))
+        agree(written(backend, book), nothing_settled(backend, batch))
+    return ledger.record(
+        book,
+        receipt,
+        leave,
+        gather(logits),
+        depth=depth,
+        score=gather(score) if own_score else None,
+        features=gather(features),
+    )
+
+
+def nothing_settled(backend, batch):
+    zero = np.zeros(batch)
+    return {
+        "logits": np.zeros((*batch, CLASSES)),
+        "label": zero - 1,
+        "score": zero,
+        "depth": zero,
+        "features": np.zeros((*batch, WIDTH)),
+    }
+
 
 @each_backend
-@given(mask=strategies.running(st.integers(0, 3), st.integers(1, 9)), data=st.data())
-def test_every_token_is_settled_exactly_once_with_what_it_left_with(backend, mask, data):
-    """Leave in three rounds, the rest at the end, and compare with a dictionary."""
-    packing = tokens.pack(backend.array(mask))
-    book, wanted = None, {}
-    for depth in (2, 3, 5):
-        count = packing.index.shape[0]
-        logits = data.draw(strategies.logits(st.just(count), st.just(3), odd=False))
-        leave = data.draw(hnp.arrays(np.bool_, count)) if depth < 5 else np.ones(count, bool)
-        row = backend.array(logits)
-        book = ledger.open_ledger(row, packing) if book is None else book
-        book = ledger.record(book, packing, backend.array(leave), row, depth=depth)
-        for slot, left, own in zip(backend.numpy(packing.index).tolist(), leave, logits, strict=True):
-            if left:
-                assert slot not in wanted
-                wanted[slot] = (depth, own)
+@given(data=st.data(), own_score=st.booleans())
+def test_every_token_of_a_row_is_settled_exactly_once_with_what_it_left_with(backend, data, own_score):
+    mask, exits = draw_run(data)
+    packing, book, wanted = tokens.pack(backend.array(mask)), None, {}
+    for step in exits:
+        leave = step[1][backend.numpy(packing.running)]
+        book = at_exit(backend, book, packing, backend.array(leave), step, own_score, mask.shape)
+        for image, slot in np.argwhere(backend.numpy(packing.running) & step[1]).tolist():
+            assert (image, slot) not in wanted
+            wanted[image, slot] = step
         packing, _ = tokens.repack(packing, backend.array(~leave))
-    assert sorted(wanted) == np.flatnonzero(mask).tolist()
-    found = {name: backend.numpy(getattr(book, name)) for name in ("logits", "label", "score", "depth")}
-    found = {name: value.reshape(-1, *value.shape[2:]) for name, value in found.items()}
-    for slot in range(mask.size):
-        depth, own = wanted.get(slot, (0, np.zeros(3, np.float32)))
-        assert found["depth"][slot] == depth
-        np.testing.assert_array_equal(found["logits"][slot], own)
-        assert found["label"][slot] == (own.argmax() if depth else -1)
-        assert found["score"][slot] == pytest.approx(scores.confidence(own) if depth else 0, abs=1e-6)
+    assert sorted(wanted) == list(map(tuple, np.argwhere(mask).tolist()))
+    check_book(backend, written(backend, book), wanted, own_score)
+
+
+@each_backend
+@given(data=st.data(), own_score=st.booleans())
+def test_every_token_of_a_selection_is_settled_exactly_once_also_when_there_is_no_room(backend, data, own_score):
+    """The surplus leaves as those do that the policy lets go; a packed row from which the same leave agrees."""
+    mask, exits = draw_run(data)
+    slots = mask.shape[1]
+    capacity = data.draw(st.integers(0, slots))
+    # Who has no room from the start is settled by a selection of all.
+    everything, _ = tokens.select(backend.array(mask), backend.array(np.zeros(mask.shape, np.float32)), capacity=slots)
+    selection, packing, book, same, wanted = everything, tokens.pack(backend.array(mask)), None, None, {}
+    for step in exits:
+        leave = tokens.gather(backend.array(step[1]), selection)
+        score = tokens.gather(backend.array(step[3]), selection)
+        smaller, _, surplus = tokens.reselect(selection, selection.valid & ~leave, score, capacity=capacity)
+        gone = backend.numpy(leave | surplus)
+        book = at_exit(backend, book, selection, backend.array(gone), step, own_score, mask.shape)
+        gone &= backend.numpy(selection.valid)
+        for image, entry in np.argwhere(gone).tolist():
+            place = image, int(backend.numpy(selection.slot_of)[image, entry])
+            assert place not in wanted
+            wanted[place] = step
+        if step is exits[-1]:
+            break
+        rows = np.array([place in wanted for place in map(tuple, np.argwhere(backend.numpy(packing.running)).tolist())])
+        rows = rows.astype(bool)
+        same = at_exit(backend, same, packing, backend.array(rows), step, own_score, mask.shape)
+        packing, _ = tokens.repack(packing, backend.array(~rows))
+        agree(written(backend, book), written(backend, same))
+        np.testing.assert_array_equal(backend.numpy(smaller.running), backend.numpy(packing.running))
+        selection, capacity = smaller, data.draw(st.integers(0, capacity))
+    assert sorted(wanted) == list(map(tuple, np.argwhere(mask).tolist()))
+    check_book(backend, written(backend, book), wanted, own_score)
+
+
+@each_backend
+def test_entries_that_are_not_valid_leave_nothing_behind(backend):
+    selection, _ = tokens.select(
+        backend.array(np.array([[False, True, False]])), backend.array(np.zeros((1, 3), np.float32)), capacity=3
+    )
+    logits = backend.array(np.ones((1, 3, CLASSES), np.float32))
+    book = ledger.open_ledger(logits, selection)
+    book = ledger.record(book, selection, backend.array(np.ones((1, 3), bool)), logits, depth=4)
+    assert backend.numpy(book.depth).tolist() == [[0, 4, 0]]
+    assert backend.numpy(book.label).tolist() == [[-1, 0, -1]]
+    assert book.features is None
+
+
+@each_backend
+@given(data=st.data())
+def test_rejoining_gives_every_slot_its_present_or_its_frozen_feature(backend, data):
+    mask, exits = draw_run(data)
+    _, leave, logits, _, features = exits[0]
+    now = exits[1][4]
+    capacity = data.draw(st.integers(int((mask & ~leave).sum(axis=1).max(initial=0)), mask.shape[1]))
+    packing = tokens.pack(backend.array(mask))
+    book = ledger.open_ledger(
+        tokens.gather(backend.array(logits), packing),
+        packing,
+        features=tokens.gather(backend.array(features), packing),
+    )
+    book = ledger.record(
+        book,
+        packing,
+        backend.array(leave[mask]),
+        tokens.gather(backend.array(logits), packing),
+        depth=1,
+        features=tokens.gather(backend.array(features), packing),
+    )
+    stay = mask & ~leave
+    selection, _ = tokens.select(
+        backend.array(stay), backend.array(np.zeros(stay.shape, np.float32)), capacity=capacity
+    )
+    wanted = np.where(stay[..., None], now, np.where(mask[..., None], features, 0))
+    for receipt in (tokens.pack(backend.array(stay)), selection):
+        rejoined = ledger.rejoin(book, receipt, tokens.gather(backend.array(now), receipt))
+        np.testing.assert_array_equal(backend.numpy(rejoined), backend.held(wanted))
+
+
+def folded(features, mask, leave, into, above):
+    """Every image by itself, token by token, in double precision."""
+    result = features.astype(np.float64)
+    for image in range(len(mask)):
+        leavers = [slot for slot in np.flatnonzero(mask[image]).tolist() if leave[image, slot]]
+        others = int(mask[image].sum()) - 1
+        if mask[image, into] and len(leavers) > above * others:
+            mean = sum(features[image, slot].astype(np.float64) for slot in leavers) / len(leavers)
+            result[image, into] = (result[image, into] + mean) / 2
+    return result
+
+
+@each_backend
+@given(
+    mask=strategies.running(st.integers(0, 3), st.integers(1, 9)),
+    above=st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]),
+    data=st.data(),
+)
+def test_leavers_fold_into_one_token_and_nothing_else_changes(backend, mask, above, data):
+    into = data.draw(st.integers(0, mask.shape[1] - 1))
+    leave = data.draw(hnp.arrays(np.bool_, mask.shape))
+    leave[:, into] = False
+    number = st.floats(-9, 9, width=32) | st.sampled_from([1e-3, 3e4])
+    features = backend.held(data.draw(hnp.arrays(np.float32, (*mask.shape, WIDTH), elements=number)))
+    wanted = folded(features, mask, leave, into, above)
+    # In half precision, the result is rounded once, from float32.
+    rounding = {"torch-float16": 2**-11, "torch-bfloat16": 2**-8}.get(backend.name, 2**-21)
+    selection, _ = tokens.select(
+        backend.array(mask), backend.array(np.zeros(mask.shape, np.float32)), capacity=mask.shape[1]
+    )
+    others = mask.copy()
+    others[:, into] = False
+    for receipt in (tokens.pack(backend.array(mask)), selection):
+        row = tokens.gather(backend.array(features), receipt)
+        gone = tokens.gather(backend.array(leave), receipt)
+        found = ledger.fold_leavers(row, receipt, gone, into=into, above=above)
+        assert found.dtype == row.dtype
+        found = backend.numpy(tokens.scatter(found, receipt, into=backend.array(features)))
+        np.testing.assert_array_equal(found[others], features[others])
+        np.testing.assert_array_equal(found[~mask], features[~mask])
+        np.testing.assert_allclose(found, wanted, rtol=2 * rounding, atol=3e4 * 2**-20)
+
+
+@pytest.mark.parametrize(("leavers", "folds"), [(0, False), (1, False), (2, True), (10, True)])
+def test_the_share_of_leavers_must_be_exceeded(leavers, folds):
+    features = np.arange(11, dtype=np.float32)[:, None]
+    leave = np.arange(11) > 10 - leavers
+    found = ledger.fold_leavers(features, tokens.pack(np.ones((1, 11), bool)), leave, above=0.1)
+    assert (found[0] != features[0]) == folds
+
+
+def test_what_is_not_a_number_stays_where_it_is():
+    """A NaN among those that stay, or in another image, does not reach the token that takes the mean in."""
+    features = np.array([1.0, np.nan, 4.0, np.nan, np.nan], np.float32)[:, None]
+    packing = tokens.pack(np.array([[True, True, True], [True, False, True]]))
+    found = ledger.fold_leavers(features, packing, np.array([False, False, True, False, True]), above=0.1)
+    np.testing.assert_array_equal(found, np.array([2.5, np.nan, 4.0, np.nan, np.nan])[:, None])
 
 
 def test_recording_changes_nothing_in_the_ledger_before():
     packing = tokens.pack(np.ones((1, 2), bool))
     logits = np.ones((2, 3), np.float32)
-    before = ledger.open_ledger(logits, packing)
-    ledger.record(before, packing, np.array([True, False]), logits, depth=4)
+    before = ledger.open_ledger(logits, packing, features=logits)
+    ledger.record(before, packing, np.array([True, False]), logits, depth=4, features=logits)
+    ledger.rejoin(before, packing, logits)
     assert before.depth.tolist() == [[0, 0]]
     assert before.label.tolist() == [[-1, -1]]
+    assert not before.features.any()
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_shapes_are_checked():
     packing = tokens.pack(np.ones((1, 2), bool))
-    book = ledger.open_ledger(np.ones((2, 3), np.float32), packing)
+    selection, _ = tokens.select(np.ones((1, 3), bool), np.zeros((1, 3), np.float32), capacity=2)
+    good, bad = np.ones((2, 3), np.float32), np.ones((3, 3), np.float32)
+    leave = np.ones(2, bool)
+    book = ledger.open_ledger(good, packing)
+    layout = r"must have the layout \(2,\) and one more axis, got shape \(3, 3\)"
+    with pytest.raises(TokenExitError, match=rf"`logits` {layout}"):
+        ledger.open_ledger(bad, packing)
+    with pytest.raises(TokenExitError, match=rf"`features` {layout}"):
+        ledger.open_ledger(good, packing, features=bad)
+    with pytest.raises(TokenExitError, match=rf"`logits` {layout}"):
+        ledger.record(book, packing, leave, bad, depth=1)
     with pytest.raises(
-        TokenExitError, match=r"`logits` must have shape \(tokens, classes\) with 2 tokens, got shape \(3, 3\)"
+        TokenExitError, match=r"`logits` must have the layout \(1, 2\) and one more axis, got .*\(2, 3\)"
     ):
-        ledger.open_ledger(np.ones((3, 3), np.float32), packing)
-    with pytest.raises(TokenExitError, match=r"`leave` must have one entry for each of the 2 tokens, got shape \(1,\)"):
-        ledger.record(book, packing, np.ones(1, bool), np.ones((2, 3), np.float32), depth=1)
+        ledger.open_ledger(good, selection)
+    entry = r"must have one entry for each of the layout \(2,\), got shape \(1,\)"
+    with pytest.raises(TokenExitError, match=rf"`leave` {entry}"):
+        ledger.record(book, packing, leave[:1], good, depth=1)
+    with pytest.raises(TokenExitError, match=rf"`score` {entry}"):
+        ledger.record(book, packing, leave, good, depth=1, score=good[:1, 0])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_features_are_given_exactly_if_they_are_kept():
+    packing, leave, row = tokens.pack(np.ones((1, 2), bool)), np.ones(2, bool), np.ones((2, 3), np.float32)
+    without, keeping = ledger.open_ledger(row, packing), ledger.open_ledger(row, packing, features=row)
+    rule = "`features` must be given exactly if the ledger keeps them"
+    with pytest.raises(TokenExitError, match=rf"{rule}, got features, and it keeps none"):
+        ledger.record(without, packing, leave, row, depth=1, features=row)
+    with pytest.raises(TokenExitError, match=rf"{rule}, got none, and it keeps features"):
+        ledger.record(keeping, packing, leave, row, depth=1)
+    with pytest.raises(TokenExitError, match=r"`ledger` must keep features to rejoin, got one without"):
+        ledger.rejoin(without, packing, row)
+    with pytest.raises(TokenExitError, match=r"`features` must have the layout \(2,\) and one more axis, got .*\(3,\)"):
+        ledger.rejoin(keeping, packing, row[0])
+    with pytest.raises(TokenExitError, match=r"`values` must start with the layout .*\(2,\), got shape \(1, 3\)"):
+        ledger.record(keeping, packing, leave, row, depth=1, features=row[:1])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_folding_is_given_is_checked():
+    packing, leave, row = tokens.pack(np.ones((1, 2), bool)), np.ones(2, bool), np.ones((2, 3), np.float32)
+    with pytest.raises(
+        TokenExitError, match=r"`features` must have the layout \(2,\) and one more axis, got .*\(1, 3\)"
+    ):
+        ledger.fold_leavers(row[:1], packing, leave)
+    with pytest.raises(TokenExitError, match=r"`leave` must have the layout \(2,\), got shape \(1,\)"):
+        ledger.fold_leavers(row, packing, leave[:1])
+    for into in (-1, 2):
+        with pytest.raises(TokenExitError, match=rf"`into` must be one of the 2 slots, got {into}"):
+            ledger.fold_leavers(row, packing, leave, into=into)
+    for above in (-0.1, 1.5):
+        with pytest.raises(TokenExitError, match=rf"`above` must be in \[0, 1\], got {above}"):
+            ledger.fold_leavers(row, packing, leave, above=above)

@@ -1,22 +1,89 @@
+import contextlib
+import json
+
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.core.test_policies import PLAIN
 from tests.core.test_schedule import SCHEDULE
-from tokenexit import TokenExitError, heads, manifest
+from tokenexit import TokenExitError, heads, manifest, schedule
 from tokenexit.manifest import Manifest
 
 PLAN = st.none() | st.just(heads.Linear()) | st.builds(heads.MLP, st.none() | st.integers(1, 9)) | st.builds(heads.FCN)
 
 
-@given(plan=SCHEDULE, more=st.sets(st.integers(1, 40)), head=PLAN, own=st.booleans(), size=st.integers(1, 999))
-def test_a_manifest_survives_json(plan, more, head, own, size):
+@st.composite
+def manifests(draw):
+    plan, more, size = draw(SCHEDULE), draw(st.sets(st.integers(1, 40))), draw(st.integers(1, 999))
     after = tuple(sorted({*plan.after, *more}))
-    whole = Manifest(schedule=plan, after=after, plan=head, built_head=own, classes=size, width=size, depth=41)
+    return Manifest(
+        schedule=plan, after=after, plan=draw(PLAN), built_head=draw(st.booleans()), classes=size, width=size, depth=41
+    )
+
+
+@given(whole=manifests())
+def test_a_manifest_survives_json(whole):
     assert manifest.from_json(manifest.to_json(whole)) == whole
 
 
 @given(text=st.text() | st.binary().map(lambda raw: raw.decode("latin1")))
 def test_any_other_text_is_refused_by_the_librarys_own_error(text):
     with pytest.raises(TokenExitError):
+        manifest.from_json(text)
+
+
+@pytest.mark.usefixtures("unchecked")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(whole=manifests(), data=st.data())
+def test_a_damaged_manifest_is_refused_by_the_librarys_own_error_or_read(whole, data):
+    damaged = json.loads(manifest.to_json(whole))
+    places = [damaged, damaged["schedule"], damaged["schedule"]["carry"], *damaged["schedule"]["exits"]]
+    where = data.draw(st.sampled_from(places))
+    where[data.draw(st.sampled_from([*where, "more"]))] = data.draw(PLAIN)
+    with contextlib.suppress(TokenExitError):
+        assert isinstance(manifest.from_json(json.dumps(damaged)), Manifest)
+
+
+def written(**changes):
+    whole = Manifest(schedule.dtop(), (2, 6, 8), heads.MLP(), True, 3, 8, 12)
+    return json.dumps(json.loads(manifest.to_json(whole)) | changes)
+
+
+def deep(levels):
+    """A policy of policies of policies, which a careless reader follows until it breaks."""
+    return '{"kind": "not", "policy": ' * levels + '{"kind": "never"}' + "}" * levels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "`text` must be JSON"),
+        ("[" * 100_000, "`text` must be JSON"),
+        ("null", "`text` must be an object with the keys"),
+        ("{}", r"`text` must be an object with the keys .*got \[\]"),
+        (written(more=1), "`text` must be an object with the keys .*'more'"),
+        (written(schema=0), "`schema` must be .*, got 0"),
+        (written(classes=True), "`classes` must be a whole number from 1 to .*, got True"),
+        (written(width=0), "`width` must be a whole number from 1 to .*, got 0"),
+        (written(depth=1.5), "`depth` must be a whole number from 1 to .*, got 1.5"),
+        (written(depth=10**12), "`depth` must be a whole number from 1 to .*, got 1000000000000"),
+        (written(after=[8, 6, 2]), r"`after` must ascend, got \[8, 6, 2\]"),
+        (written(after=[2, 6, 12]), "`after` must be a list of blocks from 1 to 11"),
+        (written(after=[6]), r"`schedule` must have exits only after blocks with a head, \[6\], got \[8\]"),
+        (written(built_head=1), "`built_head` must be true or false, got 1"),
+        (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, got 'conv'"),
+        (written(schedule={"schema": 1, "exits": []}), "`schema` must be 2, got 1"),
+        (written(schedule=None), "`schedule` must be a mapping, got None"),
+        (
+            written(
+                schedule={"schema": 2, "exits": [{"after": 2, "policy": "DEEP"}], "carry": {"kind": "prediction"}}
+            ).replace('"DEEP"', deep(20_000)),
+            "`(schedule` must not be nested so deeply|text` must be JSON)",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_hostile_text_is_refused(text, message):
+    with pytest.raises(TokenExitError, match=message):
         manifest.from_json(text)

@@ -1,59 +1,105 @@
+import contextlib
 import json
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.core import strategies
+from tests.core.backends import each_backend
+from tests.core.test_carries import CARRY
+from tests.core.test_policies import PLAIN
 from tokenexit import TokenExitError, policies, schedule
-from tokenexit.policies import ConfidenceAbove, EntropyBelow, MarginAbove, NeighboursAgree, always, never
+from tokenexit.carries import Feature, Prediction, Preserved
+from tokenexit.policies import (
+    Budget,
+    ConfidenceAbove,
+    EntropyBelow,
+    Evidence,
+    GateBelow,
+    NeighboursAgree,
+    Patience,
+    PerClass,
+    always,
+    never,
+)
 from tokenexit.schedule import Exit, Schedule
 
-LEAF = st.one_of(
-    st.builds(ConfidenceAbove, st.floats(0, 1)),
-    st.builds(EntropyBelow, st.floats(0, 1)),
-    st.builds(MarginAbove, st.floats(0, 1)),
-    st.builds(NeighboursAgree, st.floats(0, 1), radius=st.integers(0, 5)),
-    st.just(never()),
-    st.just(always()),
+EXITS = st.dictionaries(st.integers(1, 40), strategies.policies(), max_size=5).map(
+    lambda exits: tuple(Exit(after, exits[after]) for after in sorted(exits))
 )
-POLICY = st.recursive(
-    LEAF,
-    lambda inner: st.one_of(
-        st.builds(lambda a, b: a & b, inner, inner),
-        st.builds(lambda a, b: a | b, inner, inner),
-        st.builds(lambda a, k: a.retaining(per_class=k), inner, st.integers(0, 9)),
-    ),
-    max_leaves=5,
-)
-SCHEDULE = st.dictionaries(st.integers(1, 40), POLICY, max_size=5).map(
-    lambda exits: Schedule(tuple(Exit(after, exits[after]) for after in sorted(exits)))
-)
+SCHEDULE = st.builds(Schedule, EXITS, CARRY)
 
 
 @given(plan=SCHEDULE)
 def test_a_schedule_survives_json(plan):
+    again = Schedule.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    assert json.dumps(again.to_dict()) == json.dumps(plan.to_dict())
+
+
+PRESETS = {
+    "neighbours": schedule.neighbours(),
+    "dtop": schedule.dtop(),
+    "dovit": schedule.dovit(),
+    "paumer": schedule.paumer(),
+    "paumer, by rank": schedule.paumer(keep={3: 0.8, 6: 0.5}),
+    "svit": schedule.svit(),
+    "dense": schedule.dense(after=(2, 5)),
+    "truncated": schedule.truncated(after=8),
+}
+
+
+@pytest.mark.parametrize("plan", PRESETS.values(), ids=PRESETS)
+def test_a_preset_survives_json(plan):
     assert Schedule.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.to_dict()["schema"] == 2
 
 
 def test_the_presets_are_what_was_published_and_what_we_measured():
-    assert schedule.dtop() == Schedule(
-        (Exit(6, ConfidenceAbove(0.9).retaining(per_class=5)), Exit(8, ConfidenceAbove(0.9).retaining(per_class=5)))
-    )
+    def at(blocks, policy, *carry):
+        return Schedule(tuple(Exit(block, policy) for block in blocks), *carry)
+
+    assert schedule.dtop() == at((6, 8), ConfidenceAbove(0.9).retaining(per_class=5), Prediction())
+    assert schedule.dovit() == at((2, 5, 8), ConfidenceAbove(0.985), Feature("decoder", fold_above=0.1))
+    assert schedule.paumer() == at((8, 10), EntropyBelow(0.05), Feature("decoder", fold_above=None))
+    assert schedule.svit() == at(range(3, 12), GateBelow(0.5), Preserved())
     assert schedule.neighbours() == Schedule(
         tuple(
             Exit(after, NeighboursAgree(0.9, radius=radius).retaining(per_class=5))
             for after, radius in ((3, 2), (6, 1), (8, 0))
         )
     )
-    assert schedule.dense(after=(2, 5)) == Schedule((Exit(2, never()), Exit(5, never())))
-    assert schedule.truncated(after=8) == Schedule((Exit(8, always()),))
+    assert schedule.dense(after=(2, 5)) == at((2, 5), never(), Prediction())
+    assert schedule.truncated(after=8) == at((8,), always(), Prediction())
+
+
+def test_the_presets_take_other_numbers():
     assert schedule.neighbours(radius={8: 0, 3: 1}).after == (3, 8)
+    assert schedule.dovit(after=(6, 12, 18), threshold=0.95, fold_above=None) == Schedule(
+        tuple(Exit(block, ConfidenceAbove(0.95)) for block in (6, 12, 18)), Feature()
+    )
+    assert schedule.dtop(after=iter((8, 16)), threshold={8: 0.9, 16: 0.95}, per_class=3) == Schedule(
+        tuple(Exit(block, ConfidenceAbove(t).retaining(per_class=3)) for block, t in ((8, 0.9), (16, 0.95)))
+    )
+    assert schedule.paumer(after=(4,), threshold=0.3) == Schedule((Exit(4, EntropyBelow(0.3)),), Feature())
+    assert schedule.paumer(keep={6: 0.5, 3: 0.8}) == Schedule(
+        (Exit(3, Budget(0.8, by="entropy")), Exit(6, Budget(0.5, by="entropy"))), Feature()
+    )
+    assert schedule.svit(after=(1, 2), threshold={1: 0.3, 2: 0.6}) == Schedule(
+        (Exit(1, GateBelow(0.3)), Exit(2, GateBelow(0.6))), Preserved()
+    )
+    own = PerClass((0.5, 0.9))
+    assert schedule.dtop(threshold=own).exits[0].policy == ConfidenceAbove(own).retaining(per_class=5)
 
 
 def test_only_exits_at_which_a_token_can_leave_are_active():
     plan = Schedule((Exit(1, never()), Exit(2, always()), Exit(3, ConfidenceAbove(1.0))))
     assert [exit.after for exit in plan.active] == [2, 3]
     assert schedule.dense(after=(1, 2)).active == ()
+    array = Schedule((Exit(1, never()), Exit(2, ConfidenceAbove(np.asarray(0.5))), Exit(3, EntropyBelow(0.0))))
+    assert [exit.after for exit in array.active] == [2, 3]
 
 
 def test_thresholds_are_exchanged_for_all_exits_or_for_some():
@@ -62,6 +108,49 @@ def test_thresholds_are_exchanged_for_all_exits_or_for_some():
     mixed = plan.with_threshold({3: 0.99})
     assert mixed == schedule.neighbours(threshold={3: 0.99, 6: 0.9, 8: 0.9})
     assert plan == schedule.neighbours()
+    own = PerClass((0.5, 0.7))
+    assert plan.with_threshold(own) == schedule.neighbours(threshold=own)
+    assert plan.with_threshold({6: own, 8: 0.2}) == schedule.neighbours(threshold={3: 0.9, 6: own, 8: 0.2})
+
+
+@pytest.mark.parametrize("name", ["neighbours", "dtop", "dovit", "paumer", "svit"])
+def test_retuning_keeps_everything_else(name):
+    plan = PRESETS[name]
+    other = plan.with_threshold(0.25)
+    assert other != plan
+    assert other.carry == plan.carry
+    assert other == getattr(schedule, name)(threshold=0.25)
+    one = plan.with_threshold({plan.after[-1]: 0.25})
+    assert one.exits[:-1] == plan.exits[:-1]
+    assert one.exits[-1] == other.exits[-1]
+
+
+def test_exits_that_are_not_retuned_may_compare_another_score():
+    plan = Schedule((Exit(2, EntropyBelow(0.1)), Exit(4, ConfidenceAbove(0.9)), Exit(6, Budget(2))), Feature())
+    assert plan.with_threshold({4: 0.5}).exits[1] == Exit(4, ConfidenceAbove(0.5))
+    assert plan.with_threshold({2: 0.5}).exits[0] == Exit(2, EntropyBelow(0.5))
+
+
+@each_backend
+def test_a_new_threshold_decides_at_once(backend):
+    """The evidence, which remembers scores, remembers no decision; and an array is read when a policy is asked."""
+    given_evidence = Evidence(backend.array(np.array([[1, 0], [4, 0]], np.float32)))
+
+    def leaving(plan):
+        return [backend.numpy(exit.policy(given_evidence)).tolist() for exit in plan.exits]
+
+    plan = schedule.dtop(threshold=0.9, per_class=0)
+    assert leaving(plan) == [[False, True]] * 2
+    assert leaving(plan.with_threshold(0.5)) == [[True, True]] * 2
+    assert leaving(plan.with_threshold({8: 0.5})) == [[False, True], [True, True]]
+    assert leaving(plan.with_threshold(PerClass((1.0, 0.0)))) == [[False, False]] * 2
+    array = backend.array(np.asarray(0.9, np.float32))
+    live = plan.with_threshold(array)
+    assert leaving(live) == [[False, True]] * 2
+    if backend.name != "numpy-readonly":
+        array[...] = 0.5
+        assert leaving(live) == [[True, True]] * 2
+        assert live.to_dict() == plan.with_threshold(0.5).to_dict()
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -70,7 +159,9 @@ def test_thresholds_are_exchanged_for_all_exits_or_for_some():
     [
         (lambda: Exit(0, always()), "`after` must be a whole number of blocks from 1 up, got 0"),
         (lambda: Exit(True, always()), "`after` must be a whole number .* got True"),
+        (lambda: Exit(1.0, always()), "`after` must be a whole number .* got 1.0"),
         (lambda: Exit(2, "always"), "`policy` must be a tokenexit.policies.Policy, got 'always'"),
+        (lambda: Exit(2, PerClass((0.5,))), "`policy` must be a tokenexit.policies.Policy, got PerClass"),
         (
             lambda: Schedule((Exit(4, always()), Exit(2, always()))),
             r"strictly ascending order of `after`, got \(4, 2\)",
@@ -80,21 +171,36 @@ def test_thresholds_are_exchanged_for_all_exits_or_for_some():
             lambda: Schedule(Exit(after, always()) for after in (2, 4)),
             "`exits` must be a tuple of Exit, got <generator",
         ),
+        (lambda: Schedule((always(),)), "`exits` must be a tuple of Exit, got "),
+        (lambda: Schedule((), None), "`carry` must be a carry of tokenexit.carries, got None"),
+        (lambda: Schedule((), "prediction"), "`carry` must be a carry of tokenexit.carries, got 'prediction'"),
+        (lambda: Schedule((), Feature), "`carry` must be a carry of tokenexit.carries, got <class"),
         (lambda: schedule.neighbours(radius={}), "`radius` must name at least one block, got {}"),
         (lambda: schedule.dtop(after=6), r"`after` must be several blocks, as \(6, 8\), got 6"),
+        (lambda: schedule.dovit(after=6), r"`after` must be several blocks, as \(6, 8\), got 6"),
+        (lambda: schedule.paumer(after=()), r"compare one kind of score, got \[\]"),
+        (lambda: schedule.svit(after=(2, 1)), r"strictly ascending order of `after`, got \(2, 1\)"),
+        (
+            lambda: schedule.paumer(threshold=0.1, keep={6: 0.5}),
+            "`keep` must be given instead of `threshold`, got both",
+        ),
+        (lambda: schedule.paumer(keep={}), "`keep` must name at least one block, got {}"),
+        (lambda: schedule.paumer(keep={6: 1.5}), r"`keep` must be a float in \[0, 1\] or a whole number, got 1.5"),
+        (lambda: schedule.dovit(fold_above=1.5), r"`fold_above` must be None or in \[0, 1\], got 1.5"),
+        (lambda: schedule.svit(threshold=2), r"`threshold` must be in \[0, 1\], got 2"),
+        (lambda: schedule.truncated(after=0), "`after` must be a whole number of blocks from 1 up, got 0"),
         (lambda: schedule.dense(after=(2,)).with_threshold(0.5), r"compare one kind of score, got \[\]"),
+        (lambda: schedule.dtop().with_threshold({}), r"compare one kind of score, got \[\]"),
+        (lambda: schedule.paumer(keep={6: 0.5}).with_threshold(0.5), r"compare one kind of score, got \[\]"),
         (
             lambda: Schedule((Exit(2, EntropyBelow(0.1)), Exit(4, ConfidenceAbove(0.9)))).with_threshold(0.9),
             r"compare one kind of score, got \['confidence', 'entropy'\]",
         ),
         (lambda: schedule.dtop(threshold=-0.1), r"`threshold` must be in \[0, 1\], got -0.1"),
+        (lambda: schedule.dtop().with_threshold({6: 1.5}), r"`threshold` must be in \[0, 1\], got 1.5"),
         (lambda: schedule.dtop(threshold={7: 0.5}), r"`threshold` must name blocks with an exit, \(6, 8\), got \[7\]"),
         (lambda: schedule.neighbours(radius={3: -1}), "`radius` must be a whole number of at least 0, got -1"),
         (lambda: schedule.neighbours(per_class=-1), "`per_class` must be a whole number of at least 0, got -1"),
-        (lambda: Schedule.from_dict({"schema": 2, "exits": []}), "`schema` must be 1, got 2"),
-        (lambda: Schedule.from_dict({"exits": []}), r"`schedule` must have exactly the keys \['exits', 'schema'\]"),
-        (lambda: Schedule.from_dict({"schema": 1, "exits": {}}), "`exits` must be a list, got {}"),
-        (lambda: Schedule.from_dict({"schema": 1, "exits": [7]}), "`exits` must be a mapping .* got 7"),
     ],
 )
 def test_bad_input_is_named(make, message):
@@ -102,11 +208,65 @@ def test_bad_input_is_named(make, message):
         make()
 
 
-def test_a_policy_inside_a_schedule_is_of_the_closed_registry():
-    data = {
-        "schema": 1,
-        "exits": [{"after": 1, "policy": {"kind": "retaining", "policy": {"kind": "x"}, "per_class": 1}}],
-    }
-    with pytest.raises(TokenExitError, match="`kind` must be one of ConfidenceAbove"):
+def written(**changes):
+    return {"schema": 2, "exits": [], "carry": {"kind": "prediction"}} | changes
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"schema": 1, "exits": []}, "`schema` must be 2, got 1"),
+        (written(schema=1), "`schema` must be 2, got 1"),
+        (written(schema=3), "`schema` must be 2, got 3"),
+        (written(schema="2"), "`schema` must be 2, got '2'"),
+        (written(schema=None), "`schema` must be 2, got None"),
+        ({"exits": []}, r"`schedule` must have a schema, got \['exits'\]"),
+        ({}, r"`schedule` must have a schema, got \[\]"),
+        (None, "`schedule` must be a mapping, got None"),
+        ([], r"`schedule` must be a mapping, got \[\]"),
+        ({"schema": 2, "exits": []}, r"`schedule` must have exactly the keys \['carry', 'exits', 'schema'\]"),
+        (written(more=1), r"`schedule` must have exactly the keys .*got \['carry', 'exits', 'more', 'schema'\]"),
+        (written(exits={}), "`exits` must be a list, got {}"),
+        (written(exits=[7]), "`exits` must be a mapping .* got 7"),
+        (written(exits=[{"after": 1}]), r"`exits` must have exactly the keys \['after', 'policy'\], got \['after'\]"),
+        (written(exits=[{"after": True, "policy": {"kind": "never"}}]), "`after` must be a whole number .*got True"),
+        (written(exits=[{"after": "1", "policy": {"kind": "never"}}]), "`after` must be a whole number .*got '1'"),
+        (written(exits=[{"after": 1, "policy": "never"}]), "`policy` must be a mapping, got 'never'"),
+        (written(exits=[{"after": 2, "policy": {"kind": "never"}}] * 2), "strictly ascending order of `after`"),
+        (
+            written(exits=[{"after": 1, "policy": {"kind": "PerClass", "thresholds": [0.5]}}]),
+            "`policy` must be a policy, got PerClass",
+        ),
+        (
+            written(exits=[{"after": 1, "policy": {"kind": "retaining", "policy": {"kind": "x"}, "per_class": 1}}]),
+            "`kind` must be one of ConfidenceAbove, .*got 'x'",
+        ),
+        (written(carry=None), "`carry` must be a mapping, got None"),
+        (written(carry="prediction"), "`carry` must be a mapping, got 'prediction'"),
+        (written(carry={"kind": "never"}), "`kind` must be one of prediction, feature, preserved, got 'never'"),
+        (written(carry={"kind": "feature", "before": "head", "fold_above": None}), "`before` must be 'decoder' or"),
+    ],
+)
+def test_hostile_data_is_refused(data, message):
+    with pytest.raises(TokenExitError, match=message):
         Schedule.from_dict(data)
-    assert policies.from_dict({"kind": "always"}) == always()
+
+
+@pytest.mark.usefixtures("unchecked")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=SCHEDULE, data=st.data())
+def test_damaged_data_is_refused_by_the_librarys_own_error_or_read_as_a_schedule(plan, data):
+    damaged = plan.to_dict()
+    where = data.draw(st.sampled_from([damaged, damaged["carry"], *damaged["exits"]]))
+    where[data.draw(st.sampled_from([*where, "more"]))] = data.draw(PLAIN)
+    with contextlib.suppress(TokenExitError):
+        assert isinstance(Schedule.from_dict(damaged), Schedule)
+
+
+def test_a_schedule_is_plain_frozen_data():
+    plan = Schedule((Exit(3, Patience(2) & GateBelow(0.5)),), Preserved())
+    assert eval(repr(Exit(3, Patience(2)))) == Exit(3, Patience(2))
+    assert hash(plan) == hash(Schedule(plan.exits, Preserved()))
+    assert plan != Schedule(plan.exits)
+    assert policies.from_dict(plan.to_dict()["exits"][0]["policy"]) == plan.exits[0].policy

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.torch import models
 from tokenexit import TokenExitError, policies, schedule
+from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
 
 HOSTS = {
@@ -25,8 +26,45 @@ PLANS = {
     "dtop": schedule.dtop(after=(2, 4), threshold=0.5, per_class=2),
     "entropy or margin": Schedule((Exit(2, policies.EntropyBelow(0.3) | policies.MarginAbove(0.8)),)),
 }
+FEATURES = {
+    "dovit": schedule.dovit(after=(2, 4), threshold=0.5),
+    "dovit, nothing folded": schedule.dovit(after=(2, 3, 4), threshold=0.6, fold_above=None),
+    "paumer": schedule.paumer(after=(2, 4), threshold=0.4),
+    "paumer, a budget": schedule.paumer(keep={2: 0.6, 3: 0.4, 4: 0.1}),
+    "rejoining for the last block": Schedule(
+        schedule.paumer(after=(2, 4), threshold=0.4).exits, Feature("last block", fold_above=0.05)
+    ),
+    "all leave, and rejoin for the last block": Schedule((Exit(3, policies.always()),), Feature("last block")),
+    "all leave": Schedule((Exit(3, policies.always()),), Feature()),
+}
 each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+def rejoined_one_by_one(model, images, exit_depth, carry):
+    """A slow reference for features that rejoin: leave as `exit_depth` says, image by image."""
+    found = []
+    for index in range(len(images)):
+        embedded = model.host.embed(images[index : index + 1])
+        prefix = embedded.prefix
+        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
+        features, slots = embedded.tokens.clone(), torch.arange(len(depth))
+        for block in range(model.depth):
+            if carry.before == "last block" and block == model.depth - 1:
+                slots = torch.arange(len(depth))
+            if len(slots) == 0:
+                continue
+            row = model.host.run(block, features[:, slots], None)
+            features[:, slots] = row
+            leaving = depth[slots] == block + 1
+            if carry.fold_above is not None and leaving.sum() > carry.fold_above * (len(slots) - 1):
+                features[0, 0] = (row[0, 0] + row[0, leaving].mean(dim=0)) / 2
+            slots = slots[~leaving]
+            if (slots < prefix).all():
+                slots = slots[:0]
+        logits = model.head(model.host.finish(features))[0, prefix:]
+        found.append(logits.T.unflatten(1, embedded.grid))
+    return torch.stack(found)
 
 
 def one_by_one(model, images, exit_depth):
@@ -119,6 +157,90 @@ def test_running_packed_is_running_one_image_at_a_time_with_its_own_tokens(host,
     out = model(images)
     assert len(out.exit_depth.unique()) > 1
     torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize("prefix", [1, 6])
+def test_features_that_rejoin_are_those_of_one_image_at_a_time(plan, prefix):
+    model, images = models.wrapped(models.timm_vit(prefix=prefix), plan), models.images(3)
+    out = model(images)
+    depths = out.exit_depth.flatten(1)
+    assert depths.min() < 6
+    expected = rejoined_one_by_one(model, images, out.exit_depth, plan.carry)
+    torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
+    for block in range(model.depth):
+        patches = (depths > block).sum(dim=1)
+        ran = torch.where(patches > 0, patches + prefix, 0)
+        if plan.carry.before == "last block" and block == 5:
+            ran = torch.full_like(ran, 24 + prefix)
+        assert torch.equal(out.tokens_per_block[:, block], ran)
+    if prefix == 1:  # heads are counted for patches alone
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(images)
+        assert int(model.multiply_adds(out).sum()) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dovit", "paumer, a budget", "rejoining for the last block"])
+def test_an_image_whose_features_rejoin_does_not_depend_on_its_batch(name):
+    model, images = models.wrapped(models.timm_vit(), FEATURES[name]).double(), models.images(4).double()
+    together = model(images)
+    for index in range(len(images)):
+        alone = model(images[index : index + 1])
+        torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=1e-9, atol=1e-9)
+        assert torch.equal(alone.exit_depth[0], together.exit_depth[index])
+
+
+def test_gradients_reach_what_left_and_rejoined():
+    model, images = models.wrapped(models.timm_vit(), FEATURES["dovit"]), models.images(2)
+    out = model(images)
+    out.logits[:, :, out.exit_depth[0] == 2].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.patch_embed.parameters())
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+@torch.no_grad()
+def test_a_budget_is_kept_by_every_image():
+    plan = Schedule(tuple(Exit(after, policies.Budget(keep)) for after, keep in ((2, 0.75), (3, 0.5), (4, 3))))
+    out = models.wrapped(models.timm_vit(), plan)(models.images(4))
+    for block, patches in ((1, 24), (2, 18), (3, 12), (4, 3), (5, 3)):
+        assert out.tokens_per_block[:, block].eq(patches + 1).all()
+
+
+@torch.no_grad()
+def test_patience_waits_for_heads_that_agree():
+    plan = Schedule(tuple(Exit(after, policies.Patience(1)) for after in (2, 3, 4)))
+    model, images = models.wrapped(models.timm_vit(), plan), models.images(4)
+    out, every = model(images), model.every_exit(images)
+    two, three = (every[after].argmax(dim=1) for after in (2, 3))
+    assert (out.exit_depth >= 3).all()
+    assert torch.equal(out.exit_depth == 3, two == three)
+    assert {3, 4, 6} == set(out.exit_depth.unique().tolist())
+
+
+@torch.no_grad()
+def test_patience_remembers_the_tokens_that_still_run():
+    # Others leave first, so that the row is another one when the exits are compared.
+    first = policies.Patience(1) | policies.ConfidenceAbove(0.7)
+    plan = Schedule((Exit(2, first), Exit(3, first), Exit(4, policies.Patience(1))))
+    model, images = models.wrapped(models.timm_vit(), plan).double(), models.images(3).double()
+    together = model(images)
+    assert {2, 3, 4, 6} == set(together.exit_depth.unique().tolist())
+    for index in range(len(images)):
+        assert torch.equal(model(images[index : index + 1]).exit_depth[0], together.exit_depth[index])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_carry_that_the_model_cannot_run_is_named():
+    model = models.wrapped(models.timm_vit(), schedule.dense())
+    with pytest.raises(TokenExitError, match="`schedule` must carry predictions or features .*without gates"):
+        model.retune(schedule.svit(after=(2, 3)))
+    with pytest.raises(TokenExitError, match="look at no gate, for a model without gates"):
+        model.retune(Schedule((Exit(2, policies.never() | policies.GateBelow(0.5)),)))
+    bare = models.wrapped(models.timm_vit(prefix=0), schedule.dovit(after=(2,), threshold=0.5))
+    with pytest.raises(TokenExitError, match="`schedule` must have fold_above=None for a model without prefix tokens"):
+        bare(models.images(1))
 
 
 @torch.no_grad()

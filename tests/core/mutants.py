@@ -1,0 +1,295 @@
+"""Do the core's tests notice realistic slips? Plant them one at a time in a copy, and run the tests that should.
+
+    python -m tests.core.mutants [--only NAME]
+
+Prints a table in Markdown; the exit status is 1 if fewer than nine of ten are caught, 2 if a slip cannot be planted
+or the tests fail without any.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("tokenexit", "adapters", "tests", "examples", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A slip: in `file`, which must have `old` exactly once, it becomes `new`; `tests` should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+SCORES, POLICIES, RETENTION = ("test_scores",), ("test_policies", "test_static"), ("test_retention", "test_static")
+TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
+
+MUTANTS = (
+    Mutant(
+        "scores in the precision that comes in",
+        "scores.py",
+        "    logits = xp.astype(logits, xp.float32)\n    return logits - xp.max",
+        "    return logits - xp.max",
+        SCORES,
+    ),
+    Mutant(
+        "entropy in bits",
+        "scores.py",
+        "return nats / math.log(classes) if classes > 1 else nats",
+        "return nats / math.log(2)",
+        SCORES,
+    ),
+    Mutant(
+        "margin to the next lower score, not to an equal one",
+        "scores.py",
+        "counting(weight.shape[-1], weight) == best",
+        "weight == xp.max(weight, axis=-1, keepdims=True)",
+        SCORES,
+    ),
+    Mutant(
+        "confidence at the threshold leaves",
+        "policies.py",
+        "return evidence.confidence > self._limit(",
+        "return evidence.confidence >= self._limit(",
+        POLICIES,
+    ),
+    Mutant(
+        "NaN leaves by a negated policy",
+        "policies.py",
+        "return ~self.policy(evidence) & evidence.known",
+        "return ~self.policy(evidence)",
+        POLICIES,
+    ),
+    Mutant(
+        "protected tokens leave",
+        "policies.py",
+        "return able if self.protected is None else able & ~self.protected",
+        "return able",
+        POLICIES,
+    ),
+    Mutant(
+        "neighbours beyond the edge of the grid",
+        "_grid.py",
+        "xp.concat([part(0, step), part(0, size - step)], axis=axis)",
+        "xp.concat([part(size - step, size), part(0, size - step)], axis=axis)",
+        POLICIES,
+    ),
+    Mutant(
+        "settled neighbours count without their confidence",
+        "policies.py",
+        "xp.astype(self._votes(settled, evidence.settled_score > limit), votes.dtype)",
+        "xp.astype(settled, votes.dtype)",
+        POLICIES,
+    ),
+    Mutant(
+        "budget rounded up",
+        "policies.py",
+        "xp.astype(rank, xp.float32) + 0.5 > keep",
+        "xp.astype(rank, xp.float32) >= keep",
+        POLICIES,
+    ),
+    Mutant(
+        "those that stay anyhow do not count for the minimum",
+        "policies.py",
+        "order = xp.where(leave, evidence.hardness(by), xp.inf)",
+        "order = evidence.hardness(by)",
+        POLICIES,
+    ),
+    Mutant(
+        "the oldest exits instead of the latest",
+        "policies.py",
+        "evidence.previous[seen - self.exits :, :]",
+        "evidence.previous[: self.exits, :]",
+        POLICIES,
+    ),
+    Mutant(
+        "groups of several images overlap",
+        "policies.py",
+        "else evidence.image * classes + label",
+        "else evidence.image * images + label",
+        POLICIES,
+    ),
+    Mutant(
+        "of equal tokens in a long row, the last is not kept",
+        "retention.py",
+        "((score == least) & (counting(score.shape[0], score) <= xp.take(last, group)))",
+        "((score == least) & (counting(score.shape[0], score) < xp.take(last, group)))",
+        RETENTION,
+    ),
+    Mutant(
+        "NaN ranks as it is sorted",
+        "retention.py",
+        "return xp.where(xp.isnan(score), -xp.inf, score)",
+        "return score",
+        RETENTION,
+    ),
+    Mutant(
+        "finalists of a tournament out of order",
+        "retention.py",
+        "    picked = xp.sort(picked, axis=-1)\n",
+        "",
+        RETENTION,
+    ),
+    Mutant(
+        "one chunk too few in the finals",
+        "retention.py",
+        "first_k(champion, min(k, chunks))",
+        "first_k(champion, max(1, min(k, chunks) - 1))",
+        RETENTION,
+    ),
+    Mutant(
+        "NaN is the first to be surplus",
+        "tokens.py",
+        "xp.where(xp.isnan(score), -xp.inf, score)",
+        "xp.where(xp.isnan(score), xp.inf, score)",
+        TOKENS,
+    ),
+    Mutant(
+        "of equal scores the earlier slot is surplus",
+        "tokens.py",
+        "xp.argsort(xp.where(stay, score, xp.inf), axis=1, stable=True)",
+        "xp.flip(xp.argsort(xp.where(stay, -score, -xp.inf), axis=1, stable=True), axis=1)",
+        TOKENS,
+    ),
+    Mutant(
+        "the wrong side of equal counts",
+        "tokens.py",
+        "xp.searchsorted(counted, wanted)",
+        'xp.searchsorted(counted, wanted, side="right")',
+        TOKENS,
+    ),
+    Mutant(
+        "the shorter row forgets the first batch",
+        "tokens.py",
+        "return Packing(running, xp.take(packing.index, rows)), rows",
+        "return Packing(running, rows), rows",
+        TOKENS,
+    ),
+    Mutant(
+        "the smaller selection forgets the first batch",
+        "tokens.py",
+        "slot_of = xp.take_along_axis(selection.slot_of, entry, axis=1)",
+        "slot_of = entry",
+        TOKENS,
+    ),
+    Mutant(
+        "entries that are not valid are selected again",
+        "tokens.py",
+        "_fit(stay & selection.valid, score,",
+        "_fit(stay, score,",
+        TOKENS,
+    ),
+    Mutant(
+        "those that run on are settled too",
+        "ledger.py",
+        "return xp.where(xp.reshape(left, (*left.shape, *[1] * (settled.ndim - 2))), found, settled)",
+        "return found",
+        LEDGER,
+    ),
+    Mutant(
+        "leavers fold at the share",
+        "ledger.py",
+        "xp.where(leaving > above * others,",
+        "xp.where(leaving >= above * others,",
+        LEDGER,
+    ),
+    Mutant(
+        "the token that takes the leavers in counts as one of the others",
+        "ledger.py",
+        "axis=1, keepdims=True) - 1\n",
+        "axis=1, keepdims=True)\n",
+        LEDGER,
+    ),
+    Mutant(
+        "two exits after one block",
+        "schedule.py",
+        "list(self.after) == sorted(set(self.after)),",
+        "list(self.after) == sorted(self.after),",
+        SCHEDULE,
+    ),
+    Mutant(
+        "an exit head reads the tokens of the next block",
+        "cost.py",
+        "tokens[:, after - 1] - self.prefix",
+        "tokens[:, after] - self.prefix",
+        COST,
+    ),
+    Mutant(
+        "one product of attention instead of two",
+        "cost.py",
+        "return 2 * self.width * tokens * tokens",
+        "return self.width * tokens * tokens",
+        COST,
+    ),
+)
+
+
+def run(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str, float]:
+    """Whether these tests pass in a folder, which was the first that did not, and the seconds it took."""
+    start = time.perf_counter()
+    files = [f"tests/core/{name}.py" for name in tests]
+    path = os.pathsep.join([str(folder), str(folder / "adapters")])
+    # Nothing compiled is kept: a slip of the same length, made within the same second, would not be seen.
+    settings = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "quick"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *files],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    first = re.search(r"^(?:FAILED|ERROR) tests/core/(\S+)", done.stdout, flags=re.MULTILINE)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0, first.group(1) if first else "", time.perf_counter() - start
+
+
+def main() -> int:
+    """Plant the slips, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[mutant.name for mutant in MUTANTS], help="one slip instead of all")
+    only = parser.parse_args().only
+    mutants = [mutant for mutant in MUTANTS if only in (None, mutant.name)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, folder / name)
+        before = {mutant.file: (folder / "tokenexit" / mutant.file).read_text() for mutant in mutants}
+        for mutant in mutants:
+            found = before[mutant.file].count(mutant.old)
+            if found != 1:
+                print(f"{mutant.name}: {mutant.file} has the text to change {found} times, not once", file=sys.stderr)
+                return 2
+        passes, first, _ = run(folder, tuple(dict.fromkeys(name for mutant in mutants for name in mutant.tests)))
+        if not passes:
+            print(f"the tests fail without any slip: {first}", file=sys.stderr)
+            return 2
+        caught = 0
+        print("| slip | found | by | seconds |\n|---|---|---|---:|", flush=True)
+        for mutant in mutants:
+            file = folder / "tokenexit" / mutant.file
+            file.write_text(before[mutant.file].replace(mutant.old, mutant.new))
+            survived, test, seconds = run(folder, mutant.tests)
+            file.write_text(before[mutant.file])
+            caught += not survived
+            by = f"`{test}`" if test else ""
+            print(f"| {mutant.name} | {'survived' if survived else 'caught'} | {by} | {seconds:.0f} |", flush=True)
+    print(f"\n{caught} of {len(mutants)} caught.")
+    return 0 if caught * 10 >= len(mutants) * 9 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

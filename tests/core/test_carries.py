@@ -1,0 +1,68 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenexit import TokenExitError, carries
+from tokenexit.carries import Feature, Prediction, Preserved
+
+CARRY = (
+    st.just(Prediction())
+    | st.just(Preserved())
+    | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
+)
+
+
+@given(carry=CARRY)
+def test_a_carry_survives_json(carry):
+    again = carries.from_dict(json.loads(json.dumps(carries.to_dict(carry))))
+    assert again == carry
+    assert type(again) is type(carry)
+
+
+def test_what_is_written():
+    assert carries.to_dict(Prediction()) == {"kind": "prediction"}
+    assert carries.to_dict(Preserved()) == {"kind": "preserved"}
+    assert carries.to_dict(Feature()) == {"kind": "feature", "before": "decoder", "fold_above": None}
+    assert Prediction() != Preserved()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Feature("head"), "`before` must be 'decoder' or 'last block', got 'head'"),
+        (lambda: Feature(None), "`before` must be 'decoder' or 'last block', got None"),
+        (lambda: Feature(["decoder"]), r"`before` must be 'decoder' or 'last block', got \['decoder'\]"),
+        (lambda: Feature(fold_above=-0.1), r"`fold_above` must be None or in \[0, 1\], got -0.1"),
+        (lambda: Feature(fold_above=1.1), r"`fold_above` must be None or in \[0, 1\], got 1.1"),
+        (lambda: Feature(fold_above=float("nan")), r"`fold_above` must be None or in \[0, 1\], got nan"),
+        (lambda: Feature(fold_above=True), r"`fold_above` must be None or in \[0, 1\], got True"),
+        (lambda: Feature(fold_above="0.1"), r"`fold_above` must be None or in \[0, 1\], got '0.1'"),
+        (lambda: carries.to_dict(None), "`carry` must be one of prediction, feature, preserved to be written down"),
+        (lambda: carries.to_dict(Feature), "`carry` must be one of prediction, .*got <class"),
+        (lambda: carries.from_dict(None), "`carry` must be a mapping, got None"),
+        (lambda: carries.from_dict({}), "`kind` must be one of prediction, feature, preserved, got None"),
+        (lambda: carries.from_dict({"kind": "Feature"}), "`kind` must be one of .*got 'Feature'"),
+        (lambda: carries.from_dict({"kind": {}}), "`kind` must be one of .*got {}"),
+        (lambda: carries.from_dict({"kind": "prediction", "x": 1}), r"`carry` must have the fields \[\] .*\['x'\]"),
+        (
+            lambda: carries.from_dict({"kind": "feature"}),
+            r"`carry` must have the fields \['before', 'fold_above'\] for kind feature, got \[\]",
+        ),
+        (
+            lambda: carries.from_dict({"kind": "feature", "before": "decoder", "fold_above": True}),
+            r"`fold_above` must be None or in \[0, 1\], got True",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(TokenExitError, match=message):
+        make()
+
+
+def test_carries_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Feature().fold_above = 0.5  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,49 @@
+"""Plans as plain data: frozen dataclasses to mappings and back, by closed registries of their kinds."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tokenexit.errors import require
+
+__all__ = ["from_plain", "is_whole", "require_keys", "to_plain"]
+
+
+def to_plain(
+    value: Any, kinds: Mapping[str, type], /, *, argument: str, write: Callable[[Any], Any] = lambda value: value
+) -> dict[str, Any]:
+    """`{"kind": ..., field: ..., ...}` for a dataclass of one of these kinds, each field's value as `write` says."""
+    names = {kind: name for name, kind in kinds.items()}
+    require(type(value) in names, argument, f"be one of {', '.join(kinds)} to be written down", repr(value))
+    fields = {field.name: write(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"kind": names[type(value)]} | fields
+
+
+def from_plain(
+    data: Any,
+    kinds: Mapping[str, type],
+    /,
+    *,
+    argument: str,
+    read: Callable[[str, Any], Any] = lambda name, value: value,  # noqa: ARG005
+) -> Any:
+    """The dataclass that `to_plain` wrote down, each field's value as `read(name, value)` says."""
+    require(isinstance(data, Mapping), argument, "be a mapping", repr(data))
+    kind = data.get("kind")
+    require(isinstance(kind, str) and kind in kinds, "kind", f"be one of {', '.join(kinds)}", repr(kind))
+    cls = kinds[str(kind)]
+    fields = sorted(field.name for field in dataclasses.fields(cls))
+    found = sorted(map(str, set(data) - {"kind"}))
+    require(found == fields, argument, f"have the fields {fields} for kind {kind}", found)
+    return cls(**{name: read(name, data[name]) for name in fields})
+
+
+def require_keys(data: Any, argument: str, keys: set[str]) -> None:
+    """Raise a `TokenExitError` unless `data` is a mapping with exactly these keys."""
+    require(isinstance(data, Mapping), argument, f"be a mapping with the keys {sorted(keys)}", repr(data))
+    require(set(data) == keys, argument, f"have exactly the keys {sorted(keys)}", sorted(map(str, data)))
+
+
+def is_whole(value: object, /, *, least: int = 0) -> bool:
+    """Whether `value` is a whole number from `least` up, True and False not among them."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

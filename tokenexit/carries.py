@@ -1,0 +1,88 @@
+"""What a token leaves behind when it leaves, and whether it may come back: the carry of a schedule.
+
+A carry is plain frozen data. The arrays that it speaks of are kept by `tokenexit.ledger`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tokenexit._plain import from_plain, to_plain
+from tokenexit.errors import require
+
+__all__ = ["Carry", "Feature", "Prediction", "Preserved", "from_dict", "to_dict"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The class scores of its exit head are a token's result (DToP, ICCV 2023, section 3.2)."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A token keeps the feature it left with, and rejoins the others later (PAUMER, BMVC 2022; DoViT, 2023).
+
+    The network must have been trained for it: a decoder, or a last block, meets features of all depths.
+
+    Attributes:
+        before: What it rejoins the others for: the `decoder`, whatever reads the last block's tokens, or the
+            `last block`, as Token Cropr (CVPR 2025) does.
+        fold_above: If more than this share of an image's tokens leave at an exit, their mean is averaged into the
+            first prefix token, so that attention still knows of them (DoViT, 2023, section 3.2; published: 0.1). None:
+            never.
+    """
+
+    before: Literal["decoder", "last block"] = "decoder"
+    fold_above: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If `before` is unknown, or `fold_above` neither None nor a number in [0, 1].
+        """
+        require(self.before in ("decoder", "last block"), "before", "be 'decoder' or 'last block'", repr(self.before))
+        share: Any = self.fold_above
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        require(share is None or (number and 0 <= share <= 1), "fold_above", "be None or in [0, 1]", repr(share))
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """A token skips the next block, its feature as it is, and any later gate may call it back (SViT, WACV 2024)."""
+
+
+Carry = Prediction | Feature | Preserved
+"""Any of the carries."""
+
+_KINDS: dict[str, type[Carry]] = {"prediction": Prediction, "feature": Feature, "preserved": Preserved}
+
+
+def to_dict(carry: Carry, /) -> dict[str, Any]:
+    """The carry as plain data, for JSON.
+
+    Args:
+        carry: One of the carries of this module.
+
+    Returns:
+        `{"kind": ..., field: value, ...}`.
+
+    Raises:
+        TokenExitError: If it is anything else.
+    """
+    return to_plain(carry, _KINDS, argument="carry")
+
+
+def from_dict(data: Mapping[str, Any], /) -> Carry:
+    """The carry that `to_dict` wrote down.
+
+    Args:
+        data: What `to_dict` returned, or its like read from a file.
+
+    Returns:
+        The carry.
+
+    Raises:
+        TokenExitError: If the kind is unknown, a field is missing or unknown, or a value is out of its range.
+    """
+    return from_plain(data, _KINDS, argument="carry")
