@@ -46,14 +46,14 @@ def extremes(
 def _over_line(combine: Callable[[Array, Array], Array], map: Array, radius: int, axis: int) -> Array:
     xp = array_namespace(map)
     size = map.shape[axis]
-
-    def part(start: int, stop: int) -> Array:
-        return map[:, start:stop, :] if axis == 1 else map[:, :, start:stop]
-
     result = map
     for step in range(1, min(radius, size - 1) + 1):
         # A place without a neighbour at this distance stands in for it, which changes neither extreme.
-        before = xp.concat([part(0, step), part(0, size - step)], axis=axis)
-        after = xp.concat([part(step, size), part(size - step, size)], axis=axis)
+        before = xp.concat([_part(map, axis, 0, step), _part(map, axis, 0, size - step)], axis=axis)
+        after = xp.concat([_part(map, axis, step, size), _part(map, axis, size - step, size)], axis=axis)
         result = combine(result, combine(before, after))
     return result
+
+
+def _part(map: Array, axis: int, start: int, stop: int) -> Array:
+    return map[:, start:stop, :] if axis == 1 else map[:, :, start:stop]

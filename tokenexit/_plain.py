@@ -45,5 +45,5 @@ def require_keys(data: Any, argument: str, keys: set[str]) -> None:
 
 
 def is_whole(value: object, /, *, least: int = 0) -> bool:
-    """Whether `value` is a whole number from `least` up, True and False not among them."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether `value` is a whole number from `least` up that 32 bits hold, True and False not among them."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31

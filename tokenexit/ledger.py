@@ -155,7 +155,8 @@ def fold_leavers(
         receipt: Their receipt.
         leave: Which of them leave.
         into: Slot of the token that takes the mean in: the cls token, as a rule.
-        above: Share of the image's other tokens that must leave, strictly, for it to happen. Published: 0.1.
+        above: Share of the image's other tokens that must leave, strictly, for it to happen; compared in float32.
+            Published: 0.1.
 
     Returns:
         The features, those of the token `into` of an image replaced by the average of themselves and the leavers' mean.

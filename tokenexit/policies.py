@@ -255,7 +255,8 @@ class Evidence:
     def _gate(self) -> Array:
         if self.gate is None:
             raise TokenExitError("`evidence` must have gate for a policy that looks at it, got none")
-        return self.gate
+        xp = array_namespace(self.gate)
+        return xp.astype(self.gate, xp.float32)
 
 
 @dataclass(frozen=True)
@@ -567,7 +568,7 @@ class Patience(Policy):
         Raises:
             TokenExitError: If `exits` is not a whole number from 1 up.
         """
-        require(is_whole(self.exits, least=1), "exits", "be a whole number of at least 1", repr(self.exits))
+        require(is_whole(self.exits, least=1), "exits", "be a whole number from 1 to 2147483647", repr(self.exits))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
@@ -605,7 +606,7 @@ class NeighboursAgree(_Threshold):
             TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
         """
         super().__post_init__()
-        require(is_whole(self.radius), "radius", "be a whole number of at least 0", repr(self.radius))
+        require(is_whole(self.radius), "radius", "be a whole number from 0 to 2147483647", repr(self.radius))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
@@ -613,9 +614,9 @@ class NeighboursAgree(_Threshold):
         if self.radius == 0:
             return confident
         if evidence.grid is None or evidence.images is None or evidence.position is None:
+            lacking = [name for name in ("images", "grid", "position") if getattr(evidence, name) is None]
             raise TokenExitError(
-                "`evidence` must have images, grid and position for NeighboursAgree, got "
-                f"images={evidence.images}, grid={evidence.grid}, position={evidence.position}"
+                f"`evidence` must have images, grid and position for NeighboursAgree, got none of {', '.join(lacking)}"
             )
         xp = array_namespace(confident)
         height, width = evidence.grid
@@ -690,7 +691,7 @@ class _Retaining(Policy):
     per_class: int
 
     def __post_init__(self) -> None:
-        require(is_whole(self.per_class), "per_class", "be a whole number of at least 0", repr(self.per_class))
+        require(is_whole(self.per_class), "per_class", "be a whole number from 0 to 2147483647", repr(self.per_class))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         leave, label, classes = self.policy(evidence), evidence.label, evidence.classes
@@ -711,7 +712,7 @@ class _Minimum(Policy):
     per_image: int
 
     def __post_init__(self) -> None:
-        require(is_whole(self.per_image), "per_image", "be a whole number of at least 0", repr(self.per_image))
+        require(is_whole(self.per_image), "per_image", "be a whole number from 0 to 2147483647", repr(self.per_image))
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         leave = self.policy(evidence)

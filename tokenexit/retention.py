@@ -10,6 +10,7 @@ data, as JAX, a tournament of chunks leaves k chunks per group to look at. Only 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float, Int, Shaped
@@ -111,15 +112,16 @@ def _without_nan(xp: Any, score: Array) -> Array:
 def _in_order(xp: Any, score: Array, group: Array, groups: int) -> tuple[Array, Array]:
     """The tokens of each row sorted by group, and by falling score within it, and their groups."""
     tokens = score.shape[-1]
+    pick = xp.take if score.ndim == 1 else partial(xp.take_along_axis, axis=-1)
     by_score = xp.argsort(-score, axis=-1, stable=True)
-    then = xp.take_along_axis(group, by_score, axis=-1)
+    then = pick(group, by_score)
     bits = tokens.bit_length()
     if (groups + 1) << bits > xp.iinfo(by_score.dtype).max:
         by_group = xp.argsort(then, axis=-1, stable=True)
-        return xp.take_along_axis(by_score, by_group, axis=-1), xp.take_along_axis(then, by_group, axis=-1)
+        return pick(by_score, by_group), pick(then, by_group)
     # One key of both, because sorting values is several times faster than sorting indices.
     key = xp.sort(xp.astype(then, by_score.dtype) * (1 << bits) + counting(tokens, score), axis=-1)
-    return xp.take_along_axis(by_score, key % (1 << bits), axis=-1), key // (1 << bits)
+    return pick(by_score, key % (1 << bits)), key // (1 << bits)
 
 
 def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
@@ -132,7 +134,8 @@ def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, g
 
 
 def _in_ragged_row(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
-    limit, last, marked = _kth(xp, candidate, score, group, k, groups)
+    numbers = counting(max(score.shape[0], groups + 2, k), score)
+    limit, last, marked = _kth(xp, candidate, score, group, numbers, k, groups)
     least = xp.take(limit, group)
     # NaN is among them, so that in no group there are fewer than are first.
     reach = candidate & ~(score < least)
@@ -140,10 +143,12 @@ def _in_ragged_row(xp: Any, candidate: Array, score: Array, group: Array, k: int
         return reach
     # Somewhere the k-th has equals behind it, or there is NaN.
     score = _without_nan(xp, score)
-    return (score > least) | ((score == least) & (counting(score.shape[0], score) <= xp.take(last, group)))
+    return (score > least) | ((score == least) & (numbers[: score.shape[0]] <= xp.take(last, group)))
 
 
-def _kth(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> tuple[Array, Array, Array]:
+def _kth(
+    xp: Any, candidate: Array, score: Array, group: Array, numbers: Array, k: int, groups: int
+) -> tuple[Array, Array, Array]:
     """Score and place of the k-th candidate of every group, or what none fails if it has fewer; how many are first."""
     tokens = score.shape[0]
 
@@ -156,9 +161,9 @@ def _kth(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: 
     # As many tokens in the sample as then remain.
     stride = math.isqrt(tokens // (k * groups))
     if tokens > FEW_TO_SORT and stride > 1:
-        place = counting(-(-tokens // stride), group) * stride
+        place = numbers[:tokens:stride]
         own = xp.where(candidate[::stride], group[::stride], groups)
-        limit, last = _bound(xp, place, _without_nan(xp, score[::stride]), own, k, groups + 1)
+        limit, last = _bound(xp, place, _without_nan(xp, score[::stride]), own, numbers, k, groups + 1)
         (place,) = xp.nonzero(candidate & ~(score < xp.take(limit, group)))
     else:
         (place,) = xp.nonzero(candidate)
@@ -167,9 +172,9 @@ def _kth(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: 
     if place.shape[0] > MANY_TO_SORT and limit is not None:  # many share a score: the earlier ones come first
         place, value, own = worth(place, value, own, limit, last)
     if place.shape[0] > MANY_TO_SORT and k * groups < place.shape[0]:
-        place, value, own = worth(place, value, own, *_bound(xp, place, value, own, k, groups))
+        place, value, own = worth(place, value, own, *_bound(xp, place, value, own, numbers, k, groups))
     order, sorted_group = _in_order(xp, value, own, groups)
-    start = xp.searchsorted(sorted_group, counting(groups + 1, place))
+    start = xp.searchsorted(sorted_group, numbers[: groups + 1])
     kth, marked = start[:-1] + (k - 1), xp.sum(xp.minimum(start[1:] - start[:-1], k))
     if place.shape[0] == 0:
         return filled((groups,), -xp.inf, score, dtype=score.dtype), kth, marked
@@ -179,7 +184,9 @@ def _kth(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: 
     return xp.where(found, value, -xp.inf), xp.where(found, place, xp.iinfo(place.dtype).max), marked
 
 
-def _bound(xp: Any, place: Array, score: Array, group: Array, k: int, groups: int) -> tuple[Array, Array]:
+def _bound(
+    xp: Any, place: Array, score: Array, group: Array, numbers: Array, k: int, groups: int
+) -> tuple[Array, Array]:
     """The worst score, and the last place, of some k good tokens of every group: the first k by rounded score.
 
     A token that k others of its group are ahead of is not among the first k: any k of them will do, but the better
@@ -190,10 +197,10 @@ def _bound(xp: Any, place: Array, score: Array, group: Array, k: int, groups: in
     levels = 1 << max(0, min(20, 62 - bits - groups.bit_length()))
     falling = (1 - xp.astype(score, xp.float32)) * levels
     level = xp.astype(xp.minimum(xp.maximum(falling, 0), levels - 1), place.dtype)
-    key = xp.sort((xp.astype(group, place.dtype) * levels + level) * (1 << bits) + counting(tokens, score))
-    start = xp.searchsorted(key, counting(groups + 1, place) * (levels << bits))
+    key = xp.sort((xp.astype(group, place.dtype) * levels + level) * (1 << bits) + numbers[:tokens])
+    start = xp.searchsorted(key, numbers[: groups + 1] * (levels << bits))
     found = start[:-1] + k <= start[1:]
-    row = xp.where(found, start[:-1], 0)[:, None] + counting(k, start)
+    row = xp.where(found, start[:-1], 0)[:, None] + numbers[:k]
     row = xp.reshape(xp.where(row < tokens, row, 0), (groups * k,))
     row = xp.take(key, row) & ((1 << bits) - 1)
     limit = xp.min(xp.reshape(xp.take(score, row), (groups, k)), axis=1)

@@ -259,9 +259,8 @@ class ExitingModel(nn.Module):
             f"shape {tuple(images.shape)}",
         )
         weight = next(self.model.parameters())
-        require(
-            images.device == weight.device, "images", f"be on the device of the model, {weight.device}", str(images.device)
-        )
+        there = images.device == weight.device
+        require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
         cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
         require(
             cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype

@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "those that stay anyhow do not count for the minimum",
         "policies.py",
-        "order = xp.where(leave, evidence.hardness(by), xp.inf)",
-        "order = evidence.hardness(by)",
+        "xp.where(leave, xp.where(hardness > most, most, hardness), xp.inf)",
+        "hardness",
         POLICIES,
     ),
     Mutant(
@@ -151,8 +151,15 @@ MUTANTS = (
     Mutant(
         "NaN is the first to be surplus",
         "tokens.py",
-        "xp.where(xp.isnan(score), -xp.inf, score)",
-        "xp.where(xp.isnan(score), xp.inf, score)",
+        "xp.where(xp.isnan(score), -xp.inf, xp.where(score > most",
+        "xp.where(xp.isnan(score), xp.inf, xp.where(score > most",
+        TOKENS,
+    ),
+    Mutant(
+        "a token that stays is as certain as those that do not run",
+        "tokens.py",
+        "xp.where(score > most, most, score)",
+        "score",
         TOKENS,
     ),
     Mutant(

@@ -89,7 +89,7 @@ def test_torch_differentiates_scores(score):
 
 
 @needs_jax
-@each_receipt
+@pytest.mark.parametrize("receipt", ["packing", "of a selection"])
 @FUNCTIONS
 def test_jax_differentiates(name, receipt):
     import jax

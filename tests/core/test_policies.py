@@ -331,6 +331,25 @@ def test_a_minimum_keeps_the_least_confident_leavers_and_only_as_many_as_are_sho
     assert decide(backend, policy, Evidence(gate=gate)).tolist() == [True, True, False, False]
 
 
+@each_backend
+def test_a_minimum_that_is_met_keeps_no_more_even_where_nothing_is_known(backend):
+    rows = backend.array(np.array([[np.nan, 0], [0, 0]], np.float32))
+    gate = backend.array(np.array([0.1, 0.9], np.float32))
+    given_evidence = Evidence(rows, gate=gate, grid=(1, 2))
+    for minimum, wanted in ((0, [True, False]), (1, [True, False]), (2, [False, False])):
+        policy = Budget(1, by="gate").with_minimum(per_image=minimum)
+        assert decide(backend, policy, given_evidence).tolist() == wanted
+
+
+@each_backend
+def test_a_gate_in_half_precision_is_compared_as_the_number_that_it_is(backend):
+    """The threshold is not rounded to the gate's precision: 0.2314 in bfloat16 is less than 0.2316, which rounds to it."""
+    gate = np.array([0.2319, 0.3], np.float32)
+    for threshold in (0.23158, 0.3, 0.30003):
+        got = decide(backend, GateBelow(threshold), Evidence(gate=backend.array(gate)))
+        np.testing.assert_array_equal(got, backend.held(gate) < np.float32(threshold))
+
+
 # What holds for all of them.
 
 
@@ -579,8 +598,8 @@ def above(threshold):
         ({"kind": "Budget", "keep": True, "by": "gate"}, "`keep` must be a number, got True"),
         ({"kind": "Budget", "keep": 1, "by": "luck"}, "`by` must be one of confidence, .*got 'luck'"),
         ({"kind": "BatchBudget", "keep": 1, "by": ["gate"]}, r"`by` must be one of confidence, .*got \['gate'\]"),
-        ({"kind": "Patience", "exits": 0}, "`exits` must be a whole number of at least 1, got 0"),
-        ({"kind": "Patience", "exits": 1.0}, "`exits` must be a whole number of at least 1, got 1.0"),
+        ({"kind": "Patience", "exits": 0}, "`exits` must be a whole number from 1 to 2147483647, got 0"),
+        ({"kind": "Patience", "exits": 1.0}, "`exits` must be a whole number from 1 to 2147483647, got 1.0"),
         ({"kind": "Patience", "exits": True}, "`exits` must be a number, got True"),
         ({"kind": "NeighboursAgree", "threshold": 0.5, "radius": 1.5}, "`radius` must be a whole number"),
         ({"kind": "retaining", "policy": {"kind": "never"}, "per_class": -1}, "`per_class` must be a whole number"),
@@ -662,30 +681,39 @@ GATE = Evidence(gate=zeros(2))
         (lambda: MarginAbove(True), r"`threshold` must be a number in \[0, 1\], an array .* or PerClass, got True"),
         (lambda: ConfidenceAbove(None), r"an array without axes or PerClass, got None"),
         (lambda: ConfidenceAbove(always()), r"an array without axes or PerClass, got _Always()"),
-        (lambda: ConfidenceAbove(np.array([0.5])), r"an array without axes or PerClass, got array"),
+        (lambda: ConfidenceAbove(np.array([0.5])), r"an array without axes or PerClass, got an array of shape \(1,\)"),
         (lambda: PerClass(()), r"`thresholds` must be a tuple of numbers in \[0, 1\], or an array .*got \(\)"),
         (lambda: PerClass([0.5]), r"`thresholds` must be a tuple of numbers .*got \[0.5\]"),
         (lambda: PerClass((0.5, 1.5)), r"`thresholds` must be a tuple .*got \(0.5, 1.5\)"),
         (lambda: PerClass((0.5, True)), r"`thresholds` must be a tuple .*got \(0.5, True\)"),
         (lambda: PerClass((0.5, float("nan"))), r"`thresholds` must be a tuple .*got \(0.5, nan\)"),
-        (lambda: PerClass(np.zeros((1, 1))), r"`thresholds` must be .* an array with one axis, got array"),
-        (lambda: PerClass(np.zeros(0)), r"`thresholds` must be .* an array with one axis, got array"),
+        (lambda: PerClass(np.zeros((1, 1))), r"`thresholds` must be .* with one axis, got an array of shape \(1, 1\)"),
+        (lambda: PerClass(np.zeros(0)), r"`thresholds` must be .* with one axis, got an array of shape \(0,\)"),
         (lambda: ConfidenceAbove(PerClass((0.5,)))(ROW), "`thresholds` must be one for each of the 3 classes, got 1"),
         (lambda: GateBelow(PerClass((0.5,)))(GATE), "`evidence` must have logits or class_scores for this policy"),
-        (lambda: NeighboursAgree(0.5, radius=True), "`radius` must be a whole number of at least 0, got True"),
-        (lambda: NeighboursAgree(0.5, radius=-1), "`radius` must be a whole number of at least 0, got -1"),
-        (lambda: NeighboursAgree(0.5, radius=1.5), "`radius` must be a whole number of at least 0, got 1.5"),
-        (lambda: always().retaining(per_class=-2), "`per_class` must be a whole number of at least 0, got -2"),
-        (lambda: always().with_minimum(per_image=-2), "`per_image` must be a whole number of at least 0, got -2"),
-        (lambda: always().with_minimum(per_image=0.5), "`per_image` must be a whole number of at least 0, got 0.5"),
-        (lambda: Patience(0), "`exits` must be a whole number of at least 1, got 0"),
-        (lambda: Patience(True), "`exits` must be a whole number of at least 1, got True"),
+        (lambda: NeighboursAgree(0.5, radius=True), "`radius` must be a whole number from 0 to 2147483647, got True"),
+        (lambda: NeighboursAgree(0.5, radius=-1), "`radius` must be a whole number from 0 to 2147483647, got -1"),
+        (lambda: NeighboursAgree(0.5, radius=1.5), "`radius` must be a whole number from 0 to 2147483647, got 1.5"),
+        (lambda: always().retaining(per_class=-2), "`per_class` must be a whole number from 0 to 2147483647, got -2"),
+        (
+            lambda: always().with_minimum(per_image=-2),
+            "`per_image` must be a whole number from 0 to 2147483647, got -2",
+        ),
+        (
+            lambda: always().with_minimum(per_image=0.5),
+            "`per_image` must be a whole number from 0 to 2147483647, got 0.5",
+        ),
+        (lambda: Patience(0), "`exits` must be a whole number from 1 to 2147483647, got 0"),
+        (lambda: Patience(True), "`exits` must be a whole number from 1 to 2147483647, got True"),
         (lambda: Budget(True), r"`keep` must be a float in \[0, 1\] or a whole number, got True"),
         (lambda: Budget(-1), r"`keep` must be a float in \[0, 1\] or a whole number, got -1"),
         (lambda: Budget(1.5), r"`keep` must be a float in \[0, 1\] or a whole number, got 1.5"),
         (lambda: Budget(float("nan")), r"`keep` must be a float in \[0, 1\] or a whole number, got nan"),
         (lambda: Budget(PerClass((0.5,))), r"`keep` must be a float in \[0, 1\] or a whole number, got PerClass"),
-        (lambda: Budget(np.array([2])), r"`keep` must be a number or an array without axes, got array\(\[2\]\)"),
+        (
+            lambda: Budget(np.array([2])),
+            r"`keep` must be a number or an array without axes, got an array of shape \(1,\)",
+        ),
         (lambda: BatchBudget(2, by="label"), "`by` must be one of confidence, entropy, margin, gate, got 'label'"),
         (lambda: ~Budget(2), "`policy` must neither take tokens back nor keep to a budget for `~`, got Budget"),
         (lambda: ~BatchBudget(2), "`policy` must neither take tokens back nor keep to a budget for `~`, got Batch"),

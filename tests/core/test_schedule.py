@@ -199,8 +199,8 @@ def test_a_new_threshold_decides_at_once(backend):
         (lambda: schedule.dtop(threshold=-0.1), r"`threshold` must be in \[0, 1\], got -0.1"),
         (lambda: schedule.dtop().with_threshold({6: 1.5}), r"`threshold` must be in \[0, 1\], got 1.5"),
         (lambda: schedule.dtop(threshold={7: 0.5}), r"`threshold` must name blocks with an exit, \(6, 8\), got \[7\]"),
-        (lambda: schedule.neighbours(radius={3: -1}), "`radius` must be a whole number of at least 0, got -1"),
-        (lambda: schedule.neighbours(per_class=-1), "`per_class` must be a whole number of at least 0, got -1"),
+        (lambda: schedule.neighbours(radius={3: -1}), "`radius` must be a whole number from 0 to 2147483647, got -1"),
+        (lambda: schedule.neighbours(per_class=-1), "`per_class` must be a whole number from 0 to 2147483647, got -1"),
     ],
 )
 def test_bad_input_is_named(make, message):
