@@ -15,7 +15,15 @@ from typing import Any
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, data_dependent_shapes, filled, first_k, on_host
+from tokenexit._array import (
+    Array,
+    array_namespace,
+    counting,
+    data_dependent_shapes,
+    filled,
+    first_k,
+    on_host,
+)
 from tokenexit.errors import require
 
 __all__ = ["rank_in_group", "top_k_per_group"]
@@ -84,12 +92,9 @@ def top_k_per_group(
     require(k >= 0, "k", "be at least 0", k)
     require(groups >= 1, "groups", "be at least 1", groups)
     for name, array in (("score", score), ("group", group)):
-        require(
-            array.ndim >= 1 and array.shape == candidate.shape,
-            name,
-            f"have one entry for each of the candidates, of shape {tuple(candidate.shape)}",
-            f"shape {tuple(array.shape)}",
-        )
+        if array.ndim == 0 or array.shape != candidate.shape:
+            rule = f"have one entry for each of the candidates, of shape {tuple(candidate.shape)}"
+            require(False, name, rule, f"shape {tuple(array.shape)}")
     if k == 0 or 0 in candidate.shape:
         return candidate & ~candidate
     xp = array_namespace(score)
@@ -213,8 +218,7 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
     rows = math.prod(score.shape[:-1])
     chunk = 4 if tokens < 1024 else 8
     chunks = -(-tokens // chunk)
-    # No candidate is as low as what stands for "none".
-    score = xp.maximum(_without_nan(xp, score), xp.full_like(score, xp.finfo(score.dtype).min))
+    score = _above_none(xp, score)
     contending = xp.where(candidate, score, xp.full_like(score, -xp.inf))
     contending = xp.reshape(_padded(xp.reshape(contending, (rows, tokens)), chunks * chunk), (rows, 1, chunks, chunk))
     label = xp.reshape(_padded(xp.reshape(group, (rows, tokens)), chunks * chunk), (rows, 1, chunks, chunk))
@@ -238,13 +242,23 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
 
     finalist = xp.where(at_place(label) == wanted, at_place(contending), -xp.inf)
     value, at = first_k(finalist, min(k, finals))
-    least = xp.min(value, axis=-1)
-    at = xp.where(value == least[..., None], xp.take_along_axis(place, at, axis=-1), xp.zeros_like(at))
-    last = xp.max(at, axis=-1)
+    least, last = _cut(xp, value, xp.take_along_axis(place, at, axis=-1))
     own = xp.reshape(group, (rows, tokens))
     least = xp.reshape(xp.take_along_axis(least, own, axis=-1), score.shape)
     last = xp.reshape(xp.take_along_axis(last, own, axis=-1), score.shape)
     return (score > least) | ((score == least) & (counting(tokens, group) <= last))
+
+
+def _above_none(xp: Any, score: Array) -> Array:
+    """Scores of which none, nor NaN, is as low as minus infinity, which stands for no candidate."""
+    return xp.maximum(_without_nan(xp, score), xp.full_like(score, xp.finfo(score.dtype).min))
+
+
+def _cut(xp: Any, best: Array, at: Array) -> tuple[Array, Array]:
+    """The last of the first k on the last axis: its score, and the place of the last with that score."""
+    # Not `best[..., -1]`: XLA would then sort everything.
+    least = xp.min(best, axis=-1)
+    return least, xp.max(xp.where(best == least[..., None], at, xp.zeros_like(at)), axis=-1)
 
 
 def _padded(rows: Shaped[Array, "rows tokens"], length: int) -> Shaped[Array, "rows length"]:
