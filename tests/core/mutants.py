@@ -81,8 +81,8 @@ MUTANTS = (
     Mutant(
         "neighbours beyond the edge of the grid",
         "_grid.py",
-        "xp.concat([part(0, step), part(0, size - step)], axis=axis)",
-        "xp.concat([part(size - step, size), part(0, size - step)], axis=axis)",
+        "xp.concat([_part(map, axis, 0, step), _part(map, axis, 0, size - step)], axis=axis)",
+        "xp.concat([_part(map, axis, size - step, size), _part(map, axis, 0, size - step)], axis=axis)",
         POLICIES,
     ),
     Mutant(

@@ -26,8 +26,9 @@ ODD = [np.nan, np.inf, -np.inf, 7e4, -7e4, 0.0]
 
 
 def fewer(share: int):
-    """Fewer examples, for a test of which each is dear."""
-    return settings(max_examples=max(1, settings().max_examples // share))
+    """Fewer examples in the quick profile, for a test of which each is dear."""
+    examples = settings().max_examples
+    return settings(max_examples=examples if examples >= 2000 else max(6, examples // share))
 
 
 def logits(tokens=st.integers(0, 40), classes=st.integers(1, 9), odd=True):

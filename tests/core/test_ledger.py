@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -10,7 +10,7 @@ from tokenexit import TokenExitError, ledger, scores, tokens
 
 CLASSES, WIDTH = 3, 2
 FIELDS = ("logits", "label", "score", "depth", "features")
-fewer = settings(max_examples=settings().max_examples // 2)  # whole runs: each example is several
+fewer = strategies.fewer(2)  # whole runs: each example is several
 
 
 def draw_run(data):

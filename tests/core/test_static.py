@@ -17,9 +17,10 @@ import array_api_strict
 import numpy as np
 import pytest
 from array_api_compat import array_namespace
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from tests.core import strategies
 from tokenexit import cost, ledger, retention, scores, tokens
 from tokenexit.policies import (
     BatchBudget,
@@ -49,7 +50,7 @@ COST = cost.Cost(
 )
 needs_jax = pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="JAX is not installed")
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="PyTorch is not installed")
-few = settings(max_examples=max(6, settings().max_examples // 10))
+few = strategies.fewer(10)
 
 
 # What programs are given: one value for every name that a program may read.

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.core import strategies
 from tests.torch import models
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
@@ -250,7 +251,7 @@ def test_a_carry_that_the_model_cannot_run_is_named():
     threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=25)
+@strategies.fewer(3)
 def test_any_grid_and_any_batch(grid, count, threshold, seed):
     model = models.wrapped(models.plain_host(), PLANS["neighbours"].with_threshold(threshold))
     images = models.images(count, (8 * grid[0], 8 * grid[1]), seed)
