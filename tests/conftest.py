@@ -19,3 +19,8 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What loads JAX comes last: a process that has its threads must not fork, as the trainings' data loaders do."""
+    items.sort(key=lambda item: "core" in item.path.parts)

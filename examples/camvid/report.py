@@ -4,7 +4,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_STYLES = {"truncated": "s--", "DToP, k = 0": "v-", "DToP, k = 5": "^-", "neighbours": "o-"}  # by how the kind begins
+_STYLES = {
+    "truncated": "s--",
+    "DToP, k = 0": "v-",
+    "DToP, k = 5": "^-",
+    "neighbours": "o-",
+    "PAUMER": "s-",
+    "DoViT": "d-",
+}  # by how the kind begins
 
 
 def table(results: Mapping[str, Any]) -> str:
