@@ -13,6 +13,7 @@ __all__ = [
     "filled",
     "first_k",
     "is_array",
+    "is_traced",
     "like_numbers",
     "on_host",
     "take_or",
@@ -68,6 +69,15 @@ def first_k(value: Array, k: int, /) -> tuple[Array, Array]:
 def is_array(value: Any, /) -> bool:
     """Whether `value` is an array of any library."""
     return is_array_api_obj(value)
+
+
+def is_traced(value: Any, /) -> bool:
+    """Whether `value` is an array of which JAX, compiling a function, knows no values."""
+    if not is_jax_array(value):
+        return False
+    from jax.core import Tracer
+
+    return isinstance(value, Tracer)
 
 
 def like_numbers(values: tuple[float, ...], like: Array, /) -> Array:

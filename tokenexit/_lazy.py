@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from tokenexit._array import is_traced
+
 __all__ = ["lazy"]
 
 T = TypeVar("T")
@@ -19,5 +21,7 @@ class lazy(Generic[T]):
     def __get__(self, instance: Any, owner: type | None = None) -> T:
         """The value, which from now on is found before this descriptor is."""
         value = self.compute(instance)
-        instance.__dict__[self.name] = value
+        # What a trace has computed means nothing outside of it, though its object may live on.
+        if not any(map(is_traced, value if isinstance(value, tuple) else (value,))):
+            instance.__dict__[self.name] = value
         return value

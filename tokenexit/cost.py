@@ -185,7 +185,8 @@ class Cost:
 
         Args:
             running: How many tokens of each image ran through block `after`, prefix tokens included.
-            leaving: How many of them leave: for each image, or the same for all. An image all of whose patches leave
+            leaving: How many of them leave, which is not checked: for each image, or the same for all. An image all of
+                whose patches leave
                 is done, and its prefix tokens stop as well.
             after: The block that the exit follows.
             until: The block up to which leavers are missing: that of the next exit, the last before they rejoin, or
@@ -213,6 +214,7 @@ class Cost:
         xp = array_namespace(running)
         before = _counted(running)
         gone = xp.full_like(before, leaving) if isinstance(leaving, int) else _counted(leaving)
+        gone = before * 0 + gone if gone.ndim == 0 else gone
         fits = tuple(gone.shape) == tuple(before.shape)
         require(fits, "leaving", f"have shape {tuple(before.shape)}", f"shape {tuple(gone.shape)}")
         stay = xp.where(before - gone > self.prefix, before - gone, xp.zeros_like(before))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from tokenexit import scores
 from tokenexit._array import Array, array_namespace, filled
 from tokenexit.errors import TokenExitError, require
-from tokenexit.tokens import Receipt, scatter
+from tokenexit.tokens import Receipt, require_marks, scatter
 
 __all__ = ["Ledger", "fold_leavers", "open_ledger", "record", "rejoin"]
 
@@ -104,6 +104,7 @@ def record(
             f"have one entry for each of the layout {receipt.layout}",
             f"shape {None if array is None else tuple(array.shape)}",
         )
+    require_marks(leave, "leave")
     kept = "features" if ledger.features is not None else "none"
     given = "features" if features is not None else "none"
     require(kept == given, "features", "be given exactly if the ledger keeps them", f"{given}, and it keeps {kept}")
@@ -111,7 +112,7 @@ def record(
     left = scatter(leave, receipt, into=filled((receipt.images, receipt.slots), False, leave, dtype=xp.bool))
 
     def settle(values: Array, settled: Array) -> Array:
-        found = scatter(values, receipt, into=settled)
+        found = scatter(xp.astype(values, settled.dtype), receipt, into=settled)
         return xp.where(xp.reshape(left, (*left.shape, *[1] * (settled.ndim - 2))), found, settled)
 
     return Ledger(
@@ -154,7 +155,7 @@ def fold_leavers(
         features: Features of the tokens that run, in the layout of the receipt.
         receipt: Their receipt.
         leave: Which of them leave.
-        into: Slot of the token that takes the mean in: the cls token, as a rule.
+        into: Slot of the token that takes the mean in: the cls token, as a rule. It is none of the leavers.
         above: Share of the image's other tokens that must leave, strictly, for it to happen; compared in float32.
             Published: 0.1.
 
@@ -176,23 +177,22 @@ def fold_leavers(
     require(0 <= above <= 1, "above", "be in [0, 1]", above)
     xp = array_namespace(features)
     batch = (receipt.images, receipt.slots)
-    left = scatter(leave, receipt, into=filled(batch, False, leave, dtype=xp.bool))
+    own = xp.reshape(receipt.slot == into, receipt.layout)
+    left = scatter(leave & ~own, receipt, into=filled(batch, False, leave, dtype=xp.bool))
+    wide = xp.result_type(features.dtype, xp.float32)
     # A sum over an image is one over its slots, where all others are zero.
     at_slot = scatter(
-        xp.astype(features, xp.float32),
-        receipt,
-        into=filled((*batch, features.shape[-1]), 0, features, dtype=xp.float32),
+        xp.astype(features, wide), receipt, into=filled((*batch, features.shape[-1]), 0, features, dtype=wide)
     )
     leaving = xp.sum(xp.astype(left, xp.float32), axis=1, keepdims=True)
     others = xp.sum(xp.astype(receipt.running, xp.float32), axis=1, keepdims=True) - 1
     total = xp.sum(xp.where(left[..., None], at_slot, 0.0), axis=1)
-    mean = total / xp.where(leaving > 0, leaving, 1.0)
-    taker = at_slot[:, into, :]
-    folded = xp.where(leaving > above * others, (taker + mean) / 2, taker)
+    mean = total / xp.astype(xp.where(leaving > 0, leaving, 1.0), wide)
+    folded = (at_slot[:, into, :] + mean) / 2
+    folds = xp.reshape(xp.take(xp.reshape(leaving > above * others, (receipt.images,)), receipt.image), receipt.layout)
     # Only that token changes: what the others hold is theirs, to the last bit.
-    own = xp.reshape(receipt.slot == into, (*receipt.layout, 1))
     taken = xp.reshape(xp.take(folded, receipt.image, axis=0), features.shape)
-    return xp.where(own, xp.astype(taken, features.dtype), features)
+    return xp.where((own & folds)[..., None], xp.astype(taken, features.dtype), features)
 
 
 def _require_layout(values: Shaped[Array, "..."], receipt: Receipt, argument: str) -> None:

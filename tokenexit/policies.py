@@ -67,7 +67,7 @@ class Evidence:
             confidence: those of an ATM head (`scores.mask_scores`).
         gate: Learned probability that the token is kept; with it alone, there need be no class scores.
         image: Image of every token; left out, all tokens are of one image.
-        images: How many images the batch has; needed with `image`.
+        images: How many images the batch has; needed with `image`, and 1 without it.
         grid: Height and width of the patch grid; needed by `NeighboursAgree` and `Budget`.
         position: Place of every token in the grid, row by row; needed by `NeighboursAgree`.
         valid: Which entries hold a token, in the static layout; every image has the same number of entries.
@@ -134,6 +134,7 @@ class Evidence:
             f"have as many entries for each of {self.images} images",
             f"{tokens} entries",
         )
+        require(self.image is not None or (self.images or 1) == 1, "image", "be given for several images", "none")
         both = (self.settled_label is None) == (self.settled_score is None)
         require(both, "settled_score", "be given exactly if `settled_label` is", "one without the other")
         for name in ("settled_label", "settled_score"):
@@ -342,6 +343,8 @@ class Policy(ABC):
 
     def __invert__(self) -> "Policy":
         """A token leaves if the policy does not let it go; one about which nothing is known, a NaN, stays all the same.
+
+        A policy that lets nothing go for lack of earlier exits, or of neighbours, lets all go when turned round.
 
         Raises:
             TokenExitError: If the policy takes tokens back, or keeps to a budget: without these, it has no sense.

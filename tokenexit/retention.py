@@ -71,7 +71,8 @@ def top_k_per_group(
 ) -> Bool[Array, "*images tokens"]:
     """The at most `k` candidates of each group with the highest scores.
 
-    Ties go to the lower position; NaN ranks as minus infinity. One row of tokens is taken as ragged, and may be
+    Ties go to the lower position; NaN ranks as minus infinity, as does, in JAX with few groups, the lowest number of
+    the dtype. One row of tokens is taken as ragged, and may be
     worked on with shapes that depend on the data, where the library has them. Rows of fixed length, as
     `(images, tokens)`, are looked at one by one, never compared with each other, with static shapes only.
 
@@ -99,6 +100,7 @@ def top_k_per_group(
         return candidate & ~candidate
     xp = array_namespace(score)
     k = min(k, candidate.shape[-1])
+    group = xp.astype(group, counting(0, group).dtype)  # class maps of 8 bits do not hold `groups`
     eager = data_dependent_shapes(xp)
     # An accelerator sorts sooner than it tells the host how many tokens remain.
     if eager and candidate.ndim == 1 and candidate.shape[0] > FEW_TO_SORT and on_host(candidate):
@@ -250,8 +252,12 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
 
 
 def _above_none(xp: Any, score: Array) -> Array:
-    """Scores of which none, nor NaN, is as low as minus infinity, which stands for no candidate."""
-    return xp.maximum(_without_nan(xp, score), xp.full_like(score, xp.finfo(score.dtype).min))
+    """Scores of which none, nor NaN, is as low as minus infinity, which stands for no candidate.
+
+    There is one zero only: JAX's `top_k` puts 0 before -0, which are equal.
+    """
+    score = xp.where(score == 0, xp.zeros_like(score), _without_nan(xp, score))
+    return xp.maximum(score, xp.full_like(score, xp.finfo(score.dtype).min))
 
 
 def _cut(xp: Any, best: Array, at: Array) -> tuple[Array, Array]:

@@ -95,7 +95,7 @@ class Schedule:
         """The same plan with other thresholds.
 
         Args:
-            threshold: One threshold for every exit, or one for each of some blocks.
+            threshold: One threshold for every exit that has any, or one for each of some blocks.
 
         Returns:
             A new schedule.
@@ -105,7 +105,8 @@ class Schedule:
                 score, for which one number cannot serve, or none at all.
         """
         if not isinstance(threshold, Mapping):
-            threshold = dict.fromkeys(self.after, threshold)
+            comparing = [exit.after for exit in self.exits if exit.policy.compared_scores]
+            threshold = dict.fromkeys(comparing, threshold)
         unknown = sorted(set(threshold) - set(self.after))
         require(not unknown, "threshold", f"name blocks with an exit, {self.after}", unknown)
         kinds = sorted(

@@ -192,6 +192,7 @@ def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, I
         TokenExitError: If `stay` does not hold the tokens of `packing`.
     """
     xp = array_namespace(stay)
+    require_marks(stay, "stay")
     running = scatter(stay, packing, into=xp.zeros_like(packing.running))
     (rows,) = xp.nonzero(stay)
     return Packing(running, xp.take(packing.index, rows)), rows
@@ -318,6 +319,8 @@ def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Arra
         f"have the shape of `stay`, {tuple(stay.shape)}",
         f"shape {tuple(score.shape)}",
     )
+    floating = array_namespace(score).isdtype(score.dtype, "real floating")
+    require(floating, "score", "be of a floating dtype", str(score.dtype))
     images, places = stay.shape
     require(0 <= capacity <= places, "capacity", f"be from 0 to the {places} {of} of an image", capacity)
     xp = array_namespace(stay, score)
@@ -326,11 +329,12 @@ def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Arra
         nothing = xp.astype(xp.zeros_like(stay), many)[:, :capacity]
         return nothing, nothing > 0, stay, xp.sum(xp.astype(stay, many), axis=1)
     # Of those that stay, the `capacity` least confident have room: by score, and of equal ones by place.
-    most = xp.finfo(score.dtype).max
-    score = xp.where(xp.isnan(score), -xp.inf, xp.where(score > most, most, score))
+    score = xp.where(xp.isnan(score), -xp.inf, score)
     order = xp.argsort(xp.where(stay, score, xp.inf), axis=1, stable=True)
-    rank = xp.argsort(order, axis=1)
-    room = stay & (rank < capacity)
+    # Counted are those that stay alone: others may lie between those that are certain without bound.
+    before = xp.cumulative_sum(xp.astype(xp.take_along_axis(stay, order, axis=1), many), axis=1)
+    rank = xp.take_along_axis(before, xp.argsort(order, axis=1), axis=1)
+    room = stay & (rank <= capacity)
     number = xp.cumulative_sum(xp.astype(room, many), axis=1)
     # The j-th entry takes the first place at which j + 1 have been counted; over all images, the counts ascend.
     image = xp.reshape(counting(images, stay), (images, 1))
@@ -344,7 +348,14 @@ def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Arra
     return xp.where(filled, xp.astype(picked, many), 0), filled, surplus, overflow
 
 
+def require_marks(marks: Array, argument: str, /) -> None:
+    """Raise a `TokenExitError` unless an array is boolean."""
+    boolean = array_namespace(marks).isdtype(marks.dtype, "bool")
+    require(boolean, argument, "be boolean", f"dtype {marks.dtype}")
+
+
 def _require_two(marks: Array, argument: str) -> None:
+    require_marks(marks, argument)
     require(marks.ndim == 2, argument, "have shape (images, slots)", f"shape {tuple(marks.shape)}")
 
 

@@ -151,15 +151,15 @@ MUTANTS = (
     Mutant(
         "NaN is the first to be surplus",
         "tokens.py",
-        "xp.where(xp.isnan(score), -xp.inf, xp.where(score > most",
-        "xp.where(xp.isnan(score), xp.inf, xp.where(score > most",
+        "xp.where(xp.isnan(score), -xp.inf, score)\n    order",
+        "xp.where(xp.isnan(score), xp.inf, score)\n    order",
         TOKENS,
     ),
     Mutant(
-        "a token that stays is as certain as those that do not run",
+        "tokens that do not stay take up room",
         "tokens.py",
-        "xp.where(score > most, most, score)",
-        "score",
+        "before = xp.cumulative_sum(xp.astype(xp.take_along_axis(stay, order, axis=1), many), axis=1)",
+        "before = xp.cumulative_sum(xp.astype(xp.ones_like(stay), many), axis=1)",
         TOKENS,
     ),
     Mutant(
@@ -207,8 +207,8 @@ MUTANTS = (
     Mutant(
         "leavers fold at the share",
         "ledger.py",
-        "xp.where(leaving > above * others,",
-        "xp.where(leaving >= above * others,",
+        "xp.reshape(leaving > above * others,",
+        "xp.reshape(leaving >= above * others,",
         LEDGER,
     ),
     Mutant(

@@ -311,3 +311,30 @@ def test_what_folding_is_given_is_checked():
     for above in (-0.1, 1.5):
         with pytest.raises(TokenExitError, match=rf"`above` must be in \[0, 1\], got {above}"):
             ledger.fold_leavers(row, packing, leave, above=above)
+
+
+def test_where_nothing_is_folded_nothing_changes_in_double_precision_either():
+    packing = tokens.pack(np.ones((2, 4), bool))
+    features = np.random.default_rng(0).normal(size=(8, 3))
+    leave = np.zeros(8, bool)
+    np.testing.assert_array_equal(ledger.fold_leavers(features, packing, leave), features)
+    leave[[1, 2]] = True
+    folded = ledger.fold_leavers(features, packing, leave)
+    np.testing.assert_allclose(folded[0], (features[0] + features[[1, 2]].mean(axis=0)) / 2, rtol=1e-12)
+    np.testing.assert_array_equal(folded[1:], features[1:])
+
+
+def test_the_taker_is_none_of_the_leavers():
+    packing, features = tokens.pack(np.ones((1, 4), bool)), np.eye(4, 3, dtype=np.float32)
+    both = ledger.fold_leavers(features, packing, np.array([True, True, False, False]))
+    np.testing.assert_array_equal(both, ledger.fold_leavers(features, packing, np.array([False, True, False, False])))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_ledger_keeps_its_dtype_and_marks_are_boolean():
+    packing = tokens.pack(np.ones((1, 2), bool))
+    book = ledger.open_ledger(np.zeros((2, 3), np.float32), packing)
+    book = ledger.record(book, packing, np.array([True, False]), np.ones((2, 3)), depth=1)
+    assert book.logits.dtype == np.float32
+    with pytest.raises(TokenExitError, match="`stay` must be boolean, got dtype int64"):
+        tokens.repack(packing, np.array([0, 1]))

@@ -809,3 +809,9 @@ def test_policies_are_frozen():
         with pytest.raises(dataclasses.FrozenInstanceError):
             policy.threshold = 0.6
         assert hash(policy) == hash(dataclasses.replace(policy))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_several_images_need_the_image_of_every_token():
+    with pytest.raises(TokenExitError, match="`image` must be given for several images, got none"):
+        Evidence(np.eye(4, 2, dtype=np.float32), images=2)

@@ -173,3 +173,11 @@ def test_every_library_fails_with_the_same_words(fail, message):
         with pytest.raises(TokenExitError) as caught:
             fail(backend.array)
         assert str(caught.value) == message
+
+
+@each_backend
+def test_groups_may_be_more_than_the_dtype_of_their_ids_holds(backend):
+    candidate, score = np.array([False, True, False, True]), np.array([0.9, 0.1, 0.8, 0.2], np.float32)
+    group = np.zeros(4, np.int8)
+    got = retention.top_k_per_group(*map(backend.array, (candidate, score, group)), k=1, groups=128)
+    np.testing.assert_array_equal(backend.numpy(got), [False, False, False, True])

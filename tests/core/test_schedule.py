@@ -270,3 +270,9 @@ def test_a_schedule_is_plain_frozen_data():
     assert hash(plan) == hash(Schedule(plan.exits, Preserved()))
     assert plan != Schedule(plan.exits)
     assert policies.from_dict(plan.to_dict()["exits"][0]["policy"]) == plan.exits[0].policy
+
+
+def test_one_threshold_is_for_the_exits_that_have_any():
+    plan = Schedule((Exit(3, policies.never()), Exit(6, policies.ConfidenceAbove(0.9)), Exit(8, policies.Patience(1))))
+    assert plan.with_threshold(0.8).exits[1].policy == policies.ConfidenceAbove(0.8)
+    assert plan.with_threshold(0.8).exits[::2] == plan.exits[::2]

@@ -512,3 +512,30 @@ def wrong_in_torch():
 @pytest.mark.parametrize("program", IN_TORCH)
 def test_torch_compiles_it_whole_and_once_for_all_thresholds(program):
     assert wrong_in_torch()[program] == ""
+
+
+@needs_jax
+def test_a_receipt_and_evidence_outlive_the_function_that_was_compiled_with_them():
+    import jax
+    from jax import numpy as jnp
+
+    selection, _ = tokens.select(jnp.asarray([[True, False, True, True]]), jnp.zeros((1, 4)), capacity=3)
+    evidence = Evidence(jnp.eye(3) * 9)
+
+    def put_back(values):
+        return tokens.scatter(values, selection, into=jnp.zeros((1, 4)))
+
+    compiled = jax.jit(put_back)(jnp.ones((1, 3)))
+    np.testing.assert_array_equal(compiled, put_back(jnp.ones((1, 3))))
+    decided = jax.jit(lambda threshold: ConfidenceAbove(threshold)(evidence))(jnp.asarray(0.5))
+    np.testing.assert_array_equal(decided, ConfidenceAbove(0.5)(evidence))
+
+
+@needs_jax
+def test_there_is_one_zero_only():
+    from jax import numpy as jnp
+
+    score, group = jnp.asarray([-0.0, 0.0] * 6), jnp.zeros(12, int)
+    for groups in (1, 300):
+        marked = retention.top_k_per_group(jnp.ones(12, bool), score, group, k=3, groups=groups)
+        np.testing.assert_array_equal(marked, np.arange(12) < 3)
