@@ -10,6 +10,7 @@ data, as JAX, a tournament of chunks leaves k chunks per group to look at. Only 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -100,7 +101,8 @@ def top_k_per_group(
         return candidate & ~candidate
     xp = array_namespace(score)
     k = min(k, candidate.shape[-1])
-    group = xp.astype(group, counting(0, group).dtype)  # class maps of 8 bits do not hold `groups`
+    if groups > xp.iinfo(group.dtype).max:  # class maps of 8 bits
+        group = xp.astype(group, counting(0, group).dtype)
     eager = data_dependent_shapes(xp)
     # An accelerator sorts sooner than it tells the host how many tokens remain.
     if eager and candidate.ndim == 1 and candidate.shape[0] > FEW_TO_SORT and on_host(candidate):
@@ -150,13 +152,16 @@ def _in_ragged_row(xp: Any, candidate: Array, score: Array, group: Array, k: int
         return reach
     # Somewhere the k-th has equals behind it, or there is NaN.
     score = _without_nan(xp, score)
-    return (score > least) | ((score == least) & (numbers[: score.shape[0]] <= xp.take(last, group)))
+    return (score > least) | ((score == least) & (numbers[: score.shape[0]] <= xp.take(last(), group)))
 
 
 def _kth(
     xp: Any, candidate: Array, score: Array, group: Array, numbers: Array, k: int, groups: int
-) -> tuple[Array, Array, Array]:
-    """Score and place of the k-th candidate of every group, or what none fails if it has fewer; how many are first."""
+) -> tuple[Array, Callable[[], Array], Array]:
+    """Score and place of the k-th candidate of every group, or what none fails if it has fewer; how many are first.
+
+    The places are computed when they are asked for, which is where scores are equal.
+    """
     tokens = score.shape[0]
 
     def worth(place: Array, value: Array, own: Array, limit: Array, last: Array) -> tuple[Array, Array, Array]:
@@ -176,24 +181,25 @@ def _kth(
         (place,) = xp.nonzero(candidate)
         limit = last = None
     value, own = _without_nan(xp, xp.take(score, place)), xp.take(group, place)
-    if place.shape[0] > MANY_TO_SORT and limit is not None:  # many share a score: the earlier ones come first
-        place, value, own = worth(place, value, own, limit, last)
+    if place.shape[0] > MANY_TO_SORT and last is not None:  # many share a score: the earlier ones come first
+        place, value, own = worth(place, value, own, limit, last())
     if place.shape[0] > MANY_TO_SORT and k * groups < place.shape[0]:
-        place, value, own = worth(place, value, own, *_bound(xp, place, value, own, numbers, k, groups))
+        limit, last = _bound(xp, place, value, own, numbers, k, groups)
+        place, value, own = worth(place, value, own, limit, last())
     order, sorted_group = _in_order(xp, value, own, groups)
     start = xp.searchsorted(sorted_group, numbers[: groups + 1])
     kth, marked = start[:-1] + (k - 1), xp.sum(xp.minimum(start[1:] - start[:-1], k))
     if place.shape[0] == 0:
-        return filled((groups,), -xp.inf, score, dtype=score.dtype), kth, marked
+        return filled((groups,), -xp.inf, score, dtype=score.dtype), lambda: kth, marked
     found = kth < start[1:]
     row = xp.take(order, xp.where(found, kth, 0))
-    value, place = xp.take(value, row), xp.take(place, row)
-    return xp.where(found, value, -xp.inf), xp.where(found, place, xp.iinfo(place.dtype).max), marked
+    limit = xp.where(found, xp.take(value, row), -xp.inf)
+    return limit, lambda: xp.where(found, xp.take(place, row), xp.iinfo(place.dtype).max), marked
 
 
 def _bound(
     xp: Any, place: Array, score: Array, group: Array, numbers: Array, k: int, groups: int
-) -> tuple[Array, Array]:
+) -> tuple[Array, Callable[[], Array]]:
     """The worst score, and the last place, of some k good tokens of every group: the first k by rounded score.
 
     A token that k others of its group are ahead of is not among the first k: any k of them will do, but the better
@@ -211,8 +217,12 @@ def _bound(
     row = xp.reshape(xp.where(row < tokens, row, 0), (groups * k,))
     row = xp.take(key, row) & ((1 << bits) - 1)
     limit = xp.min(xp.reshape(xp.take(score, row), (groups, k)), axis=1)
-    last = xp.max(xp.reshape(xp.take(place, row), (groups, k)), axis=1)
-    return xp.where(found, limit, -xp.inf), xp.where(found, last, xp.iinfo(place.dtype).max)
+
+    def last() -> Array:
+        places = xp.max(xp.reshape(xp.take(place, row), (groups, k)), axis=1)
+        return xp.where(found, places, xp.iinfo(place.dtype).max)
+
+    return xp.where(found, limit, -xp.inf), last
 
 
 def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
