@@ -4,6 +4,8 @@ from typing import Any
 
 from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
 
+from tokenexit.errors import require
+
 __all__ = [
     "Array",
     "array_namespace",
@@ -16,6 +18,7 @@ __all__ = [
     "is_traced",
     "like_numbers",
     "on_host",
+    "require_marks",
     "take_or",
 ]
 
@@ -91,6 +94,12 @@ def like_numbers(values: tuple[float, ...], like: Array, /) -> Array:
 def on_host(values: Array, /) -> bool:
     """Whether an array lies in the memory of the CPU, so that its values are there without waiting."""
     return "cpu" in str(device(values)).lower()
+
+
+def require_marks(marks: Array, argument: str, /) -> None:
+    """Raise a `TokenExitError` unless an array is boolean."""
+    boolean = array_namespace(marks).isdtype(marks.dtype, "bool")
+    require(boolean, argument, "be boolean", f"dtype {marks.dtype}")
 
 
 def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, filled
+from tokenexit._array import Array, array_namespace, filled, require_marks
 from tokenexit.errors import TokenExitError, require
-from tokenexit.tokens import Receipt, require_marks, scatter
+from tokenexit.tokens import Receipt, scatter
 
 __all__ = ["Ledger", "fold_leavers", "open_ledger", "record", "rejoin"]
 

@@ -524,14 +524,12 @@ class Budget(Policy):
         """See `Policy.leaves`."""
         return self._beyond(evidence, evidence.image, per=1)
 
-    def _beyond(self, evidence: Evidence, group: Array | None, *, per: int) -> Array:
+    def _beyond(self, evidence: Evidence, image: Array | None, *, per: int) -> Array:
         if evidence.grid is None:
             raise TokenExitError(f"`evidence` must have grid for {type(self).__name__}, got none")
         hardness = evidence.hardness(self.by)
         xp = array_namespace(hardness)
-        none = filled((evidence.tokens,), 0, hardness, dtype=xp.int32)
-        group = none if group is None else group
-        rank = rank_in_group(hardness, xp.where(evidence.eligible, group, -1))
+        rank = rank_in_group(hardness, _contest(evidence, image))
         keep: Any = self.keep
         whole = xp.isdtype(keep.dtype, "integral") if is_array(keep) else isinstance(keep, int)
         if whole:
@@ -725,8 +723,15 @@ class _Minimum(Policy):
         # First those that stay anyhow, then the hardest of the others: of these, none is as hard.
         most = xp.finfo(hardness.dtype).max
         order = xp.where(leave, xp.where(hardness > most, most, hardness), xp.inf)
-        image = xp.astype(evidence.eligible, xp.int32) * 0 if evidence.image is None else evidence.image
-        return leave & (rank_in_group(order, xp.where(evidence.eligible, image, -1)) >= self.per_image)
+        return leave & (rank_in_group(order, _contest(evidence, evidence.image)) >= self.per_image)
+
+
+def _contest(evidence: Evidence, image: Array | None) -> Array:
+    """Image of every token that may leave, 0 if there is but one; and -1 for the others, which compete with none."""
+    xp = array_namespace(evidence.eligible)
+    if image is None:
+        return xp.astype(evidence.eligible, xp.int32) - 1
+    return xp.where(evidence.eligible, image, -1)
 
 
 def never() -> Policy:

@@ -51,7 +51,12 @@ def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /)
     Raises:
         TokenExitError: If the two arrays are not one-dimensional and of one length.
     """
-    _require_row(score, group, "group")
+    require(
+        score.ndim == 1 and score.shape == group.shape,
+        "group",
+        f"have one entry for each of the scores, of shape {tuple(score.shape)}",
+        f"shape {tuple(group.shape)}",
+    )
     xp = array_namespace(score, group)
     by_score = xp.argsort(-_without_nan(xp, score), stable=True)
     by_group = xp.argsort(xp.take(group, by_score), stable=True)
@@ -118,8 +123,8 @@ def _without_nan(xp: Any, score: Array) -> Array:
     return xp.where(xp.isnan(score), -xp.inf, score)
 
 
-def _in_order(xp: Any, score: Array, group: Array, groups: int) -> tuple[Array, Array]:
-    """The tokens of each row sorted by group, and by falling score within it, and their groups."""
+def _in_order(xp: Any, score: Array, group: Array, numbers: Array, groups: int) -> tuple[Array, Array]:
+    """The tokens of each row, numbered, sorted by group, and by falling score within it, and their groups."""
     tokens = score.shape[-1]
     pick = xp.take if score.ndim == 1 else partial(xp.take_along_axis, axis=-1)
     by_score = xp.argsort(-score, axis=-1, stable=True)
@@ -129,12 +134,13 @@ def _in_order(xp: Any, score: Array, group: Array, groups: int) -> tuple[Array, 
         by_group = xp.argsort(then, axis=-1, stable=True)
         return pick(by_score, by_group), pick(then, by_group)
     # One key of both, because sorting values is several times faster than sorting indices.
-    key = xp.sort(xp.astype(then, by_score.dtype) * (1 << bits) + counting(tokens, score), axis=-1)
+    key = xp.sort(xp.astype(then, by_score.dtype) * (1 << bits) + numbers, axis=-1)
     return pick(by_score, key % (1 << bits)), key // (1 << bits)
 
 
 def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
-    order, sorted_group = _in_order(xp, _without_nan(xp, score), xp.where(candidate, group, groups), groups)
+    group, numbers = xp.where(candidate, group, groups), counting(score.shape[-1], score)
+    order, sorted_group = _in_order(xp, _without_nan(xp, score), group, numbers, groups)
     # Of a token's group, if the k-th before it is not, no k are ahead of it.
     later = sorted_group[..., k:] != sorted_group[..., : score.shape[-1] - k]
     first = xp.concat([xp.ones_like(candidate[..., :k]), later], axis=-1)
@@ -186,7 +192,7 @@ def _kth(
     if place.shape[0] > MANY_TO_SORT and k * groups < place.shape[0]:
         limit, last = _bound(xp, place, value, own, numbers, k, groups)
         place, value, own = worth(place, value, own, limit, last())
-    order, sorted_group = _in_order(xp, value, own, groups)
+    order, sorted_group = _in_order(xp, value, own, numbers[: place.shape[0]], groups)
     start = xp.searchsorted(sorted_group, numbers[: groups + 1])
     kth, marked = start[:-1] + (k - 1), xp.sum(xp.minimum(start[1:] - start[:-1], k))
     if place.shape[0] == 0:
@@ -285,12 +291,3 @@ def _padded(rows: Shaped[Array, "rows tokens"], length: int) -> Shaped[Array, "r
         return rows
     nothing = -xp.inf if xp.isdtype(rows.dtype, "real floating") else xp.iinfo(rows.dtype).min
     return xp.concat([rows, filled((rows.shape[0], more), nothing, rows, dtype=rows.dtype)], axis=1)
-
-
-def _require_row(score: Array, group: Array, argument: str) -> None:
-    require(
-        score.ndim == 1 and score.shape == group.shape,
-        argument,
-        f"have one entry for each of the scores, of shape {tuple(score.shape)}",
-        f"shape {tuple(group.shape)}",
-    )

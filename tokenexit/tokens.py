@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, take_or
+from tokenexit._array import Array, array_namespace, counting, require_marks, take_or
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
 
@@ -346,12 +346,6 @@ def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Arra
     surplus = stay & ~room
     overflow = xp.sum(xp.astype(surplus, many), axis=1)
     return xp.where(filled, xp.astype(picked, many), 0), filled, surplus, overflow
-
-
-def require_marks(marks: Array, argument: str, /) -> None:
-    """Raise a `TokenExitError` unless an array is boolean."""
-    boolean = array_namespace(marks).isdtype(marks.dtype, "bool")
-    require(boolean, argument, "be boolean", f"dtype {marks.dtype}")
 
 
 def _require_two(marks: Array, argument: str) -> None:

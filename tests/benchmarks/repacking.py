@@ -11,17 +11,16 @@ Everything is timed in turn, in a new order every round; the figures are medians
 
 import argparse
 import json
-import random
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.benchmarks.clock import interleaved
 from tokenexit import cost, heads
+from tokenexit_torch.heads import build
 
 
 class Block(nn.Module):
@@ -48,7 +47,7 @@ class Tail(nn.Module):
     def __init__(self, width: int, attention_heads: int, blocks: int, classes: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, attention_heads) for _ in range(blocks))
-        self.final, self.exit = self._head(width, classes), self._head(width, classes)
+        self.final, self.exit = (build(heads.MLP(), width=width, classes=classes) for _ in range(2))
 
     def forward(self, row: Tensor, images: int, stay: Tensor | None = None) -> Tensor:
         if stay is not None:
@@ -58,39 +57,9 @@ class Tail(nn.Module):
             row = block(row, images)
         return self.final(row)
 
-    def _head(self, width: int, classes: int) -> nn.Module:
-        """`heads.MLP()`, as `cost.of_head` counts it."""
-        return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, classes))
 
-
-def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Mean time of one call, the device waited for."""
-    wait(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    wait(device)
-    return (time.perf_counter() - started) / repeats
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int, at_least: float
-) -> dict[str, list[float]]:
-    """Seconds of one call, by candidate, one for each round; short calls are repeated for `at_least` seconds."""
-    repeats = {}
-    for name, run in candidates.items():
-        seconds(run, device, 3)  # to warm up
-        repeats[name] = max(1, round(at_least / seconds(run, device, 3)))
-    measured: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds):
-        for name in random.Random(turn).sample(list(candidates), len(candidates)):
-            measured[name].append(seconds(candidates[name], device, repeats[name]))
-    return measured
+def waiting(device: torch.device) -> Callable[[], object]:
+    return lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None
 
 
 def drawn_stayers(images: int, tokens: int, leaving: int, generator: torch.Generator) -> Tensor:
@@ -110,7 +79,7 @@ def per_moved_element(args: argparse.Namespace, generator: torch.Generator) -> d
     layer = nn.Linear(args.width, 4 * args.width).to(**like)
     measured = interleaved(
         {"gather": lambda: row.index_select(0, stay), "linear": lambda: layer(row)},
-        device=args.device, rounds=args.rounds, at_least=args.at_least,
+        rounds=args.rounds, at_least=args.at_least, wait=waiting(args.device),
     )  # fmt: skip
     moved = statistics.median(measured["gather"]) / (len(stay) * args.width)
     multiply_add = statistics.median(measured["linear"]) / (rows * args.width * 4 * args.width)
@@ -131,7 +100,7 @@ def compared(args: argparse.Namespace, machine: Mapping[str, float], generator: 
     pairs = zip(leaving, stays, strict=True)
     candidates: dict[str, Callable[[], object]] = {"dense": lambda: tail(row, args.images)}
     candidates |= {f"{count}": lambda stay=stay: tail(row, args.images, stay) for count, stay in pairs}
-    measured = interleaved(candidates, device=args.device, rounds=args.rounds, at_least=args.at_least)
+    measured = interleaved(candidates, rounds=args.rounds, at_least=args.at_least, wait=waiting(args.device))
     head = cost.of_head(heads.MLP(), width=args.width, classes=args.classes)
     # Block 1 stands for all before the exit.
     parts = cost.plain_vit(width=args.width, depth=1 + args.blocks, patch=16, exit_heads={1: head}, head=head)
@@ -211,8 +180,8 @@ def main(given: Sequence[str] | None = None) -> None:
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if args.device.type == "cuda":
         settings["gpu"] = torch.cuda.get_device_name(args.device)
-    sys.stdout.write(f"per_moved_element: {machine['per_moved_element']:.1f}\n\n{table(rows)}\n\n")
-    sys.stdout.write(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=1) + "\n")
+    print(f"per_moved_element: {machine['per_moved_element']:.1f}\n\n{table(rows)}\n")
+    print(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ images' tokens, JAX on rows of fixed length, under `jit`. Both are run in turn, 
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.clock import interleaved
 from tokenexit import retention
 
 K = 5
@@ -107,24 +107,6 @@ def contenders(library: str, arrays: tuple[np.ndarray, ...], classes: int) -> Ma
     }
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call, by contender, for each round; short calls are repeated within a round."""
-    often = {}
-    for name, call in calls.items():
-        call()
-        started = time.perf_counter()
-        call()
-        often[name] = max(1, int(0.005 / (time.perf_counter() - started)))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            for _ in range(often[name]):
-                call()
-            seconds[name].append((time.perf_counter() - started) / often[name])
-    return seconds
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", nargs="+", choices=["numpy", "torch", "jax"], default=["numpy"])
@@ -146,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
                 calls = contenders(library, arrays, classes)
                 agree = np.asarray(calls["loop"]()).reshape(-1) == np.asarray(calls["ours"]()).reshape(-1)
                 slow = images * tokens * classes > LOOP_LIMIT
-                times = interleaved(calls, rounds=3 if slow else options.rounds)
+                times = interleaved(calls, rounds=3 if slow else options.rounds, at_least=0.005)
                 loop, ours = (1e3 * float(np.median(times[name])) for name in ("loop", "ours"))
                 print(
                     f"| {library} | {images} | {tokens} | {classes} | {loop:.3f} | {ours:.3f} | {ours / loop:.2f} |",

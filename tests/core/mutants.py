@@ -123,8 +123,8 @@ MUTANTS = (
     Mutant(
         "of equal tokens in a long row, the last is not kept",
         "retention.py",
-        "((score == least) & (numbers[: score.shape[0]] <= xp.take(last, group)))",
-        "((score == least) & (numbers[: score.shape[0]] < xp.take(last, group)))",
+        "((score == least) & (numbers[: score.shape[0]] <= xp.take(last(), group)))",
+        "((score == least) & (numbers[: score.shape[0]] < xp.take(last(), group)))",
         RETENTION,
     ),
     Mutant(
