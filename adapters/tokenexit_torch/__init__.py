@@ -13,6 +13,8 @@ from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.hosts import Embedded, Host, TimmViT
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.saving import load, save
+from tokenexit_torch.tracing import Trace, trace
+from tokenexit_torch.training import Staged, Stages, distillation, pixel_cross_entropy
 from tokenexit_torch.wrapping import wrap
 
 __all__ = [
@@ -21,10 +23,16 @@ __all__ = [
     "FitReport",
     "Host",
     "Output",
+    "Staged",
+    "Stages",
     "TimmViT",
+    "Trace",
     "attending_per_image",
+    "distillation",
     "fit_exits",
     "load",
+    "pixel_cross_entropy",
     "save",
+    "trace",
     "wrap",
 ]

@@ -98,7 +98,7 @@ class ExitingModel(nn.Module):
         self.classes = classes
         self.head_plan = head_plan
         self.built_head = built_head
-        self._schedule = self._checked(schedule)
+        self._schedule = _checked(self, schedule)
 
     @property
     def depth(self) -> int:
@@ -128,7 +128,7 @@ class ExitingModel(nn.Module):
         """
         require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
         plan = self._schedule if schedule is None else schedule
-        self._schedule = self._checked(plan if threshold is None else plan.with_threshold(threshold))
+        self._schedule = _checked(self, plan if threshold is None else plan.with_threshold(threshold))
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
@@ -145,9 +145,7 @@ class ExitingModel(nn.Module):
         Raises:
             TokenExitError: If the images do not fit the model, or an exit of the plan has no head.
         """
-        plan = self._schedule if schedule is None else self._checked(schedule)
-        embedded = self._embed(images)
-        return _Run(self, embedded, plan).through()
+        return Run(self, images, schedule).through()
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
@@ -221,7 +219,7 @@ class ExitingModel(nn.Module):
         )
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
-        embedded = self._embed(images)
+        embedded = _embed(self, images)
         running, patches = embedded.tokens, {}
         for block in range(self.depth):
             running = self.host.run(block, running, embedded.positions)
@@ -230,52 +228,13 @@ class ExitingModel(nn.Module):
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
         return embedded, patches
 
-    def _checked(self, schedule: Schedule) -> Schedule:
-        if not isinstance(schedule, Schedule):
-            raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
-        gated = isinstance(schedule.carry, Preserved) or any("gate" in e.policy.compared_scores for e in schedule.exits)
-        require(
-            not gated,
-            "schedule",
-            "carry predictions or features and look at no gate, for a model without gates",
-            schedule,
-        )
-        late = [after for after in schedule.after if after >= self.depth]
-        require(
-            not late, "schedule", f"have exits after blocks 1 to {self.depth - 1} only, for {self.depth} blocks", late
-        )
-        headless = [after for after in schedule.after if str(after) not in self.exit_heads]
-        present = [int(after) for after in self.exit_heads]
-        require(not headless, "schedule", f"have exits only after blocks with an exit head, {present}", headless)
-        return schedule
 
-    def _embed(self, images: Tensor) -> Embedded:
-        require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
-        channels = self.host.image_shape[0]
-        require(
-            images.ndim == 4 and images.shape[1] == channels,
-            "images",
-            f"have shape (images, {channels}, height, width)",
-            f"shape {tuple(images.shape)}",
-        )
-        weight = next(self.model.parameters())
-        there = images.device == weight.device
-        require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
-        cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
-        require(
-            cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
-        )
-        try:
-            return self.host.embed(images)
-        except (AssertionError, ValueError) as error:
-            got = f"{tuple(images.shape)}: {error}"
-            raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
+class Run:
+    """One forward pass: the state between two exit points. It lives for one call, and is no part of the public API."""
 
-
-class _Run:
-    """One forward pass: the state between two exit points. It lives for one call."""
-
-    def __init__(self, model: ExitingModel, embedded: Embedded, plan: Schedule) -> None:
+    def __init__(self, model: ExitingModel, images: Tensor, schedule: Schedule | None) -> None:
+        plan = model.schedule if schedule is None else _checked(model, schedule)
+        embedded = _embed(model, images)
         self.model = model
         self.embedded = embedded
         self.policy = {exit.after: exit.policy for exit in plan.active}
@@ -287,10 +246,9 @@ class _Run:
             "have fold_above=None for a model without prefix tokens",
             plan.carry,
         )
-        images, slots, _ = embedded.tokens.shape
-        self.images, self.slots = images, slots
+        self.images, self.slots, _ = embedded.tokens.shape
         self.ledger: Ledger | None = None
-        self.lengths = [slots] * images
+        self.lengths = [self.slots] * self.images
         self.counts: list[list[int]] = []
         self.exits: list[int] = []
         # A batch is a packed row already, seen without its first axis.
@@ -344,13 +302,17 @@ class _Run:
         staying = tokens.scatter(patch & ~leave, packing, into=torch.zeros_like(packing.running))
         waiting = staying.any(dim=1).index_select(0, packing.image)
         stay = ~leave & waiting
-        features = None if self.feature is None else flat
-        self.ledger = ledger.record(self.ledger, packing, ~stay, logits, depth=after, features=features)
+        self.ledger = self._settled(self.ledger, packing, ~stay, logits, depth=after)
         if self.feature is not None and self.feature.fold_above is not None:
             self.row = ledger.fold_leavers(flat, packing, leave, above=self.feature.fold_above)[None]
         self.previous = torch.cat([self.previous, evidence.label[None]])
         self.exits.append(after)
         self._repack(stay)
+
+    def _settled(self, before: Ledger, packing: Packing, leave: Tensor, logits: Tensor, *, depth: int) -> Ledger:
+        """The ledger with what some tokens of the row leave behind."""
+        features = None if self.feature is None else self.row[0]
+        return ledger.record(before, packing, leave, logits, depth=depth, features=features)
 
     def _pack(self) -> Packing:
         if self.packing is None:
@@ -393,9 +355,9 @@ class _Run:
             assert settled is not None
             if any(self.lengths):
                 final = model.head(model.host.finish(self.row[0]))
-                final = final.to(settled.logits.dtype)
                 everyone = torch.ones(final.shape[0], dtype=torch.bool, device=final.device)
-                settled = ledger.record(settled, self.packing, everyone, final, depth=model.depth)
+                final = final.to(settled.logits.dtype)
+                settled = self._settled(settled, self.packing, everyone, final, depth=model.depth)
             logits, depth = settled.logits[:, prefix:], settled.depth[:, prefix:]
         height, width = self.embedded.grid
         grid = {"height": height, "width": width}
@@ -406,3 +368,46 @@ class _Run:
             tuple(self.exits),
             "running" if self.feature is None else "all",
         )
+
+
+def _checked(model: ExitingModel, schedule: Schedule) -> Schedule:
+    if not isinstance(schedule, Schedule):
+        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
+    gated = isinstance(schedule.carry, Preserved) or any("gate" in e.policy.compared_scores for e in schedule.exits)
+    require(
+        not gated,
+        "schedule",
+        "carry predictions or features and look at no gate, for a model without gates",
+        schedule,
+    )
+    late = [after for after in schedule.after if after >= model.depth]
+    require(
+        not late, "schedule", f"have exits after blocks 1 to {model.depth - 1} only, for {model.depth} blocks", late
+    )
+    headless = [after for after in schedule.after if str(after) not in model.exit_heads]
+    present = [int(after) for after in model.exit_heads]
+    require(not headless, "schedule", f"have exits only after blocks with an exit head, {present}", headless)
+    return schedule
+
+
+def _embed(model: ExitingModel, images: Tensor) -> Embedded:
+    require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
+    channels = model.host.image_shape[0]
+    require(
+        images.ndim == 4 and images.shape[1] == channels,
+        "images",
+        f"have shape (images, {channels}, height, width)",
+        f"shape {tuple(images.shape)}",
+    )
+    weight = next(model.model.parameters())
+    there = images.device == weight.device
+    require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
+    cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
+    require(
+        cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
+    )
+    try:
+        return model.host.embed(images)
+    except (AssertionError, ValueError) as error:
+        got = f"{tuple(images.shape)}: {error}"
+        raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error

@@ -1,0 +1,140 @@
+"""The search for schedules on the frontier."""
+
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core import strategies
+from tokenexit import TokenExitError, schedule
+from tokenexit.policies import always
+from tokenexit.search import Found, Space, cheapest, explore, frontier
+
+SMALL = Space((2, 4, 6), thresholds=(0.5, 0.7, 0.9), radii=(0, 1))
+
+
+def toy(plan):
+    """Early exits, low thresholds and narrow neighbourhoods are cheap, and bad."""
+    quality, cost = 1.0, 1.0
+    for exit in plan.exits:
+        early = 1 - exit.after / 8
+        if exit.policy == always():
+            return quality - early**2, cost - early
+        policy = exit.policy.policy
+        gone = early * (1.4 - policy.threshold) * (1 - 0.2 * policy.radius) * cost
+        quality -= 0.3 * gone * (1.05 - policy.threshold) * (1 - 0.6 * policy.radius) * early
+        cost -= 0.5 * gone
+    return quality, cost
+
+
+def everything(space):
+    choices = [None, *itertools.product(space.thresholds, space.radii)]
+    for chosen in itertools.product(choices, repeat=len(space.after)):
+        plan = {after: one for after, one in zip(space.after, chosen, strict=True) if one}
+        if plan:
+            yield schedule.neighbours(
+                radius={after: one[1] for after, one in plan.items()},
+                threshold={after: one[0] for after, one in plan.items()},
+                per_class=space.per_class,
+            )
+    yield from (schedule.truncated(after=after) for after in space.after)
+
+
+def test_it_finds_the_frontier_of_a_small_space():
+    best = frontier(Found(plan, *toy(plan)) for plan in everything(SMALL))
+    found = frontier(explore(toy, SMALL, evaluations=300))
+    assert len(list(everything(SMALL))) > 340
+    missed = [
+        one for one in best if not any(o.quality >= one.quality - 1e-3 and o.cost <= one.cost + 1e-3 for o in found)
+    ]
+    assert len(missed) <= len(best) // 10
+
+
+def test_it_beats_what_it_starts_from():
+    wide = Space((2, 3, 4, 6, 7))
+    starts = [Found(plan, *toy(plan)) for plan in wide.starts()]
+    found = list(explore(toy, wide, evaluations=400))
+    assert found[: len(starts)] == starts
+    for one in starts:
+        assert cheapest(found, quality=one.quality).cost <= one.cost
+    good = 0.99 * max(one.quality for one in starts)
+    assert cheapest(found, quality=good).cost < cheapest(starts, quality=good).cost - 0.02
+
+
+@strategies.fewer(5)
+@given(st.integers(0, 45), st.integers(0, 2**31 - 1))
+def test_what_is_stopped_and_goes_on_ends_as_if_it_had_not_been(stop, seed):
+    whole = list(explore(toy, SMALL, evaluations=45, seed=seed))
+    before = list(explore(toy, SMALL, evaluations=stop, seed=seed))
+    kept = [Found.from_dict(json.loads(json.dumps(one.to_dict()))) for one in before]
+    assert kept == before == whole[:stop]
+    assert kept + list(explore(toy, SMALL, evaluations=45, known=kept, seed=seed)) == whole
+
+
+def test_nothing_is_tried_twice_and_all_of_it_is_in_the_space():
+    found = list(explore(toy, SMALL, evaluations=10_000))
+    plans = [one.schedule for one in found]
+    assert len(set(plans)) == len(plans)
+    assert set(plans) <= set(everything(SMALL))
+    assert {schedule.truncated(after=after) for after in SMALL.after} <= set(plans)
+    # It has ended because nothing was left to try next to the frontier.
+    for one in frontier(found):
+        assert set(SMALL.near(one.schedule)) <= set(plans)
+
+
+def test_what_is_near_differs_in_one_respect():
+    plan = schedule.neighbours(radius={2: 1, 6: 0}, threshold={2: 0.7, 6: 0.9})
+    near = SMALL.near(plan)
+    assert len(set(near)) == len(near)
+    assert plan not in near
+    expected = {
+        schedule.neighbours(radius=radius, threshold=threshold)
+        for radius, threshold in [
+            ({6: 0}, {6: 0.9}), ({2: 1}, {2: 0.7}), ({2: 1, 4: 1, 6: 0}, {2: 0.7, 4: 0.7, 6: 0.9}),
+            ({2: 1, 6: 0}, {2: 0.5, 6: 0.9}), ({2: 1, 6: 0}, {2: 0.9, 6: 0.9}), ({2: 1, 6: 0}, {2: 0.7, 6: 0.7}),
+            ({2: 0, 6: 0}, {2: 0.7, 6: 0.9}), ({2: 1, 6: 1}, {2: 0.7, 6: 0.9}), ({2: 1, 6: 0}, {2: 0.5, 6: 0.7}),
+        ]
+    }  # fmt: skip
+    assert set(near) == expected
+    assert all(plan in SMALL.near(one) for one in near if len(one.exits) == 2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5))))
+def test_the_frontier_is_what_nothing_beats(figures):
+    found = [Found(schedule.truncated(after=1 + at), float(q), float(c)) for at, (q, c) in enumerate(figures)]
+    best = frontier(found)
+    assert [one.cost for one in best] == sorted({one.cost for one in best})
+    for one in found:
+        beaten = any((o.quality >= one.quality and o.cost < one.cost) or (o.quality > one.quality and o.cost <= one.cost)
+                     for o in found)  # fmt: skip
+        alike = [o for o in best if (o.quality, o.cost) == (one.quality, one.cost)]
+        assert len(alike) == (0 if beaten else 1)
+    for quality in range(6):
+        good = [one.cost for one in found if one.quality >= quality]
+        if good:
+            assert cheapest(found, quality=float(quality)).cost == min(good)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Space(()), "`after` must be an ascending tuple of at least one, got ()"),
+        (lambda: Space((3, 2)), "`after` must be an ascending tuple of at least one, got (3, 2)"),
+        (lambda: Space((2,), thresholds=(0.5, 1.5)), "`threshold` must"),
+        (lambda: Space((2,), radii=(-1,)), "`radius` must"),
+        (lambda: Space((0, 2)), "`after` must"),
+        (lambda: Space((2,), per_class=-1), "`per_class` must be a whole number from 0 up, got -1"),
+        (lambda: list(explore(toy, SMALL, evaluations=-1)), "`evaluations` must be a whole number from 0 up, got -1"),
+        (lambda: list(explore(lambda _: (math.nan, 1.0), SMALL, evaluations=3)), "`evaluate` must return numbers, got nan"),
+        (lambda: cheapest([], quality=0.5), "`quality` must be reached by what was found, got 0.5"),
+        (lambda: Found.from_dict({"schedule": {}}), "`found` must have exactly the keys"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(TokenExitError) as found:
+        make()
+    assert str(found.value).startswith(message)
