@@ -10,12 +10,22 @@ from typing import Any, Literal
 from tokenexit._plain import from_plain, to_plain
 from tokenexit.errors import require
 
-__all__ = ["Carry", "Feature", "Prediction", "Preserved", "from_dict", "to_dict"]
+__all__ = ["Carry", "Feature", "MaskPrediction", "Prediction", "Preserved", "from_dict", "to_dict"]
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The class scores of its exit head are a token's result (DToP, ICCV 2023, section 3.2)."""
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """The mask logits of its exit head are frozen, and whether a class is in its image is said by later heads still.
+
+    What the code of DToP (ICCV 2023) does, where its paper's wording is `Prediction`: a token's class scores are its
+    frozen masks, weighted with the presence of each class by the last head that read any token of the image. For heads
+    that give masks and presence (`heads.ATM`).
+    """
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,15 @@ class Preserved:
     """A token skips the next block, its feature as it is, and any later gate may call it back (SViT, WACV 2024)."""
 
 
-Carry = Prediction | Feature | Preserved
+Carry = Prediction | Feature | Preserved | MaskPrediction
 """Any of the carries."""
 
-_KINDS: dict[str, type[Carry]] = {"prediction": Prediction, "feature": Feature, "preserved": Preserved}
+_KINDS: dict[str, type[Carry]] = {
+    "prediction": Prediction,
+    "feature": Feature,
+    "preserved": Preserved,
+    "mask_prediction": MaskPrediction,
+}
 
 
 def to_dict(carry: Carry, /) -> dict[str, Any]:

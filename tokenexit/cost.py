@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Real
 
 from tokenexit._array import Array, array_namespace
 from tokenexit.errors import require
-from tokenexit.heads import FCN, MLP, HeadPlan, Linear
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
 
 __all__ = ["Cost", "HeadCost", "Repacking", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
 
@@ -284,10 +284,10 @@ def plain_vit(
 
 
 def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> HeadCost:
-    """Cost of a head that treats each token by itself, from its plan.
+    """Cost of a head, from its plan.
 
     Args:
-        plan: `Linear`, `MLP` or `FCN` of `tokenexit.heads`.
+        plan: One of the plans of `tokenexit.heads`.
         width: Channels of the tokens.
         classes: Class count.
         norm: Multiply-adds for an element of a LayerNorm; not counted if 0. The batch norm of `FCN` never counts: in
@@ -297,16 +297,18 @@ def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> He
         The cost.
 
     Raises:
-        TokenExitError: If the plan is another, a size is less than 1, or `norm` is negative.
+        TokenExitError: If it is no such plan, a size is less than 1, `norm` is negative, or the width is odd for `ATM`.
     """
     _require_sizes(width=width, classes=classes)
     _require_counts(norm=norm)
+    if isinstance(plan, ATM):
+        return atm_head(width=width, classes=classes, layers=plan.layers, norm=norm)
     if isinstance(plan, FCN):
         return HeadCost(width * plan.hidden + plan.hidden * classes)
     if isinstance(plan, MLP):
         hidden = width if plan.hidden is None else plan.hidden
         return HeadCost(norm * width + width * hidden + hidden * classes)
-    require(isinstance(plan, Linear), "plan", "be a Linear, MLP or FCN of tokenexit.heads", repr(plan))
+    require(isinstance(plan, Linear), "plan", "be a Linear, MLP, FCN or ATM of tokenexit.heads", repr(plan))
     return HeadCost(norm * width + width * classes)
 
 

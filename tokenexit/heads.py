@@ -1,7 +1,8 @@
-"""Plans of heads, which read class scores off single tokens.
+"""Plans of heads, which read class scores off tokens.
 
 A plan is plain frozen data that every adapter builds in its own framework, so that heads fitted in one can be loaded
-in another. All of them take tokens as a block leaves them, `(..., width)`, and give `(..., classes)`.
+in another. All but `ATM` treat each token by itself: they take tokens as a block leaves them, `(..., width)`, and give
+`(..., classes)`. `ATM` looks at all patches of an image.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from tokenexit._plain import from_plain, is_whole, to_plain
 from tokenexit.errors import require
 
-__all__ = ["FCN", "MLP", "HeadPlan", "Linear", "from_dict", "to_dict"]
+__all__ = ["ATM", "FCN", "MLP", "HeadPlan", "Linear", "from_dict", "to_dict"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MLP:
             TokenExitError: If `hidden` is neither None nor a whole number from 1 to 1,000,000.
         """
         if self.hidden is not None:
-            _require_size(self.hidden)
+            _require_size("hidden", self.hidden)
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,41 @@ class FCN:
         Raises:
             TokenExitError: If `hidden` is not a whole number from 1 to 1,000,000.
         """
-        _require_size(self.hidden)
+        _require_size("hidden", self.hidden)
 
 
-HeadPlan = Linear | MLP | FCN
+@dataclass(frozen=True)
+class ATM:
+    """Attention to mask: one learned query for each class attends to all patches of an image.
+
+    The head of SegViT (NeurIPS 2022, section 3) as DToP (ICCV 2023) uses it. It gives a mask logit for every patch and
+    class, and for every class the probability that it is in the image. In the head, tokens have half their channels.
+
+    Attributes:
+        layers: Decoder layers. Published: 3.
+        attention_heads: Into how many its attention is split; must divide half the width of the tokens. None: one for
+            each 32 of these channels, at least one.
+    """
+
+    layers: int = 3
+    attention_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If `layers` is not a whole number from 1 to 64, or `attention_heads` neither None nor a
+                whole number from 1 to 1,000,000.
+        """
+        _require_size("layers", self.layers, most=64)  # a damaged or hostile file must not ask for a million modules
+        if self.attention_heads is not None:
+            _require_size("attention_heads", self.attention_heads)
+
+
+HeadPlan = Linear | MLP | FCN | ATM
 """Any of the plans."""
 
-_KINDS: dict[str, type[HeadPlan]] = {"linear": Linear, "mlp": MLP, "fcn": FCN}
+_KINDS: dict[str, type[HeadPlan]] = {"linear": Linear, "mlp": MLP, "fcn": FCN, "atm": ATM}
 
 
 def to_dict(plan: HeadPlan, /) -> dict[str, Any]:
@@ -96,6 +125,6 @@ def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
     return from_plain(data, _KINDS, argument="plan")
 
 
-def _require_size(value: object) -> None:
-    ok = isinstance(value, int) and is_whole(value, least=1) and value <= 1_000_000
-    require(ok, "hidden", "be a whole number from 1 to 1,000,000", repr(value))
+def _require_size(argument: str, value: object, *, most: int = 1_000_000) -> None:
+    ok = isinstance(value, int) and is_whole(value, least=1) and value <= most
+    require(ok, argument, f"be a whole number from 1 to {most:,}", repr(value))

@@ -11,17 +11,22 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.hosts import Embedded, Host, TimmViT
+from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.saving import load, save
 from tokenexit_torch.tracing import Trace, trace
-from tokenexit_torch.training import Staged, Stages, distillation, pixel_cross_entropy
+from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 from tokenexit_torch.wrapping import wrap
 
 __all__ = [
+    "AttentionToMask",
     "Embedded",
     "ExitingModel",
     "FitReport",
     "Host",
+    "MaskHead",
+    "MaskMaps",
+    "Masks",
     "Output",
     "Staged",
     "Stages",
@@ -31,6 +36,7 @@ __all__ = [
     "distillation",
     "fit_exits",
     "load",
+    "mask_loss",
     "pixel_cross_entropy",
     "save",
     "trace",

@@ -68,10 +68,13 @@ def fit_exits(
         The agreement of each head with the final head.
 
     Raises:
-        TokenExitError: If the model has no exit heads, there are no images, or a number is out of range.
+        TokenExitError: If the model has no exit heads, or mask heads, which read whole images and not patches drawn
+            from many; there are no images; or a number is out of range.
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     require(len(model.exit_heads) > 0, "model", "have exit heads", "none")
+    rule = "have heads that treat each token by itself: `mask_loss` trains those that read whole images"
+    require(not model.gives_masks, "model", rule, "mask heads")
     require(steps >= 1, "steps", "be at least 1", steps)
     require(patches_per_step >= 2, "patches_per_step", "be at least 2", patches_per_step)
     generator = torch.Generator().manual_seed(0) if generator is None else generator

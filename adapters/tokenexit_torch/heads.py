@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from tokenexit import TokenExitError
-from tokenexit.heads import FCN, MLP, HeadPlan, Linear
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
+from tokenexit_torch.masks import AttentionToMask
 
 __all__ = ["build"]
 
@@ -17,10 +18,10 @@ def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
         classes: Class count.
 
     Returns:
-        A module from `(..., width)` to `(..., classes)`.
+        A module from `(..., width)` to `(..., classes)`; for `ATM`, an `AttentionToMask`.
 
     Raises:
-        TokenExitError: If `plan` is not of `tokenexit.heads`.
+        TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
     """
     match plan:
         case Linear():
@@ -31,6 +32,8 @@ def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
         case FCN():
             first = nn.Linear(width, plan.hidden, bias=False)
             return nn.Sequential(first, _TokenBatchNorm(plan.hidden), nn.ReLU(), nn.Linear(plan.hidden, classes))
+        case ATM():
+            return AttentionToMask(width, classes, layers=plan.layers, attention_heads=plan.attention_heads)
     raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
 
 

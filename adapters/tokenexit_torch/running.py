@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import TokenExitError, ledger, policies, tokens
-from tokenexit.carries import Feature, Preserved
+from tokenexit import TokenExitError, ledger, policies, scores, tokens
+from tokenexit.carries import Feature, MaskPrediction, Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
@@ -26,6 +26,7 @@ from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.masks import MaskHead, MaskMaps, Masks, as_maps, log_scores, patch_rows, widened
 
 __all__ = ["ExitingModel", "Output"]
 
@@ -35,6 +36,7 @@ class Output(NamedTuple):
 
     Attributes:
         logits: Class scores of every patch, from the head at which it left; from the final head if features rejoined.
+            Logits, or for mask heads the logarithm of presence times mask.
         exit_depth: After how many blocks every patch left; all of them if it never did.
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         exits: The blocks after which an exit head ran.
@@ -106,6 +108,11 @@ class ExitingModel(nn.Module):
         return len(self.host.blocks)
 
     @property
+    def gives_masks(self) -> bool:
+        """Whether the heads are mask heads: `wrap` sees to it that all are, or none."""
+        return isinstance(self.head, MaskHead)
+
+    @property
     def schedule(self) -> Schedule:
         """The plan in use; `retune` exchanges it."""
         return self._schedule
@@ -161,15 +168,25 @@ class ExitingModel(nn.Module):
         Raises:
             TokenExitError: If the images do not fit the model.
         """
-        embedded, patches = self._trace(images)
-        heads = [*self.exit_heads.values(), self.head]
-        height, width = embedded.grid
-        return {
-            after: rearrange(
-                head(rows), "images (height width) classes -> images classes height width", height=height, width=width
-            )
-            for (after, rows), head in zip(patches.items(), heads, strict=True)
-        }
+        readings, (height, width) = self._read_all(images)
+        pattern = "images (height width) classes -> images classes height width"
+        return {after: rearrange(one.logits, pattern, height=height, width=width) for after, one in readings.items()}
+
+    def every_mask(self, images: Float[Tensor, "images channels height width"]) -> dict[int, MaskMaps]:
+        """Masks and presence of every head on all tokens, in one dense run: what `mask_loss` is computed from.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+
+        Returns:
+            Masks and presence by blocks run; the last entry is the final head's.
+
+        Raises:
+            TokenExitError: If the heads are no mask heads, or the images do not fit the model.
+        """
+        require(self.gives_masks, "model", "have mask heads", type(self.head).__name__)
+        readings, grid = self._read_all(images)
+        return {after: as_maps(one.masks, grid) for after, one in readings.items() if one.masks is not None}
 
     def patches_after(
         self, images: Float[Tensor, "images channels height width"]
@@ -191,7 +208,8 @@ class ExitingModel(nn.Module):
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
 
-        They are read off the linear and convolution layers and the executed tokens; heads are counted for patches.
+        They are read off the linear and convolution layers and the executed tokens; heads are counted for patches, and
+        a mask head says itself what it costs.
 
         Args:
             output: What the call returned.
@@ -211,12 +229,18 @@ class ExitingModel(nn.Module):
             blocks=tuple(linear_weights(block) for block in self.host.blocks),
             width=self.host.width,
             prefix=slots - height * width,
-            exit_heads={int(after): HeadCost(linear_weights(head)) for after, head in self.exit_heads.items()},
-            head=HeadCost(linear_weights(self.head)),
+            exit_heads={int(after): _head_cost(head) for after, head in self.exit_heads.items()},
+            head=_head_cost(self.head),
         )
         return cost.multiply_adds(
             output.tokens_per_block, patches=height * width, exits=output.exits, head_on=output.head_on
         )
+
+    def _read_all(self, images: Tensor) -> tuple[dict[int, "Reading"], tuple[int, int]]:
+        embedded, patches = self._trace(images)
+        heads = [*self.exit_heads.values(), self.head]
+        readings = {after: _read_batch(head, rows) for (after, rows), head in zip(patches.items(), heads, strict=True)}
+        return readings, embedded.grid
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
         embedded = _embed(self, images)
@@ -227,6 +251,25 @@ class ExitingModel(nn.Module):
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
         return embedded, patches
+
+
+class Reading(NamedTuple):
+    """What a head says of tokens, in whatever layout they have. It is no part of the public API.
+
+    Attributes:
+        logits: Class scores.
+        class_scores: Those of a mask head as a policy takes them, where one is asked.
+        masks: What a mask head said.
+    """
+
+    logits: Tensor
+    class_scores: Tensor | None = None
+    masks: Masks | None = None
+
+    def detach(self) -> "Reading":
+        """The same, as constants."""
+        masks = None if self.masks is None else Masks(*(part.detach() for part in self.masks))
+        return Reading(self.logits.detach(), self.class_scores, masks)
 
 
 class Run:
@@ -248,6 +291,10 @@ class Run:
         )
         self.images, self.slots, _ = embedded.tokens.shape
         self.ledger: Ledger | None = None
+        self.reweighs = isinstance(plan.carry, MaskPrediction)
+        self.keeps_masks = self.reweighs
+        # Of every slot, and of every image, what the last mask head said that read it.
+        self.masks: Masks | None = None
         self.lengths = [self.slots] * self.images
         self.counts: list[list[int]] = []
         self.exits: list[int] = []
@@ -280,13 +327,14 @@ class Run:
     def _exit(self, after: int, policy: policies.Policy) -> None:
         packing = self._pack()
         flat = self.row[0]
-        logits = self.model.exit_heads[str(after)](flat)
+        reading = self._read(self.model.exit_heads[str(after)], flat, packing)
         if self.ledger is None:
-            self.ledger = ledger.open_ledger(logits, packing, features=None if self.feature is None else flat)
+            self.ledger = ledger.open_ledger(reading.logits, packing, features=None if self.feature is None else flat)
         prefix = self.embedded.prefix
         patch = packing.slot >= prefix
         evidence = policies.Evidence(
-            logits.detach(),
+            reading.logits.detach() if reading.class_scores is None else None,
+            class_scores=reading.class_scores,
             image=packing.image,
             images=self.images,
             grid=self.embedded.grid,
@@ -302,17 +350,48 @@ class Run:
         staying = tokens.scatter(patch & ~leave, packing, into=torch.zeros_like(packing.running))
         waiting = staying.any(dim=1).index_select(0, packing.image)
         stay = ~leave & waiting
-        self.ledger = self._settled(self.ledger, packing, ~stay, logits, depth=after)
+        self._settle(after, ~stay, reading)
         if self.feature is not None and self.feature.fold_above is not None:
             self.row = ledger.fold_leavers(flat, packing, leave, above=self.feature.fold_above)[None]
         self.previous = torch.cat([self.previous, evidence.label[None]])
         self.exits.append(after)
         self._repack(stay)
 
-    def _settled(self, before: Ledger, packing: Packing, leave: Tensor, logits: Tensor, *, depth: int) -> Ledger:
-        """The ledger with what some tokens of the row leave behind."""
+    def _read(self, head: nn.Module, flat: Tensor, packing: Packing) -> Reading:
+        """What a head says of the tokens of the packed row; a mask head is shown the patches alone."""
+        if not isinstance(head, MaskHead):
+            return Reading(head(flat))
+        rows, patches = patch_rows(self.lengths, self.embedded.prefix, flat.device)
+        found = widened(head(flat.index_select(0, rows), patches))
+        nothing = found.mask_logits.new_zeros(flat.shape[0], found.mask_logits.shape[1])
+        masks = Masks(nothing.index_copy(0, rows, found.mask_logits), found.presence_logits)
+        presence = masks.presence_logits.index_select(0, packing.image)
+        class_scores = scores.mask_scores(masks.mask_logits.detach(), presence.detach().sigmoid())
+        return Reading(log_scores(masks.mask_logits, presence), class_scores, masks)
+
+    def _settle(self, after: int, leave: Tensor, reading: Reading) -> None:
+        """Write down what tokens of the row leave behind."""
+        assert self.ledger is not None
+        assert self.packing is not None
+        score = None if reading.class_scores is None else reading.class_scores.amax(dim=-1)
         features = None if self.feature is None else self.row[0]
-        return ledger.record(before, packing, leave, logits, depth=depth, features=features)
+        self.ledger = ledger.record(
+            self.ledger, self.packing, leave, reading.logits, depth=after, score=score, features=features
+        )
+        if self.keeps_masks and reading.masks is not None:
+            self.masks = self._joined(reading.masks)
+
+    def _joined(self, masks: Masks) -> Masks:
+        """Masks of the row put in their slots, beside those that leavers have left; presence likewise, by image."""
+        assert self.packing is not None
+        classes = masks.mask_logits.shape[1]
+        before = masks.mask_logits.new_zeros(self.images, self.slots, classes), masks.presence_logits
+        mask_logits, presence_logits = before if self.masks is None else self.masks
+        ran = torch.tensor([length > 0 for length in self.lengths], dtype=torch.bool, device=self.row.device)
+        return Masks(
+            tokens.scatter(masks.mask_logits, self.packing, into=mask_logits),
+            torch.where(ran[:, None], masks.presence_logits, presence_logits),
+        )
 
     def _pack(self) -> Packing:
         if self.packing is None:
@@ -341,24 +420,33 @@ class Run:
             self.packing, self.positions = None, self.embedded.positions
             self.lengths = [self.slots] * self.images
 
+    def _predictions(self, settled: Ledger) -> Tensor:
+        """Class scores of every slot: as they froze, or frozen masks under the latest presence."""
+        if not self.reweighs or self.masks is None:
+            return settled.logits
+        return log_scores(self.masks.mask_logits, self.masks.presence_logits[:, None])
+
     def _output(self) -> Output:
         model, prefix = self.model, self.embedded.prefix
         settled = self.ledger
         if self.feature is not None:
             self._rejoin()
         if self.packing is None:
-            logits = model.head(model.host.finish(self.row)[:, prefix:])
+            reading = _read_batch(model.head, model.host.finish(self.row)[:, prefix:])
+            logits, self.masks = reading.logits, reading.masks
             depth = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
             depth = depth if settled is None else settled.depth[:, prefix:]
             depth = torch.where(depth > 0, depth, model.depth)
         else:
             assert settled is not None
+            assert self.ledger is not None
             if any(self.lengths):
-                final = model.head(model.host.finish(self.row[0]))
-                everyone = torch.ones(final.shape[0], dtype=torch.bool, device=final.device)
-                final = final.to(settled.logits.dtype)
-                settled = self._settled(settled, self.packing, everyone, final, depth=model.depth)
-            logits, depth = settled.logits[:, prefix:], settled.depth[:, prefix:]
+                final = self._read(model.head, model.host.finish(self.row[0]), self.packing)
+                everyone = torch.ones(final.logits.shape[0], dtype=torch.bool, device=final.logits.device)
+                final = final._replace(logits=final.logits.to(settled.logits.dtype))
+                self._settle(model.depth, everyone, final)
+            settled = self.ledger
+            logits, depth = self._predictions(settled)[:, prefix:], settled.depth[:, prefix:]
         height, width = self.embedded.grid
         grid = {"height": height, "width": width}
         return Output(
@@ -368,6 +456,21 @@ class Run:
             tuple(self.exits),
             "running" if self.feature is None else "all",
         )
+
+
+def _read_batch(head: nn.Module, patches: Tensor) -> Reading:
+    """What a head says of all patches of a batch."""
+    if not isinstance(head, MaskHead):
+        return Reading(head(patches))
+    images, places, _ = patches.shape
+    found = widened(head(rearrange(patches, "images places width -> (images places) width"), [places] * images))
+    mask_logits = found.mask_logits.reshape(images, places, found.mask_logits.shape[1])
+    presence = found.presence_logits
+    return Reading(log_scores(mask_logits, presence[:, None]), masks=Masks(mask_logits, presence))
+
+
+def _head_cost(head: nn.Module) -> HeadCost:
+    return head.cost if isinstance(head, MaskHead) else HeadCost(linear_weights(head))
 
 
 def _checked(model: ExitingModel, schedule: Schedule) -> Schedule:
@@ -380,6 +483,12 @@ def _checked(model: ExitingModel, schedule: Schedule) -> Schedule:
         "carry predictions or features and look at no gate, for a model without gates",
         schedule,
     )
+    masks = isinstance(schedule.carry, MaskPrediction)
+    rule = "carry no MaskPrediction, for heads that give no masks to freeze"
+    require(not masks or model.gives_masks, "schedule", rule, schedule)
+    compared = sorted({"entropy", "margin"} & set().union(*(exit.policy.compared_scores for exit in schedule.exits)))
+    rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
+    require(not model.gives_masks or not compared, "schedule", rule, compared)
     late = [after for after in schedule.after if after >= model.depth]
     require(
         not late, "schedule", f"have exits after blocks 1 to {model.depth - 1} only, for {model.depth} blocks", late

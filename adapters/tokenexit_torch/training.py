@@ -22,16 +22,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import tokens
+from tokenexit import TokenExitError, tokens
 from tokenexit.errors import require
-from tokenexit.ledger import Ledger
 from tokenexit.schedule import Schedule
-from tokenexit.tokens import Packing
-from tokenexit_torch.running import ExitingModel, Output, Run
+from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores
+from tokenexit_torch.running import ExitingModel, Output, Reading, Run
 
-__all__ = ["Staged", "Stages", "distillation", "pixel_cross_entropy"]
+__all__ = ["Staged", "Stages", "distillation", "mask_loss", "pixel_cross_entropy"]
 
 Criterion = Callable[[Float[Tensor, "images classes grid_height grid_width"]], Float[Tensor, ""]]
+MaskCriterion = Callable[[MaskMaps], Float[Tensor, ""]]
 
 
 class Stages(NamedTuple):
@@ -41,11 +41,15 @@ class Stages(NamedTuple):
         output: What the model returns at test, detached where tokens have left with a prediction.
         logits: For each head that ran, by the blocks before it, the class scores of all patches: this head's own for
             those that ran, and for the others the scores that they left with, detached (DToP, ICCV 2023: a finalised
-            prediction is a constant to later losses). The final head is missing if no token reached it.
+            prediction is a constant to later losses). The final head is missing if no token reached it. Under
+            `MaskPrediction`, the frozen masks are weighted with this head's presence.
+        masks: Masks and presence by the same rule, if the heads are mask heads: presence is this head's own in images
+            of which it read any patch, and for the others that of the last head that did, detached.
     """
 
     output: Output
     logits: dict[int, Float[Tensor, "images classes grid_height grid_width"]]
+    masks: dict[int, MaskMaps] | None = None
 
     def loss(self, criterion: Criterion, /, *, auxiliary: float | Mapping[int, float] = 0.4) -> Float[Tensor, ""]:
         """The criterion of the final head, plus that of each exit, weighted.
@@ -61,13 +65,38 @@ class Stages(NamedTuple):
         Raises:
             TokenExitError: If a weight is missing or negative.
         """
+        weight = self._weights(auxiliary)
+        return torch.stack([weight[after] * criterion(logits) for after, logits in self.logits.items()]).sum()
+
+    def loss_of_masks(
+        self, criterion: MaskCriterion, /, *, auxiliary: float | Mapping[int, float] = 1.0
+    ) -> Float[Tensor, ""]:
+        """As `loss`, for a criterion of masks and presence: `mask_loss`.
+
+        Args:
+            criterion: The loss of one head, on its masks.
+            auxiliary: Weight of the exits; one for all, or one for each of those that ran. Published: 1 (DToP, ICCV
+                2023).
+
+        Returns:
+            The sum.
+
+        Raises:
+            TokenExitError: If the heads are no mask heads, or a weight is missing or negative.
+        """
+        if self.masks is None:
+            raise TokenExitError("`stages` must be of mask heads for a loss of masks, got none")
+        weight = self._weights(auxiliary)
+        return torch.stack([weight[after] * criterion(maps) for after, maps in self.masks.items()]).sum()
+
+    def _weights(self, auxiliary: float | Mapping[int, float]) -> dict[int, float]:
         depth = self.output.tokens_per_block.shape[1]
-        weight = dict(auxiliary) if isinstance(auxiliary, Mapping) else dict.fromkeys(self.logits, auxiliary)
-        weight[depth] = 1.0
+        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(self.logits, auxiliary)
+        weight = {**given, depth: 1.0}
         missing = sorted(set(self.logits) - set(weight))
         require(not missing, "auxiliary", "have a weight for every exit that runs", f"none for {missing}")
         require(all(one >= 0 for one in weight.values()), "auxiliary", "be at least 0", auxiliary)
-        return torch.stack([weight[after] * criterion(logits) for after, logits in self.logits.items()]).sum()
+        return weight
 
 
 class Staged(nn.Module):
@@ -110,6 +139,8 @@ class _StagedRun(Run):
     def __init__(self, model: ExitingModel, images: Tensor, schedule: Schedule | None) -> None:
         super().__init__(model, images, schedule)
         self._stages: dict[int, Tensor] = {}
+        self._mask_stages: dict[int, MaskMaps] = {}
+        self.keeps_masks = model.gives_masks
 
     def staged(self) -> Stages:
         output = self.through()
@@ -122,12 +153,21 @@ class _StagedRun(Run):
         }
         if self.packing is None:  # all tokens reached the final head, or rejoined before it
             stages[self.model.depth] = output.logits
-        return Stages(output, stages)
+            if self.masks is not None:
+                self._mask_stages[self.model.depth] = as_maps(self.masks, self.embedded.grid)
+        return Stages(output, stages, self._mask_stages if self.model.gives_masks else None)
 
-    def _settled(self, before: Ledger, packing: Packing, leave: Tensor, logits: Tensor, *, depth: int) -> Ledger:
-        everyone = tokens.scatter(logits, packing, into=before.logits)
-        self._stages[depth] = everyone[:, self.embedded.prefix :]
-        return super()._settled(before, packing, leave, logits.detach(), depth=depth)
+    def _settle(self, after: int, leave: Tensor, reading: Reading) -> None:
+        assert self.ledger is not None
+        assert self.packing is not None
+        prefix = self.embedded.prefix
+        everyone = tokens.scatter(reading.logits, self.packing, into=self.ledger.logits)
+        if reading.masks is not None:
+            mask_logits, presence_logits = self._joined(reading.masks)
+            self._mask_stages[after] = as_maps(Masks(mask_logits[:, prefix:], presence_logits), self.embedded.grid)
+            everyone = log_scores(mask_logits, presence_logits[:, None]) if self.reweighs else everyone
+        self._stages[after] = everyone[:, prefix:]
+        super()._settle(after, leave, reading.detach())
 
 
 def pixel_cross_entropy(
@@ -180,6 +220,69 @@ def distillation(
     wish = functional.log_softmax(teacher.detach().float() / temperature, dim=1)
     pixels = teacher.shape[0] * teacher.shape[2] * teacher.shape[3]
     return functional.kl_div(student, wish, reduction="sum", log_target=True) * temperature**2 / max(pixels, 1)
+
+
+def mask_loss(
+    maps: MaskMaps,
+    label: Int64[Tensor, "images height width"],
+    /,
+    *,
+    ignore: int = -100,
+    presence: float = 1.0,
+    focal: float = 20.0,
+    dice: float = 1.0,
+    absent: float = 0.1,
+) -> Float[Tensor, ""]:
+    """What a mask head is trained with (SegViT, NeurIPS 2022, section 3): presence of classes, and their masks.
+
+    Presence has a cross-entropy over all classes of all images with any labelled pixel. Masks have a focal loss
+    (alpha 0.25, gamma 2) and a dice loss, each the mean over the classes present in their images; pixels without a
+    label do not count. Zero, and not NaN, if no pixel is labelled. It waits for the device once, to learn how many
+    masks there are.
+
+    Args:
+        maps: Masks and presence of one head; masks are upsampled to the labels bilinearly, in float32.
+        label: Class of each pixel. Those of an image are what is taken to be present in it.
+        ignore: Label of pixels that do not count.
+        presence: Weight of the cross-entropy. Published: 1.
+        focal: Weight of the focal loss. Published: 20.
+        dice: Weight of the dice loss. Published: 1.
+        absent: Weight of a class that is not in the image, in the cross-entropy. Published: 0.1.
+
+    Returns:
+        The loss.
+    """
+    known = label != ignore
+    there = _present(label, known, maps.presence_logits.shape[1])
+    weight = torch.where(there, 1.0, absent) * known.flatten(1).any(dim=1)[:, None]
+    wrong = functional.binary_cross_entropy_with_logits(
+        maps.presence_logits.float(), there.float(), weight, reduction="sum"
+    )
+    image, which = there.nonzero(as_tuple=True)
+    logits = _upsampled(maps.mask_logits[image, which][:, None], label.shape[1:])[:, 0]
+    counts = known[image].float()
+    target = (label[image] == which[:, None, None]).float()
+    focal_loss = ((_focal(logits, target) * counts).sum(dim=(1, 2)) / counts.sum(dim=(1, 2))).sum()
+    dice_loss = _dice(logits.sigmoid() * counts, target).sum()
+    masks = max(len(image), 1)
+    return presence * wrong / weight.sum().clamp(min=1e-6) + (focal * focal_loss + dice * dice_loss) / masks
+
+
+def _present(label: Tensor, known: Tensor, classes: int) -> Tensor:
+    """Which classes are in which image, `(images, classes)`."""
+    found = torch.zeros(len(label), classes + 1, dtype=torch.bool, device=label.device)
+    return found.scatter(1, torch.where(known, label, classes).flatten(1), True)[:, :classes]
+
+
+def _focal(logits: Tensor, target: Tensor) -> Tensor:
+    entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    missed = (target - logits.sigmoid()).abs()
+    return torch.where(target > 0, 0.25, 0.75) * missed.square() * entropy
+
+
+def _dice(probability: Tensor, target: Tensor) -> Tensor:
+    both = (probability * target).sum(dim=(1, 2))
+    return 1 - (2 * both + 1) / (probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2)) + 1)
 
 
 def _upsampled(logits: Tensor, size: torch.Size) -> Tensor:

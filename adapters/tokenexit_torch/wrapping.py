@@ -14,6 +14,7 @@ from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host, host_of
+from tokenexit_torch.masks import MaskHead, Masks
 from tokenexit_torch.running import ExitingModel
 
 __all__ = ["wrap"]
@@ -37,7 +38,8 @@ def wrap(
         model: A timm `VisionTransformer`, or an object that follows `Host`.
         schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
             exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
-        head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself.
+        head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
+            `MaskHead`.
         num_classes: Builds a final head for so many classes, instead of `head`.
         exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.
 
@@ -46,7 +48,8 @@ def wrap(
 
     Raises:
         TokenExitError: If the model is not supported or already wrapped, an exit lies outside of it, a head does not
-            work on each token by itself, or the self-check finds that running all tokens packed is not the dense model.
+            work on each token by itself, or a mask head on each image, some heads are mask heads and others not, or the
+            self-check finds that running all tokens packed is not the dense model.
     """
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     host = _unwrapped_host(model)
@@ -74,7 +77,12 @@ def wrap(
         chosen = {after: exit_head.to(like).train(mode) for after, exit_head in new.items()}
     else:
         chosen = _given_heads(exit_heads, len(host.blocks), classes, host.width, like)
-    _require_apart({"head": final, **{f"exit_heads[{after}]": one for after, one in chosen.items()}}, host.module)
+    named = {"head": final, **{f"exit_heads[{after}]": one for after, one in chosen.items()}}
+    for argument, one in named.items():
+        alike = isinstance(one, MaskHead) == isinstance(final, MaskHead)
+        rule = "be a mask head exactly if the final head is, for the scores of one image must compare"
+        require(alike, argument, rule, f"{type(one).__name__} beside {type(final).__name__}")
+    _require_apart(named, host.module)
     wrapped = ExitingModel(host, schedule, final, chosen, classes, plan, built_head=head is None)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
@@ -111,7 +119,9 @@ def _unwrapped_host(model: object) -> Host:
 
 @torch.no_grad()
 def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int:
-    """Class count of a head, after a check that it treats each token by itself."""
+    """Class count of a head, after a check that it treats each token by itself, or each image if it gives masks."""
+    if isinstance(head, MaskHead):
+        return _mask_classes_of(head, width, like, argument)
     with evaluating(head):
         probe = _drawn(3, width, like=like)
         try:
@@ -126,10 +136,33 @@ def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int
         "turn tokens (3, width) into logits (3, classes)",
         getattr(together, "shape", type(together).__name__),
     )
-    gap = (together[1:2] - alone).abs().max()
-    close = bool(gap <= _tolerance(alone.dtype) * (1 + alone.abs().max()))
+    close = _is_close(together[1:2], alone)
     require(close, argument, "treat each token by itself", "logits that depend on other tokens")
     return together.shape[1]
+
+
+def _mask_classes_of(head: MaskHead, width: int, like: Tensor, argument: str) -> int:
+    with evaluating(head):
+        probe = _drawn(5, width, like=like)
+        try:
+            together, alone = head(probe, [2, 0, 3]), head(probe[2:], [3])
+        except (RuntimeError, ValueError, TypeError) as error:
+            rule = f"take patches of shape (patches, {width}), and how many of each image"
+            raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
+    require(isinstance(together, Masks), argument, "give Masks", type(together).__name__)
+    shapes = tuple(together.mask_logits.shape), tuple(together.presence_logits.shape)
+    classes = shapes[0][-1]
+    wanted = (5, classes), (3, classes)
+    require(shapes == wanted, argument, f"give masks and presence of shapes {wanted} for 5 patches, 3 images", shapes)
+    close = _is_close(together.mask_logits[2:], alone.mask_logits)
+    close = close and _is_close(together.presence_logits[2:], alone.presence_logits)
+    require(close, argument, "treat each image by itself", "masks or presence that depend on other images")
+    return classes
+
+
+def _is_close(together: Tensor, alone: Tensor) -> bool:
+    gap = (together - alone).abs().max()
+    return bool(gap <= _tolerance(alone.dtype) * (1 + alone.abs().max()))
 
 
 @torch.no_grad()

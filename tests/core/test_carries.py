@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenexit import TokenExitError, carries
-from tokenexit.carries import Feature, Prediction, Preserved
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 
 CARRY = (
     st.just(Prediction())
     | st.just(Preserved())
+    | st.just(MaskPrediction())
     | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
 )
 
@@ -26,7 +27,9 @@ def test_what_is_written():
     assert carries.to_dict(Prediction()) == {"kind": "prediction"}
     assert carries.to_dict(Preserved()) == {"kind": "preserved"}
     assert carries.to_dict(Feature()) == {"kind": "feature", "before": "decoder", "fold_above": None}
+    assert carries.to_dict(MaskPrediction()) == {"kind": "mask_prediction"}
     assert Prediction() != Preserved()
+    assert Prediction() != MaskPrediction()
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -41,10 +44,13 @@ def test_what_is_written():
         (lambda: Feature(fold_above=float("nan")), r"`fold_above` must be None or in \[0, 1\], got nan"),
         (lambda: Feature(fold_above=True), r"`fold_above` must be None or in \[0, 1\], got True"),
         (lambda: Feature(fold_above="0.1"), r"`fold_above` must be None or in \[0, 1\], got '0.1'"),
-        (lambda: carries.to_dict(None), "`carry` must be one of prediction, feature, preserved to be written down"),
+        (lambda: carries.to_dict(None), "`carry` must be one of prediction, feature, preserved, mask_prediction to be"),
         (lambda: carries.to_dict(Feature), "`carry` must be one of prediction, .*got <class"),
         (lambda: carries.from_dict(None), "`carry` must be a mapping, got None"),
-        (lambda: carries.from_dict({}), "`kind` must be one of prediction, feature, preserved, got None"),
+        (
+            lambda: carries.from_dict({}),
+            "`kind` must be one of prediction, feature, preserved, mask_prediction, got None",
+        ),
         (lambda: carries.from_dict({"kind": "Feature"}), "`kind` must be one of .*got 'Feature'"),
         (lambda: carries.from_dict({"kind": {}}), "`kind` must be one of .*got {}"),
         (lambda: carries.from_dict({"kind": "prediction", "x": 1}), r"`carry` must have the fields \[\] .*\['x'\]"),

@@ -120,6 +120,7 @@ def test_an_atm_head_costs_what_its_matrices_do(tokens, half, classes, layers, n
     count.linear(queries, 2)
     head = cost.atm_head(width=2 * half, classes=classes, layers=layers, norm=norm)
     assert head.multiply_adds(np.array([tokens, 0])).tolist() == [count.total, 0]
+    assert cost.of_head(heads.ATM(layers), width=2 * half, classes=classes, norm=norm) == head
 
 
 @pytest.mark.parametrize(("plan", "inside", "normed"), [
@@ -340,7 +341,7 @@ def test_a_bad_question_about_repacking_is_named(change, message):
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, prefix=-1), "`prefix` must be 0 or more, got -1"),
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, decoder=-1), "`decoder` must be 0 or more, got -1"),
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, norm=-1), "`norm` must be 0 or more, got -1"),
-    (lambda: cost.of_head("mlp", width=1, classes=1), "`plan` must be a Linear, MLP or FCN .*, got 'mlp'"),
+    (lambda: cost.of_head("mlp", width=1, classes=1), "`plan` must be a Linear, MLP, FCN or ATM .*, got 'mlp'"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=0), "`classes` must be at least 1, got 0"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=1, norm=-1), "`norm` must be 0 or more, got -1"),
     (lambda: cost.atm_head(width=3, classes=1), "`width` must be even, got 3"),

@@ -10,7 +10,9 @@ from tests.core.test_schedule import SCHEDULE
 from tokenexit import TokenExitError, heads, manifest, schedule
 from tokenexit.manifest import Manifest
 
-PLAN = st.none() | st.just(heads.Linear()) | st.builds(heads.MLP, st.none() | st.integers(1, 9)) | st.builds(heads.FCN)
+SIZE = st.none() | st.integers(1, 9)
+PLAN = st.none() | st.just(heads.Linear()) | st.builds(heads.MLP, SIZE) | st.builds(heads.FCN)
+PLAN = PLAN | st.builds(heads.ATM, st.integers(1, 64), SIZE)
 
 
 @st.composite
@@ -72,7 +74,7 @@ def deep(levels):
         (written(after=[2, 6, 12]), "`after` must be a list of blocks from 1 to 11"),
         (written(after=[6]), r"`schedule` must have exits only after blocks with a head, \[6\], got \[8\]"),
         (written(built_head=1), "`built_head` must be true or false, got 1"),
-        (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, got 'conv'"),
+        (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, atm, got 'conv'"),
         (written(schedule={"schema": 1, "exits": []}), "`schema` must be 2, got 1"),
         (written(schedule=None), "`schedule` must be a mapping, got None"),
         (

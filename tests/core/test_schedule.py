@@ -244,7 +244,10 @@ def written(**changes):
         ),
         (written(carry=None), "`carry` must be a mapping, got None"),
         (written(carry="prediction"), "`carry` must be a mapping, got 'prediction'"),
-        (written(carry={"kind": "never"}), "`kind` must be one of prediction, feature, preserved, got 'never'"),
+        (
+            written(carry={"kind": "never"}),
+            "`kind` must be one of prediction, feature, preserved, mask_prediction, got 'never'",
+        ),
         (written(carry={"kind": "feature", "before": "head", "fold_above": None}), "`before` must be 'decoder' or"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"after": ["../../x"]}, "`after` must be a list of blocks from 1 to 5"),
         ({"after": [2]}, r"`schedule` must have exits only after blocks with a head, \[2\], got \[4\]"),
         ({"built_head": "yes"}, "`built_head` must be true or false, got 'yes'"),
-        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, got 'os.system'"),
+        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, atm, got 'os.system'"),
         ({"plan": {"kind": "mlp", "hidden": "9"}}, "`hidden` must be a whole number from 1 to 1,000,000, got '9'"),
         (
             {"schedule": {"schema": 2, "exits": [{"after": 2}], "carry": {"kind": "prediction"}}},
@@ -79,7 +79,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"schedule": {"schema": 1, "exits": []}}, "`schema` must be 2, got 1"),
         (
             {"schedule": {"schema": 2, "exits": [], "carry": {"kind": "os.system"}}},
-            "`kind` must be one of prediction, feature, preserved, got 'os.system'",
+            "`kind` must be one of prediction, feature, preserved, mask_prediction, got 'os.system'",
         ),
         ({"classes": 10**30}, "`classes` must be a whole number from 1 to 1000000"),
         ({"classes": 10**6}, "`folder` must hold weights of the heads"),
@@ -149,5 +149,5 @@ def test_a_threshold_out_of_range_in_a_tensor_cannot_be_saved(tmp_path):
 
 
 def test_every_head_plan_is_read_back():
-    for plan in (heads.Linear(), heads.MLP(), heads.MLP(hidden=3), heads.FCN(hidden=4)):
+    for plan in (heads.Linear(), heads.MLP(), heads.MLP(hidden=3), heads.FCN(hidden=4), heads.ATM(2, 3)):
         assert heads.from_dict(json.loads(json.dumps(heads.to_dict(plan)))) == plan
