@@ -88,7 +88,7 @@ class AttentionToMask(MaskHead):
         self._cost = atm_head(width=width, classes=classes, layers=layers)
         half = width // 2
         heads = max(half // 32, 1) if attention_heads is None else attention_heads
-        require(half % heads == 0, "attention_heads", f"divide half the width, {half}", heads)
+        require(heads >= 1 and half % heads == 0, "attention_heads", f"divide half the width, {half}", heads)
         self.memory = nn.Sequential(nn.Linear(width, half), nn.LayerNorm(half))
         self.queries = nn.Parameter(torch.randn(classes, half))
         self.layers = nn.ModuleList(_Layer(half, heads) for _ in range(layers))

@@ -570,6 +570,7 @@ def test_a_mask_head_of_ones_own_will_do():
         (lambda v: models.wrapped(v, DTOP).every_mask(models.images()), "`model` must have mask heads, got Sequential"),
         (lambda v: tet.AttentionToMask(7, 2), "`width` must be even, got 7"),
         (lambda v: tet.AttentionToMask(12, 2, attention_heads=4), "`attention_heads` must divide half the width, 6, got 4"),
+        (lambda v: tet.AttentionToMask(12, 2, attention_heads=0), "`attention_heads` must divide half the width, 6, got 0"),
         (lambda v: heads.ATM(layers=0), "`layers` must be a whole number from 1 to 64, got 0"),
         (lambda v: heads.ATM(layers=65), "`layers` must be a whole number from 1 to 64, got 65"),
         (lambda v: heads.ATM(attention_heads=1.0), "`attention_heads` must be a whole number from 1 to 1,000,000, got 1.0"),
