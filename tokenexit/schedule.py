@@ -27,7 +27,7 @@ from tokenexit.policies import (
 
 __all__ = ["Exit", "Schedule", "dense", "dovit", "dtop", "neighbours", "paumer", "svit", "truncated"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,20 @@ class Schedule:
     Attributes:
         exits: The exit points; their `after` ascends.
         carry: What a token leaves behind, at all of them.
+        cell: Side, in patches, of the cells of the grid of which the token in the middle runs on and stands, in
+            attention, for those of the cell that have left; see `tokenexit.cells`. None: attention forgets leavers.
     """
 
     exits: tuple[Exit, ...] = ()
     carry: Carry = Prediction()
+    cell: int | None = None
 
     def __post_init__(self) -> None:
         """Check the order.
 
         Raises:
-            TokenExitError: If two exits share a block, the exits are out of order, or `carry` is no carry.
+            TokenExitError: If two exits share a block, the exits are out of order, `carry` is no carry, or `cell` is
+                neither None nor a whole number from 1 up.
         """
         tuple_of_exits = isinstance(self.exits, tuple) and all(isinstance(exit, Exit) for exit in self.exits)
         require(tuple_of_exits, "exits", "be a tuple of Exit", self.exits)
@@ -80,6 +84,8 @@ class Schedule:
             self.after,
         )
         require(isinstance(self.carry, Carry), "carry", "be a carry of tokenexit.carries", repr(self.carry))
+        cell = self.cell is None or is_whole(self.cell, least=1)
+        require(cell, "cell", "be None or a whole number of patches from 1 up", repr(self.cell))
 
     @property
     def after(self) -> tuple[int, ...]:
@@ -128,7 +134,7 @@ class Schedule:
             TokenExitError: If a policy is not of this library.
         """
         exits = [{"after": exit.after, "policy": policies.to_dict(exit.policy)} for exit in self.exits]
-        return {"schema": SCHEMA, "exits": exits, "carry": carries.to_dict(self.carry)}
+        return {"schema": SCHEMA, "exits": exits, "carry": carries.to_dict(self.carry), "cell": self.cell}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], /) -> "Schedule":
@@ -146,12 +152,12 @@ class Schedule:
         require(isinstance(data, Mapping), "schedule", "be a mapping", repr(data))
         require("schema" in data, "schedule", "have a schema", sorted(map(str, data)))
         require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
-        require_keys(data, "schedule", {"schema", "exits", "carry"})
+        require_keys(data, "schedule", {"schema", "exits", "carry", "cell"})
         require(isinstance(data["exits"], list), "exits", "be a list", repr(data["exits"]))
         for exit in data["exits"]:
             require_keys(exit, "exits", {"after", "policy"})
         exits = tuple(Exit(exit["after"], policies.from_dict(exit["policy"])) for exit in data["exits"])
-        return Schedule(exits, carries.from_dict(data["carry"]))
+        return Schedule(exits, carries.from_dict(data["carry"]), data["cell"])
 
 
 def neighbours(
@@ -159,6 +165,7 @@ def neighbours(
     radius: Mapping[int, int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] = 0.9,
     per_class: int = 5,
+    cell: int | None = None,
 ) -> Schedule:
     """A token leaves when its neighbourhood agrees: wide early, narrow late. The library's own default.
 
@@ -167,17 +174,19 @@ def neighbours(
             twelve blocks and thousands of tokens.
         threshold: Confidence that the token and its neighbours must exceed; one for all exits or one for each.
         per_class: Most confident leavers of each predicted class that stay, per image and exit.
+        cell: Side of the cells whose middle stands for those that have left, if any does; 3 does well.
 
     Returns:
         The schedule.
 
     Raises:
-        TokenExitError: If a radius, a threshold or `per_class` is out of range.
+        TokenExitError: If a radius, a threshold, `per_class` or `cell` is out of range.
     """
     radius = {3: 2, 6: 1, 8: 0} if radius is None else radius
     require(len(radius) > 0, "radius", "name at least one block", radius)
     policy = {after: NeighboursAgree(1.0, radius=radius[after]) for after in radius}
-    plan = Schedule(tuple(Exit(after, policy[after].retaining(per_class=per_class)) for after in sorted(policy)))
+    exits = tuple(Exit(after, policy[after].retaining(per_class=per_class)) for after in sorted(policy))
+    plan = Schedule(exits, cell=cell)
     return plan.with_threshold(threshold)
 
 

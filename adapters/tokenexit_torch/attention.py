@@ -23,11 +23,15 @@ __all__ = ["attending_per_image"]
 
 
 @contextmanager
-def attending_per_image(lengths: Sequence[int]) -> Iterator["_PerImage"]:
+def attending_per_image(
+    lengths: Sequence[int], *, stands_for: Float[Tensor, "tokens"] | None = None
+) -> Iterator["_PerImage"]:
     """Within this context, attention over a packed row stays within each image.
 
     Args:
         lengths: How many tokens of the row belong to each image, in order.
+        stands_for: How many tokens each of the row stands for: as a key it counts as often (`tokenexit.cells`). Once
+            each if left out.
 
     Yields:
         An object whose `calls` counts the attention calls that were taken over.
@@ -35,15 +39,17 @@ def attending_per_image(lengths: Sequence[int]) -> Iterator["_PerImage"]:
     Raises:
         TokenExitError: From the attention call, if it carries a mask, is causal, or is not over that row.
     """
-    mode = _PerImage(lengths)
+    mode = _PerImage(lengths, stands_for)
     with mode:
         yield mode
 
 
 class _PerImage(TorchFunctionMode):
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], stands_for: Tensor | None) -> None:
         super().__init__()
         self.calls = 0
+        # A key that counts n times has n times the weight: log n more in the exponent.
+        self._bias = None if stands_for is None else stands_for.log()
         self._total = sum(lengths)
         # Neighbouring images with equally many tokens share one call: (images, tokens of each).
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
@@ -72,13 +78,16 @@ class _PerImage(TorchFunctionMode):
                 rule = f"have shape (1, heads, {self._total}, width) in a packed row"
                 raise TokenExitError(f"`{name}` must {rule}, got {tuple(tensor.shape)}")
         options["dropout_p"] = dropout_p
-        if len(self._runs) == 1 and self._runs[0][0] == 1:
+        if self._bias is None and len(self._runs) == 1 and self._runs[0][0] == 1:
             return functional.scaled_dot_product_attention(query, key, value, **options)
         results = []
         start = 0
         for images, length in self._runs:
             stop = start + images * length
             q, k, v = (_apart(tensor[:, :, start:stop], images) for tensor in (query, key, value))
+            if self._bias is not None:
+                bias = self._bias[start:stop].to(query.dtype).view(images, 1, 1, length)
+                options["attn_mask"] = bias.expand(images, 1, length, length)
             attended = functional.scaled_dot_product_attention(q, k, v, **options)
             # Token by token, as fused attention leaves it in memory and as blocks read it next: no copy here or there.
             results.append(rearrange(attended, "images heads tokens width -> 1 (images tokens) heads width"))

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import TokenExitError, ledger, policies, scores, tokens
+from tokenexit import TokenExitError, cells, ledger, policies, scores, tokens
 from tokenexit.carries import Feature, MaskPrediction, Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
@@ -295,6 +295,8 @@ class Run:
         self.keeps_masks = self.reweighs
         # Of every slot, and of every image, what the last mask head said that read it.
         self.masks: Masks | None = None
+        self.cell = plan.cell
+        self.stands_for: Tensor | None = None
         self.lengths = [self.slots] * self.images
         self.counts: list[list[int]] = []
         self.exits: list[int] = []
@@ -320,8 +322,8 @@ class Run:
     def _block(self, block: int) -> None:
         running = sum(length > 0 for length in self.lengths)
         # A plain batch, or a row with the tokens of one image, needs no help to keep its images apart.
-        apart = nullcontext() if self.packing is None or running == 1 else attending_per_image(self.lengths)
-        with apart:
+        alone = self.packing is None or (running == 1 and self.stands_for is None)
+        with nullcontext() if alone else attending_per_image(self.lengths, stands_for=self.stands_for):
             self.row = self.model.host.run(block, self.row, self.positions)
 
     def _exit(self, after: int, policy: policies.Policy) -> None:
@@ -346,9 +348,12 @@ class Run:
             settled_score=self.ledger.score[:, prefix:],
         )
         leave = policy(evidence)
-        # An image all of whose patches have left is done: its prefix tokens need not run on.
+        # An image all of whose patches have left is done: its prefix tokens need not run on, nor do those that would
+        # stand for others.
         staying = tokens.scatter(patch & ~leave, packing, into=torch.zeros_like(packing.running))
         waiting = staying.any(dim=1).index_select(0, packing.image)
+        if self.cell is not None:
+            leave = leave & ~cells.in_the_middle(evidence.position, grid=self.embedded.grid, side=self.cell)
         stay = ~leave & waiting
         self._settle(after, ~stay, reading)
         if self.feature is not None and self.feature.fold_above is not None:
@@ -411,13 +416,15 @@ class Run:
         if self.positions is not None:
             self.positions = self.positions.index_select(0, rows)
         self.lengths = self.packing.lengths.tolist()
+        if self.cell is not None:
+            self.stands_for = cells.stands_for(self.packing, grid=self.embedded.grid, side=self.cell)
 
     def _rejoin(self) -> None:
         """All tokens of all images run again, as a plain batch."""
         if self.packing is not None:
             assert self.ledger is not None
             self.row = ledger.rejoin(self.ledger, self.packing, self.row[0])
-            self.packing, self.positions = None, self.embedded.positions
+            self.packing, self.positions, self.stands_for = None, self.embedded.positions, None
             self.lengths = [self.slots] * self.images
 
     def _predictions(self, settled: Ledger) -> Tensor:

@@ -75,11 +75,16 @@ def deep(levels):
         (written(after=[6]), r"`schedule` must have exits only after blocks with a head, \[6\], got \[8\]"),
         (written(built_head=1), "`built_head` must be true or false, got 1"),
         (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, atm, got 'conv'"),
-        (written(schedule={"schema": 1, "exits": []}), "`schema` must be 2, got 1"),
+        (written(schedule={"schema": 1, "exits": []}), "`schema` must be 3, got 1"),
         (written(schedule=None), "`schedule` must be a mapping, got None"),
         (
             written(
-                schedule={"schema": 2, "exits": [{"after": 2, "policy": "DEEP"}], "carry": {"kind": "prediction"}}
+                schedule={
+                    "schema": 3,
+                    "exits": [{"after": 2, "policy": "DEEP"}],
+                    "carry": {"kind": "prediction"},
+                    "cell": None,
+                }
             ).replace('"DEEP"', deep(20_000)),
             "`(schedule` must not be nested so deeply|text` must be JSON)",
         ),

@@ -54,7 +54,7 @@ PRESETS = {
 @pytest.mark.parametrize("plan", PRESETS.values(), ids=PRESETS)
 def test_a_preset_survives_json(plan):
     assert Schedule.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert plan.to_dict()["schema"] == 2
+    assert plan.to_dict()["schema"] == 3
 
 
 def test_the_presets_are_what_was_published_and_what_we_measured():
@@ -209,24 +209,27 @@ def test_bad_input_is_named(make, message):
 
 
 def written(**changes):
-    return {"schema": 2, "exits": [], "carry": {"kind": "prediction"}} | changes
+    return {"schema": 3, "exits": [], "carry": {"kind": "prediction"}, "cell": None} | changes
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"schema": 1, "exits": []}, "`schema` must be 2, got 1"),
-        (written(schema=1), "`schema` must be 2, got 1"),
-        (written(schema=3), "`schema` must be 2, got 3"),
-        (written(schema="2"), "`schema` must be 2, got '2'"),
-        (written(schema=None), "`schema` must be 2, got None"),
+        ({"schema": 1, "exits": []}, "`schema` must be 3, got 1"),
+        (written(schema=1), "`schema` must be 3, got 1"),
+        (written(schema=2), "`schema` must be 3, got 2"),
+        (written(schema="2"), "`schema` must be 3, got '2'"),
+        (written(schema=None), "`schema` must be 3, got None"),
         ({"exits": []}, r"`schedule` must have a schema, got \['exits'\]"),
         ({}, r"`schedule` must have a schema, got \[\]"),
         (None, "`schedule` must be a mapping, got None"),
         ([], r"`schedule` must be a mapping, got \[\]"),
-        ({"schema": 2, "exits": []}, r"`schedule` must have exactly the keys \['carry', 'exits', 'schema'\]"),
-        (written(more=1), r"`schedule` must have exactly the keys .*got \['carry', 'exits', 'more', 'schema'\]"),
+        ({"schema": 3, "exits": []}, r"`schedule` must have exactly the keys \['carry', 'cell', 'exits', 'schema'\]"),
+        (
+            written(more=1),
+            r"`schedule` must have exactly the keys .*got \['carry', 'cell', 'exits', 'more', 'schema'\]",
+        ),
         (written(exits={}), "`exits` must be a list, got {}"),
         (written(exits=[7]), "`exits` must be a mapping .* got 7"),
         (written(exits=[{"after": 1}]), r"`exits` must have exactly the keys \['after', 'policy'\], got \['after'\]"),

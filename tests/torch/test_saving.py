@@ -73,12 +73,12 @@ def test_a_missing_file_is_named(tmp_path):
         ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, atm, got 'os.system'"),
         ({"plan": {"kind": "mlp", "hidden": "9"}}, "`hidden` must be a whole number from 1 to 1,000,000, got '9'"),
         (
-            {"schedule": {"schema": 2, "exits": [{"after": 2}], "carry": {"kind": "prediction"}}},
+            {"schedule": {"schema": 3, "exits": [{"after": 2}], "carry": {"kind": "prediction"}, "cell": None}},
             r"`exits` must have exactly the keys \['after', 'policy'\]",
         ),
-        ({"schedule": {"schema": 1, "exits": []}}, "`schema` must be 2, got 1"),
+        ({"schedule": {"schema": 1, "exits": []}}, "`schema` must be 3, got 1"),
         (
-            {"schedule": {"schema": 2, "exits": [], "carry": {"kind": "os.system"}}},
+            {"schedule": {"schema": 3, "exits": [], "carry": {"kind": "os.system"}, "cell": None}},
             "`kind` must be one of prediction, feature, preserved, mask_prediction, got 'os.system'",
         ),
         ({"classes": 10**30}, "`classes` must be a whole number from 1 to 1000000"),
