@@ -101,13 +101,13 @@ def _resampled(
     return importlib.import_module("timm.layers").resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=1)
 
 
-def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """A fine-tuned ViT-Tiny and its heads by the number of blocks they are read after, from one `.npz` file.
+def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, nn.Module, dict[int, nn.Module]]:
+    """A fine-tuned ViT-Tiny, its final head, and its exit heads by the block they follow, from one `.npz` file.
 
     The patch size is read off the file's patch embedding.
 
     Raises:
-        UsageError: As for `read_npz` and `load_backbone`, or if the heads are absent or incomplete.
+        UsageError: As for `read_npz` and `load_backbone`, or if the final head is absent or a head incomplete.
     """
     weights = read_npz(path, argument="--init")
     kernel = weights.get("patch_embed.proj.weight")
@@ -116,7 +116,11 @@ def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, dict[int,
     vit = build_vit(kernel.shape[-1], size)
     load_backbone(vit, weights, argument="--init")
     blocks = sorted({int(name.split(".")[1]) for name in weights if name.startswith("heads.")})
-    return vit, {block: _head(weights, block) for block in blocks}
+    heads = {block: _head(weights, block) for block in blocks}
+    depth = len(list(vit.get_submodule("blocks").children()))
+    if depth not in heads:
+        raise shell.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {blocks}")
+    return vit, heads.pop(depth), heads
 
 
 def _head(weights: Mapping[str, Tensor], block: int) -> nn.Module:

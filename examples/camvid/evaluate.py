@@ -329,11 +329,7 @@ def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingM
     """
     if given.run is not None:
         return runs.load(given.run)[0]
-    vit, heads = common.ready_model(given.init, data.SIZE)
-    depth = len(list(vit.get_submodule("blocks").children()))
-    if depth not in heads:
-        raise shell.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {sorted(heads)}")
-    final = heads.pop(depth)
+    vit, final, heads = common.ready_model(given.init, data.SIZE)
     if given.fit_after is None:
         return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
     return fitted_model(vit, final, given, results)

@@ -1,28 +1,35 @@
-"""Fine-tunes DeiT-Tiny on CamVid with auxiliary heads, fits the exit heads to the final head and saves a run folder.
+"""Trains a ViT-Tiny on CamVid, from ImageNet or with exits from a dense checkpoint, and saves a run folder.
 
     python -m examples.camvid.train --data CAMVID --weights deit_tiny_patch16_224.npz --out RUN
+    python -m examples.camvid.train --data CAMVID --init camvid_vit_tiny_p16.npz --method neighbours --out RUN
+
+From `--weights`, the whole network is fine-tuned with auxiliary heads, and the exit heads are fitted to the final head
+at the end. From `--init`, they are fitted at the beginning, and then trained with the network, under the exits of
+`--method`: labels and the checkpoint's own predictions teach every head, and the averaged weights are saved.
 
 Stop it at any time: the same command goes on after the last finished epoch, to the bit as if it had not been stopped.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenexit_torch as tet
 from examples import checkpoints, metrics, runs, shell
-from examples.camvid import common, data
+from examples.camvid import common, data, methods
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
@@ -36,8 +43,18 @@ _SUMMARY = (__doc__ or "").partition("\n")[0]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, besides data and weights; a run resumes only under its own recipe."""
+    """Everything that decides the result, besides data and weights; a run resumes only under its own recipe.
 
+    Attributes:
+        start: What the weights are: an ImageNet backbone, or a dense checkpoint that is the teacher as well.
+        method: Exits to train with.
+        auxiliary: Weight of the loss of an exit head.
+        teacher: Weight of the divergence from the teacher, beside that of the labels, 1.
+        average: Decay of the average of the weights over the steps; 0 for none.
+    """
+
+    start: Literal["weights", "init"] = "weights"
+    method: str = "dense"
     epochs: int = 24
     batch: int = 8
     seed: int = 0
@@ -48,6 +65,8 @@ class Recipe:
     head_rate: float = 1e-3
     decay: float = 0.05
     auxiliary: float = 0.4
+    teacher: float = 0.0
+    average: float = 0.0
     warmup: float = 0.05
     clip: float = 1.0
 
@@ -57,18 +76,25 @@ class Recipe:
                 raise shell.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
 
 
+WITH_EXITS = Recipe(start="init", epochs=8, body_rate=1e-4, head_rate=3e-4, auxiliary=0.5, teacher=1.0, average=0.99)
+"""What `--init` starts from: a checkpoint that needs small steps, and knows what it wants to say."""
+
+
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.camvid.train", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
-    parser.add_argument("--weights", type=Path, required=True, help="DeiT-Tiny, a .npz file with timm key names")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--weights", type=Path, help="DeiT-Tiny, a .npz file with timm key names")
+    start.add_argument("--init", type=Path, help="dense checkpoint, a .npz file with timm key names and heads.B.*")
+    parser.add_argument("--method", choices=methods.METHODS, default="dense", help="exits to train with, from --init")
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument("--epochs", type=int, help=f"{Recipe.epochs} by default, {WITH_EXITS.epochs} from --init")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--limit", type=int, help="use only this many train and val images")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision, help="of the training steps")
-    parser.add_argument("--fit-steps", type=int, default=Recipe.fit_steps, help="steps to fit exit heads at the end")
+    parser.add_argument("--fit-steps", type=int, default=Recipe.fit_steps, help="steps to fit exit heads")
     parser.add_argument("--validate-every", type=int, default=4, help="epochs between two looks at val")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare training data")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
@@ -76,35 +102,39 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def new_model(weights: Path, seed: int) -> tet.ExitingModel:
-    """The pretrained backbone with fresh heads; nothing leaves while it trains."""
-    torch.manual_seed(seed)
-    vit = common.pretrained_vit(weights, _PATCH, data.SIZE)
-    return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
+def new_model(source: Path, recipe: Recipe) -> tet.ExitingModel:
+    """The network with fresh exit heads; nothing leaves.
+
+    Raises:
+        UsageError: If the file does not hold what the recipe starts from.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.start == "weights":
+        vit = common.pretrained_vit(source, _PATCH, data.SIZE)
+        return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
+    vit, final, _ = common.ready_model(source, data.SIZE)
+    after = methods.METHODS[recipe.method].after
+    return tet.wrap(vit, schedule.dense(after=after), head=final, exit_heads=_HEADS)
 
 
-def loss(
-    exits: Mapping[int, Float[Tensor, "batch classes grid_h grid_w"]],
+def criterion(
     label: Int64[Tensor, "batch height width"],
-    auxiliary: float,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the last head, plus `auxiliary` times that of each other, on logits upsampled to the labels.
+    teacher: Float[Tensor, "batch classes grid_h grid_w"] | None,
+    recipe: Recipe,
+) -> Callable[[Float[Tensor, "batch classes grid_h grid_w"]], Float[Tensor, ""]]:
+    """The loss of one head, on logits upsampled to the labels: cross-entropy, and divergence from the teacher if any.
 
     Every second label pixel and row counts: that is eight samples a side of a token, at a tenth of the time.
     """
-    last, label = max(exits), label[:, 1::2, 1::2]
-    return torch.stack(
-        [(1.0 if block == last else auxiliary) * _cross_entropy(logits, label) for block, logits in exits.items()]
-    ).sum()
+    label = label[:, 1::2, 1::2]
+    size = (label.shape[1], label.shape[2])
+    wish = None if teacher is None else functional.interpolate(teacher.float(), size, mode="bilinear")
 
+    def loss(logits: Tensor) -> Tensor:
+        value = tet.pixel_cross_entropy(logits, label, ignore=data.IGNORE)
+        return value if wish is None else value + recipe.teacher * tet.distillation(logits, wish)
 
-def _cross_entropy(
-    logits: Float[Tensor, "batch classes grid_h grid_w"], label: Int64[Tensor, "batch height width"]
-) -> Float[Tensor, ""]:
-    full = functional.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
-    # A sum over at least one pixel, so that a batch without any label is a zero, not a NaN.
-    total = functional.cross_entropy(full, label, ignore_index=data.IGNORE, reduction="sum")
-    return total / (label != data.IGNORE).sum().clamp(min=1)
+    return loss
 
 
 def new_optimizer(model: tet.ExitingModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -142,6 +172,7 @@ class Training:
     """What changes during training, saved and restored together."""
 
     model: tet.ExitingModel
+    average: AveragedModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
 
@@ -149,6 +180,7 @@ class Training:
         """Everything needed to go on as if nothing had happened."""
         return {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -157,24 +189,57 @@ class Training:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state."""
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
 
+    @property
+    def result(self) -> tet.ExitingModel:
+        """The network to evaluate and to save: the average of the weights."""
+        return cast(tet.ExitingModel, self.average.module)
 
-def run_epoch(training: Training, batches: Iterable[Sequence[Tensor]], recipe: Recipe, device: torch.device) -> float:
-    """Pass over the batches once; return the mean loss."""
-    training.model.train()
+
+def run_epoch(
+    training: Training,
+    teacher: tet.ExitingModel | None,
+    batches: Iterable[Sequence[Tensor]],
+    recipe: Recipe,
+    *,
+    first: int,
+    steps: int,
+    device: torch.device,
+) -> float:
+    """Pass over the batches once; return the mean loss.
+
+    Args:
+        training: What is trained.
+        teacher: The network that it must not forget, if any.
+        batches: Images and labels.
+        recipe: How.
+        first: Steps that have been done.
+        steps: Steps of the whole run.
+        device: Where to.
+    """
+    model, method = training.model.train(), methods.METHODS[recipe.method]
+    staged = tet.Staged(model)
     losses = []
-    for images, labels in batches:
+    for step, (images, labels) in enumerate(batches, start=first):
+        images, labels = images.to(device), labels.to(device)
+        plan = method.training(step, steps, recipe.seed)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            exits = training.model.every_exit(images.to(device))
-        value = loss(exits, labels.to(device), recipe.auxiliary)
+            with torch.no_grad():
+                wish = None if teacher is None else teacher(images, schedule=schedule.dense()).logits
+            exits = model.every_exit(images) if plan is None else staged(images, schedule=plan).logits
+        of_head = criterion(labels, wish, recipe)
+        weight = {block: 1.0 if block == model.depth else recipe.auxiliary for block in exits}
+        value = torch.stack([weight[block] * of_head(logits) for block, logits in exits.items()]).sum()
         training.optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         training.optimizer.step()
         training.scheduler.step()
+        training.average.update_parameters(model)
         losses.append(value.detach())
     return torch.stack(losses).mean().item()
 
@@ -212,31 +277,36 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
     return content
 
 
-def identity_of(recipe: Recipe, weights: Path, chosen: tuple[data.Frame, ...]) -> dict[str, Any]:
+def identity_of(recipe: Recipe, source: Path, chosen: tuple[data.Frame, ...]) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on from."""
     names = "\n".join(frame.image.stem for frame in chosen)
     return {
         **asdict(recipe),
-        "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        "weights": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
         "frames": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
 
 
 def train(
-    recipe: Recipe, *, folder: Path, weights: Path, out: Path, device: torch.device, workers: int, validate_every: int
+    recipe: Recipe, *, folder: Path, source: Path, out: Path, device: torch.device, workers: int, validate_every: int
 ) -> float:
-    """Train, resuming what `out` holds; fit the exit heads, save the run and return the dense val mIoU.
+    """Train, resuming what `out` holds; save the run and return the dense val mIoU.
 
     Raises:
         UsageError: If data or weights are missing or do not fit, or `out` holds another run.
     """
     chosen, held_out = (data.frames(folder, split, recipe.limit) for split in ("train", "val"))
-    model = new_model(weights, recipe.seed).to(device)
+    model = new_model(source, recipe).to(device)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if recipe.teacher > 0 else None
     optimizer = new_optimizer(model, recipe)
-    steps = recipe.epochs * math.ceil(len(chosen) / recipe.batch)
-    training = Training(model, optimizer, new_scheduler(optimizer, recipe, steps))
-    identity, validation = identity_of(recipe, weights, chosen), data.Batches(held_out, recipe.batch)
+    batches = math.ceil(len(chosen) / recipe.batch)
+    steps = recipe.epochs * batches
+    identity, validation = identity_of(recipe, source, chosen), data.Batches(held_out, recipe.batch)
     saved = load_checkpoint(out / CHECKPOINT, identity)
+    if saved is None and recipe.start == "init":
+        fit(model, recipe, chosen, device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+    training = Training(model, average, optimizer, new_scheduler(optimizer, recipe, steps))
     history: list[dict[str, float]] = []
     if saved is not None:
         training.restore(saved["training"])
@@ -245,42 +315,41 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     for epoch in range(len(history), recipe.epochs):
         started = time.perf_counter()
-        batches = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=epoch, workers=workers)
-        bar = shell.progress(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}")
-        entry = {"loss": run_epoch(training, bar, recipe, device), "seconds": time.perf_counter() - started}
+        loader = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=epoch, workers=workers)
+        bar = shell.progress(loader, desc=f"epoch {epoch + 1}/{recipe.epochs}")
+        loss = run_epoch(training, teacher, bar, recipe, first=epoch * batches, steps=steps, device=device)
+        entry = {"loss": loss, "seconds": time.perf_counter() - started}
         if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
-            entry["val_miou"] = dense_miou(model, validation, device)
+            entry["val_miou"] = dense_miou(training.result, validation, device)
         history.append(entry)
         checkpoints.save(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
         print(_line(len(history), recipe.epochs, entry), flush=True)
-    return finish(model, recipe, chosen, out=out, device=device, history=history)
+    if recipe.start == "weights":
+        fit(training.result, recipe, chosen, device)
+    finish(training.result, recipe, out=out, history=history)
+    return history[-1]["val_miou"]
 
 
-def finish(
-    model: tet.ExitingModel,
-    recipe: Recipe,
-    chosen: tuple[data.Frame, ...],
-    *,
-    out: Path,
-    device: torch.device,
-    history: list[dict[str, float]],
-) -> float:
-    """Fit the exit heads to the final head on the train images, without labels, and saves the run."""
-    model.eval()
+def fit(model: tet.ExitingModel, recipe: Recipe, chosen: tuple[data.Frame, ...], device: torch.device) -> None:
+    """Fit the exit heads to the final head on the train images, without labels."""
     images = data.Images(data.Batches(chosen, recipe.batch), device)
-    report = tet.fit_exits(model, images, steps=recipe.fit_steps, progress=shell.progress)
-    config = {"model_name": common.VIT, **common.vit_config(_PATCH, data.SIZE)}
+    report = tet.fit_exits(model.eval(), images, steps=recipe.fit_steps, progress=shell.progress)
+    agreement = ", ".join(f"{block}: {100 * value:.1f} %" for block, value in report.agreement.items())
+    print(f"exit heads agree with the final head, by block: {agreement}", flush=True)
+
+
+def finish(model: tet.ExitingModel, recipe: Recipe, *, out: Path, history: list[dict[str, float]]) -> None:
+    """Save the run."""
+    patch = int(model.model.get_parameter("patch_embed.proj.weight").shape[-1])
+    config = {"model_name": common.VIT, **common.vit_config(patch, data.SIZE)}
     about = runs.About(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
         size=data.SIZE,
     )  # fmt: skip
-    model.retune(_PLAN)
+    model.eval().retune(_PLAN if recipe.start == "weights" else methods.METHODS[recipe.method].saved)
     runs.save(out, model, about)
     (out / "history.json").write_text(json.dumps({"recipe": asdict(recipe), "epochs": history}, indent=1) + "\n")
-    agreement = ", ".join(f"{block}: {100 * value:.1f} %" for block, value in report.agreement.items())
-    print(f"exit heads agree with the final head, by block: {agreement}")
     print(f"dense val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
-    return history[-1]["val_miou"]
 
 
 def _line(epoch: int, epochs: int, entry: Mapping[str, float]) -> str:
@@ -297,13 +366,16 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.validate_every < 1:
         raise shell.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
-    recipe = Recipe(
-        epochs=given.epochs, batch=given.batch, seed=given.seed, limit=given.limit, precision=given.precision,
-        fit_steps=given.fit_steps,
+    if given.weights is not None and given.method != "dense":
+        raise shell.UsageError(f"`--method` must be dense with --weights, got {given.method!r}: exits need --init")
+    base = Recipe() if given.init is None else WITH_EXITS
+    recipe = replace(
+        base, method=given.method, epochs=base.epochs if given.epochs is None else given.epochs, batch=given.batch,
+        seed=given.seed, limit=given.limit, precision=given.precision, fit_steps=given.fit_steps,
     )  # fmt: skip
     train(
-        recipe, folder=given.data, weights=given.weights, out=given.out, device=torch.device(given.device),
-        workers=given.workers, validate_every=given.validate_every,
+        recipe, folder=given.data, source=given.init if given.weights is None else given.weights, out=given.out,
+        device=torch.device(given.device), workers=given.workers, validate_every=given.validate_every,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.core import strategies
-from tokenexit import cost, ledger, retention, scores, tokens
+from tokenexit import cells, cost, ledger, retention, scores, tokens
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -326,6 +326,7 @@ def bookkeeping(d):
         "features": book.features,
         "rejoined": ledger.rejoin(book, smaller, later),
         "folded": ledger.fold_leavers(features, selection, leave, above=0.25),
+        "stands_for": cells.stands_for(smaller, grid=GRID, side=2),
     }
 
 

@@ -1,5 +1,6 @@
 """The CamVid example, on real frames where they are to be had."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from examples import metrics, shell, timing
-from examples.camvid import common, data, evaluate, report, train
+from examples.camvid import common, data, evaluate, methods, report, train
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 CAMVID, DEIT, READY = SHARED / "camvid", SHARED / "deit_tiny_patch16_224.npz", SHARED / "camvid_vit_tiny_p16.npz"
@@ -202,16 +203,27 @@ def test_the_real_lists_are_complete(split: str, count: int) -> None:
     ]  # fmt: skip
 
 
-def run_train(out: Path) -> float:
-    recipe = train.Recipe(epochs=2, batch=2, limit=3, fit_steps=3)
+RUNS = {
+    "from ImageNet": (train.Recipe(epochs=2, batch=2, limit=3, fit_steps=3), DEIT),
+    **{
+        method: (dataclasses.replace(train.WITH_EXITS, method=method, epochs=2, batch=2, limit=3, fit_steps=3), READY)
+        for method in methods.METHODS
+    },
+}
+
+
+def run_train(recipe: train.Recipe, source: Path, out: Path) -> float:
     return train.train(
-        recipe, folder=CAMVID, weights=DEIT, out=out, device=torch.device("cpu"), workers=0, validate_every=2
+        recipe, folder=CAMVID, source=source, out=out, device=torch.device("cpu"), workers=0, validate_every=2
     )
 
 
 @needs_data
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = run_train(tmp_path / "straight")
+@pytest.mark.parametrize(("recipe", "source"), RUNS.values(), ids=RUNS.keys())
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    recipe: train.Recipe, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run_train(recipe, source, tmp_path / "straight")
     save = train.checkpoints.save
 
     def save_and_stop(path: Path, content: dict[str, object]) -> None:
@@ -220,16 +232,13 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(train.checkpoints, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        run_train(tmp_path / "resumed")
+        run_train(recipe, source, tmp_path / "resumed")
     monkeypatch.undo()
-    assert run_train(tmp_path / "resumed") == straight
+    assert run_train(recipe, source, tmp_path / "resumed") == straight
     for file in ("host.safetensors", "exits.safetensors"):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
     with pytest.raises(shell.UsageError, match=r"same settings.*batch 2, not 4"):
-        train.train(
-            train.Recipe(epochs=2, batch=4, limit=3, fit_steps=3), folder=CAMVID, weights=DEIT,
-            out=tmp_path / "straight", device=torch.device("cpu"), workers=0, validate_every=2,
-        )  # fmt: skip
+        run_train(dataclasses.replace(recipe, batch=4), source, tmp_path / "straight")
 
 
 @needs_data

@@ -1,5 +1,7 @@
 """What must always hold when tokens leave, on real blocks."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.core import strategies
 from tests.torch import models
-from tokenexit import TokenExitError, policies, schedule
+from tokenexit import TokenExitError, cells, policies, schedule, tokens
 from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
 
@@ -40,6 +42,44 @@ FEATURES = {
 }
 each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+CELLS = {
+    "neighbours": schedule.neighbours(radius={2: 1, 3: 1, 4: 0}, threshold=0.55, per_class=0, cell=2),
+    "wide": schedule.neighbours(radius={2: 0, 4: 0}, threshold=0.6, per_class=1, cell=9),
+    "dtop": Schedule(schedule.dtop(after=(2, 4), threshold=0.7, per_class=0).exits, cell=3),
+    "paumer": Schedule(schedule.paumer(after=(2, 4), threshold=0.6).exits, Feature("last block"), cell=2),
+}
+
+
+def as_often_as_it_counts(model, images, exit_depth, side):
+    """A slow reference for cells: a token that stands for n is there n times, in plain batches of a single image."""
+    found = []
+    for index in range(len(images)):
+        embedded = model.host.embed(images[index : index + 1])
+        prefix, grid = embedded.prefix, embedded.grid
+        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
+        middle = cells.in_the_middle(torch.arange(len(depth)) - prefix, grid=grid, side=side)
+        features, slots = embedded.tokens[0].clone(), torch.arange(len(depth))
+        logits = features.new_zeros(len(depth), models.CLASSES)
+        for block in range(model.depth):
+            running = torch.zeros(1, len(depth), dtype=torch.bool)
+            running[0, slots] = True
+            often = cells.stands_for(tokens.pack(running), grid=grid, side=side).int()
+            assert (often[~middle[slots]] == 1).all()
+            row = torch.repeat_interleave(features[slots], often, dim=0)
+            first = torch.cumsum(often, 0) - often
+            features[slots] = model.host.run(block, row[None], None)[0, first]
+            leaving = depth[slots] == block + 1
+            if leaving.any() and block + 1 < model.depth:
+                logits[slots[leaving]] = model.exit_heads[str(block + 1)](features[slots[leaving]])
+                slots = slots[~leaving]
+                slots = slots[:0] if (slots < prefix).all() else slots
+            if len(slots) == 0:
+                break
+        logits[slots] = model.head(model.host.finish(features[slots]))
+        found.append(logits[prefix:].T.unflatten(1, grid))
+    return torch.stack(found)
 
 
 def rejoined_one_by_one(model, images, exit_depth, carry):
@@ -403,3 +443,58 @@ def test_bad_input_is_named(call, message):
     model = models.wrapped(models.timm_vit(), PLANS["neighbours"])
     with pytest.raises(TokenExitError, match=message):
         call(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "plan", [CELLS["neighbours"], CELLS["wide"], CELLS["dtop"]], ids=["neighbours", "wide", "dtop"]
+)
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_a_middle_counts_as_often_as_there_are_tokens_that_it_stands_for(plan, prefix):
+    model = models.wrapped(models.timm_vit(prefix=prefix, size=(40, 56)), plan)
+    images = models.images(3, size=(40, 56))
+    out = model(images)
+    assert (out.exit_depth < model.depth).any()
+    expected = as_often_as_it_counts(model, images, out.exit_depth, plan.cell)
+    torch.testing.assert_close(out.logits, expected, rtol=1e-3, atol=1e-3)
+    without = model(images, schedule=dataclasses.replace(plan, cell=None))
+    assert not torch.allclose(without.logits, out.logits, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", CELLS.values(), ids=CELLS.keys())
+def test_the_middle_of_each_cell_runs_on_unless_all_leave(plan):
+    model = models.wrapped(models.timm_vit(), plan)
+    out = model(models.images(4))
+    middle = cells.in_the_middle(torch.arange(24), grid=(4, 6), side=plan.cell).unflatten(0, (4, 6))
+    finished = (out.exit_depth < model.depth).all(dim=2).all(dim=1)
+    assert not finished.all()
+    assert (out.exit_depth[~finished][:, middle] == model.depth).all()
+    assert (out.exit_depth[~finished][:, ~middle] < model.depth).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", CELLS.values(), ids=CELLS.keys())
+def test_with_cells_an_image_does_not_depend_on_its_batch(plan):
+    model = models.wrapped(models.timm_vit(), plan)
+    images = models.images(4)
+    together = model(images)
+    for index in range(4):
+        alone = model(images[index : index + 1])
+        assert torch.equal(alone.exit_depth[0], together.exit_depth[index])
+        torch.testing.assert_close(alone.logits[0], together.logits[index], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_if_all_leave_so_do_the_middles():
+    model = models.wrapped(models.timm_vit(), dataclasses.replace(schedule.truncated(after=3), cell=2))
+    out = model(models.images(2))
+    assert (out.exit_depth == 3).all()
+    assert (out.tokens_per_block[:, 3:] == 0).all()
+
+
+@torch.no_grad()
+def test_if_every_token_is_a_cell_none_leaves():
+    model = models.wrapped(models.timm_vit(), dataclasses.replace(PLANS["dtop"], cell=1))
+    images = models.images(2)
+    torch.testing.assert_close(model(images).logits, model(images, schedule=schedule.dense()).logits)
