@@ -26,13 +26,15 @@ from torch import Tensor, nn
 import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, report
-from tokenexit import cost, schedule
+from tokenexit import TokenExitError, cost, schedule
 from tokenexit.heads import MLP
 
 _DTOP_THRESHOLDS = (0.8, 0.9, 0.95, 0.98)
 _NEIGHBOUR_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+_CELL_THRESHOLDS = (0.4, 0.6, 0.8, 0.9)
 _PAUMER_THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
-_DOVIT_THRESHOLDS = (0.95, 0.985)
+_PAUMER_KEEP = (0.8, 0.6, 0.4, 0.3, 0.2, 0.1)  # fraction that stays at the last exit
+_DOVIT_THRESHOLDS = (0.8, 0.9, 0.95, 0.985)
 _COARSE, _FINE = {4: 1, 6: 1, 8: 0}, {3: 2, 6: 1, 8: 0}  # radius by exit, for hundreds and for thousands of tokens
 _FIT_HIDDEN = 384
 _SCHEMA = 1
@@ -56,6 +58,12 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         metavar="BLOCK:RADIUS",
         help="exits of all methods, with the radius of the neighbourhood rule",
+    )
+    parser.add_argument(
+        "--cells", type=int, nargs="*", default=[3], metavar="SIDE", help="sides of cells for the neighbourhood rule"
+    )
+    parser.add_argument(
+        "--plans", type=Path, nargs="*", default=[], metavar="FILE", help="schedules as JSON, to be measured as well"
     )
     parser.add_argument(
         "--fit-after",
@@ -121,12 +129,13 @@ class Setting:
     plan: schedule.Schedule
 
 
-def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting, ...]:
+def settings(heads: Collection[int], radius: Mapping[int, int], cells: Sequence[int]) -> tuple[Setting, ...]:
     """Everything that is measured.
 
     Args:
         heads: Blocks with an exit head; the network is cut short after each.
         radius: Exits of all methods, with the radius of the neighbourhood rule.
+        cells: Sides of the cells of that rule.
 
     Raises:
         UsageError: If an exit has no head.
@@ -155,6 +164,22 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
         ),
         *(
             Setting(
+                f"neighbours {threshold}, cells of {cell}, exits {radii}",
+                f"neighbours, cells of {cell}, exits {radii}",
+                schedule.neighbours(radius=radius, threshold=threshold, per_class=0, cell=cell),
+            )
+            for cell in cells
+            for threshold in _CELL_THRESHOLDS
+        ),
+        *(
+            Setting(
+                f"PAUMER keeps {keep}, exits {exits}", f"PAUMER, exits {exits}",
+                schedule.paumer(keep={after: keep ** (at / len(radius)) for at, after in enumerate(sorted(radius), 1)}),
+            )
+            for keep in _PAUMER_KEEP
+        ),
+        *(
+            Setting(
                 f"PAUMER {threshold}, exits {exits}", f"PAUMER, exits {exits}",
                 schedule.paumer(after=radius, threshold=threshold),
             )
@@ -168,6 +193,18 @@ def settings(heads: Collection[int], radius: Mapping[int, int]) -> tuple[Setting
             for threshold in _DOVIT_THRESHOLDS
         ),
     )  # fmt: skip
+
+
+def read_plan(path: Path) -> Setting:
+    """A schedule from a JSON file, named after it.
+
+    Raises:
+        UsageError: If it holds none.
+    """
+    try:
+        return Setting(path.stem, "found", schedule.Schedule.from_dict(json.loads(path.read_text())))
+    except (OSError, ValueError, TokenExitError) as error:
+        raise shell.UsageError(f"`--plans` must be schedules as JSON, got {str(path)!r}: {error}") from error
 
 
 def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
@@ -367,7 +404,8 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     model = model_of(given, results).eval().to(given.device)
     heads, patches = [int(block) for block in model.exit_heads], patch_tokens(model)
-    every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches))
+    every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
+    every = (*every, *map(read_plan, given.plans))
     chosen = [one for one in every if given.only is None or one.name.startswith(("dense", *given.only))]
     results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
     measure_accuracy(model, chosen, frames, results, given)

@@ -366,15 +366,16 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.validate_every < 1:
         raise shell.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
-    if given.weights is not None and given.method != "dense":
-        raise shell.UsageError(f"`--method` must be dense with --weights, got {given.method!r}: exits need --init")
     base = Recipe() if given.init is None else WITH_EXITS
+    source = given.weights if given.init is None else given.init
+    if base.start == "weights" and given.method != "dense":
+        raise shell.UsageError(f"`--method` must be dense with --weights, got {given.method!r}: exits need --init")
     recipe = replace(
         base, method=given.method, epochs=base.epochs if given.epochs is None else given.epochs, batch=given.batch,
         seed=given.seed, limit=given.limit, precision=given.precision, fit_steps=given.fit_steps,
     )  # fmt: skip
     train(
-        recipe, folder=given.data, source=given.init if given.weights is None else given.weights, out=given.out,
+        recipe, folder=given.data, source=source, out=given.out,
         device=torch.device(given.device), workers=given.workers, validate_every=given.validate_every,
     )  # fmt: skip
 
