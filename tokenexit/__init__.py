@@ -3,12 +3,28 @@
 The functions take arrays of any library that follows the array API standard and return arrays of the same one.
 """
 
-from tokenexit import carries, cost, heads, ledger, manifest, policies, retention, schedule, scores, tokens
+from tokenexit import (
+    annealing,
+    carries,
+    cells,
+    cost,
+    heads,
+    ledger,
+    manifest,
+    policies,
+    retention,
+    schedule,
+    scores,
+    search,
+    tokens,
+)
 from tokenexit.errors import TokenExitError
 
 __all__ = [
     "TokenExitError",
+    "annealing",
     "carries",
+    "cells",
     "cost",
     "heads",
     "ledger",
@@ -17,5 +33,6 @@ __all__ = [
     "retention",
     "schedule",
     "scores",
+    "search",
     "tokens",
 ]

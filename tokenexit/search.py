@@ -32,12 +32,14 @@ class Space:
         thresholds: Confidences that an exit may ask for, ascending.
         radii: Radii that it may have, ascending; with 0 it asks no neighbour.
         per_class: Most confident leavers of each predicted class that stay.
+        cell: Side of the cells whose middle stands for those that have left; None for none.
     """
 
     after: tuple[int, ...]
     thresholds: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
     radii: tuple[int, ...] = (0, 1, 2, 3)
     per_class: int = 5
+    cell: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -102,6 +104,7 @@ class Space:
             radius={after: radius for after, _, radius in plan},
             threshold={after: threshold for after, threshold, _ in plan},
             per_class=self.per_class,
+            cell=self.cell,
         )
 
 

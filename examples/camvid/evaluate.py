@@ -314,7 +314,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         raise shell.UsageError(f"`--{'run' if given.run else 'init'}` must exist, got {str(source)!r}")
     return {
         "model": source.name,
-        "sha256": _digest(source),
+        "sha256": digest(source),
         "split": given.split,
         "images": len(frames),
         "fit_after": None if given.fit_after is None else sorted(set(given.fit_after)),
@@ -324,7 +324,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
     }
 
 
-def _digest(source: Path) -> str:
+def digest(source: Path) -> str:
     """Of a ready model's file, or of the weights in a run folder."""
     parts = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]

@@ -1,0 +1,203 @@
+"""Searches exits, thresholds and radii for a trained network, on replays of one dense pass over a split.
+
+    python -m examples.camvid.search --data CAMVID --run RUN --json search.json --minutes 5 --drop 0.3
+
+Every schedule that is tried is written down as it is found. Stop it at any time: the same command goes on. In the
+end, some schedules of the frontier are run for real, to tell how far replays are off, and the cheapest that loses at
+most `--drop` mIoU, in its real run, is written beside the results, for `examples.camvid.evaluate --plans`.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tokenexit_torch as tet
+from examples import metrics, shell
+from examples.camvid import data, evaluate
+from tokenexit import schedule, search
+from tokenexit.schedule import Schedule
+
+_SUMMARY = (__doc__ or "").partition("\n")[0]
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.camvid.search", description=_SUMMARY)
+    parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
+    parser.add_argument("--run", type=Path, required=True, help="run folder written by examples.camvid.train")
+    parser.add_argument("--json", type=Path, required=True, help="what was tried; a search goes on from it")
+    parser.add_argument("--split", choices=data.SPLITS, default="val")
+    parser.add_argument("--limit", type=int, help="use only this many images, spread evenly over the split")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time for replays")
+    parser.add_argument("--evaluations", type=int, default=2000, help="replays at most")
+    parser.add_argument("--cell", type=int, default=3, help="side of the cells; 0 for none")
+    parser.add_argument("--per-class", type=int, default=0, help="leavers of each class that stay")
+    parser.add_argument("--exact", type=int, default=6, help="schedules of the frontier that are run for real")
+    parser.add_argument("--drop", type=float, default=0.3, help="mIoU, in points, that the best may lose")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Replays:
+    """One dense pass over a split, to be asked for quality and cost of any schedule.
+
+    Attributes:
+        model: The network.
+        trace: What its heads say.
+        labels: Labels at half the resolution: every second row and column.
+        dense: Multiply-adds of an image if nothing leaves.
+    """
+
+    model: tet.ExitingModel
+    trace: tet.Trace
+    labels: Tensor
+    dense: float
+
+    def measured(self, plan: Schedule) -> tuple[float, float]:
+        """MIoU as a fraction, and multiply-adds relative to dense."""
+        out = self.trace.replay(plan)
+        return mean_iou(out.logits, self.labels), self.cost(out)
+
+    def cost(self, out: tet.Output) -> float:
+        """Multiply-adds of an output, relative to dense."""
+        return self.model.multiply_adds(out).double().mean().item() / self.dense
+
+
+def mean_iou(logits: Tensor, labels: Tensor) -> float:
+    """MIoU of upsampled logits, in parts, as all of them would need much memory."""
+    confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
+    for some, label in zip(logits.split(8), labels.split(8), strict=True):
+        full = functional.interpolate(some, (label.shape[1], label.shape[2]), mode="bilinear")
+        confusion += metrics.confusion_matrix(full.argmax(1), label, classes=len(data.CLASSES), ignore=data.IGNORE)
+    return metrics.mean_iou(confusion)
+
+
+@torch.inference_mode()
+def run_for_real(model: tet.ExitingModel, plan: Schedule, batches: data.Batches) -> tet.Output:
+    """The outputs of a schedule for all images, as one."""
+    parts = [model(images, schedule=plan) for images, _ in shell.progress(batches, desc="exact")]
+    return tet.Output(
+        torch.cat([part.logits for part in parts]), torch.cat([part.exit_depth for part in parts]),
+        torch.cat([part.tokens_per_block for part in parts]), plan.after, "running",
+    )  # fmt: skip
+
+
+def open_results(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, or empty ones.
+
+    Raises:
+        UsageError: If the file holds something else, or the results of another search.
+    """
+    if not path.is_file():
+        return {"inputs": identity, "found": [], "exact": []}
+    try:
+        results = json.loads(path.read_text())
+        same = results["inputs"] == identity
+    except (ValueError, KeyError, TypeError) as error:
+        raise shell.UsageError(f"`--json` must be a new file or results of this script, got {str(path)!r}") from error
+    if not same:
+        found = f"{str(path)!r} with {results['inputs']}"
+        raise shell.UsageError(f"`--json` must be a new file or have results of the same search, got {found}")
+    return results
+
+
+def until(found: Iterator[search.Found], *, minutes: float) -> Iterator[search.Found]:
+    """What is found within some time."""
+    end = time.monotonic() + 60 * minutes
+    for one in found:
+        yield one
+        if time.monotonic() > end:
+            return
+
+
+def find(given: argparse.Namespace) -> dict[str, Any]:
+    """Search, run the frontier, and write both down.
+
+    Raises:
+        UsageError: If data, run or results do not fit the arguments.
+    """
+    frames = data.frames(given.data, given.split, given.limit)
+    model = evaluate.model_of(given, {}).eval()
+    space = search.Space(
+        tuple(int(block) for block in model.exit_heads), per_class=given.per_class, cell=given.cell or None
+    )
+    identity = {
+        "split": given.split, "images": len(frames), "model": evaluate.digest(given.run), "seed": given.seed,
+        "space": json.loads(json.dumps(asdict(space))),
+    }  # fmt: skip
+    results = open_results(given.json, identity)
+    batches = data.Batches(frames, 4)
+    images = data.Images(batches, torch.device("cpu"))
+    trace = tet.trace(model, images, progress=shell.progress)
+    labels = torch.cat([labels for _, labels in batches])[:, 1::2, 1::2]
+    dense = model.multiply_adds(trace.replay(schedule.dense())).double().mean().item()
+    replays = Replays(model, trace, labels, dense)
+    known = [search.Found.from_dict(one) for one in results["found"]]
+    tries = search.explore(replays.measured, space, evaluations=given.evaluations, known=known, seed=given.seed)
+    bar = shell.progress(until(tries, minutes=given.minutes), desc="replays", initial=len(known))
+    try:
+        for one in bar:
+            results["found"].append(one.to_dict())
+    finally:  # interrupted or not
+        evaluate.write_results(given.json, results)
+    best = search.frontier(map(search.Found.from_dict, results["found"]))
+    done = {json.dumps(one["schedule"]) for one in results["exact"]}
+    for one in spread([one for one in best if one.cost < 1], given.exact):
+        if json.dumps(one.schedule.to_dict()) not in done:
+            out = run_for_real(model, one.schedule, batches)
+            exact = search.Found(one.schedule, mean_iou(out.logits, replays.labels), replays.cost(out))
+            results["exact"].append(exact.to_dict() | {"replayed": [one.quality, one.cost]})
+            evaluate.write_results(given.json, results)
+    results["dense"] = mean_iou(run_for_real(model, schedule.dense(), batches).logits, replays.labels)
+    evaluate.write_results(given.json, results)
+    return results
+
+
+def spread(found: list[search.Found], count: int) -> list[search.Found]:
+    """Some of a list, evenly from end to end."""
+    if len(found) <= count:
+        return found
+    return [found[round(index * (len(found) - 1) / max(1, count - 1))] for index in range(count)]
+
+
+def main() -> None:
+    """Run from the command line."""
+    given = arguments()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    results = find(given)
+    print(f"{len(results['found'])} schedules tried; dense {100 * results['dense']:.2f} mIoU at half resolution")
+    exact = [search.Found(Schedule.from_dict(one["schedule"]), one["quality"], one["cost"]) for one in results["exact"]]
+    for one, entry in zip(exact, results["exact"], strict=True):
+        quality, cost = entry["replayed"]
+        print(
+            f"mIoU {100 * one.quality:.2f} (replayed {100 * quality:.2f})  "
+            f"multiply-adds {one.cost:.3f} (replayed {cost:.3f})  {described(one.schedule)}"
+        )
+    best = search.cheapest(exact, quality=results["dense"] - given.drop / 100)
+    path = given.json.with_name(f"{given.json.stem}_best.json")
+    path.write_text(json.dumps(best.schedule.to_dict(), indent=1) + "\n")
+    print(f"cheapest within {given.drop} of dense: {described(best.schedule)}, in {path}")
+
+
+def described(plan: Schedule) -> str:
+    """A schedule in a line: block, radius and threshold of each exit."""
+    parts = [(exit["after"], exit["policy"].get("policy")) for exit in plan.to_dict()["exits"]]
+    return ", ".join(
+        f"after {after}: all" if policy is None else f"after {after}: r {policy['radius']} > {policy['threshold']}"
+        for after, policy in parts
+    )
+
+
+if __name__ == "__main__":
+    shell.exit_with(main)
