@@ -67,7 +67,12 @@ def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype:
         model: The network; its final head must be built by `wrap`.
         about: What to say of it.
         dtype: Of the weights on disk.
+
+    Raises:
+        TokenExitError: If its final head was given to `wrap`.
     """
+    if not model.built_head:
+        raise TokenExitError("`model` must have a final head built by `wrap`, got one that was given")
     folder = Path(folder)
     tet.save(model, folder)
     for file, module in ((_WEIGHTS, model.model), ("exits.safetensors", None)):

@@ -113,8 +113,16 @@ def new_model(source: Path, recipe: Recipe) -> tet.ExitingModel:
         vit = common.pretrained_vit(source, _PATCH, data.SIZE)
         return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
     vit, final, _ = common.ready_model(source, data.SIZE)
-    after = methods.METHODS[recipe.method].after
-    return tet.wrap(vit, schedule.dense(after=after), head=final, exit_heads=_HEADS)
+    plan = schedule.dense(after=methods.METHODS[recipe.method].after)
+    # All heads of one plan, which the checkpoint's final head has as well, so that the run folder holds it.
+    model = tet.wrap(vit, plan, num_classes=len(data.CLASSES), exit_heads=MLP())
+    try:
+        model.head.load_state_dict(final.state_dict())
+    except RuntimeError as error:
+        raise shell.UsageError(
+            f"`--init` must have a final head as wide as its tokens, got {source}: {error}"
+        ) from error
+    return model
 
 
 def criterion(

@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from examples import metrics, shell, timing
-from examples.camvid import common, data, evaluate, methods, report, train
+from examples import metrics, runs, shell, timing
+from examples.camvid import common, data, evaluate, methods, report, search, train
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 CAMVID, DEIT, READY = SHARED / "camvid", SHARED / "deit_tiny_patch16_224.npz", SHARED / "camvid_vit_tiny_p16.npz"
@@ -235,6 +236,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         run_train(recipe, source, tmp_path / "resumed")
     monkeypatch.undo()
     assert run_train(recipe, source, tmp_path / "resumed") == straight
+    if recipe.start == "init":
+        assert runs.load(tmp_path / "straight")[0].schedule == methods.METHODS[recipe.method].saved
     for file in ("host.safetensors", "exits.safetensors"):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
     with pytest.raises(shell.UsageError, match=r"same settings.*batch 2, not 4"):
@@ -286,3 +289,32 @@ def test_the_ready_model_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", [*command, "--split", "test"])
     with pytest.raises(shell.UsageError, match=r"same inputs.*split 'val', not 'test'"):
         evaluate.evaluate(evaluate.arguments())
+
+
+@needs_data
+def test_a_search_that_is_stopped_goes_on_and_its_best_can_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(train.WITH_EXITS, epochs=1, batch=2, limit=2, fit_steps=3)
+    run_train(recipe, READY, tmp_path / "run")
+
+    def searched(name: str, evaluations: int) -> dict[str, Any]:
+        command = f"search --data {CAMVID} --run {tmp_path / 'run'} --json {tmp_path / name} --limit 2 --drop 100"
+        command += f" --evaluations {evaluations} --exact 2"
+        monkeypatch.setattr(sys, "argv", command.split())
+        search.main()
+        return json.loads((tmp_path / name).read_text())
+
+    straight = searched("straight.json", 30)
+    searched("resumed.json", 17)
+    assert searched("resumed.json", 30)["found"] == straight["found"]
+    assert len(straight["found"]) == 30
+    assert len(straight["exact"]) == 2
+    truncated = [one for one in straight["found"] if len(one["schedule"]["exits"]) == 1]
+    assert {one["schedule"]["exits"][0]["after"] for one in truncated} >= {3, 4, 6, 8, 10}
+    setting = evaluate.read_plan(tmp_path / "straight_best.json")
+    costs = {json.dumps(one["schedule"]): one["cost"] for one in straight["exact"]}
+    assert costs[json.dumps(setting.plan.to_dict())] == min(costs.values())
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
+    with pytest.raises(shell.UsageError, match="`--json` must be a new file or have results of the same search"):
+        search.main()
