@@ -33,6 +33,7 @@ class Mutant:
 
 
 SCORES, POLICIES, RETENTION = ("test_scores",), ("test_policies", "test_static"), ("test_retention", "test_static")
+CELLS = ("test_cells", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 
 MUTANTS = (
@@ -231,6 +232,48 @@ MUTANTS = (
         "tokens[:, after - 1] - self.prefix",
         "tokens[:, after] - self.prefix",
         COST,
+    ),
+    Mutant(
+        "a token in the middle does not count itself",
+        "cells.py",
+        "return xp.reshape(1 + more, receipt.layout)",
+        "return xp.reshape(xp.where(middle, more, 1 + more), receipt.layout)",
+        CELLS,
+    ),
+    Mutant(
+        "cells of all images are those of the first",
+        "cells.py",
+        "    cell = cell + receipt.image * (_count(height, side) * _count(width, side))\n",
+        "",
+        CELLS,
+    ),
+    Mutant(
+        "the first of a cell is its middle",
+        "cells.py",
+        "return (first + last) // 2",
+        "return first",
+        CELLS,
+    ),
+    Mutant(
+        "an annealed number is one step late",
+        "annealing.py",
+        "max(step - self.wait, 0) / self.steps",
+        "max(step - self.wait - 1, 0) / self.steps",
+        ("test_annealing",),
+    ),
+    Mutant(
+        "the frontier keeps what is as good and dearer",
+        "search.py",
+        "one.quality > best[-1].quality",
+        "one.quality >= best[-1].quality",
+        ("test_search",),
+    ),
+    Mutant(
+        "a search forgets what is known",
+        "search.py",
+        "tried = {one.schedule for one in found}",
+        "tried = set()",
+        ("test_search",),
     ),
     Mutant(
         "one product of attention instead of two",
