@@ -138,10 +138,10 @@ def draw(
                 _draw_points(axis, files[file], points, colours[file])
                 if marked is not None and marked[0] == file and marked[1] in points:
                     axis.plot(*points[marked[1]], "o", color=ink, fillstyle="none", markersize=13, zorder=3)
-            axis.set_xlabel(label)
+            axis.set_xlabel(_plain(label))
             axis.grid(alpha=0.25)
         splits = dict.fromkeys(results["inputs"]["split"] for results in files.values())
-        axes[0].set_ylabel(f"mIoU, %, CamVid {', '.join(splits)}")
+        axes[0].set_ylabel(_plain(f"mIoU, %, CamVid {', '.join(splits)}"))
         axes[0].set_ylim(bottom=_bottom(files, marked, below))
         handles = _handles(axes[0], files, colours, ink)
         figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(found), fontsize="small",
