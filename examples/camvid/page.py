@@ -124,7 +124,7 @@ def _facts(results: frontier.Results) -> dict[str, str]:
         "tokens, blocks": f"{about['patch_tokens']:,} patches, {about['blocks']} blocks",
         "images": f"{given['images']} of {given['split']}",
         "exit heads fitted": fitted,
-        "device": f"{about['device']}, {about['threads']} threads of {about['cores']} cores, {about['dtype']}",
+        "device": f"{about['device']}, threads: {about['threads']} on {about['cores']} cores, {about['dtype']}",
         "timing": timed or "none",
         "versions": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
         "arguments": " ".join(about["arguments"]),

@@ -84,6 +84,20 @@ def labelled(paths: Sequence[Path]) -> dict[str, Path]:
     return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
 
 
+def read_all(paths: Mapping[str, Path]) -> dict[str, frontier.Results]:
+    """Results by their labels.
+
+    Raises:
+        UsageError: As for `read_results`, or if they are not of the same images: they would not share an axis.
+    """
+    files = {label: read_results(path) for label, path in paths.items()}
+    images = {label: f"{one['inputs']['images']} of {one['inputs']['split']}" for label, one in files.items()}
+    if len(set(images.values())) > 1:
+        found = ", ".join(f"{label} with {which}" for label, which in images.items())
+        raise shell.UsageError(f"`--json` must all be of the same images, got {found}")
+    return files
+
+
 def of_network(files: Mapping[str, frontier.Results], source: Path, setting: str) -> str:
     """The label of the first results that are of this network and have this setting.
 
@@ -113,7 +127,7 @@ def content_of(given: argparse.Namespace) -> page.Content:
         UsageError: If data, model or results do not fit the arguments.
     """
     paths = labelled(given.json)
-    files = {label: read_results(path) for label, path in paths.items()}
+    files = read_all(paths)
     source = given.run or given.init
     label = of_network(files, source, given.setting)
     inputs = files[label]["inputs"]

@@ -284,6 +284,18 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
         report.read_results(path)
 
 
+def test_results_of_other_images_share_no_axis(tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"{name}.json" for name in ("one", "two")}
+    for path in paths.values():
+        path.write_text(json.dumps(made_up()))
+    assert list(report.read_all(paths)) == ["one", "two"]
+    other = made_up()
+    other["inputs"]["images"] = 3
+    paths["two"].write_text(json.dumps(other))
+    with pytest.raises(shell.UsageError, match=r"same images, got one with 2 of val, two with 3 of val"):
+        report.read_all(paths)
+
+
 @needs_data
 def test_a_page_on_real_frames_with_fitted_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
