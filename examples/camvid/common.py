@@ -1,5 +1,6 @@
-"""What the CamVid scripts share: vision transformers from timm, weights from `.npz` files, errors for the shell."""
+"""What the CamVid scripts share: vision transformers from timm, weights from `.npz` files, saved networks."""
 
+import hashlib
 import importlib
 import zipfile
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from examples import shell
+import tokenexit_torch as tet
+from examples import runs, shell
 from examples.timm_import import import_timm
+from tokenexit import schedule
 from tokenexit.heads import MLP
 from tokenexit_torch.heads import build
 
@@ -121,6 +124,37 @@ def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, nn.Module
     if depth not in heads:
         raise shell.UsageError(f"`--init` must hold the final head, heads.{depth}.*, got heads after {blocks}")
     return vit, heads.pop(depth), heads
+
+
+def saved_model(source: Path, size: tuple[int, int], *, fitted: Path | None = None) -> tet.ExitingModel:
+    """A network with its exits, as it lies on disk; the plan of a ready model is that nothing leaves.
+
+    Args:
+        source: A run folder, or a ready model's `.npz` file.
+        size: Image height and width in pixels; a run folder has its own.
+        fitted: Exit heads for a ready model, as `tokenexit_torch.save` wrote them; the file's own by default.
+
+    Raises:
+        UsageError: As for `ready_model`.
+        TokenExitError: If a folder does not hold what it should.
+    """
+    if source.is_dir():
+        return runs.load(source)[0]
+    vit, final, heads = ready_model(source, size)
+    if fitted is not None:
+        return tet.load(fitted, vit, head=final)
+    return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
+
+
+def fitted_exits(results: Path) -> Path:
+    """Where the exit heads that were fitted for some results are kept: beside their file."""
+    return results.with_suffix(".exits")
+
+
+def digest(source: Path) -> str:
+    """Of a ready model's file, or of the weights in a run folder."""
+    parts = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
 def _head(weights: Mapping[str, Tensor], block: int) -> nn.Module:

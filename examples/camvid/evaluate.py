@@ -7,7 +7,6 @@ Results are written as they come. Stop it at any time: the same command measures
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -21,10 +20,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenexit_torch as tet
-from examples import metrics, runs, shell, timing
+from examples import metrics, shell, timing
 from examples.camvid import common, data, report
 from tokenexit import TokenExitError, cost, schedule
 from tokenexit.heads import MLP
@@ -314,7 +313,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         raise shell.UsageError(f"`--{'run' if given.run else 'init'}` must exist, got {str(source)!r}")
     return {
         "model": source.name,
-        "sha256": digest(source),
+        "sha256": common.digest(source),
         "split": given.split,
         "images": len(frames),
         "fit_after": None if given.fit_after is None else sorted(set(given.fit_after)),
@@ -322,12 +321,6 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         "fit_steps": None if given.fit_after is None else given.fit_steps,
         "device": torch.device(given.device).type,
     }
-
-
-def digest(source: Path) -> str:
-    """Of a ready model's file, or of the weights in a run folder."""
-    parts = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
 def open_results(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,21 +357,15 @@ def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingM
     Raises:
         UsageError: If a file is missing or does not fit.
     """
-    if given.run is not None:
-        return runs.load(given.run)[0]
-    vit, final, heads = common.ready_model(given.init, data.SIZE)
-    if given.fit_after is None:
-        return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
-    return fitted_model(vit, final, given, results)
+    fitted = None if given.fit_after is None else common.fitted_exits(given.json)
+    if fitted is None or (results["fit"] is not None and fitted.is_dir()):
+        return common.saved_model(given.run or given.init, data.SIZE, fitted=fitted)
+    return fitted_model(given, results, fitted)
 
 
-def fitted_model(
-    vit: nn.Module, final: nn.Module, given: argparse.Namespace, results: dict[str, Any]
-) -> tet.ExitingModel:
+def fitted_model(given: argparse.Namespace, results: dict[str, Any], kept: Path) -> tet.ExitingModel:
     """Fit new exit heads on train images without labels; they are kept beside the results, for when these go on."""
-    kept = given.json.with_suffix(".exits")
-    if results["fit"] is not None and kept.is_dir():
-        return tet.load(kept, vit, head=final)
+    vit, final, _ = common.ready_model(given.init, data.SIZE)
     torch.manual_seed(0)
     after = sorted(set(given.fit_after))
     model = tet.wrap(vit, schedule.dense(after=after), head=final, exit_heads=MLP(hidden=_FIT_HIDDEN))

@@ -1,91 +1,161 @@
-"""Shows what `evaluate` measured: a table and the frontier plot, both from the results as they lie in the JSON file."""
+"""Shows what `evaluate` measured: a table, the frontier plot, and one page with what each exit got wrong.
 
-from collections.abc import Iterator, Mapping
+    python -m examples.camvid.report --data CAMVID --json results.json --run RUN --setting NAME --out report.html
+
+NAME is a row of the table. The page is a single HTML file. Results of other networks, given as more files after
+`--json`, join the frontier.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-_STYLES = {
-    "truncated": "s--",
-    "DToP, k = 0": "v-",
-    "DToP, k = 5": "^-",
-    "neighbours": "o-",
-    "PAUMER": "s-",
-    "DoViT": "d-",
-}  # by how the kind begins
+import numpy as np
+import torch
+
+from examples import shell
+from examples.camvid import common, data, frontier, leavers, page
+from tokenexit.schedule import Schedule
+
+_SUMMARY = (__doc__ or "").partition("\n")[0]
 
 
-def table(results: Mapping[str, Any]) -> str:
+def table(results: frontier.Results) -> str:
     """One line for each setting that has been evaluated; speeds where they have been timed."""
-    batches = list(results["timing"])
-    dense = results["settings"]["dense"]["miou"]
-    sequences = list(results["settings"]["dense"]["miou_by_sequence"])
-    parts = sequences if len(sequences) > 1 else []
-    header = ["setting", "mIoU", "vs dense", *parts, "token-blocks", "GMACs", "agreement"]
-    header += [f"images/s, batch {batch} (x dense)" for batch in batches]
-    rows = [header]
-    for name, entry in results["settings"].items():
-        row = [
-            name, f"{100 * entry['miou']:.2f}", f"{100 * (entry['miou'] - dense):+.2f}",
-            *(f"{100 * entry['miou_by_sequence'][part]:.2f}" for part in parts),
-            f"{entry['token_blocks']:.3f}", f"{entry['multiply_adds'] / 1e9:.2f}", f"{100 * entry['agreement']:.2f} %",
-        ]  # fmt: skip
-        rows.append(row + [_speed(results["timing"][batch]["settings"].get(name)) for batch in batches])
+    rows = frontier.rows(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_aligned(row, widths) for row in rows)
 
 
-def _speed(entry: Mapping[str, list[float]] | None) -> str:
-    if entry is None:
-        return "-"
-    (low, middle, high), ratio = entry["images_per_second"], entry["speedup"][1]
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}] x{ratio:.2f}"
-
-
-def _aligned(row: list[str], widths: list[int]) -> str:
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
     return "  ".join([row[0].ljust(widths[0]), *numbers])
 
 
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draw mIoU against token-blocks, and against measured images a second for each batch size that was timed."""
-    from matplotlib.figure import Figure  # an extra, needed for this alone
-
-    axes_of_x = ["token-blocks (dense = 1)", *(f"images / s, batch {batch}" for batch in results["timing"])]
-    figure = Figure(figsize=(5.5 * len(axes_of_x), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(axes_of_x), sharey=True, squeeze=False)[0]
-    for axis, label, points in zip(axes, axes_of_x, _panels(results), strict=True):
-        for kind, line in _lines(results, points).items():
-            style = next(style for start, style in _STYLES.items() if kind.startswith(start))
-            axis.plot([x for x, _ in line], [y for _, y in line], style, label=kind, markersize=5)
-        speed, miou = points["dense"]
-        axis.axhline(miou, color="black", linewidth=1, label="dense")
-        axis.plot([speed], [miou], "k*", markersize=10)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"mIoU, %, CamVid {results['inputs']['split']}")
-    axes[0].legend(fontsize="small")
+def plot(results: frontier.Results, path: Path) -> None:
+    """Draw mIoU against work, and against measured images a second for each batch size that was timed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    frontier.draw({results["inputs"]["model"]: results}, path, work=frontier.WORK)
 
 
-def _lines(
-    results: Mapping[str, Any], points: Mapping[str, tuple[float, float]]
-) -> dict[str, list[tuple[float, float]]]:
-    """The points of each kind in the order of their x, without the dense one; a kind may have none in some panel."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, entry in results["settings"].items():
-        if entry["kind"] != "dense":
-            lines.setdefault(entry["kind"], []).extend([points[name]] if name in points else [])
-    return {kind: sorted(line) for kind, line in lines.items()}
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.camvid.report", description=_SUMMARY)
+    parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
+    parser.add_argument("--json", type=Path, nargs="+", required=True, help="results of examples.camvid.evaluate")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", type=Path, help="run folder that one of the results is of")
+    model.add_argument("--init", type=Path, help="ready model that one of the results is of")
+    parser.add_argument("--setting", required=True, help="which row of those results to look at")
+    parser.add_argument("--split", choices=data.SPLITS, help="images to look at; by default those of the results")
+    parser.add_argument("--limit", type=int, help="look at only this many images, spread evenly over the split")
+    parser.add_argument("--images", type=int, default=6, help="images to show, spread evenly (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="batch size (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True, help="the page, .html")
+    given = parser.parse_args()
+    for name, value in (("--images", given.images), ("--batch", given.batch), ("--threads", given.threads or 1)):
+        if value < 1:
+            raise shell.UsageError(f"`{name}` must be at least 1, got {value}")
+    return given
 
 
-def _panels(results: Mapping[str, Any]) -> Iterator[dict[str, tuple[float, float]]]:
-    """For each panel, (x, mIoU in %) of each setting that has both."""
-    miou = {name: 100 * entry["miou"] for name, entry in results["settings"].items()}
-    yield {name: (entry["token_blocks"], miou[name]) for name, entry in results["settings"].items()}
-    for timed in results["timing"].values():
-        yield {
-            name: (entry["images_per_second"][1], miou[name])
-            for name, entry in timed["settings"].items()
-            if name in miou
-        }
+def read_results(path: Path) -> frontier.Results:
+    """What `evaluate` wrote.
+
+    Raises:
+        UsageError: If it did not, or has not got as far as the dense network.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        complete = "dense" in results["settings"] and {"inputs", "timing", "about"} <= results.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise shell.UsageError(f"`--json` must be results of examples.camvid.evaluate, got {str(path)!r}") from error
+    if not complete:
+        raise shell.UsageError(f"`--json` must have the dense network's results, got {str(path)!r} without")
+    return results
+
+
+def labelled(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their name without its ending; by their whole path where names are not distinct."""
+    stems = [path.stem for path in paths]
+    return {path.stem if stems.count(path.stem) == 1 else str(path): path for path in paths}
+
+
+def read_all(paths: Mapping[str, Path]) -> dict[str, frontier.Results]:
+    """Results by their labels.
+
+    Raises:
+        UsageError: As for `read_results`, or if they are not of the same images: they would not share an axis.
+    """
+    files = {label: read_results(path) for label, path in paths.items()}
+    images = {label: f"{one['inputs']['images']} of {one['inputs']['split']}" for label, one in files.items()}
+    if len(set(images.values())) > 1:
+        found = ", ".join(f"{label} with {which}" for label, which in images.items())
+        raise shell.UsageError(f"`--json` must all be of the same images, got {found}")
+    return files
+
+
+def of_network(files: Mapping[str, frontier.Results], source: Path, setting: str) -> str:
+    """The label of the first results that are of this network and have this setting.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    if not source.exists():
+        raise shell.UsageError(f"`--run` or `--init` must exist, got {str(source)!r}")
+    sha256 = common.digest(source)
+    own = {label: results for label, results in files.items() if results["inputs"]["sha256"] == sha256}
+    if not own:
+        raise shell.UsageError(
+            f"`--json` must have results of {str(source)!r}, {sha256}, got "
+            + ", ".join(f"{label} of {results['inputs']['sha256']}" for label, results in files.items())
+        )
+    found = next((label for label, results in own.items() if setting in results["settings"]), None)
+    if found is None:
+        known = [name for results in own.values() for name in results["settings"]]
+        raise shell.UsageError(f"`--setting` must be one of {known}, got {setting!r}")
+    return found
+
+
+def content_of(given: argparse.Namespace) -> page.Content:
+    """Run the network, and gather what the page shows.
+
+    Raises:
+        UsageError: If data, model or results do not fit the arguments.
+    """
+    paths = labelled(given.json)
+    files = read_all(paths)
+    source = given.run or given.init
+    label = of_network(files, source, given.setting)
+    inputs = files[label]["inputs"]
+    split = given.split or inputs["split"]
+    frames = data.frames(given.data, split, given.limit)
+    fitted = None if inputs["fit_after"] is None else common.fitted_exits(paths[label])
+    model = common.saved_model(source, data.SIZE, fitted=fitted).eval().to(given.device)
+    plan = Schedule.from_dict(files[label]["settings"][given.setting]["schedule"])
+    shown = np.linspace(0, len(frames) - 1, min(given.images, len(frames)), dtype=int).tolist()
+    batches = data.Batches(frames, given.batch)
+    tokens, pictures = leavers.look(model, plan, batches, shown, torch.device(given.device))
+    return page.Content(
+        files=files, file=label, setting=given.setting, split=split, blocks=model.depth,
+        tallies=leavers.tally(tokens, (*plan.after, model.depth)), tokens=tokens, pictures=pictures,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run from the command line."""
+    given = arguments()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    text = page.render(content_of(given))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with shell.replacing(given.out) as file:
+        file.write(text.encode())
+    print(f"page written to {given.out}")
+
+
+if __name__ == "__main__":
+    shell.exit_with(main)

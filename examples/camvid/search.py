@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokenexit_torch as tet
-from examples import metrics, shell
-from examples.camvid import data, evaluate
+from examples import metrics, runs, shell
+from examples.camvid import common, data, evaluate
 from tokenexit import schedule, search
 from tokenexit.schedule import Schedule
 
@@ -127,12 +127,12 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
         UsageError: If data, run or results do not fit the arguments.
     """
     frames = data.frames(given.data, given.split, given.limit)
-    model = evaluate.model_of(given, {}).eval()
+    model = runs.load(given.run)[0]
     space = search.Space(
         tuple(int(block) for block in model.exit_heads), per_class=given.per_class, cell=given.cell or None
     )
     identity = {
-        "split": given.split, "images": len(frames), "model": evaluate.digest(given.run), "seed": given.seed,
+        "split": given.split, "images": len(frames), "model": common.digest(given.run), "seed": given.seed,
         "space": json.loads(json.dumps(asdict(space))),
     }  # fmt: skip
     results = open_results(given.json, identity)
