@@ -1,6 +1,7 @@
 """Heads in PyTorch, built from the plans of `tokenexit.heads`."""
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tokenexit import TokenExitError
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
@@ -41,4 +42,8 @@ class _TokenBatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading axes; the channels are the last one."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.reshape(-1, input.shape[-1])).reshape(input.shape)
+        rows = input.reshape(-1, input.shape[-1])
+        if self.training and rows.shape[0] < 2:  # all but one have left: a single token has no variance
+            known = self.running_mean, self.running_var, self.weight, self.bias
+            return functional.batch_norm(rows, *known, training=False, eps=self.eps).reshape(input.shape)
+        return super().forward(rows).reshape(input.shape)

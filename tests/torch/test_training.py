@@ -17,6 +17,7 @@ import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.test_running import FEATURES, PLANS
 from tokenexit import TokenExitError, annealing, policies, schedule
+from tokenexit.heads import FCN
 from tokenexit.schedule import Exit, Schedule
 
 ALL = {**PLANS, **FEATURES, "dense": schedule.dense(), "all leave at once": schedule.truncated(after=3)}
@@ -229,6 +230,17 @@ def test_weights_can_be_averaged_by_torch():
         2 * middle - model.model.get_parameter(name),
         models.wrapped(models.timm_vit(), PLANS["dtop"]).model.get_parameter(name),
     )
+
+
+def test_a_norm_over_tokens_takes_what_it_knows_if_a_single_one_is_left():
+    """All but one patch of the batch leave at the first exit, and there is no cls token."""
+    torch.manual_seed(0)
+    model = tet.wrap(models.plain_host(), schedule.dense(after=(2, 3)), num_classes=3, exit_heads=FCN(hidden=8)).train()
+    plan = Schedule((Exit(2, policies.BatchBudget(1)), Exit(3, policies.BatchBudget(1))))
+    stages = tet.Staged(model)(models.images(1), schedule=plan)
+    assert stages.output.tokens_per_block[0, -1] == 1
+    stages.loss(lambda logits: tet.pixel_cross_entropy(logits, labels(1) % 3)).backward()
+    assert all(value is None or value.isfinite().all() for value in gradients(model).values())
 
 
 METHODS = {
