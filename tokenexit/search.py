@@ -67,6 +67,15 @@ class Space:
         ]
         return (*(truncated(after=after) for after in self.after), *map(self._schedule, plans))
 
+    def holds(self, schedule: Schedule, /) -> bool:
+        """Whether a schedule is one of this space."""
+        if schedule in (truncated(after=after) for after in self.after):
+            return True
+        exits = [(exit["after"], exit["policy"].get("policy") or {}) for exit in schedule.to_dict()["exits"]]
+        plan: Any = tuple((after, policy.get("threshold"), policy.get("radius")) for after, policy in exits)
+        inside = all(a in self.after and t in self.thresholds and r in self.radii for a, t, r in plan)
+        return inside and len(plan) > 0 and schedule == self._schedule(plan)
+
     def near(self, schedule: Schedule, /) -> tuple[Schedule, ...]:
         """All schedules of the space that differ from one of it in one respect.
 
@@ -77,7 +86,11 @@ class Space:
 
         Returns:
             Those near it, in a fixed order.
+
+        Raises:
+            TokenExitError: If it is of another space.
         """
+        require(self.holds(schedule), "schedule", "be one of this space", schedule)
         return tuple(map(self._schedule, self._near(_plan_of(schedule))))
 
     def _near(self, plan: "_Plan") -> list["_Plan"]:
@@ -170,17 +183,20 @@ def explore(
         evaluate: Quality and cost of a schedule.
         space: What is searched.
         evaluations: After how many evaluations it ends, those in `known` included.
-        known: What earlier calls have found, in their order.
+        known: What earlier calls have found in this space, in their order.
         seed: Of the choices.
 
     Yields:
         What is found, as it is found. It ends early if nothing is left to try next to the frontier.
 
     Raises:
-        TokenExitError: If `evaluations` is no whole number, or the quality or the cost is NaN.
+        TokenExitError: If `evaluations` is no whole number, something in `known` is not of this space, or `evaluate`
+            returns anything but two numbers.
     """
     require(is_whole(evaluations, least=0), "evaluations", "be a whole number from 0 up", repr(evaluations))
     found, starts = list(known), space.starts()
+    strange = [one for one in found if not isinstance(one, Found) or not space.holds(one.schedule)]
+    require(not strange, "known", "be Found in this space", repr(strange[:1]))
     tried = {one.schedule for one in found}
     plans = set(map(_plan_of, tried))
     while len(found) < evaluations:
@@ -189,10 +205,7 @@ def explore(
             following = _one_near(space, found, plans, random.Random((seed << 32) + len(found)))
         if following is None:
             return
-        quality, cost = evaluate(following)
-        if quality != quality or cost != cost:
-            raise TokenExitError(f"`evaluate` must return numbers, got {quality!r} and {cost!r} for {following!r}")
-        found.append(Found(following, quality, cost))
+        found.append(Found(following, *_two_numbers(evaluate(following))))
         tried.add(following)
         plans.add(_plan_of(following))
         yield found[-1]
@@ -241,6 +254,15 @@ def _one_near(space: Space, found: list[Found], tried: set[_Plan], draw: random.
         if new:
             return space._schedule(draw.choice(new))
     return None
+
+
+def _two_numbers(measured: Any) -> tuple[float, float]:
+    try:
+        quality, cost = map(float, measured)
+    except (TypeError, ValueError) as error:
+        raise TokenExitError(f"`evaluate` must return two numbers, quality and cost, got {measured!r}") from error
+    require(quality == quality and cost == cost, "evaluate", "return two numbers, quality and cost", repr(measured))
+    return quality, cost
 
 
 def _next(values: tuple[Any, ...], value: Any) -> list[Any]:

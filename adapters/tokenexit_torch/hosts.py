@@ -58,7 +58,10 @@ class Host(Protocol):
     def run(
         self, index: int, tokens: Float[Tensor, "rows tokens width"], positions: Shaped[Tensor, "tokens ..."] | None, /
     ) -> Float[Tensor, "rows tokens width"]:
-        """Block `index` on any tokens, with the positions that belong to them."""
+        """Block `index` on any tokens, with the positions that belong to them.
+
+        Not under gradient checkpointing: what is computed again later would attend across images.
+        """
         ...
 
     def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
@@ -99,6 +102,9 @@ class TimmViT:
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
         vit = self._vit
+        if vit.grad_checkpointing:
+            # What is computed again in the backward pass would not know which tokens belong to which image.
+            raise TokenExitError("`model` must not checkpoint its gradients, got set_grad_checkpointing()")
         tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         return Embedded(tokens, vit.num_prefix_tokens, tuple(vit.patch_embed.dynamic_feat_size(images.shape[-2:])))
 

@@ -21,7 +21,7 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.ledger import Ledger
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_per_image
@@ -280,7 +280,7 @@ class Run:
         embedded = _embed(model, images)
         self.model = model
         self.embedded = embedded
-        self.policy = {exit.after: exit.policy for exit in plan.active}
+        self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
         self.feature = plan.carry if isinstance(plan.carry, Feature) else None
         folds = self.feature is not None and self.feature.fold_above is not None
         require(
@@ -306,6 +306,10 @@ class Run:
         self.positions = embedded.positions
         # The classes that the exit heads so far have predicted for the tokens of the row.
         self.previous = torch.empty((0, 0), dtype=torch.int64, device=embedded.tokens.device)
+
+    def _asked(self, plan: Schedule) -> tuple[Exit, ...]:
+        """The exits whose heads are run."""
+        return plan.active
 
     def through(self) -> Output:
         last = self.model.depth - 1

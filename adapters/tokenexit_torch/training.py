@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, tokens
 from tokenexit.errors import require
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores
 from tokenexit_torch.running import ExitingModel, Output, Reading, Run
 
@@ -66,7 +66,7 @@ class Stages(NamedTuple):
             TokenExitError: If a weight is missing or negative.
         """
         weight = self._weights(auxiliary)
-        return torch.stack([weight[after] * criterion(logits) for after, logits in self.logits.items()]).sum()
+        return _sum({after: criterion(logits) for after, logits in self.logits.items()}, weight)
 
     def loss_of_masks(
         self, criterion: MaskCriterion, /, *, auxiliary: float | Mapping[int, float] = 1.0
@@ -87,16 +87,27 @@ class Stages(NamedTuple):
         if self.masks is None:
             raise TokenExitError("`stages` must be of mask heads for a loss of masks, got none")
         weight = self._weights(auxiliary)
-        return torch.stack([weight[after] * criterion(maps) for after, maps in self.masks.items()]).sum()
+        return _sum({after: criterion(maps) for after, maps in self.masks.items()}, weight)
 
     def _weights(self, auxiliary: float | Mapping[int, float]) -> dict[int, float]:
         depth = self.output.tokens_per_block.shape[1]
-        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(self.logits, auxiliary)
-        weight = {**given, depth: 1.0}
-        missing = sorted(set(self.logits) - set(weight))
+        exits = sorted(set(self.logits) - {depth})
+        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
+        rule = "be a weight from 0 up, or one for each block with an exit"
+        numbers = [isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in given.values()]
+        blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
+        require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
+        missing = [after for after in exits if after not in given]
         require(not missing, "auxiliary", "have a weight for every exit that runs", f"none for {missing}")
-        require(all(one >= 0 for one in weight.values()), "auxiliary", "be at least 0", auxiliary)
-        return weight
+        return {**given, depth: 1.0}
+
+
+def _sum(losses: Mapping[int, Tensor], weight: Mapping[int, float]) -> Tensor:
+    for after, loss in losses.items():
+        scalar = isinstance(loss, Tensor) and loss.ndim == 0
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        require(scalar, "criterion", "return a single number as a tensor", f"{got} for block {after}")
+    return torch.stack([weight[after] * loss for after, loss in losses.items()]).sum()
 
 
 class Staged(nn.Module):
@@ -124,7 +135,8 @@ class Staged(nn.Module):
 
         Args:
             images: The images, as the wrapped model takes them.
-            schedule: A plan for this call only; the model's own if left out.
+            schedule: A plan for this call only; the model's own if left out. Heads are read at all of its exits, also
+                where nobody may leave: with `schedule.dense(after=...)` all of them see all tokens.
 
         Returns:
             Class scores of every head that ran, and the output.
@@ -141,6 +153,9 @@ class _StagedRun(Run):
         self._stages: dict[int, Tensor] = {}
         self._mask_stages: dict[int, MaskMaps] = {}
         self.keeps_masks = model.gives_masks
+
+    def _asked(self, plan: Schedule) -> tuple[Exit, ...]:
+        return plan.exits
 
     def staged(self) -> Stages:
         output = self.through()
@@ -172,7 +187,7 @@ class _StagedRun(Run):
 
 def pixel_cross_entropy(
     logits: Float[Tensor, "images classes grid_height grid_width"],
-    label: Int64[Tensor, "images height width"],
+    label: Integer[Tensor, "images height width"],
     /,
     *,
     ignore: int = -100,
@@ -183,12 +198,23 @@ def pixel_cross_entropy(
         logits: Class scores of the patches; upsampled to the labels bilinearly, in float32.
         label: Class of each pixel. Every second row and column (`label[:, ::2, ::2]`) does nearly as well at a quarter
             of the work.
-        ignore: Label of pixels that do not count.
+        ignore: Label of pixels that do not count; -100, as PyTorch has it, unless said otherwise. Many masks use 255.
 
     Returns:
         The loss.
+
+    Raises:
+        TokenExitError: If the labels are no whole numbers of shape (images, height, width), or, which only a CPU
+            tells, one of them is neither a class nor `ignore`.
     """
-    total = functional.cross_entropy(_upsampled(logits, label.shape[1:]), label, ignore_index=ignore, reduction="sum")
+    _require_labels(label, len(logits))
+    full, label = _upsampled(logits, label.shape[1:]), label.long()
+    try:
+        total = functional.cross_entropy(full, label, ignore_index=ignore, reduction="sum")
+    except IndexError as error:
+        rule = f"be classes from 0 to {logits.shape[1] - 1}, or {ignore} to be ignored"
+        others = label[label != ignore]
+        raise TokenExitError(f"`label` must {rule}, got {int(others.min())} to {int(others.max())}") from error
     return total / (label != ignore).sum().clamp(min=1)
 
 
@@ -213,9 +239,13 @@ def distillation(
         The loss.
 
     Raises:
-        TokenExitError: If the temperature is not positive.
+        TokenExitError: If the temperature is not positive, or the teacher's images or classes are others.
     """
     require(temperature > 0, "temperature", "be positive", temperature)
+    same = isinstance(teacher, Tensor) and teacher.ndim == 4 and teacher.shape[:2] == logits.shape[:2]
+    got = f"shape {tuple(teacher.shape)}" if isinstance(teacher, Tensor) else type(teacher).__name__
+    images, classes = logits.shape[:2]
+    require(same, "teacher", f"be class scores of shape ({images}, {classes}, height, width)", got)
     student = functional.log_softmax(_upsampled(logits, teacher.shape[2:]) / temperature, dim=1)
     wish = functional.log_softmax(teacher.detach().float() / temperature, dim=1)
     pixels = teacher.shape[0] * teacher.shape[2] * teacher.shape[3]
@@ -224,7 +254,7 @@ def distillation(
 
 def mask_loss(
     maps: MaskMaps,
-    label: Int64[Tensor, "images height width"],
+    label: Integer[Tensor, "images height width"],
     /,
     *,
     ignore: int = -100,
@@ -252,7 +282,8 @@ def mask_loss(
     Returns:
         The loss.
     """
-    known = label != ignore
+    _require_labels(label, len(maps.presence_logits))
+    known, label = label != ignore, label.long()
     there = _present(label, known, maps.presence_logits.shape[1])
     weight = torch.where(there, 1.0, absent) * known.flatten(1).any(dim=1)[:, None]
     wrong = functional.binary_cross_entropy_with_logits(
@@ -283,6 +314,13 @@ def _focal(logits: Tensor, target: Tensor) -> Tensor:
 def _dice(probability: Tensor, target: Tensor) -> Tensor:
     both = (probability * target).sum(dim=(1, 2))
     return 1 - (2 * both + 1) / (probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2)) + 1)
+
+
+def _require_labels(label: Tensor, images: int) -> None:
+    whole = isinstance(label, Tensor) and not (label.is_floating_point() or label.dtype == torch.bool)
+    got = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
+    fits = whole and label.ndim == 3 and len(label) == images
+    require(fits, "label", f"be whole numbers of shape ({images}, height, width)", got)
 
 
 def _upsampled(logits: Tensor, size: torch.Size) -> Tensor:

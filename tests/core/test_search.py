@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,19 @@ from tokenexit.policies import always
 from tokenexit.search import Found, Space, cheapest, explore, frontier
 
 SMALL = Space((2, 4, 6), thresholds=(0.5, 0.7, 0.9), radii=(0, 1))
+
+
+OTHERS = [
+    schedule.neighbours(radius={2: 1}, threshold=0.8, per_class=5),
+    schedule.neighbours(radius={3: 1}, threshold=0.7, per_class=5),
+    schedule.neighbours(radius={2: 3}, threshold=0.7, per_class=5),
+    schedule.neighbours(radius={2: 1}, threshold=0.7, per_class=4),
+    schedule.neighbours(radius={2: 1}, threshold=0.7, per_class=5, cell=3),
+    schedule.truncated(after=3),
+    schedule.dense(),
+    schedule.dtop(after=(2,), threshold=0.7),
+    schedule.paumer(after=(2,)),
+]
 
 
 def toy(plan):
@@ -128,7 +142,16 @@ def test_the_frontier_is_what_nothing_beats(figures):
         (lambda: Space((0, 2)), "`after` must"),
         (lambda: Space((2,), per_class=-1), "`per_class` must be a whole number from 0 up, got -1"),
         (lambda: list(explore(toy, SMALL, evaluations=-1)), "`evaluations` must be a whole number from 0 up, got -1"),
-        (lambda: list(explore(lambda _: (math.nan, 1.0), SMALL, evaluations=3)), "`evaluate` must return numbers, got nan"),
+        *(
+            (lambda found=found: list(explore(lambda _: found, SMALL, evaluations=3)), "`evaluate` must return two numbers, quality and cost, got")
+            for found in [(math.nan, 1.0), 1.0, None, (1.0, 2.0, 3.0), ("good", 1.0), (np.ones(3), 1.0)]
+        ),
+        *(
+            (lambda plan=plan: list(explore(toy, SMALL, evaluations=9, known=[Found(plan, 1.0, 1.0)])), "`known` must be Found in this space, got [Found(")
+            for plan in OTHERS
+        ),
+        (lambda: list(explore(toy, SMALL, evaluations=9, known=[{}])), "`known` must be Found in this space, got [{}]"),
+        *((lambda plan=plan: SMALL.near(plan), "`schedule` must be one of this space, got Schedule(") for plan in OTHERS),
         (lambda: cheapest([], quality=0.5), "`quality` must be reached by what was found, got 0.5"),
         (lambda: Found.from_dict({"schedule": {}}), "`found` must have exactly the keys"),
     ],
@@ -138,3 +161,9 @@ def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(TokenExitError) as found:
         make()
     assert str(found.value).startswith(message)
+
+
+def test_what_is_found_can_be_written_down_whatever_numbers_came():
+    found = next(explore(lambda _: (np.float32(0.5), np.float32(0.25)), SMALL, evaluations=1))
+    assert json.loads(json.dumps(found.to_dict()))["quality"] == 0.5
+    assert SMALL.holds(found.schedule)

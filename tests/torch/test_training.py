@@ -320,6 +320,33 @@ def test_a_teacher_is_not_taught():
     assert student.grad.abs().max() > 0
 
 
+def staged_stages():
+    return tet.Staged(models.wrapped(models.timm_vit(), PLANS["dtop"]))(models.images())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_may_be_any_whole_numbers(dtype):
+    logits = torch.randn(3, models.CLASSES, 4, 6)
+    same(tet.pixel_cross_entropy(logits, labels().to(dtype)), tet.pixel_cross_entropy(logits, labels()))
+
+
+def test_where_nobody_may_leave_all_heads_are_read():
+    """What `every_exit` says, through a module that DistributedDataParallel can wrap."""
+    model = models.wrapped(models.timm_vit(), schedule.dense(after=(2, 3, 4)))
+    stages, every = tet.Staged(model)(models.images()), model.every_exit(models.images())
+    assert stages.logits.keys() == every.keys()
+    for after, logits in every.items():
+        same(stages.logits[after], logits)
+
+
+def test_gradient_checkpointing_is_refused():
+    vit = models.timm_vit()
+    model = models.wrapped(vit, PLANS["dtop"])
+    vit.set_grad_checkpointing()
+    with pytest.raises(TokenExitError, match="`model` must not checkpoint its gradients"):
+        tet.Staged(model)(models.images())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -334,11 +361,46 @@ def test_a_teacher_is_not_taught():
             ),
             "`auxiliary` must have a weight for every exit that runs, got none for [4]",
         ),
+        *(
+            (
+                lambda wrong=wrong: staged_stages().loss(lambda logits: logits.sum(), auxiliary=wrong),
+                f"`auxiliary` must be a weight from 0 up, or one for each block with an exit, got {wrong!r}",
+            )
+            for wrong in [-1.0, float("nan"), None, [1.0], {2: -1.0, 4: 1.0}, {2: 1.0, 4: 1.0, 6: 7.0}, {"2": 1.0}]
+        ),
+        *(
+            (
+                lambda wrong=wrong: staged_stages().loss(lambda _: wrong),
+                f"`criterion` must return a single number as a tensor, got {got}",
+            )
+            for wrong, got in [(1.0, "1.0 for block 2"), (torch.ones(3), "shape (3,) for block 2")]
+        ),
+        *(
+            (
+                lambda wrong=wrong: tet.pixel_cross_entropy(torch.zeros(2, 3, 4, 4), wrong),
+                f"`label` must be whole numbers of shape (2, height, width), got {got}",
+            )
+            for wrong, got in [
+                (torch.zeros(2, 8, 8), "torch.float32 of shape (2, 8, 8)"),
+                (torch.zeros(2, 1, 8, 8).long(), "torch.int64 of shape (2, 1, 8, 8)"),
+                (torch.zeros(3, 8, 8).long(), "torch.int64 of shape (3, 8, 8)"),
+                (None, "NoneType"),
+            ]
+        ),
         (
-            lambda: tet.Staged(models.wrapped(models.timm_vit(), PLANS["dtop"]))(models.images()).loss(
-                lambda logits: logits.sum(), auxiliary=-1.0
-            ),
-            "`auxiliary` must be at least 0, got -1.0",
+            lambda: tet.pixel_cross_entropy(torch.zeros(1, 3, 4, 4), torch.full((1, 8, 8), 255)),
+            "`label` must be classes from 0 to 2, or -100 to be ignored, got 255 to 255",
+        ),
+        *(
+            (
+                lambda wrong=wrong: tet.distillation(torch.zeros(2, 3, 4, 4), wrong),
+                f"`teacher` must be class scores of shape (2, 3, height, width), got {got}",
+            )
+            for wrong, got in [
+                (torch.zeros(1, 3, 8, 8), "shape (1, 3, 8, 8)"),
+                (torch.zeros(2, 4, 8, 8), "shape (2, 4, 8, 8)"),
+                (None, "NoneType"),
+            ]
         ),
     ],
 )
