@@ -269,13 +269,6 @@ MUTANTS = (
         ("test_search",),
     ),
     Mutant(
-        "a search forgets what is known",
-        "search.py",
-        "tried = {one.schedule for one in found}",
-        "tried = set()",
-        ("test_search",),
-    ),
-    Mutant(
         "one product of attention instead of two",
         "cost.py",
         "return 2 * self.width * tokens * tokens",
