@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 
 import torch
-from torch.library import Library
+from torch import library
 
 _TORCHVISION_OPERATORS = ("nms", "qnms")
 
@@ -29,9 +29,9 @@ def import_timm() -> ModuleType:
 
 
 @functools.cache
-def _declare_torchvision_operators() -> Library:
+def _declare_torchvision_operators() -> library.Library:
     """Declare what is not there yet; cached, as a declaration lives no longer than its library object."""
-    declared = Library("torchvision", "FRAGMENT")
+    declared = library.Library("torchvision", "FRAGMENT")
     for name in _TORCHVISION_OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
             declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

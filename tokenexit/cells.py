@@ -1,9 +1,8 @@
 """Cells of the patch grid: of each, one token runs on and stands, in attention, for those that have left.
 
-New in this library. What tokens that stay lose when others leave is not so much what those were as where they were:
-attention no longer finds the road that surrounds the car. So the token in the middle of every cell runs to the end,
-and its attention weight counts as often as there are tokens that it stands for, as ToMe (ICLR 2023, section 3) counts
-a merged token. It costs one token of each cell, and no others.
+New in this library. Tokens that stay no longer see those that have left. So the token in the middle of every cell runs
+to the end, and its attention weight counts as often as there are tokens that it stands for, as ToMe (ICLR 2023, section
+3) counts a merged token. It costs one token of each cell, and no others.
 """
 
 from jaxtyping import Bool, Float, Int

@@ -174,7 +174,7 @@ def neighbours(
             twelve blocks and thousands of tokens.
         threshold: Confidence that the token and its neighbours must exceed; one for all exits or one for each.
         per_class: Most confident leavers of each predicted class that stay, per image and exit.
-        cell: Side of the cells whose middle stands for those that have left, if any does; 3 does well.
+        cell: Side of the cells whose middle stands for those that have left, if any does; with 3, train with it.
 
     Returns:
         The schedule.

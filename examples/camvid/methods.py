@@ -20,8 +20,8 @@ class Method:
 
     Attributes:
         after: Blocks with an exit head.
-        training: The plan of a step, from the step, how many there are, and the seed of the run; None where nothing
-            leaves and all heads see all tokens.
+        training: The plan of a step, from the step, how many there are, and the seed of the run; None for the network's
+            own, under which nothing leaves and all heads see all tokens.
         saved: The plan that the trained network is saved with.
     """
 

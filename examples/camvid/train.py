@@ -238,10 +238,8 @@ def run_epoch(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
             with torch.no_grad():
                 wish = None if teacher is None else teacher(images, schedule=schedule.dense()).logits
-            exits = model.every_exit(images) if plan is None else staged(images, schedule=plan).logits
-        of_head = criterion(labels, wish, recipe)
-        weight = {block: 1.0 if block == model.depth else recipe.auxiliary for block in exits}
-        value = torch.stack([weight[block] * of_head(logits) for block, logits in exits.items()]).sum()
+            stages = staged(images, schedule=plan)
+        value = stages.loss(criterion(labels, wish, recipe), auxiliary=recipe.auxiliary)
         training.optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

@@ -109,7 +109,7 @@ def contenders(library: str, arrays: tuple[np.ndarray, ...], classes: int) -> Ma
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", nargs="+", choices=["numpy", "torch", "jax"], default=["numpy"])
+    parser.add_argument("--library", dest="libraries", nargs="+", choices=["numpy", "torch", "jax"], default=["numpy"])
     parser.add_argument("--sizes", nargs="+", type=int, help="tokens of an image; all by default")
     parser.add_argument("--images", nargs="+", type=int, help="images; all by default")
     parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     found = []
     print("| library | images | tokens | classes | loop, ms | ours, ms | ours / loop |\n|---|---|---|---|---|---|---|")
-    for library in options.library:
+    for library in options.libraries:
         for images, tokens in SIZES:
             if (options.sizes and tokens not in options.sizes) or (options.images and images not in options.images):
                 continue
