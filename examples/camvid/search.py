@@ -3,14 +3,14 @@
     python -m examples.camvid.search --data CAMVID --run RUN --json search.json --minutes 5 --drop 0.3
 
 Every schedule that is tried is written down as it is found. Stop it at any time: the same command goes on. In the
-end, some schedules of the frontier are run for real, to tell how far replays are off, and the cheapest that loses at
+end, the best of some bands of cost are run for real, to tell how far replays are off, and the cheapest that loses at
 most `--drop` mIoU, in its real run, is written beside the results, for `examples.camvid.evaluate --plans`.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=2000, help="replays at most")
     parser.add_argument("--cell", type=int, default=3, help="side of the cells; 0 for none")
     parser.add_argument("--per-class", type=int, default=0, help="leavers of each class that stay")
-    parser.add_argument("--exact", type=int, default=6, help="schedules of the frontier that are run for real")
+    parser.add_argument(
+        "--exact", type=int, default=6, help="bands of cost, the best of which is run for real"
+    )
     parser.add_argument("--drop", type=float, default=0.3, help="mIoU, in points, that the best may lose")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
@@ -121,7 +123,7 @@ def until(found: Iterator[search.Found], *, minutes: float) -> Iterator[search.F
 
 
 def find(given: argparse.Namespace) -> dict[str, Any]:
-    """Search, run the frontier, and write both down.
+    """Search, run the best of all bands of cost, and write both down.
 
     Raises:
         UsageError: If data, run or results do not fit the arguments.
@@ -150,9 +152,8 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
             results["found"].append(one.to_dict())
     finally:  # interrupted or not
         evaluate.write_results(given.json, results)
-    best = search.frontier(map(search.Found.from_dict, results["found"]))
     done = {json.dumps(one["schedule"]) for one in results["exact"]}
-    for one in spread([one for one in best if one.cost < 1], given.exact):
+    for one in best_of_bands([search.Found.from_dict(one) for one in results["found"]], given.exact):
         if json.dumps(one.schedule.to_dict()) not in done:
             out = run_for_real(model, one.schedule, batches)
             exact = search.Found(one.schedule, mean_iou(out.logits, replays.labels), replays.cost(out))
@@ -163,11 +164,20 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def spread(found: list[search.Found], count: int) -> list[search.Found]:
-    """Some of a list, evenly from end to end."""
-    if len(found) <= count:
-        return found
-    return [found[round(index * (len(found) - 1) / max(1, count - 1))] for index in range(count)]
+def best_of_bands(found: Sequence[search.Found], count: int) -> list[search.Found]:
+    """The best of each band of cost, from the cheapest schedule to dense.
+
+    Replays lose less than real runs, so their frontier ends where they lose nothing: what a real run needs to lose
+    little is beyond it.
+    """
+    saving = [one for one in found if one.cost < 1]
+    least = min((one.cost for one in saving), default=1.0)
+    best: dict[int, search.Found] = {}
+    for one in saving:
+        band = int(count * (one.cost - least) / (1 - least))
+        if band not in best or one.quality > best[band].quality:
+            best[band] = one
+    return [best[band] for band in sorted(best)]
 
 
 def main() -> None:
@@ -184,7 +194,11 @@ def main() -> None:
             f"mIoU {100 * one.quality:.2f} (replayed {100 * quality:.2f})  "
             f"multiply-adds {one.cost:.3f} (replayed {cost:.3f})  {described(one.schedule)}"
         )
-    best = search.cheapest(exact, quality=results["dense"] - given.drop / 100)
+    wanted = results["dense"] - given.drop / 100
+    if all(one.quality < wanted for one in exact):
+        lost = min(100 * (results["dense"] - one.quality) for one in exact)
+        raise shell.UsageError(f"`--drop` must be at least {lost:.2f}, which the best loses, got {given.drop}")
+    best = search.cheapest(exact, quality=wanted)
     path = given.json.with_name(f"{given.json.stem}_best.json")
     path.write_text(json.dumps(best.schedule.to_dict(), indent=1) + "\n")
     print(f"cheapest within {given.drop} of dense: {described(best.schedule)}, in {path}")

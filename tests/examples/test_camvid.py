@@ -15,6 +15,8 @@ from PIL import Image
 
 from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, evaluate, methods, report, search, train
+from tokenexit import schedule
+from tokenexit.search import Found
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 CAMVID, DEIT, READY = SHARED / "camvid", SHARED / "deit_tiny_patch16_224.npz", SHARED / "camvid_vit_tiny_p16.npz"
@@ -315,6 +317,16 @@ def test_a_search_that_is_stopped_goes_on_and_its_best_can_be_measured(
     setting = evaluate.read_plan(tmp_path / "straight_best.json")
     costs = {json.dumps(one["schedule"]): one["cost"] for one in straight["exact"]}
     assert costs[json.dumps(setting.plan.to_dict())] == min(costs.values())
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--drop", "-50"])
+    with pytest.raises(shell.UsageError, match="`--drop` must be at least .* which the best loses, got -50"):
+        search.main()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
     with pytest.raises(shell.UsageError, match="`--json` must be a new file or have results of the same search"):
         search.main()
+
+
+def test_the_best_of_each_band_of_cost_is_run() -> None:
+    costs = {0.2: 0.5, 0.3: 0.6, 0.35: 0.7, 0.7: 0.69, 0.75: 0.71, 0.99: 0.7, 1.0: 0.9}
+    found = [Found(schedule.truncated(after=3), quality, cost) for cost, quality in costs.items()]
+    assert [one.cost for one in search.best_of_bands(found, 4)] == [0.35, 0.75, 0.99]
+    assert search.best_of_bands(found[-1:], 4) == []
