@@ -139,16 +139,20 @@ class Run(NamedTuple):
         count, slots, _ = embedded.tokens.shape
         exits, places, depth = self.plan.active, height * width, self.model.depth
         stop = exits[0].after if exits else self.end
+        # Like the tokens, and not merely of a shape: under `shard_map` it is one for each shard.
+        nothing = jnp.zeros_like(embedded.tokens[:, 0, 0], dtype=jnp.int32)
+        ran = jnp.broadcast_to(jnp.where(jnp.arange(depth) < stop, slots, nothing[:, None]), (count, depth))
+        running = jnp.broadcast_to(nothing[:, None] == 0, (count, places))
         state = State(
             tokens=self._plain(embedded.tokens, embedded.positions, 0, stop),
             positions=embedded.positions,
-            running=jnp.ones((count, places), dtype=bool),
+            running=running,
             ledger=None,
-            previous=jnp.full((len(exits), count, places), -1, dtype=jnp.int32),
+            previous=jnp.broadcast_to(nothing[None, :, None] - 1, (len(exits), count, places)),
             masks=None,
-            ran=jnp.zeros((count, depth), dtype=jnp.int32).at[:, :stop].set(slots),
-            room=jnp.zeros((count, depth), dtype=jnp.int32).at[:, :stop].set(slots),
-            overflow=jnp.zeros(count, dtype=jnp.int32),
+            ran=ran,
+            room=ran,
+            overflow=nothing,
             prefix=prefix,
             grid=embedded.grid,
         )
