@@ -84,8 +84,8 @@ def is_traced(value: Any, /) -> bool:
     return isinstance(value, Tracer)
 
 
-def like_numbers(values: tuple[float, ...], like: Array, /) -> Array:
-    """Numbers as a float32 array on the device of `like`."""
+def like_numbers(values: tuple[float | Array, ...], like: Array, /) -> Array:
+    """Numbers, which may be traced, as a float32 array on the device of `like`."""
     xp = array_namespace(like)
     if is_jax_array(like):
         return xp.asarray(values, dtype=xp.float32)
