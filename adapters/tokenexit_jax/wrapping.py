@@ -98,46 +98,49 @@ def check(
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     network = model.network
     known = embed(network, params, images)
-    batch, slots = known.tokens, known.tokens.shape[1]
+    batch = known.tokens
     if dense is not None:
         finished = network.finish(params, _through(network, params, known))
         _require_close(finished, dense(params, images), "network", "give the same tokens as `dense`")
-    # Another image of the same tokens, the other way round.
-    rows = jnp.stack([batch[0], batch[0, ::-1]])
-    order = jnp.stack([jnp.arange(slots), jnp.arange(slots)[::-1]])
-    half = (slots + 1) // 2
-    for index, block in enumerate(network.blocks):
-        argument = f"network.blocks[{index}]"
-
-        def run(entries: Array, slot: Array, counts: Array, block: Any = block, argument: str = argument) -> Array:
-            own = None if known.positions is None else jnp.take(known.positions, slot, axis=0)
-            found = block(params, entries, counts, own)
-            shape = getattr(found, "shape", type(found).__name__)
-            require(shape == entries.shape, argument, f"give tokens of shape {entries.shape}", f"{shape}")
-            return found
-
-        ones = jnp.ones((2, slots), dtype=jnp.float32)
-        both = run(rows, order, ones)
-        alone = run(rows[:1], order[:1], ones[:1])
-        _require_close(both[:1], alone, argument, "treat each image by itself")
-        rule = "treat tokens as a set, and know their places from `positions` alone"
-        _require_close(both[1], both[0, ::-1], argument, rule)
-        # Every second entry is none: whatever it holds must not matter.
-        few = run(rows[:, :half], order[:, :half], ones[:, :half])
-        held = jnp.broadcast_to(jnp.arange(slots) < half, (2, slots))
-        counts = held.astype(jnp.float32)
-        for filling in (rows, -3 * rows[:, ::-1] + 1):
-            padded = run(jnp.where(held[..., None], rows, filling), order, counts)
-            _require_close(padded[:, :half], few, argument, "attend to no entry whose `counts` is 0")
-        twice = jnp.concatenate([rows, rows[:, :1]], axis=1), jnp.concatenate([order, order[:, :1]], axis=1)
-        doubled = run(*twice, jnp.ones((2, slots + 1), dtype=jnp.float32))[:, :slots]
-        counted = run(rows, order, ones.at[:, 0].set(2))
-        _require_close(counted, doubled, argument, "attend to an entry as often as `counts` says")
+    for index in range(network.depth):
+        _check_block(network, index, params, known)
     _require_token_wise(lambda some: network.finish(params, some), batch, "network.finish")
     if model.head is not None:
         head = model.head
         logits = _require_token_wise(lambda some: head(params, some), network.finish(params, batch), "head")
         require(logits.shape[-1] == model.classes, "head", f"give {model.classes} classes", logits.shape[-1])
+
+
+def _check_block(network: Network, index: int, params: Params, known: Embedded) -> None:
+    """Run one block on entries drawn from its tokens; in two shapes only, so that little is compiled."""
+    slots, argument = known.tokens.shape[1], f"network.blocks[{index}]"
+    half = (slots + 1) // 2
+    entries = max(slots, half + 1)
+    images = jnp.asarray([[0], [known.tokens.shape[0] - 1]])
+
+    def run(slot: Array, counts: Array) -> Array:
+        own = None if known.positions is None else jnp.take(known.positions, slot, axis=0)
+        given = known.tokens[images, slot]
+        found = network.blocks[index](params, given, jnp.broadcast_to(counts, slot.shape), own)
+        shape = getattr(found, "shape", type(found).__name__)
+        require(shape == given.shape, argument, f"give tokens of shape {given.shape}", f"{shape}")
+        return found
+
+    # The tokens of one image, and some others of another.
+    few = jnp.stack([jnp.arange(half), slots - 1 - jnp.arange(half)])
+    ones = jnp.ones(half, dtype=jnp.float32)
+    alone = run(few, ones)
+    other = run(few.at[1].set(few[0]), ones)
+    _require_close(other[:1], alone[:1], argument, "treat each image by itself")
+    rule = "treat tokens as a set, and know their places from `positions` alone"
+    _require_close(run(few[:, ::-1], ones)[:, ::-1], alone, argument, rule)
+    held = jnp.pad(ones, (0, entries - half))
+    for filling in (0, slots - 1):
+        padded = run(jnp.pad(few, ((0, 0), (0, entries - half)), constant_values=filling), held)
+        _require_close(padded[:, :half], alone, argument, "attend to no entry whose `counts` is 0")
+    first = jnp.concatenate([few, jnp.broadcast_to(few[:, :1], (2, entries - half))], axis=1)
+    once, twice = run(first, held.at[0].set(2)), run(first, held.at[half].set(1))
+    _require_close(once[:, :half], twice[:, :half], argument, "attend to an entry as often as `counts` says")
 
 
 def _fractions(given: Any) -> tuple[float, ...]:
