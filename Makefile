@@ -50,5 +50,5 @@ clean:
 	touch $@
 
 .venv/dev: .venv/pip pyproject.toml constraints.txt
-	$(INSTALL) ".[torch,jax,timm,viz]" --group dev
+	$(INSTALL) ".[torch,jax,nnx,timm,viz]" --group dev
 	touch $@
