@@ -1,8 +1,5 @@
 """Losses."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import jax
 from jax import Array
 from jax import numpy as jnp
