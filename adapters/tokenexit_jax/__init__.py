@@ -1,3 +1,34 @@
-"""The JAX adapter: the same exits under `jit`, with static shapes. Nothing is here yet."""
+"""Early exit of tokens on networks of pure functions, in JAX.
 
-__all__: list[str] = []
+import jax, tokenexit_jax as tej
+from tokenexit import schedule
+
+model = tej.wrap(network, schedule.neighbours(), classes=19)     # network: a tej.Network of your own functions
+heads = model.init(jax.random.key(0))
+out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_per_block
+"""
+
+from tokenexit_jax.attention import attend, key_bias
+from tokenexit_jax.masks import MaskMaps, Masks
+from tokenexit_jax.networks import Block, Embedded, Network, Params
+from tokenexit_jax.pytrees import register
+from tokenexit_jax.running import ExitingModel, Heads, Output
+from tokenexit_jax.wrapping import Capacities, check, wrap
+
+__all__ = [
+    "Block",
+    "Capacities",
+    "Embedded",
+    "ExitingModel",
+    "Heads",
+    "MaskMaps",
+    "Masks",
+    "Network",
+    "Output",
+    "Params",
+    "attend",
+    "check",
+    "key_bias",
+    "register",
+    "wrap",
+]
