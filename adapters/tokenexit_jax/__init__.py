@@ -13,6 +13,7 @@ from tokenexit_jax.masks import MaskMaps, Masks
 from tokenexit_jax.networks import Block, Embedded, Network, Params
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.running import ExitingModel, Heads, Output
+from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
 from tokenexit_jax.wrapping import Capacities, check, wrap
 
 __all__ = [
@@ -26,9 +27,16 @@ __all__ = [
     "Network",
     "Output",
     "Params",
+    "Stages",
     "attend",
     "check",
+    "distillation",
     "key_bias",
+    "mask_loss",
+    "merge",
+    "pixel_cross_entropy",
     "register",
+    "split",
+    "staged",
     "wrap",
 ]

@@ -167,20 +167,8 @@ class ExitingModel:
         Raises:
             TokenExitError: If the plan does not fit the model, or the network's parts not each other.
         """
-        plan = checked(self, self.schedule if schedule is None else schedule)
-        run = _Run(self, params, heads, plan)
-        state = run.opened(images)
-        for stage in range(_stages(self, plan)):
-            sizes = self._sizes(plan.active[stage].after, state)
-            branches = [partial(run.advanced, stage=stage, capacity=size) for size in sizes]
-            if len(sizes) == 1:
-                state = branches[0](state)
-            else:
-                needed = _needed(state)
-                bucket = jnp.searchsorted(jnp.asarray(sizes), needed)
-                finished = len(sizes)
-                state = lax.switch(jnp.where(needed > 0, bucket, finished), [*branches, lambda same: same], state)
-        return run.closed(state)
+        run = _Run(self, params, heads, checked(self, self.schedule if schedule is None else schedule))
+        return run.closed(run.through(images))
 
     def init(self, key: Array) -> Heads:
         """Random weights for the heads.
@@ -314,11 +302,13 @@ class _Reading(NamedTuple):
         logits: Class scores.
         class_scores: Those of a mask head, as a policy takes them.
         masks: What a mask head said.
+        statistics: In training, what the head's batch norm has learned.
     """
 
     logits: Float[Array, "images entries classes"]
     class_scores: Float[Array, "images entries classes"] | None = None
     masks: Masks | None = None
+    statistics: dict[str, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -337,6 +327,7 @@ class _State:
         overflow: Tokens that left for lack of room.
         prefix: Prefix tokens of an image.
         grid: Height and width of the grid.
+        kept: What training keeps of each head; see `tokenexit_jax.training`.
     """
 
     tokens: Float[Array, "images slots width"]
@@ -350,6 +341,7 @@ class _State:
     overflow: Int[Array, "images"]
     prefix: int
     grid: tuple[int, int]
+    kept: Any = None
 
 
 _STATIC = ("prefix", "grid")
@@ -374,6 +366,21 @@ class _Run(NamedTuple):
         """The block before which features rejoin, or after which the final head reads."""
         rejoining = self.feature is not None and self.feature.before == "last block"
         return self.model.depth - 1 if rejoining else self.model.depth
+
+    def through(self, images: Array) -> _State:
+        """All exit points in one program, in which `lax.switch` chooses the bucket of each stage."""
+        state = self.opened(images)
+        for stage in range(_stages(self.model, self.plan)):
+            sizes = self.model._sizes(self.plan.active[stage].after, state)
+            branches = [partial(self.advanced, stage=stage, capacity=size) for size in sizes]
+            if len(sizes) == 1:
+                state = branches[0](state)
+            else:
+                needed = _needed(state)
+                bucket = jnp.searchsorted(jnp.asarray(sizes), needed)
+                finished = len(sizes)
+                state = lax.switch(jnp.where(needed > 0, bucket, finished), [*branches, lambda same: same], state)
+        return state
 
     def opened(self, images: Array) -> _State:
         """All up to the first exit point, as a plain batch."""
@@ -441,25 +448,29 @@ class _Run(NamedTuple):
 
     def closed(self, state: _State) -> Output:
         """What comes of it; features rejoin."""
-        model, prefix, depth, book = self.model, state.prefix, self.model.depth, state.ledger
-        if book is None or self.feature is not None:
-            slots = state.tokens.shape[1]
-            every = self._plain(state.tokens, state.positions, self.end, depth)
-            state = dataclasses.replace(
-                state,
-                ran=state.ran.at[:, self.end :].set(slots),
-                room=state.room.at[:, self.end :].set(slots),
-            )
-            logits = self.read(depth, model.network.finish(self.params, every)[:, prefix:]).logits
-            left = jnp.zeros(logits.shape[:2], dtype=jnp.int32) if book is None else book.depth
-            exit_depth = jnp.where(left > 0, left, depth)
-        else:
-            exit_depth, logits = book.depth, book.logits
-            if state.masks is not None:
-                logits = log_scores(state.masks.mask_logits, state.masks.presence_logits[:, None])
+        if state.ledger is None or self.feature is not None:
+            state, reading = self.rejoined(state)
+            return self.output(state, reading.logits)
+        logits = state.ledger.logits
+        if state.masks is not None:
+            logits = log_scores(state.masks.mask_logits, state.masks.presence_logits[:, None])
+        return self.output(state, logits)
+
+    def rejoined(self, state: _State) -> tuple[_State, _Reading]:
+        """All tokens of all images as a plain batch, to the end, and what the final head says of them."""
+        slots, depth = state.tokens.shape[1], self.model.depth
+        every = self._plain(state.tokens, state.positions, self.end, depth)
+        ran, room = (counted.at[:, self.end :].set(slots) for counted in (state.ran, state.room))
+        reading = self.read(depth, self.model.network.finish(self.params, every)[:, state.prefix :])
+        return dataclasses.replace(state, ran=ran, room=room), reading
+
+    def output(self, state: _State, logits: Float[Array, "images places classes"]) -> Output:
+        """These class scores, and all else that there is to tell."""
+        left = jnp.zeros(logits.shape[:2], dtype=jnp.int32) if state.ledger is None else state.ledger.depth
+        depth = jnp.where(left > 0, left, self.model.depth)
         return Output(
             logits=_on_grid(logits, state.grid),
-            exit_depth=_on_grid(exit_depth[..., None], state.grid)[..., 0],
+            exit_depth=_on_grid(depth[..., None], state.grid)[..., 0],
             tokens_per_block=state.ran,
             capacity_per_block=state.room,
             overflow=state.overflow,

@@ -1,14 +1,297 @@
-"""Losses."""
+"""Training with exits: tokens really leave in the forward pass, and every head has a loss. All of it is pure functions.
+
+`staged` runs a wrapped model as it is run at test, and keeps what each head says of the whole image: its own class
+scores for the tokens that still run, and for the others those they left with. The loop and the optimiser are yours.
+
+    learned, statistics = tej.split(heads)
+
+    def loss(trained, statistics, images, labels):
+        params, learned = trained
+        stages = tej.staged(model, params, tej.merge(learned, statistics), images, plan)
+        return stages.loss(lambda logits: tej.pixel_cross_entropy(logits, labels, ignore=255)), stages.statistics
+
+    slopes, statistics = jax.jit(jax.grad(loss, has_aux=True))((params, learned), statistics, images, labels)
+
+A threshold that changes from step to step is in `tokenexit.annealing`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
+from tokenexit import TokenExitError, tokens
+from tokenexit.carries import MaskPrediction
 from tokenexit.errors import require
-from tokenexit_jax.masks import MaskMaps
+from tokenexit.heads import FCN
+from tokenexit.policies import never
+from tokenexit.schedule import Exit, Schedule
+from tokenexit.tokens import Selection
+from tokenexit_jax.heads import STATISTICS, read_in_training
+from tokenexit_jax.masks import MaskMaps, Masks, log_scores
+from tokenexit_jax.networks import Params
+from tokenexit_jax.pytrees import register
+from tokenexit_jax.running import ExitingModel, Heads, Output, _joined, _on_grid, _Reading, _Run, _State, checked
 
-__all__ = ["distillation", "mask_loss", "pixel_cross_entropy"]
+__all__ = ["Stages", "distillation", "mask_loss", "merge", "pixel_cross_entropy", "split", "staged"]
+
+Criterion = Callable[[Float[Array, "images grid_height grid_width classes"]], Float[Array, ""]]
+MaskCriterion = Callable[[MaskMaps], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a training pass returns. A pytree.
+
+    Attributes:
+        output: What the model returns at test, constant where tokens have left with a prediction.
+        logits: For each head, by the blocks before it, the class scores of all patches: this head's own for those that
+            ran, and for the others the scores that they left with, as constants (DToP, ICCV 2023: a finalised
+            prediction is a constant to later losses). Under `MaskPrediction`, the frozen masks are weighted with this
+            head's presence.
+        read: For each head, which patches it read: none if all had left before.
+        masks: Masks and presence by the same rule, if the heads are mask heads: presence is this head's own in images
+            of which it read any patch, and for the others that of the last head that did, as constants.
+        statistics: What batch norms have learned, as `split` tells it apart: for the next step, and never by slopes.
+    """
+
+    output: Output
+    logits: dict[int, Float[Array, "images grid_height grid_width classes"]]
+    read: dict[int, Bool[Array, "images grid_height grid_width"]]
+    masks: dict[int, MaskMaps] | None
+    statistics: Heads
+
+    def loss(self, criterion: Criterion, /, *, auxiliary: float | Mapping[int, float] = 0.4) -> Float[Array, ""]:
+        """The criterion of the final head, plus that of each exit, weighted; heads that read nothing have none.
+
+        Args:
+            criterion: The loss of one head, on its class scores.
+            auxiliary: Weight of the exits; one for all, or one for each. Published: 0.4 (DoViT, 2023), 1 (DToP, ICCV
+                2023).
+
+        Returns:
+            The sum.
+
+        Raises:
+            TokenExitError: If a weight is missing or negative.
+        """
+        return self._sum({after: criterion(logits) for after, logits in self.logits.items()}, auxiliary)
+
+    def loss_of_masks(
+        self, criterion: MaskCriterion, /, *, auxiliary: float | Mapping[int, float] = 1.0
+    ) -> Float[Array, ""]:
+        """As `loss`, for a criterion of masks and presence: `mask_loss`.
+
+        Args:
+            criterion: The loss of one head, on its masks.
+            auxiliary: Weight of the exits; one for all, or one for each. Published: 1 (DToP, ICCV 2023).
+
+        Returns:
+            The sum.
+
+        Raises:
+            TokenExitError: If the heads are no mask heads, or a weight is missing or negative.
+        """
+        if self.masks is None:
+            raise TokenExitError("`stages` must be of mask heads for a loss of masks, got none")
+        return self._sum({after: criterion(maps) for after, maps in self.masks.items()}, auxiliary)
+
+    def _sum(self, losses: Mapping[int, Array], auxiliary: float | Mapping[int, float]) -> Float[Array, ""]:
+        weight, total = self._weights(auxiliary), jnp.zeros(())
+        for after, loss in losses.items():
+            got = f"shape {jnp.shape(loss)} for block {after}"
+            require(jnp.shape(loss) == (), "criterion", "return a single number", got)
+            total = total + jnp.where(self.read[after].any(), weight[after] * loss, 0)
+        return total
+
+    def _weights(self, auxiliary: float | Mapping[int, float]) -> dict[int, float]:
+        depth = self.output.tokens_per_block.shape[1]
+        exits = sorted(set(self.logits) - {depth})
+        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
+        rule = "be a weight from 0 up, or one for each block with an exit"
+        numbers = [isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in given.values()]
+        blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
+        require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
+        missing = [after for after in exits if after not in given]
+        require(not missing, "auxiliary", "have a weight for every exit of the plan", f"none for {missing}")
+        return {**given, depth: 1.0}
+
+
+register(Stages, leaves=tuple(field.name for field in dataclasses.fields(Stages)))
+
+
+def staged(
+    model: ExitingModel, params: Params, heads: Heads, images: Array, schedule: Schedule | None = None, /
+) -> Stages:
+    """Run a batch with real exits, differentiably; a function for `jax.jit` and `jax.grad`.
+
+    `lax.switch` chooses the bucket of each stage, and room for what the backward pass needs is taken for every bucket:
+    where memory is scarce, wrap the network with `capacities=(1.0,)` to train it.
+
+    Args:
+        model: The wrapped network.
+        params: Parameters of the network.
+        heads: Weights of the heads.
+        images: The images, as the network takes them.
+        schedule: A plan for this call only; the model's own if left out. Heads are read at all of its exits, also
+            where nobody may leave: with `schedule.dense(after=...)` all of them see all tokens.
+
+    Returns:
+        Class scores of every head, and the output.
+
+    Raises:
+        TokenExitError: As for a call of the model.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    plan = checked(model, model.schedule if schedule is None else schedule)
+    # Nobody leaves by this policy either, but the runner does not know it, and asks the head.
+    nobody = never() & never()
+    exits = tuple(Exit(exit.after, nobody) if exit.policy == never() else exit for exit in plan.exits)
+    run = _StagedRun(model, params, heads, dataclasses.replace(plan, exits=exits))
+    return run.staged(run.through(images))
+
+
+def split(heads: Heads, /) -> tuple[Heads, Heads]:
+    """Tell the weights of heads that slopes teach from the statistics of batch norms, which only `FCN` has.
+
+    An optimiser must not see the latter: weight decay would wear them out.
+
+    Args:
+        heads: The weights of heads, as `ExitingModel.init` made them.
+
+    Returns:
+        What is learned, and the statistics; the same dictionaries, each without the leaves of the other.
+    """
+    return _filtered(heads, statistics=False), _filtered(heads, statistics=True)
+
+
+def merge(learned: Mapping[str, Any], statistics: Mapping[str, Any], /) -> Heads:
+    """The weights of heads that `split` has told apart.
+
+    Args:
+        learned: What is learned.
+        statistics: The statistics.
+
+    Returns:
+        All of them together.
+    """
+    both = {name: merge(value, statistics.get(name, {})) for name, value in learned.items() if isinstance(value, Mapping)}
+    return {**learned, **statistics, **both}
+
+
+def _filtered(heads: Mapping[str, Any], *, statistics: bool) -> Heads:
+    return {
+        name: _filtered(value, statistics=statistics) if isinstance(value, Mapping) else value
+        for name, value in heads.items()
+        if isinstance(value, Mapping) or (name.rpartition(".")[2] in STATISTICS) == statistics
+    }
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What every head has said so far, by patch.
+
+    Attributes:
+        logits: Class scores, by the blocks before the head; meaningless where it has read nothing.
+        read: Which patches each has read.
+        masks: Masks and presence, if the heads are mask heads.
+        last: Of every patch, and of every image, what the last mask head said that read it, as constants.
+        statistics: What batch norms have learned.
+    """
+
+    logits: dict[int, Float[Array, "images places classes"]]
+    read: dict[int, Bool[Array, "images places"]]
+    masks: dict[int, Masks]
+    last: Masks | None
+    statistics: Heads
+
+
+register(_Kept, leaves=tuple(field.name for field in dataclasses.fields(_Kept)))
+
+
+class _StagedRun(_Run):
+    def read(self, after: int, patches: Array, valid: Array | None = None) -> _Reading:
+        model = self.model
+        if not isinstance(model.plan, FCN) or (after == model.depth and model.head is not None):
+            return super().read(after, patches, valid)
+        weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
+        valid = jnp.ones(patches.shape[:2], dtype=bool) if valid is None else valid
+        logits, statistics = read_in_training(model.plan, weights, patches, valid)
+        return _Reading(logits, statistics=statistics)
+
+    def staged(self, state: _State) -> Stages:
+        depth, kept = self.model.depth, state.kept
+        if state.ledger is None or self.feature is not None:
+            state, reading = self.rejoined(state)
+            everywhere = jnp.ones(reading.logits.shape[:2], dtype=bool)
+            kept = self._blank(reading) if kept is None else kept
+            kept = self._with(kept, depth, reading, reading.logits, everywhere, reading.masks)
+            output = self.output(state, reading.logits)
+        else:
+            output = self.closed(state)
+        settled = lax.stop_gradient(output.logits)
+        logits = {after: _on_grid(said, state.grid) for after, said in kept.logits.items()}
+        read = {after: _on_grid(which[..., None], state.grid)[..., 0] for after, which in kept.read.items()}
+        masks = {
+            after: MaskMaps(_on_grid(said.mask_logits, state.grid), said.presence_logits)
+            for after, said in kept.masks.items()
+        }
+        return Stages(
+            output=output,
+            logits={after: jnp.where(read[after].any(), said, settled) for after, said in logits.items()},
+            read=read,
+            masks=masks if self.model.gives_masks else None,
+            statistics=kept.statistics,
+        )
+
+    def _settled(self, state: _State, selection: Selection, leave: Array, reading: _Reading, depth: int) -> _State:
+        assert state.ledger is not None
+        kept = self._blank(reading) if state.kept is None else state.kept
+        everyone = tokens.scatter(reading.logits, selection, into=state.ledger.logits)
+        masks = None
+        if reading.masks is not None:
+            masks = _joined(kept.last, selection, reading.masks)
+            if isinstance(self.plan.carry, MaskPrediction):
+                everyone = log_scores(masks.mask_logits, masks.presence_logits[:, None])
+        kept = self._with(kept, depth, reading, everyone, selection.running, masks)
+        # A prediction that has frozen is a constant to later losses.
+        constant = jax.tree.map(lax.stop_gradient, reading)
+        return super()._settled(dataclasses.replace(state, kept=kept), selection, leave, constant, depth)
+
+    def _blank(self, reading: _Reading) -> _Kept:
+        """Nothing read yet, with a place for every head, so that all stages have one structure."""
+        heads = (*self.plan.after, self.model.depth)
+        masks = None if reading.masks is None else Masks(*map(jnp.zeros_like, reading.masks))
+        return _Kept(
+            logits=dict.fromkeys(heads, jnp.zeros_like(reading.logits)),
+            read=dict.fromkeys(heads, jnp.zeros(reading.logits.shape[:2], dtype=bool)),
+            masks={} if masks is None else dict.fromkeys(heads, masks),
+            last=masks,
+            statistics=split(self.heads)[1],
+        )
+
+    def _with(
+        self, kept: _Kept, after: int, reading: _Reading, logits: Array, read: Array, masks: Masks | None
+    ) -> _Kept:
+        """The same, and what one more head has said."""
+        statistics = kept.statistics
+        if reading.statistics is not None and after == self.model.depth:
+            statistics = {**statistics, "head": reading.statistics}
+        elif reading.statistics is not None:
+            statistics = {**statistics, "exit_heads": {**statistics["exit_heads"], str(after): reading.statistics}}
+        return _Kept(
+            logits=kept.logits | {after: logits},
+            read=kept.read | {after: read},
+            masks=kept.masks if masks is None else kept.masks | {after: masks},
+            last=kept.last if masks is None else jax.tree.map(lax.stop_gradient, masks),
+            statistics=statistics,
+        )
 
 
 def pixel_cross_entropy(
@@ -146,7 +429,7 @@ def _labels(label: Array, shape: tuple[int, ...], ignore: int) -> tuple[Bool[Arr
     known = label != ignore
     others = known & ((label < 0) | (label >= shape[-1]))
     unclear = others.any()
-    if not isinstance(unclear, jax.core.Tracer) and unclear:
+    if not isinstance(unclear, Tracer) and unclear:
         found = label[others]
         rule = f"be classes from 0 to {shape[-1] - 1}, or {ignore} to be ignored"
         require(False, "label", rule, f"{int(found.min())} to {int(found.max())}")
