@@ -10,9 +10,11 @@ out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_
 
 from tokenexit_jax.attention import attend, key_bias
 from tokenexit_jax.masks import MaskMaps, Masks
-from tokenexit_jax.networks import Block, Embedded, Network, Params
+from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
+from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.running import ExitingModel, Heads, Output
+from tokenexit_jax.running import ExitingModel
+from tokenexit_jax.saving import load, save
 from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
 from tokenexit_jax.wrapping import Capacities, check, wrap
 
@@ -32,10 +34,12 @@ __all__ = [
     "check",
     "distillation",
     "key_bias",
+    "load",
     "mask_loss",
     "merge",
     "pixel_cross_entropy",
     "register",
+    "save",
     "split",
     "staged",
     "wrap",

@@ -14,10 +14,13 @@ from jaxtyping import Float, Shaped
 from tokenexit.errors import require
 from tokenexit_jax.pytrees import register
 
-__all__ = ["Block", "Embedded", "Network", "Params"]
+__all__ = ["Block", "Embedded", "Heads", "Network", "Params"]
 
 Params = Any
 """The parameters of a network: a pytree of the user's own."""
+
+Heads = dict[str, Any]
+"""Weights of heads: `{"exit_heads": {"6": {...}, ...}, "head": {...}}`, the latter if the final head was built too."""
 
 Block = Callable[
     [Params, Float[Array, "images entries width"], Float[Array, "images entries"], Any],

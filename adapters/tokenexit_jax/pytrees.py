@@ -31,10 +31,10 @@ from tokenexit.schedule import Exit, Schedule
 
 __all__ = ["register"]
 
-Kind = TypeVar("Kind", bound=type)
+Kind = TypeVar("Kind")
 
 
-def register(kind: Kind, /, *, leaves: tuple[str, ...] = ("threshold", "keep")) -> Kind:
+def register(kind: type[Kind], /, *, leaves: tuple[str, ...] = ("threshold", "keep")) -> type[Kind]:
     """Make a policy of your own a pytree, once; it can be used as a decorator.
 
     Args:
@@ -50,9 +50,10 @@ def register(kind: Kind, /, *, leaves: tuple[str, ...] = ("threshold", "keep")) 
         ValueError: From JAX, if it is registered already.
     """
     require(dataclasses.is_dataclass(kind), "kind", "be a dataclass", repr(kind))
-    names = tuple(field.name for field in dataclasses.fields(kind))
+    dataclass: Any = kind
+    names = tuple(field.name for field in dataclasses.fields(dataclass))
 
-    def flatten(value: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple]:
+    def flatten(value: Any) -> tuple[list[tuple[Any, Any]], tuple]:
         fields = [(name, getattr(value, name)) for name in names]
         inside = {name for name, held in fields if name in leaves or isinstance(held, Policy)}
         fixed = tuple((name, held) for name, held in fields if name not in inside)

@@ -33,11 +33,13 @@ from tokenexit.heads import FCN
 from tokenexit.policies import never
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Selection
+from tokenexit_jax._passing import Reading, Run, State, joined, on_grid
 from tokenexit_jax.heads import STATISTICS, read_in_training
 from tokenexit_jax.masks import MaskMaps, Masks, log_scores
-from tokenexit_jax.networks import Params
+from tokenexit_jax.networks import Heads, Params
+from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.running import ExitingModel, Heads, Output, _joined, _on_grid, _Reading, _Run, _State, checked
+from tokenexit_jax.running import ExitingModel, checked
 
 __all__ = ["Stages", "distillation", "mask_loss", "merge", "pixel_cross_entropy", "split", "staged"]
 
@@ -181,7 +183,9 @@ def merge(learned: Mapping[str, Any], statistics: Mapping[str, Any], /) -> Heads
     Returns:
         All of them together.
     """
-    both = {name: merge(value, statistics.get(name, {})) for name, value in learned.items() if isinstance(value, Mapping)}
+    both = {
+        name: merge(value, statistics.get(name, {})) for name, value in learned.items() if isinstance(value, Mapping)
+    }
     return {**learned, **statistics, **both}
 
 
@@ -215,17 +219,17 @@ class _Kept:
 register(_Kept, leaves=tuple(field.name for field in dataclasses.fields(_Kept)))
 
 
-class _StagedRun(_Run):
-    def read(self, after: int, patches: Array, valid: Array | None = None) -> _Reading:
+class _StagedRun(Run):
+    def read(self, after: int, patches: Array, valid: Array | None = None) -> Reading:
         model = self.model
-        if not isinstance(model.plan, FCN) or (after == model.depth and model.head is not None):
+        if not isinstance(model.head_plan, FCN) or (after == model.depth and model.head is not None):
             return super().read(after, patches, valid)
         weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
         valid = jnp.ones(patches.shape[:2], dtype=bool) if valid is None else valid
-        logits, statistics = read_in_training(model.plan, weights, patches, valid)
-        return _Reading(logits, statistics=statistics)
+        logits, statistics = read_in_training(model.head_plan, weights, patches, valid)
+        return Reading(logits, statistics=statistics)
 
-    def staged(self, state: _State) -> Stages:
+    def staged(self, state: State) -> Stages:
         depth, kept = self.model.depth, state.kept
         if state.ledger is None or self.feature is not None:
             state, reading = self.rejoined(state)
@@ -236,10 +240,10 @@ class _StagedRun(_Run):
         else:
             output = self.closed(state)
         settled = lax.stop_gradient(output.logits)
-        logits = {after: _on_grid(said, state.grid) for after, said in kept.logits.items()}
-        read = {after: _on_grid(which[..., None], state.grid)[..., 0] for after, which in kept.read.items()}
+        logits = {after: on_grid(said, state.grid) for after, said in kept.logits.items()}
+        read = {after: on_grid(which[..., None], state.grid)[..., 0] for after, which in kept.read.items()}
         masks = {
-            after: MaskMaps(_on_grid(said.mask_logits, state.grid), said.presence_logits)
+            after: MaskMaps(on_grid(said.mask_logits, state.grid), said.presence_logits)
             for after, said in kept.masks.items()
         }
         return Stages(
@@ -250,13 +254,13 @@ class _StagedRun(_Run):
             statistics=kept.statistics,
         )
 
-    def _settled(self, state: _State, selection: Selection, leave: Array, reading: _Reading, depth: int) -> _State:
+    def _settled(self, state: State, selection: Selection, leave: Array, reading: Reading, depth: int) -> State:
         assert state.ledger is not None
         kept = self._blank(reading) if state.kept is None else state.kept
         everyone = tokens.scatter(reading.logits, selection, into=state.ledger.logits)
         masks = None
         if reading.masks is not None:
-            masks = _joined(kept.last, selection, reading.masks)
+            masks = joined(kept.last, selection, reading.masks)
             if isinstance(self.plan.carry, MaskPrediction):
                 everyone = log_scores(masks.mask_logits, masks.presence_logits[:, None])
         kept = self._with(kept, depth, reading, everyone, selection.running, masks)
@@ -264,20 +268,20 @@ class _StagedRun(_Run):
         constant = jax.tree.map(lax.stop_gradient, reading)
         return super()._settled(dataclasses.replace(state, kept=kept), selection, leave, constant, depth)
 
-    def _blank(self, reading: _Reading) -> _Kept:
+    def _blank(self, reading: Reading) -> _Kept:
         """Nothing read yet, with a place for every head, so that all stages have one structure."""
         heads = (*self.plan.after, self.model.depth)
         masks = None if reading.masks is None else Masks(*map(jnp.zeros_like, reading.masks))
         return _Kept(
             logits=dict.fromkeys(heads, jnp.zeros_like(reading.logits)),
-            read=dict.fromkeys(heads, jnp.zeros(reading.logits.shape[:2], dtype=bool)),
+            read=dict.fromkeys(heads, jnp.zeros_like(reading.logits[..., 0], dtype=bool)),
             masks={} if masks is None else dict.fromkeys(heads, masks),
             last=masks,
             statistics=split(self.heads)[1],
         )
 
     def _with(
-        self, kept: _Kept, after: int, reading: _Reading, logits: Array, read: Array, masks: Masks | None
+        self, kept: _Kept, after: int, reading: Reading, logits: Array, read: Array, masks: Masks | None
     ) -> _Kept:
         """The same, and what one more head has said."""
         statistics = kept.statistics

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from tokenexit.errors import require
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours
+from tokenexit_jax._passing import embed
 from tokenexit_jax.networks import Embedded, Network, Params
-from tokenexit_jax.running import ExitingModel, checked, embed
+from tokenexit_jax.running import ExitingModel, checked
 
 __all__ = ["Capacities", "check", "wrap"]
 
@@ -65,7 +66,7 @@ def wrap(
     rule = f"be fractions for all exits, or for each of the blocks {after}"
     require(sorted(of_block) == list(after), "capacities", rule, repr(capacities))
     buckets = tuple(_fractions(of_block[block]) for block in after)
-    model = ExitingModel(network, schedule, classes, after, exit_heads, head, buckets)
+    model = ExitingModel(network, classes, after, exit_heads, head, buckets, schedule)
     checked(model, schedule)
     return model
 
