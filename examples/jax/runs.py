@@ -3,7 +3,7 @@
 The weights are read as they lie there: nothing is converted, and nothing read from a file is executed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from examples.jax import plain_vit
 from tokenexit import TokenExitError, schedule
 from tokenexit.heads import MLP
 from tokenexit_jax import vit, weights
+from tokenexit_jax.heads import read as read_head
 
 _WEIGHTS = "host.safetensors"
 _TINY = vit.Config(image_size=(224, 224), patch=16, width=192, depth=12, heads=3)
@@ -103,6 +104,29 @@ def ready(file: Path, size: tuple[int, int], /) -> Loaded:
     for block, head in {**own, config.depth: final}.items():
         weights.require_exactly(head, shapes, argument=f"heads.{block}")
     return Loaded(model, params, _float32(heads))
+
+
+def bare_dense(loaded: Loaded) -> Callable[[Array], Array]:
+    """The baseline: the network as it is without the library, in one program, and the final head.
+
+    Args:
+        loaded: The wrapped network.
+
+    Returns:
+        A function from images to the logits of their patches.
+    """
+    network, plan = loaded.model.network, loaded.model.head_plan
+
+    @jax.jit
+    def run(images: Array, params: tej.Params, head: dict[str, Array]) -> Array:
+        embedded = network.embed(params, images)
+        tokens = embedded.tokens
+        for block in network.blocks:
+            tokens = block(params, tokens, jnp.ones(tokens.shape[:2]), embedded.positions)
+        patches = network.finish(params, tokens)[:, embedded.prefix :]
+        return read_head(plan, head, patches)
+
+    return lambda images: run(images, loaded.params, loaded.heads["head"])
 
 
 def _plain(config: Mapping[str, Any], read: Mapping[str, np.ndarray]) -> tuple[tej.Network, tej.Params]:

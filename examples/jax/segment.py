@@ -7,7 +7,6 @@ The network was trained in PyTorch; its weights and its exits are read as they a
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
-import tokenexit_jax as tej
 from examples import demo, shell
 from examples.jax import runs
 from tokenexit import schedule
-from tokenexit_jax.heads import read
 
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 
@@ -45,22 +42,6 @@ def segment(loaded: runs.Loaded, images: Float[Array, "images height width 3"], 
     return demo.joined(parts)
 
 
-def dense(loaded: runs.Loaded) -> Callable[[Array], Array]:
-    """The baseline: the network as it is without the library, in one program, and the final head."""
-    network, plan = loaded.model.network, loaded.model.head_plan
-
-    @jax.jit
-    def run(images: Array, params: tej.Params, head: dict[str, Array]) -> Array:
-        embedded = network.embed(params, images)
-        tokens = embedded.tokens
-        for block in network.blocks:
-            tokens = block(params, tokens, jnp.ones(tokens.shape[:2]), embedded.positions)
-        patches = network.finish(params, tokens)[:, embedded.prefix :]
-        return read(plan, head, patches)
-
-    return lambda images: run(images, loaded.params, loaded.heads["head"])
-
-
 def main() -> None:
     """Run from the command line."""
     given = arguments()
@@ -71,7 +52,7 @@ def main() -> None:
     pixels = demo.pictures(given, about.size)
     images = (jnp.asarray(pixels) / 255 - jnp.asarray(about.mean)) / jnp.asarray(about.std)
     results = segment(loaded, images, schedule.dense()), segment(loaded, images, plan)
-    bare = dense(loaded)
+    bare = runs.bare_dense(loaded)
     candidates = {
         "dense": lambda some: bare(some).block_until_ready(),
         "exits": lambda some: loaded(some).logits.block_until_ready(),
