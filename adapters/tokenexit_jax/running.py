@@ -68,8 +68,9 @@ class ExitingModel(Parts):
             TokenExitError: If the plan does not fit the model, or the network's parts not each other.
         """
         plan = _as_arrays(checked(self, self.schedule if schedule is None else schedule))
-        # Programs are told apart by all but the plan, whose numbers are data.
-        model = dataclasses.replace(self, schedule=Schedule())
+        # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
+        greatest = tuple(fractions[-1:] for fractions in self.capacities)
+        model = dataclasses.replace(self, schedule=Schedule(), capacities=greatest)
         state, wanted = _opened(model, params, heads, images, plan)
         for stage in range(stages(self, plan)):
             sizes = self.sizes(plan.active[stage].after, state)

@@ -1,15 +1,22 @@
 """The networks of the PyTorch tests as pure functions in JAX, on the same weights."""
 
+import dataclasses
 import functools
+from dataclasses import dataclass
 
 import jax
 import numpy as np
+import torch
 from einops import rearrange
 from jax import numpy as jnp
 
 import tokenexit_jax as tej
+import tokenexit_torch as tet
 from tests.jax.parity import from_torch
 from tests.torch import models
+from tests.torch.test_masks import lively
+from tokenexit import schedule
+from tokenexit.heads import ATM, MLP
 
 CLASSES = models.CLASSES
 SIZE = (32, 40)
@@ -21,6 +28,10 @@ def norm(params, name, x, epsilon=1e-6):
     centred = wide - wide.mean(axis=-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
     return (scaled * params[f"{name}.weight"] + params[f"{name}.bias"]).astype(x.dtype)
+
+
+def norm_of(name, epsilon, params, x):
+    return norm(params, name, x, epsilon)
 
 
 def linear(params, name, x):
@@ -39,7 +50,7 @@ def grid_of(images):
 
 
 @functools.cache
-def timm_network(heads=3, prefix=1, depth=5, registers=0):
+def timm_network(heads=3, prefix=1, depth=5):
     """A timm `VisionTransformer`, whose parameters are its `state_dict`."""
 
     def embed(params, images):
@@ -59,7 +70,7 @@ def timm_network(heads=3, prefix=1, depth=5, registers=0):
         return tokens + linear(params, f"{name}.mlp.fc2", jax.nn.gelu(hidden, approximate=False))
 
     blocks = tuple(functools.partial(block, index=index) for index in range(depth))
-    return tej.Network(embed, blocks, lambda params, tokens: norm(params, "norm", tokens), 48)
+    return tej.Network(embed, blocks, functools.partial(norm_of, "norm", 1e-6), 48)
 
 
 @functools.cache
@@ -73,7 +84,8 @@ def plain_network(heads=2, depth=5, placed=False):
         table = jnp.asarray(positions(grid, 32).numpy())
         slots = jnp.arange(grid[0] * grid[1])
         travelling = jnp.sin(slots[:, None] * jnp.arange(1, 33)) if placed else None
-        return tej.Embedded(patches_of(params, "patches", images) + table, 0, grid, travelling)
+        tokens = patches_of(params, "patches", images)
+        return tej.Embedded(tokens + table.astype(tokens.dtype), 0, grid, travelling)
 
     def block(params, tokens, counts, positions, index):
         name = f"blocks.{index}"
@@ -86,7 +98,7 @@ def plain_network(heads=2, depth=5, placed=False):
         return tokens + linear(params, f"{name}.mlp.2", jax.nn.gelu(hidden, approximate=False))
 
     blocks = tuple(functools.partial(block, index=index) for index in range(depth))
-    return tej.Network(embed, blocks, lambda params, tokens: norm(params, "norm", tokens, 1e-5), 32)
+    return tej.Network(embed, blocks, functools.partial(norm_of, "norm", 1e-5), 32)
 
 
 def heads_of(model):
@@ -98,3 +110,48 @@ def heads_of(model):
 def images_of(images):
     """Images with their channels last."""
     return jnp.asarray(np.moveaxis(images.numpy(), 1, -1))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One network in both frameworks, with heads after blocks 2, 3 and 4, on the same weights."""
+
+    theirs: tet.ExitingModel
+    model: tej.ExitingModel
+    params: dict
+    heads: dict
+
+    def wanted(self, plan, images):
+        with torch.no_grad():
+            return self.theirs(images, schedule=plan)
+
+    def found(self, plan, images, **options):
+        return dataclasses.replace(self.model, **options)(self.params, self.heads, images_of(images), plan)
+
+    def every(self, images):
+        return jax.jit(self.model.every_exit)(self.params, self.heads, images_of(images))
+
+    def compiled(self, plan, images):
+        return jax.jit(self.model.compiled)(self.params, self.heads, images_of(images), plan)
+
+
+@functools.cache
+def pair(kind="timm", capacities=(0.5, 1.0)):
+    declared = schedule.dense(after=(2, 3, 4))
+    host, network = {
+        "timm": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
+        "timm, registers": lambda: (models.timm_vit(depth=5, size=SIZE, prefix=3), timm_network(prefix=3)),
+        "plain": lambda: (models.plain_host(depth=5), plain_network()),
+        "placed": lambda: (models.Placed(), plain_network(depth=6, placed=True)),
+        "masks": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
+    }[kind]()
+    if kind == "masks":
+        plan = ATM(layers=1, attention_heads=2)
+        torch.manual_seed(1)
+        theirs = tet.wrap(host, declared, num_classes=CLASSES, exit_heads=plan).eval()
+        for head in [*theirs.exit_heads.values(), theirs.head]:
+            lively(head)
+    else:
+        plan, theirs = MLP(), models.wrapped(host, declared)
+    model = tej.wrap(network, declared, classes=CLASSES, exit_heads=plan, capacities=capacities)
+    return Pair(theirs, model, from_torch(theirs.model), heads_of(theirs))
