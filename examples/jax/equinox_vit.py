@@ -45,6 +45,7 @@ class Block(eqx.Module):
         self.shrink = eqx.nn.Linear(4 * width, width, key=keys[3])
         self.heads = heads
 
+    @eqx.filter_jit
     def __call__(
         self, tokens: Float[Array, "images entries width"], counts: Float[Array, "images entries"]
     ) -> Float[Array, "images entries width"]:
@@ -77,6 +78,7 @@ class ViT(eqx.Module):
         self.norm = eqx.nn.LayerNorm(width)
         self.patch = patch
 
+    @eqx.filter_jit
     def embed(self, images: Float[Array, "images height width 3"]) -> tej.Embedded:
         grid = images.shape[1] // self.patch, images.shape[2] // self.patch
         pattern = "images (rows p) (columns q) colours -> images (rows columns) (p q colours)"

@@ -1,5 +1,8 @@
 """The NNX reference ViT: the numbers of timm's, from timm's weights, which are checked one by one."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -35,6 +38,11 @@ each = pytest.mark.parametrize(("ours", "theirs"), CONFIGURATIONS.values(), ids=
 
 def config(**changes):
     return vit.Config(**({"image_size": SIZE, "patch": PATCH, "width": WIDTH, "depth": DEPTH, "heads": 3} | changes))
+
+
+def drawn(seed=0, **changes):
+    """A network of a single block with random weights."""
+    return nnx.jit(lambda: vit.ViT(config(depth=1, **changes), rngs=nnx.Rngs(seed)))()
 
 
 def timm_vit(**changes):
@@ -82,9 +90,19 @@ def test_the_tokens_are_those_of_timm_whole_and_in_parts(ours, theirs):
     assert (network.width, network.depth) == (WIDTH, DEPTH)
 
 
+def test_the_adapter_loads_neither_flax_nor_optax_nor_equinox_nor_torch():
+    code = """
+import sys, tokenexit_jax
+loaded = {"flax", "optax", "equinox", "torch"} & {name.partition(".")[0] for name in sys.modules}
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_networks_of_one_configuration_are_one_program():
-    (one, params), (same_one, others) = (vit.split(vit.ViT(config(), rngs=nnx.Rngs(seed))) for seed in (0, 1))
-    (deeper, _) = vit.split(vit.ViT(config(layer_scale=True), rngs=nnx.Rngs(0)))
+    (one, params), (same_one, others) = (vit.split(drawn(seed)) for seed in (0, 1))
+    (deeper, _) = vit.split(drawn(0, layer_scale=True))
     assert one == same_one
     assert hash(one) == hash(same_one)
     assert one != deeper
@@ -181,6 +199,6 @@ def test_a_configuration_that_makes_no_network_is_refused(changes, message):
 
 
 def test_images_of_another_size_are_refused():
-    model = vit.ViT(config(), rngs=nnx.Rngs(0))
+    model = drawn()
     with pytest.raises(TokenExitError, match=r"`images` must have shape \(images, 16, 24, 3\), got"):
         model(jnp.zeros((1, 24, 16, 3)))
