@@ -15,6 +15,7 @@ from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.running import ExitingModel
 from tokenexit_jax.saving import load, save
+from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
 from tokenexit_jax.wrapping import Capacities, check, wrap
 
 __all__ = [
@@ -28,11 +29,18 @@ __all__ = [
     "Network",
     "Output",
     "Params",
+    "Stages",
     "attend",
     "check",
+    "distillation",
     "key_bias",
     "load",
+    "mask_loss",
+    "merge",
+    "pixel_cross_entropy",
     "register",
     "save",
+    "split",
+    "staged",
     "wrap",
 ]

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from einops import rearrange
@@ -29,7 +29,7 @@ from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
 
-__all__ = ["Parts", "Run", "State", "embed", "needed", "on_grid", "stages"]
+__all__ = ["Parts", "Reading", "Run", "State", "embed", "joined", "needed", "on_grid", "stages"]
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,20 @@ class Parts:
         return tuple(sorted({max(least, round(fraction * slots)) for fraction in fractions}))
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """What a head says of patches.
 
     Attributes:
         logits: Class scores.
         class_scores: Those of a mask head, as a policy takes them.
         masks: What a mask head said.
+        statistics: In training, what the head's batch norm has learned.
     """
 
     logits: Float[Array, "images entries classes"]
     class_scores: Float[Array, "images entries classes"] | None = None
     masks: Masks | None = None
+    statistics: dict[str, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class State:
         overflow: Tokens that left for lack of room.
         prefix: Prefix tokens of an image.
         grid: Height and width of the grid.
+        kept: What training keeps of each head; see `tokenexit_jax.training`.
     """
 
     tokens: Float[Array, "images slots width"]
@@ -104,6 +107,7 @@ class State:
     overflow: Int[Array, "images"]
     prefix: int
     grid: tuple[int, int]
+    kept: Any = None
 
 
 _STATIC = ("prefix", "grid")
@@ -128,6 +132,20 @@ class Run(NamedTuple):
         """The block before which features rejoin, or after which the final head reads."""
         rejoining = self.feature is not None and self.feature.before == "last block"
         return self.model.depth - 1 if rejoining else self.model.depth
+
+    def through(self, images: Array) -> State:
+        """All exit points in one program, in which `lax.switch` chooses the bucket of each stage."""
+        state = self.opened(images)
+        for stage in range(stages(self.model, self.plan)):
+            sizes = self.model.sizes(self.plan.active[stage].after, state)
+            branches = [partial(self.advanced, stage=stage, capacity=size) for size in sizes]
+            if len(sizes) == 1:
+                state = branches[0](state)
+            else:
+                entries = needed(state)
+                bucket = jnp.where(entries > 0, jnp.searchsorted(jnp.asarray(sizes), entries), len(sizes))
+                state = lax.switch(bucket, [*branches, lambda finished: finished], state)
+        return state
 
     def opened(self, images: Array) -> State:
         """All up to the first exit point, as a plain batch."""
@@ -199,25 +217,29 @@ class Run(NamedTuple):
 
     def closed(self, state: State) -> Output:
         """What comes of it; features rejoin."""
-        model, prefix, depth, book = self.model, state.prefix, self.model.depth, state.ledger
-        if book is None or self.feature is not None:
-            slots = state.tokens.shape[1]
-            every = self._plain(state.tokens, state.positions, self.end, depth)
-            state = dataclasses.replace(
-                state,
-                ran=state.ran.at[:, self.end :].set(slots),
-                room=state.room.at[:, self.end :].set(slots),
-            )
-            logits = self.read(depth, model.network.finish(self.params, every)[:, prefix:]).logits
-            left = jnp.zeros(logits.shape[:2], dtype=jnp.int32) if book is None else book.depth
-            exit_depth = jnp.where(left > 0, left, depth)
-        else:
-            exit_depth, logits = book.depth, book.logits
-            if state.masks is not None:
-                logits = log_scores(state.masks.mask_logits, state.masks.presence_logits[:, None])
+        if state.ledger is None or self.feature is not None:
+            state, reading = self.rejoined(state)
+            return self.output(state, reading.logits)
+        logits = state.ledger.logits
+        if state.masks is not None:
+            logits = log_scores(state.masks.mask_logits, state.masks.presence_logits[:, None])
+        return self.output(state, logits)
+
+    def rejoined(self, state: State) -> tuple[State, Reading]:
+        """All tokens of all images as a plain batch, to the end, and what the final head says of them."""
+        slots, depth = state.tokens.shape[1], self.model.depth
+        every = self._plain(state.tokens, state.positions, self.end, depth)
+        ran, room = (counted.at[:, self.end :].set(slots) for counted in (state.ran, state.room))
+        reading = self.read(depth, self.model.network.finish(self.params, every)[:, state.prefix :])
+        return dataclasses.replace(state, ran=ran, room=room), reading
+
+    def output(self, state: State, logits: Float[Array, "images places classes"]) -> Output:
+        """These class scores, and all else that there is to tell."""
+        left = jnp.zeros(logits.shape[:2], dtype=jnp.int32) if state.ledger is None else state.ledger.depth
+        depth = jnp.where(left > 0, left, self.model.depth)
         return Output(
             logits=on_grid(logits, state.grid),
-            exit_depth=on_grid(exit_depth[..., None], state.grid)[..., 0],
+            exit_depth=on_grid(depth[..., None], state.grid)[..., 0],
             tokens_per_block=state.ran,
             capacity_per_block=state.room,
             overflow=state.overflow,
@@ -242,20 +264,20 @@ class Run(NamedTuple):
         after: int,
         patches: Float[Array, "images entries width"],
         valid: Bool[Array, "images entries"] | None = None,
-    ) -> _Reading:
+    ) -> Reading:
         """What the head after a block says of patches; after the last it is the final head."""
         model = self.model
         if after == model.depth and model.head is not None:
-            return _Reading(model.head(self.params, patches))
+            return Reading(model.head(self.params, patches))
         weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
         if not isinstance(model.head_plan, ATM):
-            return _Reading(building.read(model.head_plan, weights, patches))
+            return Reading(building.read(model.head_plan, weights, patches))
         valid = jnp.ones(patches.shape[:2], dtype=bool) if valid is None else valid
         found = read_masks(model.head_plan, weights, patches, valid)
         masks = Masks(*(part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in found))
         presence = masks.presence_logits[:, None]
         constant = lax.stop_gradient((masks.mask_logits, jax.nn.sigmoid(presence)))
-        return _Reading(log_scores(masks.mask_logits, presence), scores.mask_scores(*constant), masks)
+        return Reading(log_scores(masks.mask_logits, presence), scores.mask_scores(*constant), masks)
 
     def _plain(self, batch: Array, positions: Array | None, start: int, stop: int) -> Array:
         """Some blocks on a whole batch."""
@@ -311,7 +333,7 @@ class Run(NamedTuple):
             previous=state.previous.at[index].set(label),
         )
 
-    def _evidence(self, state: State, selection: Selection, reading: _Reading, index: int) -> Evidence:
+    def _evidence(self, state: State, selection: Selection, reading: Reading, index: int) -> Evidence:
         """What the policy is shown: the patches of all entries, in one row."""
         book, previous = state.ledger, state.previous[:index]
         assert book is not None
@@ -333,14 +355,14 @@ class Run(NamedTuple):
             settled_score=book.score,
         )
 
-    def _settled(self, state: State, selection: Selection, leave: Array, reading: _Reading, depth: int) -> State:
+    def _settled(self, state: State, selection: Selection, leave: Array, reading: Reading, depth: int) -> State:
         """Write down what patches leave behind."""
         assert state.ledger is not None
         score = None if reading.class_scores is None else reading.class_scores.max(axis=-1)
         book = ledger.record(state.ledger, selection, leave, reading.logits, depth=depth, score=score)
         masks = state.masks
         if isinstance(self.plan.carry, MaskPrediction) and reading.masks is not None:
-            masks = _joined(masks, selection, reading.masks)
+            masks = joined(masks, selection, reading.masks)
         return dataclasses.replace(state, ledger=book, masks=masks)
 
     def _folded(
@@ -413,7 +435,7 @@ def _gathered(selection: Selection, values: Shaped[Array, "images places"]) -> S
     return tokens.gather(values, selection).reshape(-1)
 
 
-def _joined(before: Masks | None, selection: Selection, masks: Masks) -> Masks:
+def joined(before: Masks | None, selection: Selection, masks: Masks) -> Masks:
     """Masks of the entries put in their places, beside those that leavers have left; presence likewise, by image."""
     if before is None:
         classes = masks.mask_logits.shape[-1]

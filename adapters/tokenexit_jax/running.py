@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float, Int
 
@@ -99,19 +99,8 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If the plan does not fit the model, or the network's parts not each other.
         """
-        plan = checked(self, self.schedule if schedule is None else schedule)
-        run = Run(self, params, heads, plan)
-        state = run.opened(images)
-        for stage in range(stages(self, plan)):
-            sizes = self.sizes(plan.active[stage].after, state)
-            branches = [partial(run.advanced, stage=stage, capacity=size) for size in sizes]
-            if len(sizes) == 1:
-                state = branches[0](state)
-            else:
-                entries = needed(state)
-                bucket = jnp.where(entries > 0, jnp.searchsorted(jnp.asarray(sizes), entries), len(sizes))
-                state = lax.switch(bucket, [*branches, lambda finished: finished], state)
-        return run.closed(state)
+        run = Run(self, params, heads, checked(self, self.schedule if schedule is None else schedule))
+        return run.closed(run.through(images))
 
     def init(self, key: Array) -> Heads:
         """Random weights for the heads.

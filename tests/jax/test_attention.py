@@ -1,5 +1,7 @@
 """Attention with counts: no weight for what holds no token, n times the weight for what counts n times."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -49,12 +51,14 @@ def test_what_holds_no_token_has_no_part_in_values_or_gradients(junk):
     parts, held = drawn(), (COUNTS > 0)[None, :, :, None, None]
     spoiled = np.where(held, parts, junk).astype(np.float32)
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(parts):
         found = attended(parts)
         return jnp.where(held[0], found, 0).sum(), found
 
-    (_, found), slopes = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(spoiled))
-    (_, wanted), wanted_slopes = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(parts))
+    (_, found), slopes = loss(jnp.asarray(spoiled))
+    (_, wanted), wanted_slopes = loss(jnp.asarray(parts))
     same(jnp.where(held[0], found, 0), jnp.where(held[0], wanted, 0), 1e-6)
     same(jnp.where(held, slopes, 0), jnp.where(held, wanted_slopes, 0), 1e-6)
     assert np.isfinite(slopes).all()

@@ -1,5 +1,7 @@
 """Heads in JAX: the same names, the same scores as in PyTorch; what holds no patch changes nothing."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -31,6 +33,11 @@ def a_torch_head(plan):
     return head
 
 
+@functools.cache
+def drawn_head(plan):
+    return jax.jit(lambda key: heads.init(plan, key, width=WIDTH, classes=CLASSES))(jax.random.key(1))
+
+
 def drawn(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -39,7 +46,7 @@ def drawn(*shape, seed=0):
 def test_a_new_head_has_the_names_shapes_and_spread_of_pytorchs(plan):
     torch.manual_seed(0)
     wanted = build(plan, width=WIDTH, classes=CLASSES).state_dict()
-    found = heads.init(plan, jax.random.key(0), width=WIDTH, classes=CLASSES)
+    found = drawn_head(plan)
     assert {name: value.shape for name, value in found.items()} == {name: tuple(v.shape) for name, v in wanted.items()}
     for name, value in wanted.items():
         spread = value.float().abs().max().item()
@@ -67,6 +74,9 @@ def test_class_scores_do_not_depend_on_the_layout(plan):
     same(heads.read(plan, params, tokens).reshape(14, -1), heads.read(plan, params, tokens.reshape(14, -1)), 1e-6)
 
 
+read_in_training = jax.jit(heads.read_in_training, static_argnums=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [14, 5, 2, 1, 0])
 def test_batch_norm_in_training_is_that_of_pytorch_over_the_tokens_there_are(kept):
@@ -77,7 +87,7 @@ def test_batch_norm_in_training_is_that_of_pytorch_over_the_tokens_there_are(kep
     valid = valid.reshape(2, 7)
     params = from_torch(head)
     junk = jnp.where(valid[..., None], tokens, 1e4)
-    logits, statistics = heads.read_in_training(plan, params, junk, jnp.asarray(valid))
+    logits, statistics = read_in_training(plan, params, junk, jnp.asarray(valid))
     wanted = head.train()(torch.from_numpy(tokens[valid]))
     same(logits[valid], wanted)
     assert np.isfinite(logits).all()
@@ -101,7 +111,7 @@ def test_gradients_of_batch_norm_are_those_of_pytorch():
         return (logits * weight).sum()
 
     learned = {name: params[name] for name, _ in head.named_parameters()}
-    for_tokens, for_weights = jax.grad(loss, (0, 1))(jnp.asarray(tokens), learned)
+    for_tokens, for_weights = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(tokens), learned)
     same(for_tokens, inputs.grad, 1e-4)
     for name, parameter in head.named_parameters():
         same(for_weights[name], parameter.grad, 1e-4)
@@ -109,7 +119,7 @@ def test_gradients_of_batch_norm_are_those_of_pytorch():
 
 @pytest.mark.parametrize("plan", [Linear(), MLP()])
 def test_other_heads_have_no_statistics(plan):
-    params, tokens = heads.init(plan, jax.random.key(0), width=WIDTH, classes=CLASSES), jnp.asarray(drawn(6, WIDTH))
+    params, tokens = drawn_head(plan), jnp.asarray(drawn(6, WIDTH))
     logits, statistics = heads.read_in_training(plan, params, tokens, jnp.ones(6, bool))
     same(logits, heads.read(plan, params, tokens), 0)
     assert statistics == {}
@@ -118,8 +128,7 @@ def test_other_heads_have_no_statistics(plan):
 # Attention to mask.
 
 
-def masks_of(plan, params, patches, valid):
-    return heads.read_masks(plan, params, jnp.asarray(patches), jnp.asarray(valid))
+masks_of = jax.jit(heads.read_masks, static_argnums=0)
 
 
 @torch.no_grad()
@@ -137,16 +146,17 @@ def test_masks_are_those_of_pytorch_image_by_image(plan):
 @pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30])
 def test_what_is_no_patch_is_never_seen(junk):
     plan, patches = ATM(2), drawn(3, 6, WIDTH)
-    params = heads.init(plan, jax.random.key(1), width=WIDTH, classes=CLASSES)
+    params = drawn_head(plan)
     valid = np.random.default_rng(2).random((3, 6)) < 0.5
     spoiled = np.where(valid[..., None], patches, junk).astype(np.float32)
 
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(patches):
         found = masks_of(plan, params, patches, valid)
         return found.mask_logits.sum() + found.presence_logits.sum(), found
 
-    (_, found), slopes = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(spoiled))
-    (_, wanted), wanted_slopes = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(patches))
+    (_, found), slopes = loss(jnp.asarray(spoiled))
+    (_, wanted), wanted_slopes = loss(jnp.asarray(patches))
     same(found.mask_logits, wanted.mask_logits, 1e-6)
     same(found.presence_logits, wanted.presence_logits, 1e-6)
     same(slopes, wanted_slopes, 1e-6)
@@ -163,7 +173,7 @@ def test_gradients_of_masks_are_those_of_pytorch():
         found = masks_of(plan, params, patches, valid)
         return jnp.where(valid[..., None], found.mask_logits, 0).sum() + 2 * jnp.square(found.presence_logits).sum()
 
-    slopes = jax.grad(loss)(from_torch(head))
+    slopes = jax.jit(jax.grad(loss))(from_torch(head))
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None
         same(slopes[name], parameter.grad, 2e-4)
