@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from tokenexit.errors import require
 from tokenexit_jax.pytrees import register
 
-__all__ = ["Block", "Embedded", "Heads", "Network", "Params"]
+__all__ = ["Embedded", "Network"]  # the names of types are offered by the package
 
 Params = Any
 """The parameters of a network: a pytree of the user's own."""

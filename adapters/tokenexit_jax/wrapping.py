@@ -14,7 +14,7 @@ from tokenexit_jax._passing import embed
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.running import ExitingModel, checked
 
-__all__ = ["Capacities", "check", "wrap"]
+__all__ = ["check", "wrap"]  # the name of a type is offered by the package
 
 Capacities = tuple[float, ...] | Mapping[int, tuple[float, ...]]
 """Buckets: fractions of the slots of an image, for all exits or for each block with an exit head."""
