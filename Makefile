@@ -1,12 +1,17 @@
-# `make demo` and `make test` need Python 3.11 or later, and nothing else: each builds its own environment in .venv.
+# `make demo`, `make demo-jax` and `make test` need Python 3.11 or later, and nothing else: each builds its own
+# environment in .venv.
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test properties lint types docs wheel-test clean
+.PHONY: demo demo-jax test properties lint types docs wheel-test clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
+
+# The same in JAX, with the same weights.
+demo-jax: .venv/demo-jax
+	$(RUN) examples.jax.segment --out demo/jax
 
 test: .venv/dev
 	$(RUN) pytest
@@ -49,6 +54,10 @@ clean:
 	$(INSTALL) ".[torch,viz]"
 	touch $@
 
+.venv/demo-jax: .venv/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[jax,nnx,viz]"
+	touch $@
+
 .venv/dev: .venv/pip pyproject.toml constraints.txt
-	$(INSTALL) ".[torch,jax,timm,viz]" --group dev
+	$(INSTALL) ".[torch,jax,nnx,timm,viz]" --group dev
 	touch $@

@@ -11,7 +11,8 @@ Names are looked up in a closed registry; nothing read from a file is executed.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tokenexit_torch as tet
+from examples.about import FILE, About
+from examples.about import read as read_about
 from examples.scenes.vit import Config, PlainHost, ViT
 from examples.timm_import import import_timm
 from tokenexit import TokenExitError
 
-_ABOUT = "host.json"
 _WEIGHTS = "host.safetensors"
 
 
-@dataclass(frozen=True)
-class About:
-    """What a run folder says of its network.
-
-    Attributes:
-        host: Kind of network: `plain` or `timm`.
-        config: Its arguments: fields of `examples.scenes.vit.Config`, or the name and arguments for
-            `timm.create_model`.
-        classes: Class names, in the order of the logits.
-        palette: Colour of each class, (red, green, blue), 0 to 255.
-        mean: Mean of the red, green and blue channels of images in [0, 1].
-        std: Their standard deviation.
-        size: Height and width in pixels that the network was trained for.
-    """
-
-    host: str
-    config: Mapping[str, Any]
-    classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    size: tuple[int, int]
-
-    def normalised(self, images: Float[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
-        """Images in [0, 1] as the network takes them."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images - mean) / std
+def normalised(
+    about: About, images: Float[Tensor, "*batch 3 height width"], /
+) -> Float[Tensor, "*batch 3 height width"]:
+    """Images in [0, 1] as a network takes them."""
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (about.mean, about.std))
+    return (images - mean) / std
 
 
 def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype: torch.dtype = torch.float32) -> None:
@@ -79,7 +60,7 @@ def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype:
         path = folder / file
         weights = load_file(path) if module is None else module.state_dict()
         save_file({name: _cast(value, dtype).contiguous() for name, value in weights.items()}, path)
-    (folder / _ABOUT).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
@@ -95,14 +76,36 @@ def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
         TokenExitError: If a file is missing or not what it should be.
     """
     folder = Path(folder)
-    about = _read_about(folder / _ABOUT)
+    about = read_about(folder)
+    if about.host not in _HOSTS:
+        raise TokenExitError(f"`host` must be one of {sorted(_HOSTS)}, got {about.host!r}")
     try:
         host, module = _HOSTS[about.host](about.config)
         weights = {name: value.float() for name, value in load_file(folder / _WEIGHTS).items()}
         module.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise TokenExitError(f"`folder` must hold a network as {_ABOUT} says, got {folder}: {error}") from error
+        raise TokenExitError(f"`folder` must hold a network as {FILE} says, got {folder}: {error}") from error
     return tet.load(folder, host).eval(), about
+
+
+@torch.inference_mode()
+def bare_dense(model: tet.ExitingModel, images: Float[Tensor, "1 3 height width"]) -> Callable[[Tensor], Tensor]:
+    """The baseline: the network as it is without the library, its own forward pass, and the final head.
+
+    Args:
+        model: The wrapped network.
+        images: An image, to learn how many tokens are no patches.
+
+    Returns:
+        A function from images to the logits of their patches.
+    """
+    prefix = model.host.embed(images).prefix
+    return lambda images: model.head(model.host.dense(images)[:, prefix:])
+
+
+def waiting_for(device: torch.device) -> Callable[[], None]:
+    """A function that returns when a device has done what it was given."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def _plain(config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
@@ -131,21 +134,6 @@ _TIMM_ARGUMENTS = {
     "dynamic_img_size",
 }
 _HOSTS: dict[str, Callable[[Mapping[str, Any]], tuple[Any, nn.Module]]] = {"plain": _plain, "timm": _timm}
-
-
-def _read_about(path: Path) -> About:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        about = About(**{name: _tuples(value) for name, value in data.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {_ABOUT}, got {path}: {error}") from error
-    if about.host not in _HOSTS:
-        raise TokenExitError(f"`host` must be one of {sorted(_HOSTS)}, got {about.host!r}")
-    return about
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,9 +8,8 @@ from matplotlib import colormaps
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor
 
-from examples.runs import About
+from examples.about import About
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Maps:
         depth: Blocks that each patch ran through.
     """
 
-    dense: Int[Tensor, "images height width"]
-    exiting: Int[Tensor, "images height width"]
-    depth: Int[Tensor, "images grid_height grid_width"]
+    dense: Int[np.ndarray, "images height width"]
+    exiting: Int[np.ndarray, "images height width"]
+    depth: Int[np.ndarray, "images grid_height grid_width"]
 
 
 def draw(
-    pixels: UInt8[Tensor, "images height width 3"], maps: Maps, about: About, blocks: int, headline: str
+    pixels: UInt8[np.ndarray, "images height width 3"], maps: Maps, about: About, blocks: int, headline: str
 ) -> Figure:
     """A row for each picture.
 
@@ -47,15 +46,15 @@ def draw(
     figure = Figure(figsize=(14, 0.9 + 3.5 * count * height / width), layout="constrained")
     figure.suptitle(headline)
     axes = figure.subplots(count, 4, squeeze=False)
-    depths = sorted({*maps.depth.unique().tolist(), blocks})
+    depths = sorted({*np.unique(maps.depth).tolist(), blocks})
     colours = ListedColormap([colormaps["viridis"](after / blocks) for after in depths])
     norm = BoundaryNorm([after - 0.5 for after in (*depths, blocks + 1)], len(depths))
     shown = None
     for row, picture, dense, exiting, depth in zip(axes, pixels, maps.dense, maps.exiting, maps.depth, strict=True):
-        row[0].imshow(picture.numpy())
+        row[0].imshow(picture)
         row[1].imshow(_coloured(dense, about))
         row[2].imshow(_coloured(exiting, about))
-        shown = row[3].imshow(depth.numpy(), cmap=colours, norm=norm, interpolation="nearest",
+        shown = row[3].imshow(depth, cmap=colours, norm=norm, interpolation="nearest",
                               extent=(0, width, height, 0))  # fmt: skip
     for axis, title in zip(axes[0], ("picture", "dense", "with exits", "blocks run"), strict=True):
         axis.set_title(title)
@@ -73,5 +72,5 @@ def draw(
     return figure
 
 
-def _coloured(classes: Int[Tensor, "height width"], about: About) -> Float[np.ndarray, "height width 3"]:
-    return np.array(about.palette, dtype=np.float64)[classes.numpy()] / 255
+def _coloured(classes: Int[np.ndarray, "height width"], about: About) -> Float[np.ndarray, "height width 3"]:
+    return np.array(about.palette, dtype=np.float64)[classes] / 255

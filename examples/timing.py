@@ -3,21 +3,20 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-import tokenexit_torch as tet
 from examples import shell
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[Tensor], object]],
-    batches: Sequence[Float[Tensor, "batch 3 height width"]],
+    candidates: Mapping[str, Callable[[Any], object]],
+    batches: Sequence[Any],
     *,
     rounds: int,
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time every candidate in every round, so that what slows the machine for a while slows all of them.
 
@@ -25,6 +24,7 @@ def interleaved(
         candidates: What to time, by name; each is given one batch at a time.
         batches: Images on the device that runs them.
         rounds: How often each candidate runs all batches, after one batch to warm up.
+        wait: Returns when the device has done what it was given; nothing to wait for, by default.
 
     Returns:
         Seconds for all batches, by candidate, one for each round.
@@ -37,38 +37,18 @@ def interleaved(
         for turn in range(rounds):
             # A new order every round: nobody always runs after the same neighbour's caches and heat.
             for name in random.Random(turn).sample(list(candidates), len(candidates)):
-                seconds[name].append(_seconds(candidates[name], batches))
+                seconds[name].append(_seconds(candidates[name], batches, wait))
                 bar.update()
     return seconds
 
 
-@torch.inference_mode()
-def bare_dense(model: tet.ExitingModel, images: Float[Tensor, "1 3 height width"]) -> Callable[[Tensor], Tensor]:
-    """The baseline: the network as it is without the library, its own forward pass, and the final head.
-
-    Args:
-        model: The wrapped network.
-        images: An image, to learn how many tokens are no patches.
-
-    Returns:
-        A function from images to the logits of their patches.
-    """
-    prefix = model.host.embed(images).prefix
-    return lambda images: model.head(model.host.dense(images)[:, prefix:])
-
-
-def _seconds(run: Callable[[Tensor], object], batches: Sequence[Tensor]) -> float:
-    _wait_for(batches[0].device)
+def _seconds(run: Callable[[Any], object], batches: Sequence[Any], wait: Callable[[], None]) -> float:
+    wait()
     started = time.perf_counter()
     for images in batches:
         run(images)
-    _wait_for(batches[0].device)
+    wait()
     return time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def summary(seconds: Mapping[str, Sequence[float]], *, images: int, baseline: str) -> dict[str, dict[str, list[float]]]:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import tokenexit
+import tokenexit_jax
 import tokenexit_torch
 from examples.timm_import import import_timm
 
@@ -30,7 +31,7 @@ _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE |
 
 def modules() -> Iterator[ModuleType]:
     """Every public module of the library."""
-    for package in (tokenexit, tokenexit_torch):
+    for package in (tokenexit, tokenexit_torch, tokenexit_jax):
         yield package
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not info.name.rpartition(".")[2].startswith("_"):

@@ -19,6 +19,7 @@ __all__ = [
     "like_numbers",
     "on_host",
     "require_marks",
+    "searchsorted",
     "take_or",
 ]
 
@@ -83,8 +84,8 @@ def is_traced(value: Any, /) -> bool:
     return isinstance(value, Tracer)
 
 
-def like_numbers(values: tuple[float, ...], like: Array, /) -> Array:
-    """Numbers as a float32 array on the device of `like`."""
+def like_numbers(values: tuple[float | Array, ...], like: Array, /) -> Array:
+    """Numbers, which may be traced, as a float32 array on the device of `like`."""
     xp = array_namespace(like)
     if is_jax_array(like):
         return xp.asarray(values, dtype=xp.float32)
@@ -100,6 +101,25 @@ def require_marks(marks: Array, argument: str, /) -> None:
     """Raise a `TokenExitError` unless an array is boolean."""
     boolean = array_namespace(marks).isdtype(marks.dtype, "bool")
     require(boolean, argument, "be boolean", f"dtype {marks.dtype}")
+
+
+def searchsorted(ascending: Array, wanted: Array, /) -> Array:
+    """How many of some ascending values are less than each of the wanted ones."""
+    count = ascending.shape[0]
+    if not is_jax_array(ascending) or isinstance(count, int):
+        return array_namespace(ascending, wanted).searchsorted(ascending, wanted)
+    # A program for batches of any size: JAX's own function asks for the number, which is not known.
+    from jax import lax
+    from jax import numpy as jnp
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        later = (low < high) & (jnp.take(ascending, middle, mode="clip") < wanted)
+        return jnp.where(later, middle + 1, low), jnp.where(later, high, middle)
+
+    low = jnp.zeros_like(wanted, dtype=jnp.int32)
+    return lax.fori_loop(0, 32, halve, (low, low + jnp.asarray(count, dtype=jnp.int32)))[0]
 
 
 def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, take_or
+from tokenexit._array import Array, array_namespace, counting, searchsorted, take_or
 
 __all__ = ["extremes", "lay_out"]
 
@@ -23,7 +23,7 @@ def lay_out(
     order = xp.argsort(place, stable=True)
     taken = xp.take(place, order)
     wanted = counting(places, place)
-    rank = xp.searchsorted(taken, wanted)
+    rank = searchsorted(taken, wanted)
     rank = xp.where(rank < tokens, rank, xp.zeros_like(rank))
     return take_or(row, xp.take(order, rank), xp.take(taken, rank) == wanted, absent)
 

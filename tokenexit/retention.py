@@ -24,6 +24,7 @@ from tokenexit._array import (
     filled,
     first_k,
     on_host,
+    searchsorted,
 )
 from tokenexit.errors import require
 
@@ -62,7 +63,7 @@ def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /)
     by_group = xp.argsort(xp.take(group, by_score), stable=True)
     order = xp.take(by_score, by_group)
     sorted_group = xp.take(group, order)
-    rank = counting(score.shape[0], score) - xp.searchsorted(sorted_group, sorted_group)
+    rank = counting(score.shape[0], score) - searchsorted(sorted_group, sorted_group)
     return xp.take(rank, xp.argsort(order))
 
 
@@ -193,7 +194,7 @@ def _kth(
         limit, last = _bound(xp, place, value, own, numbers, k, groups)
         place, value, own = worth(place, value, own, limit, last())
     order, sorted_group = _in_order(xp, value, own, numbers[: place.shape[0]], groups)
-    start = xp.searchsorted(sorted_group, numbers[: groups + 1])
+    start = searchsorted(sorted_group, numbers[: groups + 1])
     kth, marked = start[:-1] + (k - 1), xp.sum(xp.minimum(start[1:] - start[:-1], k))
     if place.shape[0] == 0:
         return filled((groups,), -xp.inf, score, dtype=score.dtype), lambda: kth, marked
@@ -217,7 +218,7 @@ def _bound(
     falling = (1 - xp.astype(score, xp.float32)) * levels
     level = xp.astype(xp.minimum(xp.maximum(falling, 0), levels - 1), place.dtype)
     key = xp.sort((xp.astype(group, place.dtype) * levels + level) * (1 << bits) + numbers[:tokens])
-    start = xp.searchsorted(key, numbers[: groups + 1] * (levels << bits))
+    start = searchsorted(key, numbers[: groups + 1] * (levels << bits))
     found = start[:-1] + k <= start[1:]
     row = xp.where(found, start[:-1], 0)[:, None] + numbers[:k]
     row = xp.reshape(xp.where(row < tokens, row, 0), (groups * k,))

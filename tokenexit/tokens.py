@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, require_marks, take_or
+from tokenexit._array import Array, array_namespace, counting, require_marks, searchsorted, take_or
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
 
@@ -150,7 +150,7 @@ class Selection:
         valid = xp.reshape(self.valid, (entries,))
         key = self.image * (self.slots + 1) + xp.where(valid, self.slot, self.slots)
         wanted = wanted + wanted // self.slots
-        rank = xp.searchsorted(key, wanted)
+        rank = searchsorted(key, wanted)
         rank = xp.where(rank < entries, rank, 0)
         return rank, xp.take(key, rank) == wanted
 
@@ -341,7 +341,7 @@ def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Arra
     entry = xp.reshape(counting(capacity, stay), (1, capacity))
     counted = xp.reshape(number + image * (places + 1), (images * places,))
     wanted = xp.reshape(image * (places + 1) + entry + 1, (images * capacity,))
-    picked = xp.reshape(xp.searchsorted(counted, wanted), (images, capacity)) - image * places
+    picked = xp.reshape(searchsorted(counted, wanted), (images, capacity)) - image * places
     filled = entry < number[:, -1:]
     surplus = stay & ~room
     overflow = xp.sum(xp.astype(surplus, many), axis=1)

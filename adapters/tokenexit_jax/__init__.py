@@ -1,3 +1,46 @@
-"""The JAX adapter: the same exits under `jit`, with static shapes. Nothing is here yet."""
+"""Early exit of tokens on networks of pure functions, in JAX.
 
-__all__: list[str] = []
+import jax, tokenexit_jax as tej
+from tokenexit import schedule
+
+model = tej.wrap(network, schedule.neighbours(), classes=19)     # network: a tej.Network of your own functions
+heads = model.init(jax.random.key(0))
+out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_per_block
+"""
+
+from tokenexit_jax.attention import attend, key_bias
+from tokenexit_jax.masks import MaskMaps, Masks
+from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
+from tokenexit_jax.outputs import Output
+from tokenexit_jax.pytrees import register
+from tokenexit_jax.running import ExitingModel
+from tokenexit_jax.saving import load, save
+from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
+from tokenexit_jax.wrapping import Capacities, check, wrap
+
+__all__ = [
+    "Block",
+    "Capacities",
+    "Embedded",
+    "ExitingModel",
+    "Heads",
+    "MaskMaps",
+    "Masks",
+    "Network",
+    "Output",
+    "Params",
+    "Stages",
+    "attend",
+    "check",
+    "distillation",
+    "key_bias",
+    "load",
+    "mask_loss",
+    "merge",
+    "pixel_cross_entropy",
+    "register",
+    "save",
+    "split",
+    "staged",
+    "wrap",
+]

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 import tokenexit_torch as tet
-from examples import metrics, shell, timing
+from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, report
 from tokenexit import TokenExitError, cost, schedule
 from tokenexit.heads import MLP
@@ -280,9 +280,9 @@ def timed(
     candidates: dict[str, Callable[[Tensor], object]] = {
         setting.name: (lambda images, plan=setting.plan: model(images, schedule=plan)) for setting in chosen
     }
-    candidates["dense"] = timing.bare_dense(model, images[:1])
+    candidates["dense"] = runs.bare_dense(model, images[:1])
     batches = [part for part in images.split(batch) if len(part) == batch]
-    seconds = timing.interleaved(candidates, batches, rounds=rounds)
+    seconds = timing.interleaved(candidates, batches, rounds=rounds, wait=runs.waiting_for(images.device))
     return timing.summary(seconds, images=batch * len(batches), baseline="dense")
 
 

@@ -171,7 +171,7 @@ def train(model: tet.ExitingModel, recipe: Recipe, out: Path, every: int) -> Non
     parts = {"model": model, **{f"optimizer{i}": each for i, each in enumerate(optimizers)}}
     parts |= {f"rate{i}": each for i, each in enumerate(rates)}
     start = restore(out / CHECKPOINT, recipe, parts)
-    normalised = about(recipe).normalised
+    normalised = partial(runs.normalised, about(recipe))
     # One worker draws the next scenes while this process trains; a step's scenes do not depend on who draws them.
     left = range(start, recipe.steps)
     steps = DataLoader(Scenes(recipe), batch_size=None, sampler=left, num_workers=1, prefetch_factor=4)
@@ -252,7 +252,7 @@ def test(model: tet.ExitingModel, recipe: Recipe) -> dict[str, dict[str, float]]
 
 def _fresh(recipe: Recipe, stream: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images and labels of scenes from a stream of their own, two at a time."""
-    normalised = about(recipe).normalised
+    normalised = partial(runs.normalised, about(recipe))
     for first in range(0, count, 2):
         generator = np.random.default_rng((recipe.seed, stream, first))
         images, labels = scenes(generator, min(2, count - first), recipe.size)

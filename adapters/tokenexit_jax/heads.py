@@ -1,0 +1,149 @@
+"""Heads in JAX: pure functions of the plans of `tokenexit.heads`.
+
+Their weights lie in one flat dictionary, under the names and in the layouts of PyTorch's `state_dict` of the same plan,
+so that heads fitted in one framework are read in the other without any renaming.
+"""
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Bool, Float
+
+from tokenexit import TokenExitError
+from tokenexit.cost import HeadCost, of_head
+from tokenexit.errors import require
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
+from tokenexit_jax._layers import Weights, layer_norm, linear, new_linear, new_norm
+from tokenexit_jax.masks import Masks, new_masks, read_masks
+
+__all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks"]
+
+_MOMENTUM = 0.1  # how far a batch moves the running statistics; these three as in PyTorch
+_EPSILON = 1e-5
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str, Array]:
+    """Random weights of a head, from the distributions that PyTorch draws from.
+
+    Args:
+        plan: Which kind of head.
+        key: Random key.
+        width: Channels of a token.
+        classes: Class count.
+
+    Returns:
+        The weights by name, float32; those of `FCN` have the statistics of its norm among them.
+
+    Raises:
+        TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
+    """
+    require(isinstance(plan, HeadPlan), "plan", "be a plan of tokenexit.heads", repr(plan))
+    first, last = jax.random.split(key)
+    match plan:
+        case Linear():
+            return {**new_norm("0", width), **new_linear(last, "1", width, classes)}
+        case MLP():
+            hidden = plan.hidden or width
+            between = new_linear(first, "1", width, hidden)
+            return {**new_norm("0", width), **between, **new_linear(last, "3", hidden, classes)}
+        case FCN():
+            between = new_linear(first, "0", width, plan.hidden, bias=False)
+            statistics = jnp.zeros(plan.hidden), jnp.ones(plan.hidden), jnp.zeros((), dtype=jnp.int32)
+            named = {f"1.{name}": value for name, value in zip(STATISTICS, statistics, strict=True)}
+            return {**between, **new_norm("1", plan.hidden), **named, **new_linear(last, "3", plan.hidden, classes)}
+        case ATM():
+            return new_masks(plan, first, width, classes)
+
+
+def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"], /) -> Float[Array, "*tokens classes"]:
+    """Class scores of tokens, each by itself.
+
+    Args:
+        plan: A plan other than `ATM`, which looks at whole images: `read_masks`.
+        params: Its weights, as `init` made them or PyTorch's `state_dict` holds them. The norm of `FCN` uses its
+            running statistics.
+        tokens: The tokens, as a block leaves them.
+
+    Returns:
+        The logits.
+
+    Raises:
+        TokenExitError: If `plan` is no such plan.
+    """
+    match plan:
+        case Linear():
+            return linear(params, "1", layer_norm(params, "0", tokens))
+        case MLP():
+            hidden = linear(params, "1", layer_norm(params, "0", tokens))
+            return linear(params, "3", jax.nn.gelu(hidden, approximate=False))
+        case FCN():
+            hidden = linear(params, "0", tokens)
+            return _after_norm(params, hidden, params["1.running_mean"], params["1.running_var"])
+    raise TokenExitError(f"`plan` must be a Linear, MLP or FCN of tokenexit.heads, got {plan!r}")
+
+
+def read_in_training(
+    plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"], valid: Bool[Array, "*tokens"], /
+) -> tuple[Float[Array, "*tokens classes"], dict[str, Array]]:
+    """As `read`, but the batch norm of `FCN` takes its statistics from the tokens at hand, and learns them.
+
+    A single token has no variance: for fewer than two the running statistics are used, and stay.
+
+    Args:
+        plan: A plan other than `ATM`.
+        params: Its weights.
+        tokens: The tokens.
+        valid: Which entries hold a token; the others count for nothing.
+
+    Returns:
+        The logits, and the running statistics by name after this batch, none but those of `FCN`. They are constants to
+        gradients.
+
+    Raises:
+        TokenExitError: If `plan` is no such plan.
+    """
+    if not isinstance(plan, FCN):
+        return read(plan, params, tokens), {}
+    hidden = linear(params, "0", tokens)
+    known, rows = valid[..., None], hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    axes = tuple(range(hidden.ndim - 1))
+    count = valid.sum()
+    several = count > 1
+    number = jnp.maximum(count, 1)
+    mean = jnp.where(known, rows, 0).sum(axis=axes) / number
+    variance = jnp.square(jnp.where(known, rows - mean, 0)).sum(axis=axes) / number
+    stored_mean, stored_variance, batches = (params[f"1.{name}"] for name in STATISTICS)
+    used = jnp.where(several, mean, stored_mean), jnp.where(several, variance, stored_variance)
+    unbiased = variance * number / jnp.maximum(count - 1, 1)
+    moved = [
+        jnp.where(several, (1 - _MOMENTUM) * stored + _MOMENTUM * new, stored).astype(stored.dtype)
+        for stored, new in ((stored_mean, mean), (stored_variance, unbiased))
+    ]
+    learned = zip(STATISTICS, (*moved, batches + several.astype(batches.dtype)), strict=True)
+    statistics = {f"1.{name}": jax.lax.stop_gradient(value) for name, value in learned}
+    return _after_norm(params, hidden, *used), statistics
+
+
+def cost(plan: HeadPlan, /, *, width: int, classes: int) -> HeadCost:
+    """Multiply-adds of a head: `tokenexit.cost.of_head`.
+
+    Args:
+        plan: Which kind of head.
+        width: Channels of a token.
+        classes: Class count.
+
+    Returns:
+        The cost.
+
+    Raises:
+        TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
+    """
+    return of_head(plan, width=width, classes=classes)
+
+
+def _after_norm(params: Weights, hidden: Array, mean: Array, variance: Array) -> Array:
+    """Batch norm with these statistics, ReLU, and the last layer of `FCN`."""
+    scale = params["1.weight"] * jax.lax.rsqrt(variance + _EPSILON)
+    normed = ((hidden - mean) * scale + params["1.bias"]).astype(hidden.dtype)
+    return linear(params, "3", jax.nn.relu(normed))

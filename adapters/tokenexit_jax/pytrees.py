@@ -1,0 +1,85 @@
+"""Plans and results as pytrees: their numbers are leaves, and all else is part of the program.
+
+So a plan is an argument of a compiled function, and other thresholds are other values of it: nothing is compiled again.
+A policy of your own becomes one by `register`. What JAX builds from its leaves is not checked anew, for its numbers may
+not be known yet.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+from jax.tree_util import GetAttrKey
+
+from tokenexit.errors import require
+from tokenexit.ledger import Ledger
+from tokenexit.policies import (
+    BatchBudget,
+    Budget,
+    ConfidenceAbove,
+    EntropyBelow,
+    GateBelow,
+    MarginAbove,
+    NeighboursAgree,
+    Patience,
+    PerClass,
+    Policy,
+    always,
+    never,
+)
+from tokenexit.schedule import Exit, Schedule
+
+__all__ = ["register"]
+
+Kind = TypeVar("Kind")
+
+
+def register(kind: type[Kind], /, *, leaves: tuple[str, ...] = ("threshold", "keep")) -> type[Kind]:
+    """Make a policy of your own a pytree, once; it can be used as a decorator.
+
+    Args:
+        kind: A frozen dataclass, as a rule a subclass of `tokenexit.policies.Policy`.
+        leaves: Fields that hold numbers, arrays or other pytrees, which may change without compiling anew; names that
+            are no fields are passed over. Policies inside it are always among them. Other fields must be hashable.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        TokenExitError: If `kind` is no dataclass.
+        ValueError: From JAX, if it is registered already.
+    """
+    require(dataclasses.is_dataclass(kind), "kind", "be a dataclass", repr(kind))
+    dataclass: Any = kind
+    names = tuple(field.name for field in dataclasses.fields(dataclass))
+
+    def flatten(value: Any) -> tuple[list[tuple[Any, Any]], tuple]:
+        fields = [(name, getattr(value, name)) for name in names]
+        inside = {name for name, held in fields if name in leaves or isinstance(held, Policy)}
+        fixed = tuple((name, held) for name, held in fields if name not in inside)
+        moving = [(name, held) for name, held in fields if name in inside]
+        return [(GetAttrKey(name), held) for name, held in moving], (tuple(name for name, _ in moving), fixed)
+
+    def unflatten(structure: tuple, children: Any) -> Any:
+        moving, fixed = structure
+        value = object.__new__(kind)
+        for name, held in (*zip(moving, children, strict=True), *fixed):
+            object.__setattr__(value, name, held)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten, unflatten)
+    return kind
+
+
+_SIMPLE = ConfidenceAbove(0.5)
+_COMPOSED = (_SIMPLE & _SIMPLE, _SIMPLE | _SIMPLE, ~_SIMPLE, _SIMPLE.retaining(per_class=1))
+_COUNTED = (_SIMPLE.with_minimum(per_image=1), never(), always())
+for _kind in (
+    *(ConfidenceAbove, EntropyBelow, GateBelow, MarginAbove, NeighboursAgree, Budget, BatchBudget, Patience),
+    *(type(policy) for policy in (*_COMPOSED, *_COUNTED)),
+):
+    register(_kind)
+register(PerClass, leaves=("thresholds",))
+register(Exit, leaves=("policy",))
+register(Schedule, leaves=("exits",))
+register(Ledger, leaves=tuple(field.name for field in dataclasses.fields(Ledger)))

@@ -1,0 +1,314 @@
+"""A vision transformer whose tokens leave early, with shapes that are known beforehand.
+
+The tokens run as a plain batch until the first exit point. From then on what lies between two exit points has the shape
+of the whole batch, and each stage of blocks gathers the tokens that still run into as many entries as the smallest
+bucket that holds those of every image. Who leaves, and what is left behind, is said by the core.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Float, Int
+
+from tokenexit import TokenExitError
+from tokenexit.carries import MaskPrediction, Preserved
+from tokenexit.cost import Cost, HeadCost
+from tokenexit.errors import require
+from tokenexit.policies import Policy, Threshold
+from tokenexit.schedule import Schedule
+from tokenexit_jax import heads as building
+from tokenexit_jax._counting import multiply_adds
+from tokenexit_jax._passing import Parts, Run, State, embed, needed, on_grid, stages
+from tokenexit_jax.masks import MaskMaps
+from tokenexit_jax.networks import Embedded, Heads, Network, Params
+from tokenexit_jax.outputs import Output
+
+__all__ = ["ExitingModel"]
+
+
+@dataclass(frozen=True)
+class ExitingModel(Parts):
+    """A vision transformer whose tokens leave early; made by `wrap`. It holds no weights, and nothing changes it.
+
+    Attributes:
+        network: The wrapped network.
+        schedule: The plan in use; `retuned` gives a model with another.
+        classes: Class count.
+        after: The blocks that have an exit head.
+        head_plan: How the exit heads are built.
+        head: The final head, `head(params, tokens)`, if it was given; None if it is built from the plan as well.
+        capacities: For each block with an exit head the buckets after it, ascending, as fractions of an image's slots.
+    """
+
+    schedule: Schedule
+
+    def __call__(self, params: Params, heads: Heads, images: Array, schedule: Schedule | None = None) -> Output:
+        """Segment images, with buckets that are chosen on the host.
+
+        It compiles its stages itself, each for the buckets that it meets. For every exit with several buckets one
+        integer is fetched; with a single one nothing is, and nothing waits.
+
+        Args:
+            params: Parameters of the network.
+            heads: Weights of the heads.
+            images: The images, as the network takes them.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            Class scores, exit depth, executed tokens.
+
+        Raises:
+            TokenExitError: If the plan does not fit the model, or the network's parts not each other.
+        """
+        plan = _as_arrays(checked(self, self.schedule if schedule is None else schedule))
+        # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
+        greatest = tuple(fractions[-1:] for fractions in self.capacities)
+        model = dataclasses.replace(self, schedule=Schedule(), capacities=greatest)
+        state, wanted = _opened(model, params, heads, images, plan)
+        for stage in range(stages(self, plan)):
+            sizes = self.sizes(plan.active[stage].after, state)
+            entries = sizes[0] if len(sizes) == 1 else int(wanted)
+            if entries == 0:
+                break
+            capacity = next(size for size in sizes if size >= entries)
+            state, wanted = _advanced(model, params, heads, state, plan, stage=stage, capacity=capacity)
+        return _closed(model, params, heads, state, plan)
+
+    def compiled(self, params: Params, heads: Heads, images: Array, schedule: Schedule | None = None) -> Output:
+        """Segment images in one program: the function for `jax.jit`, `jax.grad`, `jax.shard_map` and `jax.export`.
+
+        `lax.switch` chooses the bucket of each stage. Never `jax.vmap` it: all branches would run.
+
+        Args:
+            params: Parameters of the network.
+            heads: Weights of the heads.
+            images: The images, as the network takes them.
+            schedule: A plan for this call only; the model's own if left out. As an argument of the compiled function
+                its thresholds are data.
+
+        Returns:
+            Class scores, exit depth, executed tokens.
+
+        Raises:
+            TokenExitError: If the plan does not fit the model, or the network's parts not each other.
+        """
+        run = Run(self, params, heads, checked(self, self.schedule if schedule is None else schedule))
+        return run.closed(run.through(images))
+
+    def init(self, key: Array) -> Heads:
+        """Random weights for the heads.
+
+        Args:
+            key: Random key.
+
+        Returns:
+            The weights.
+        """
+        keys = jax.random.split(key, len(self.after) + 1)
+        new = partial(building.init, self.head_plan, width=self.network.width, classes=self.classes)
+        exit_heads = {str(after): new(one) for after, one in zip(self.after, keys[1:], strict=True)}
+        return {"exit_heads": exit_heads} | ({"head": new(keys[0])} if self.head is None else {})
+
+    def retuned(
+        self,
+        schedule: Schedule | None = None,
+        /,
+        *,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
+    ) -> "ExitingModel":
+        """The same model with another plan, or other thresholds; for the latter nothing is compiled again.
+
+        Args:
+            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
+            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
+
+        Returns:
+            A model.
+
+        Raises:
+            TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self.schedule if schedule is None else schedule
+        plan = plan if threshold is None else plan.with_threshold(threshold)
+        return dataclasses.replace(self, schedule=checked(self, plan))
+
+    def every_exit(
+        self, params: Params, heads: Heads, images: Array
+    ) -> dict[int, Float[Array, "images grid_height grid_width classes"]]:
+        """Class scores of every head on all tokens, in one dense run: for auxiliary losses.
+
+        Args:
+            params: Parameters of the network.
+            heads: Weights of the heads.
+            images: The images, as the network takes them.
+
+        Returns:
+            Logits by blocks run; the last entry is the final head's.
+
+        Raises:
+            TokenExitError: If the network's parts do not fit each other.
+        """
+        run = Run(self, params, heads, Schedule())
+        patches, grid = run.patches_after(images)
+        return {after: on_grid(run.read(after, rows).logits, grid) for after, rows in patches.items()}
+
+    def every_mask(self, params: Params, heads: Heads, images: Array) -> dict[int, MaskMaps]:
+        """Masks and presence of every head on all tokens, in one dense run.
+
+        Args:
+            params: Parameters of the network.
+            heads: Weights of the heads.
+            images: The images, as the network takes them.
+
+        Returns:
+            Masks and presence by blocks run; the last entry is the final head's.
+
+        Raises:
+            TokenExitError: If the heads are no mask heads, or the network's parts do not fit each other.
+        """
+        require(self.gives_masks, "model", "have mask heads", repr(self.head_plan))
+        run = Run(self, params, heads, Schedule())
+        patches, grid = run.patches_after(images)
+        readings = {after: run.read(after, rows).masks for after, rows in patches.items()}
+        return {
+            after: MaskMaps(on_grid(masks.mask_logits, grid), masks.presence_logits)
+            for after, masks in readings.items()
+            if masks is not None
+        }
+
+    def patches_after(
+        self, params: Params, images: Array
+    ) -> dict[int, Float[Array, "images grid_height grid_width width"]]:
+        """Patches as every head would read them, in one dense run.
+
+        Args:
+            params: Parameters of the network.
+            images: The images, as the network takes them.
+
+        Returns:
+            Patches by blocks run: as the block leaves them for the exit heads, finished for the final head, which is
+            the last entry.
+
+        Raises:
+            TokenExitError: If the network's parts do not fit each other.
+        """
+        patches, grid = Run(self, params, {}, Schedule()).patches_after(images)
+        return {after: on_grid(rows, grid) for after, rows in patches.items()}
+
+    def cost(self, params: Params, images: Any) -> Cost:
+        """What the parts of the network cost, read off the products and convolutions in its programs; nothing is run.
+
+        Args:
+            params: Parameters of the network, or `jax.ShapeDtypeStruct` in their place.
+            images: Images of the size in question, or a `jax.ShapeDtypeStruct`.
+
+        Returns:
+            The cost of the parts.
+
+        Raises:
+            TokenExitError: If the attention of a block is not over `width` channels, which `Cost` takes for granted, or
+                a block has other work that does not grow with the tokens.
+        """
+        network, width = self.network, self.network.width
+        embedded = jax.eval_shape(partial(embed, network), params, images)
+        height, across = embedded.grid
+        batch = jax.tree.leaves(images)[0].shape[0]
+        blocks = tuple(_linear(network, index, params, embedded) for index in range(network.depth))
+        head = building.cost(self.head_plan, width=width, classes=self.classes)
+        token = jax.ShapeDtypeStruct((1, 1, width), embedded.tokens.dtype)
+        return Cost(
+            embed=multiply_adds(partial(embed, network), params, images) // (batch * height * across),
+            blocks=blocks,
+            width=width,
+            prefix=embedded.prefix,
+            exit_heads=dict.fromkeys(self.after, head),
+            head=head if self.head is None else HeadCost(multiply_adds(self.head, params, token)),
+        )
+
+
+@partial(jax.jit, static_argnames="model")
+def _opened(
+    model: ExitingModel, params: Params, heads: Heads, images: Array, plan: Schedule
+) -> tuple[State, Int[Array, ""]]:
+    state = Run(model, params, heads, plan).opened(images)
+    return state, needed(state)
+
+
+@partial(jax.jit, static_argnames=("model", "stage", "capacity"))
+def _advanced(
+    model: ExitingModel, params: Params, heads: Heads, state: State, plan: Schedule, *, stage: int, capacity: int
+) -> tuple[State, Int[Array, ""]]:
+    state = Run(model, params, heads, plan).advanced(state, stage=stage, capacity=capacity)
+    return state, needed(state)
+
+
+@partial(jax.jit, static_argnames="model")
+def _closed(model: ExitingModel, params: Params, heads: Heads, state: State, plan: Schedule) -> Output:
+    return Run(model, params, heads, plan).closed(state)
+
+
+def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
+    """The plan, if the model can follow it. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If it cannot.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
+    unknown = [leaf for leaf in jax.tree.leaves(schedule) if isinstance(leaf, Policy)]
+    require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
+    compared = set[str]().union(*(exit.policy.compared_scores for exit in schedule.exits))
+    gated = isinstance(schedule.carry, Preserved) or "gate" in compared
+    rule = "carry predictions or features and look at no gate, for a model without gates"
+    require(not gated, "schedule", rule, schedule)
+    masks = isinstance(schedule.carry, MaskPrediction)
+    rule = "carry no MaskPrediction, for heads that give no masks to freeze"
+    require(not masks or model.gives_masks, "schedule", rule, schedule)
+    spread = sorted({"entropy", "margin"} & compared)
+    rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
+    require(not model.gives_masks or not spread, "schedule", rule, spread)
+    late = [after for after in schedule.after if after >= model.depth]
+    require(
+        not late, "schedule", f"have exits after blocks 1 to {model.depth - 1} only, for {model.depth} blocks", late
+    )
+    headless = [after for after in schedule.after if after not in model.after]
+    rule = f"have exits only after blocks with an exit head, {list(model.after)}"
+    require(not headless, "schedule", rule, headless)
+    return schedule
+
+
+def _as_arrays(plan: Schedule) -> Schedule:
+    """Thresholds of one kind, so that programs do not differ by how they are given; numbers on the host."""
+
+    def as_array(leaf: Any) -> Any:
+        if isinstance(leaf, int | float):
+            return np.asarray(leaf, dtype=np.int32 if isinstance(leaf, int) else np.float32)
+        return leaf
+
+    return jax.tree.map(as_array, plan)
+
+
+def _linear(network: Network, index: int, params: Params, embedded: Embedded) -> int:
+    """Multiply-adds of a block for one token, its attention left out, read off its program for one token and two."""
+
+    def of(entries: int) -> int:
+        batch = jax.ShapeDtypeStruct((1, entries, network.width), embedded.tokens.dtype)
+        counts = jax.ShapeDtypeStruct((1, entries), jnp.float32)
+        known = embedded.positions
+        positions = known if known is None else jax.ShapeDtypeStruct((1, entries, *known.shape[1:]), known.dtype)
+        return multiply_adds(network.blocks[index], params, batch, counts, positions)
+
+    one, two, four = of(1), of(2), of(4)
+    attention, linear = (two - 2 * one) // 2, (4 * one - two) // 2
+    rule = f"attend over {network.width} channels, and have no other work than linear layers on tokens"
+    plain = attention == 2 * network.width and four == 4 * linear + 16 * attention
+    require(plain, f"network.blocks[{index}]", rule, f"{one}, {two} and {four} multiply-adds for 1, 2 and 4 tokens")
+    return linear

@@ -1,0 +1,152 @@
+"""Saving and loading exits: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
+
+The files are those of the PyTorch adapter, which reads what this one wrote, and the other way round. The parameters of
+the network are yours and are not saved; nor is a final head that you gave.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from tokenexit import TokenExitError, manifest
+from tokenexit.errors import require
+from tokenexit.manifest import Manifest
+from tokenexit.schedule import dense
+from tokenexit_jax.networks import Heads, Network, Params
+from tokenexit_jax.running import ExitingModel
+from tokenexit_jax.wrapping import Capacities, wrap
+
+__all__ = ["load", "save"]
+
+_PLAN = "exits.json"
+_WEIGHTS = "exits.safetensors"
+
+
+def save(model: ExitingModel, heads: Heads, folder: str | Path, /) -> None:
+    """Write the exits of a wrapped model: `exits.json` and `exits.safetensors`.
+
+    The capacities are not among them: they are of the machine that runs the model.
+
+    Args:
+        model: The wrapped model.
+        heads: Weights of its heads.
+        folder: Where to; made if it is not there.
+
+    Raises:
+        TokenExitError: If `model` is not wrapped, its schedule has a policy that is not of the library, or the weights
+            are not of its heads.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    text = manifest.to_json(_manifest(model))
+    weights = {name: jnp.asarray(value) for name, value in _named(heads).items()}
+    _require_shapes(_shapes(model), {name: value.shape for name, value in weights.items()}, "heads", "be of the model")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / _WEIGHTS)
+    (folder / _PLAN).write_text(text, encoding="utf-8")
+
+
+def load(
+    folder: str | Path,
+    network: Network,
+    /,
+    *,
+    head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
+    capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
+) -> tuple[ExitingModel, Heads]:
+    """Wrap a network with exits that were saved, here or by the PyTorch adapter.
+
+    Args:
+        folder: Where they were written.
+        network: The network to wrap, as for `wrap`.
+        head: Your final head, if you gave one when the exits were saved.
+        capacities: Buckets, as for `wrap`.
+
+    Returns:
+        The model with exits, and the weights of its heads.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, the exits are of another network, or their heads
+            were modules of your own.
+    """
+    folder = Path(folder)
+    for name in (_PLAN, _WEIGHTS):
+        require((folder / name).is_file(), "folder", f"hold the files {_PLAN} and {_WEIGHTS}", folder)
+    try:
+        plan = manifest.from_json((folder / _PLAN).read_text(encoding="utf-8"))
+    except (TokenExitError, UnicodeDecodeError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {_PLAN}, got {folder / _PLAN}: {error}") from error
+    given = "None" if head is None else repr(head)
+    rule = "be given exactly if the exits were saved without a final head"
+    require((head is None) == plan.built_head, "head", rule, given)
+    if plan.plan is None:
+        raise TokenExitError("`folder` must hold heads built from a plan, got modules of another framework's own")
+    for name, found in (("width", network.width), ("depth", network.depth)):
+        wanted = getattr(plan, name)
+        require(found == wanted, "network", f"have {name} {wanted}, as the saved exits", found)
+    declared = dense(after=plan.after)
+    model = wrap(network, declared, classes=plan.classes, exit_heads=plan.plan, head=head, capacities=capacities)
+    return model.retuned(plan.schedule), _read(folder / _WEIGHTS, _shapes(model))
+
+
+def _manifest(model: ExitingModel) -> Manifest:
+    return Manifest(
+        schedule=model.schedule,
+        after=model.after,
+        plan=model.head_plan,
+        built_head=model.head is None,
+        classes=model.classes,
+        width=model.network.width,
+        depth=model.depth,
+    )
+
+
+def _named(heads: Heads) -> dict[str, Any]:
+    """The weights under the names that they have in the file."""
+    parts = {f"exit_heads.{after}": head for after, head in heads["exit_heads"].items()}
+    parts |= {"head": heads["head"]} if "head" in heads else {}
+    return {f"{part}.{name}": value for part, head in parts.items() for name, value in head.items()}
+
+
+def _shapes(model: ExitingModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of the heads of a model; nothing is allocated."""
+    heads = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return {name: value.shape for name, value in _named(heads).items()}
+
+
+def _read(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> Heads:
+    """The weights, each head's under its own name; nothing is read before the shapes are seen to be right."""
+    try:
+        with safe_open(file, framework="flax") as weights:
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            _require_shapes(wanted, found, "folder", f"hold weights of the heads in {_PLAN}")
+            read = {name: weights.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
+    heads: Heads = {"exit_heads": {}}
+    for name, value in read.items():
+        part, _, rest = name.partition(".")
+        if part == "exit_heads":
+            after, _, rest = rest.partition(".")
+            heads[part].setdefault(after, {})[rest] = value
+        else:
+            heads.setdefault(part, {})[rest] = value
+    return heads
+
+
+def _require_shapes(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], argument: str, rule: str
+) -> None:
+    differing = [
+        f"{name}: {found.get(name)} instead of {wanted.get(name)}"
+        for name in sorted({*wanted, *found})
+        if wanted.get(name) != found.get(name)
+    ]
+    require(not differing, argument, rule, ", ".join(differing[:4]))

@@ -1,0 +1,445 @@
+"""Training with exits: tokens really leave in the forward pass, and every head has a loss. All of it is pure functions.
+
+`staged` runs a wrapped model as it is run at test, and keeps what each head says of the whole image: its own class
+scores for the tokens that still run, and for the others those they left with. The loop and the optimiser are yours.
+
+    learned, statistics = tej.split(heads)
+
+    def loss(trained, statistics, images, labels):
+        params, learned = trained
+        stages = tej.staged(model, params, tej.merge(learned, statistics), images, plan)
+        return stages.loss(lambda logits: tej.pixel_cross_entropy(logits, labels, ignore=255)), stages.statistics
+
+    slopes, statistics = jax.jit(jax.grad(loss, has_aux=True))((params, learned), statistics, images, labels)
+
+A threshold that changes from step to step is in `tokenexit.annealing`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Bool, Float, Integer
+
+from tokenexit import TokenExitError, tokens
+from tokenexit.carries import MaskPrediction
+from tokenexit.errors import require
+from tokenexit.heads import FCN
+from tokenexit.policies import never
+from tokenexit.schedule import Exit, Schedule
+from tokenexit.tokens import Selection
+from tokenexit_jax._passing import Reading, Run, State, joined, on_grid
+from tokenexit_jax.heads import STATISTICS, read_in_training
+from tokenexit_jax.masks import MaskMaps, Masks, log_scores
+from tokenexit_jax.networks import Heads, Params
+from tokenexit_jax.outputs import Output
+from tokenexit_jax.pytrees import register
+from tokenexit_jax.running import ExitingModel, checked
+
+__all__ = ["Stages", "distillation", "mask_loss", "merge", "pixel_cross_entropy", "split", "staged"]
+
+Criterion = Callable[[Float[Array, "images grid_height grid_width classes"]], Float[Array, ""]]
+MaskCriterion = Callable[[MaskMaps], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a training pass returns. A pytree.
+
+    Attributes:
+        output: What the model returns at test, constant where tokens have left with a prediction.
+        logits: For each head, by the blocks before it, the class scores of all patches: this head's own for those that
+            ran, and for the others the scores that they left with, as constants (DToP, ICCV 2023: a finalised
+            prediction is a constant to later losses). Under `MaskPrediction`, the frozen masks are weighted with this
+            head's presence.
+        read: For each head, which patches it read: none if all had left before.
+        masks: Masks and presence by the same rule, if the heads are mask heads: presence is this head's own in images
+            of which it read any patch, and for the others that of the last head that did, as constants.
+        statistics: What batch norms have learned, as `split` tells it apart: for the next step, and never by slopes.
+    """
+
+    output: Output
+    logits: dict[int, Float[Array, "images grid_height grid_width classes"]]
+    read: dict[int, Bool[Array, "images grid_height grid_width"]]
+    masks: dict[int, MaskMaps] | None
+    statistics: Heads
+
+    def loss(self, criterion: Criterion, /, *, auxiliary: float | Mapping[int, float] = 0.4) -> Float[Array, ""]:
+        """The criterion of the final head, plus that of each exit, weighted; heads that read nothing have none.
+
+        Args:
+            criterion: The loss of one head, on its class scores.
+            auxiliary: Weight of the exits; one for all, or one for each. Published: 0.4 (DoViT, 2023), 1 (DToP, ICCV
+                2023).
+
+        Returns:
+            The sum.
+
+        Raises:
+            TokenExitError: If a weight is missing or negative.
+        """
+        return self._sum({after: criterion(logits) for after, logits in self.logits.items()}, auxiliary)
+
+    def loss_of_masks(
+        self, criterion: MaskCriterion, /, *, auxiliary: float | Mapping[int, float] = 1.0
+    ) -> Float[Array, ""]:
+        """As `loss`, for a criterion of masks and presence: `mask_loss`.
+
+        Args:
+            criterion: The loss of one head, on its masks.
+            auxiliary: Weight of the exits; one for all, or one for each. Published: 1 (DToP, ICCV 2023).
+
+        Returns:
+            The sum.
+
+        Raises:
+            TokenExitError: If the heads are no mask heads, or a weight is missing or negative.
+        """
+        if self.masks is None:
+            raise TokenExitError("`stages` must be of mask heads for a loss of masks, got none")
+        return self._sum({after: criterion(maps) for after, maps in self.masks.items()}, auxiliary)
+
+    def _sum(self, losses: Mapping[int, Array], auxiliary: float | Mapping[int, float]) -> Float[Array, ""]:
+        weight, total = self._weights(auxiliary), jnp.zeros(())
+        for after, loss in losses.items():
+            got = f"shape {jnp.shape(loss)} for block {after}"
+            require(jnp.shape(loss) == (), "criterion", "return a single number", got)
+            total = total + jnp.where(self.read[after].any(), weight[after] * loss, 0)
+        return total
+
+    def _weights(self, auxiliary: float | Mapping[int, float]) -> dict[int, float]:
+        depth = self.output.tokens_per_block.shape[1]
+        exits = sorted(set(self.logits) - {depth})
+        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
+        rule = "be a weight from 0 up, or one for each block with an exit"
+        numbers = [isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in given.values()]
+        blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
+        require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
+        missing = [after for after in exits if after not in given]
+        require(not missing, "auxiliary", "have a weight for every exit of the plan", f"none for {missing}")
+        return {**given, depth: 1.0}
+
+
+register(Stages, leaves=tuple(field.name for field in dataclasses.fields(Stages)))
+
+
+def staged(
+    model: ExitingModel, params: Params, heads: Heads, images: Array, schedule: Schedule | None = None, /
+) -> Stages:
+    """Run a batch with real exits, differentiably; a function for `jax.jit` and `jax.grad`.
+
+    `lax.switch` chooses the bucket of each stage, and room for what the backward pass needs is taken for every bucket:
+    where memory is scarce, wrap the network with `capacities=(1.0,)` to train it.
+
+    Args:
+        model: The wrapped network.
+        params: Parameters of the network.
+        heads: Weights of the heads.
+        images: The images, as the network takes them.
+        schedule: A plan for this call only; the model's own if left out. Heads are read at all of its exits, also
+            where nobody may leave: with `schedule.dense(after=...)` all of them see all tokens.
+
+    Returns:
+        Class scores of every head, and the output.
+
+    Raises:
+        TokenExitError: As for a call of the model.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    plan = checked(model, model.schedule if schedule is None else schedule)
+    # Nobody leaves by this policy either, but the runner does not know it, and asks the head.
+    nobody = never() & never()
+    exits = tuple(Exit(exit.after, nobody) if exit.policy == never() else exit for exit in plan.exits)
+    run = _StagedRun(model, params, heads, dataclasses.replace(plan, exits=exits))
+    return run.staged(run.through(images))
+
+
+def split(heads: Heads, /) -> tuple[Heads, Heads]:
+    """Tell the weights of heads that slopes teach from the statistics of batch norms, which only `FCN` has.
+
+    An optimiser must not see the latter: weight decay would wear them out.
+
+    Args:
+        heads: The weights of heads, as `ExitingModel.init` made them.
+
+    Returns:
+        What is learned, and the statistics; the same dictionaries, each without the leaves of the other.
+    """
+    return _filtered(heads, statistics=False), _filtered(heads, statistics=True)
+
+
+def merge(learned: Mapping[str, Any], statistics: Mapping[str, Any], /) -> Heads:
+    """The weights of heads that `split` has told apart.
+
+    Args:
+        learned: What is learned.
+        statistics: The statistics.
+
+    Returns:
+        All of them together.
+    """
+    both = {
+        name: merge(value, statistics.get(name, {})) for name, value in learned.items() if isinstance(value, Mapping)
+    }
+    return {**learned, **statistics, **both}
+
+
+def _filtered(heads: Mapping[str, Any], *, statistics: bool) -> Heads:
+    return {
+        name: _filtered(value, statistics=statistics) if isinstance(value, Mapping) else value
+        for name, value in heads.items()
+        if isinstance(value, Mapping) or (name.rpartition(".")[2] in STATISTICS) == statistics
+    }
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What every head has said so far, by patch.
+
+    Attributes:
+        logits: Class scores, by the blocks before the head; meaningless where it has read nothing.
+        read: Which patches each has read.
+        masks: Masks and presence, if the heads are mask heads.
+        last: Of every patch, and of every image, what the last mask head said that read it, as constants.
+        statistics: What batch norms have learned.
+    """
+
+    logits: dict[int, Float[Array, "images places classes"]]
+    read: dict[int, Bool[Array, "images places"]]
+    masks: dict[int, Masks]
+    last: Masks | None
+    statistics: Heads
+
+
+register(_Kept, leaves=tuple(field.name for field in dataclasses.fields(_Kept)))
+
+
+class _StagedRun(Run):
+    def read(self, after: int, patches: Array, valid: Array | None = None) -> Reading:
+        model = self.model
+        if not isinstance(model.head_plan, FCN) or (after == model.depth and model.head is not None):
+            return super().read(after, patches, valid)
+        weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
+        valid = jnp.ones(patches.shape[:2], dtype=bool) if valid is None else valid
+        logits, statistics = read_in_training(model.head_plan, weights, patches, valid)
+        return Reading(logits, statistics=statistics)
+
+    def staged(self, state: State) -> Stages:
+        depth, kept = self.model.depth, state.kept
+        if state.ledger is None or self.feature is not None:
+            state, reading = self.rejoined(state)
+            everywhere = jnp.ones(reading.logits.shape[:2], dtype=bool)
+            kept = self._blank(reading) if kept is None else kept
+            kept = self._with(kept, depth, reading, reading.logits, everywhere, reading.masks)
+            output = self.output(state, reading.logits)
+        else:
+            output = self.closed(state)
+        settled = lax.stop_gradient(output.logits)
+        logits = {after: on_grid(said, state.grid) for after, said in kept.logits.items()}
+        read = {after: on_grid(which[..., None], state.grid)[..., 0] for after, which in kept.read.items()}
+        masks = {
+            after: MaskMaps(on_grid(said.mask_logits, state.grid), said.presence_logits)
+            for after, said in kept.masks.items()
+        }
+        return Stages(
+            output=output,
+            logits={after: jnp.where(read[after].any(), said, settled) for after, said in logits.items()},
+            read=read,
+            masks=masks if self.model.gives_masks else None,
+            statistics=kept.statistics,
+        )
+
+    def _settled(self, state: State, selection: Selection, leave: Array, reading: Reading, depth: int) -> State:
+        assert state.ledger is not None
+        kept = self._blank(reading) if state.kept is None else state.kept
+        everyone = tokens.scatter(reading.logits, selection, into=state.ledger.logits)
+        masks = None
+        if reading.masks is not None:
+            masks = joined(kept.last, selection, reading.masks)
+            if isinstance(self.plan.carry, MaskPrediction):
+                everyone = log_scores(masks.mask_logits, masks.presence_logits[:, None])
+        kept = self._with(kept, depth, reading, everyone, selection.running, masks)
+        # A prediction that has frozen is a constant to later losses.
+        constant = jax.tree.map(lax.stop_gradient, reading)
+        return super()._settled(dataclasses.replace(state, kept=kept), selection, leave, constant, depth)
+
+    def _blank(self, reading: Reading) -> _Kept:
+        """Nothing read yet, with a place for every head, so that all stages have one structure."""
+        heads = (*self.plan.after, self.model.depth)
+        masks = None if reading.masks is None else Masks(*map(jnp.zeros_like, reading.masks))
+        return _Kept(
+            logits=dict.fromkeys(heads, jnp.zeros_like(reading.logits)),
+            read=dict.fromkeys(heads, jnp.zeros_like(reading.logits[..., 0], dtype=bool)),
+            masks={} if masks is None else dict.fromkeys(heads, masks),
+            last=masks,
+            statistics=split(self.heads)[1],
+        )
+
+    def _with(
+        self, kept: _Kept, after: int, reading: Reading, logits: Array, read: Array, masks: Masks | None
+    ) -> _Kept:
+        """The same, and what one more head has said."""
+        statistics = kept.statistics
+        if reading.statistics is not None and after == self.model.depth:
+            statistics = {**statistics, "head": reading.statistics}
+        elif reading.statistics is not None:
+            statistics = {**statistics, "exit_heads": {**statistics["exit_heads"], str(after): reading.statistics}}
+        return _Kept(
+            logits=kept.logits | {after: logits},
+            read=kept.read | {after: read},
+            masks=kept.masks if masks is None else kept.masks | {after: masks},
+            last=kept.last if masks is None else jax.tree.map(lax.stop_gradient, masks),
+            statistics=statistics,
+        )
+
+
+def pixel_cross_entropy(
+    logits: Float[Array, "images grid_height grid_width classes"],
+    label: Integer[Array, "images height width"],
+    /,
+    *,
+    ignore: int = -100,
+) -> Float[Array, ""]:
+    """Cross-entropy of upsampled logits, the mean over labelled pixels; zero, and not NaN, if there are none.
+
+    Args:
+        logits: Class scores of the patches; upsampled to the labels bilinearly, in float32.
+        label: Class of each pixel. Every second row and column (`label[:, ::2, ::2]`) does nearly as well at a quarter
+            of the work.
+        ignore: Label of pixels that do not count; -100, as PyTorch has it, unless said otherwise. Many masks use 255.
+
+    Returns:
+        The loss. It is NaN if a label is neither a class nor `ignore`, where a compiled function cannot raise.
+
+    Raises:
+        TokenExitError: If the labels are no whole numbers of shape (images, height, width), or one of them is neither a
+            class nor `ignore`.
+    """
+    known, unclear = _labels(label, logits.shape, ignore)
+    scores = jax.nn.log_softmax(_upsampled(logits, label.shape[1:]), axis=-1)
+    own = jnp.take_along_axis(scores, jnp.where(known, label, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.where(known, own, 0).sum() / jnp.maximum(known.sum(), 1) + unclear
+
+
+def distillation(
+    logits: Float[Array, "images grid_height grid_width classes"],
+    teacher: Float[Array, "images height width classes"],
+    /,
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, ""]:
+    """Divergence of upsampled predictions from a teacher's: KL(teacher || student), the mean over pixels.
+
+    The dense network is the natural teacher: no labels are needed, and what it is sure of stays as it is.
+
+    Args:
+        logits: Class scores of the patches; upsampled to the size of the teacher's bilinearly, in float32.
+        teacher: The teacher's class scores, constants here; upsampled, for the boundaries between patches are where
+            students differ.
+        temperature: Divides both, and its square scales the result.
+
+    Returns:
+        The loss.
+
+    Raises:
+        TokenExitError: If the temperature is not positive, or the teacher's images or classes are others.
+    """
+    require(temperature > 0, "temperature", "be positive", temperature)
+    images, classes = logits.shape[0], logits.shape[-1]
+    same = teacher.ndim == 4 and (teacher.shape[0], teacher.shape[-1]) == (images, classes)
+    got = f"shape {teacher.shape}"
+    require(same, "teacher", f"be class scores of shape ({images}, height, width, {classes})", got)
+    student = jax.nn.log_softmax(_upsampled(logits, teacher.shape[1:3]) / temperature, axis=-1)
+    constant = jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    wish = jax.nn.log_softmax(constant / temperature, axis=-1)
+    pixels = teacher.shape[0] * teacher.shape[1] * teacher.shape[2]
+    return (jnp.exp(wish) * (wish - student)).sum() * temperature**2 / max(pixels, 1)
+
+
+def mask_loss(
+    maps: MaskMaps,
+    label: Integer[Array, "images height width"],
+    /,
+    *,
+    ignore: int = -100,
+    presence: float = 1.0,
+    focal: float = 20.0,
+    dice: float = 1.0,
+    absent: float = 0.1,
+) -> Float[Array, ""]:
+    """What a mask head is trained with (SegViT, NeurIPS 2022, section 3): presence of classes, and their masks.
+
+    Presence has a cross-entropy over all classes of all images with any labelled pixel. Masks have a focal loss
+    (alpha 0.25, gamma 2) and a dice loss, each the mean over the classes present in their images; pixels without a
+    label do not count. Zero, and not NaN, if no pixel is labelled.
+
+    Args:
+        maps: Masks and presence of one head; masks are upsampled to the labels bilinearly, in float32.
+        label: Class of each pixel. Those of an image are what is taken to be present in it.
+        ignore: Label of pixels that do not count.
+        presence: Weight of the cross-entropy. Published: 1.
+        focal: Weight of the focal loss. Published: 20.
+        dice: Weight of the dice loss. Published: 1.
+        absent: Weight of a class that is not in the image, in the cross-entropy. Published: 0.1.
+
+    Returns:
+        The loss. It is NaN if a label is neither a class nor `ignore`, where a compiled function cannot raise.
+
+    Raises:
+        TokenExitError: If the labels are no whole numbers of shape (images, height, width), or one of them is neither a
+            class nor `ignore`.
+    """
+    known, unclear = _labels(label, maps.mask_logits.shape, ignore)
+    classes = jnp.arange(maps.presence_logits.shape[1])
+    target = known[..., None] & (label[..., None] == classes)
+    there = target.any(axis=(1, 2))
+    weight = jnp.where(there, 1.0, absent) * known.any(axis=(1, 2))[:, None]
+    wrong = (weight * _entropy(maps.presence_logits.astype(jnp.float32), there)).sum()
+    # Masks of absent classes are computed as well, and count for nothing: how many there are is not known beforehand.
+    logits, counts = _upsampled(maps.mask_logits, label.shape[1:]), known[..., None]
+    pixels = jnp.maximum(counts.sum(axis=(1, 2)), 1)
+    focal_loss = jnp.where(there, (_focal(logits, target) * counts).sum(axis=(1, 2)) / pixels, 0).sum()
+    dice_loss = jnp.where(there, _dice(jax.nn.sigmoid(logits) * counts, target), 0).sum()
+    masks = jnp.maximum(there.sum(), 1)
+    presence_loss = presence * wrong / jnp.maximum(weight.sum(), 1e-6)
+    return presence_loss + (focal * focal_loss + dice * dice_loss) / masks + unclear
+
+
+def _entropy(logits: Array, target: Bool[Array, "..."]) -> Array:
+    return -jnp.where(target, jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits))
+
+
+def _focal(logits: Array, target: Bool[Array, "..."]) -> Array:
+    missed = jax.nn.sigmoid(jnp.where(target, -logits, logits))
+    return jnp.where(target, 0.25, 0.75) * jnp.square(missed) * _entropy(logits, target)
+
+
+def _dice(probability: Array, target: Bool[Array, "..."]) -> Float[Array, "images classes"]:
+    both = jnp.where(target, probability, 0).sum(axis=(1, 2))
+    return 1 - (2 * both + 1) / (probability.sum(axis=(1, 2)) + target.sum(axis=(1, 2)) + 1)
+
+
+def _labels(label: Array, shape: tuple[int, ...], ignore: int) -> tuple[Bool[Array, "..."], Float[Array, ""]]:
+    """Which pixels are labelled, and what to add to a loss: 0, or NaN if a label is no class."""
+    whole = jnp.issubdtype(label.dtype, jnp.integer)
+    got = f"{label.dtype} of shape {label.shape}"
+    fits = whole and label.ndim == 3 and label.shape[0] == shape[0]
+    require(fits, "label", f"be whole numbers of shape ({shape[0]}, height, width)", got)
+    known = label != ignore
+    others = known & ((label < 0) | (label >= shape[-1]))
+    unclear = others.any()
+    if not isinstance(unclear, Tracer) and unclear:
+        found = label[others]
+        rule = f"be classes from 0 to {shape[-1] - 1}, or {ignore} to be ignored"
+        require(False, "label", rule, f"{int(found.min())} to {int(found.max())}")
+    return known & ~others, jnp.where(unclear, jnp.nan, 0.0)
+
+
+def _upsampled(logits: Float[Array, "images rows columns classes"], size: tuple[int, ...]) -> Array:
+    shape = (logits.shape[0], *size, logits.shape[3])
+    return jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)

@@ -1,0 +1,180 @@
+"""`wrap`: exits for a vision transformer of pure functions. `check`: whether these keep their word."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Float
+
+from tokenexit.errors import require
+from tokenexit.heads import ATM, MLP, HeadPlan
+from tokenexit.schedule import Schedule, neighbours
+from tokenexit_jax._passing import embed
+from tokenexit_jax.networks import Embedded, Network, Params
+from tokenexit_jax.running import ExitingModel, checked
+
+__all__ = ["check", "wrap"]  # the name of a type is offered by the package
+
+Capacities = tuple[float, ...] | Mapping[int, tuple[float, ...]]
+"""Buckets: fractions of the slots of an image, for all exits or for each block with an exit head."""
+
+
+def wrap(
+    network: Network,
+    schedule: Schedule = neighbours(),
+    /,
+    *,
+    classes: int,
+    exit_heads: HeadPlan = MLP(),
+    head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
+    capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
+) -> ExitingModel:
+    """Let the tokens of a vision transformer leave early.
+
+    It makes no weights: `ExitingModel.init` does, for the heads. Run `check` once with your parameters.
+
+    Args:
+        network: The network, as pure functions.
+        schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
+            exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
+        classes: Class count.
+        exit_heads: A plan for the exit heads, and for the final head if none is given.
+        head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
+            parameters of the network. None builds one from the plan.
+        capacities: Buckets, as fractions of the slots of an image: what runs on after an exit is held by the smallest
+            bucket that holds the fullest image. For all exits, or for each block with an exit head. A single one is a
+            fixed budget, with one static shape. If the greatest is less than 1, the most confident tokens that it has
+            no room for leave as well, and are counted in `Output.overflow`.
+
+    Returns:
+        The model with exits.
+
+    Raises:
+        TokenExitError: If an argument is not what it should be, or an exit lies outside of the network.
+    """
+    require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
+    whole = isinstance(classes, int) and not isinstance(classes, bool) and classes >= 1
+    require(whole, "classes", "be a whole number from 1 up", repr(classes))
+    require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
+    require(head is None or callable(head), "head", "be None or a function", repr(head))
+    alike = head is None or not isinstance(exit_heads, ATM)
+    require(alike, "head", "be None beside mask heads, for the scores of one image must compare", repr(head))
+    after = schedule.after
+    of_block = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
+    rule = f"be fractions for all exits, or for each of the blocks {after}"
+    require(sorted(of_block) == list(after), "capacities", rule, repr(capacities))
+    buckets = tuple(_fractions(of_block[block]) for block in after)
+    model = ExitingModel(network, classes, after, exit_heads, head, buckets, schedule)
+    checked(model, schedule)
+    return model
+
+
+def check(
+    model: ExitingModel,
+    params: Params,
+    images: Array,
+    /,
+    *,
+    dense: Callable[[Params, Array], Float[Array, "images slots width"]] | None = None,
+) -> None:
+    """See that the parts of a network do what the runner counts on; run it once, when parameters are there.
+
+    That the blocks in turn are the dense network; that a block keeps images apart, treats its tokens as a set, whose
+    places it knows from their positions alone, does not attend to an entry that holds no token, and attends as often as
+    it should to one that stands for several; that finishing and your own head work on each token by itself.
+
+    Args:
+        model: The wrapped model.
+        params: Parameters of the network.
+        images: A few images, or noise of their shape.
+        dense: The network's own forward up to its final norm, all tokens included, if there is one: what `embed`, the
+            blocks and `finish` together are compared with.
+
+    Raises:
+        TokenExitError: If something does not hold, with the part that it is about.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    network = model.network
+    known = embed(network, params, images)
+    batch = known.tokens
+    if dense is not None:
+        finished = network.finish(params, _through(network, params, known))
+        _require_close(finished, dense(params, images), "network", "give the same tokens as `dense`")
+    for index in range(network.depth):
+        _check_block(network, index, params, known)
+    _require_token_wise(lambda some: network.finish(params, some), batch, "network.finish")
+    if model.head is not None:
+        head = model.head
+        logits = _require_token_wise(lambda some: head(params, some), network.finish(params, batch), "head")
+        require(logits.shape[-1] == model.classes, "head", f"give {model.classes} classes", logits.shape[-1])
+
+
+def _check_block(network: Network, index: int, params: Params, known: Embedded) -> None:
+    """Run one block on entries drawn from its tokens; in two shapes only, so that little is compiled."""
+    slots, argument = known.tokens.shape[1], f"network.blocks[{index}]"
+    half = (slots + 1) // 2
+    entries = max(slots, half + 1)
+    images = jnp.asarray([[0], [known.tokens.shape[0] - 1]])
+
+    def run(slot: Array, counts: Array) -> Array:
+        own = None if known.positions is None else jnp.take(known.positions, slot, axis=0)
+        given = known.tokens[images, slot]
+        found = network.blocks[index](params, given, jnp.broadcast_to(counts, slot.shape), own)
+        shape = getattr(found, "shape", type(found).__name__)
+        require(shape == given.shape, argument, f"give tokens of shape {given.shape}", f"{shape}")
+        return found
+
+    # The tokens of one image, and some others of another.
+    few = jnp.stack([jnp.arange(half), slots - 1 - jnp.arange(half)])
+    ones = jnp.ones(half, dtype=jnp.float32)
+    alone = run(few, ones)
+    other = run(few.at[1].set(few[0]), ones)
+    _require_close(other[:1], alone[:1], argument, "treat each image by itself")
+    rule = "treat tokens as a set, and know their places from `positions` alone"
+    _require_close(run(few[:, ::-1], ones)[:, ::-1], alone, argument, rule)
+    held = jnp.pad(ones, (0, entries - half))
+    for filling in (0, slots - 1):
+        padded = run(jnp.pad(few, ((0, 0), (0, entries - half)), constant_values=filling), held)
+        _require_close(padded[:, :half], alone, argument, "attend to no entry whose `counts` is 0")
+    first = jnp.concatenate([few, jnp.broadcast_to(few[:, :1], (2, entries - half))], axis=1)
+    once, twice = run(first, held.at[0].set(2)), run(first, held.at[half].set(1))
+    _require_close(once[:, :half], twice[:, :half], argument, "attend to an entry as often as `counts` says")
+
+
+def _fractions(given: Any) -> tuple[float, ...]:
+    numbers = isinstance(given, tuple) and len(given) > 0
+    numbers = numbers and all(isinstance(one, int | float) and not isinstance(one, bool) for one in given)
+    ok = numbers and all(0 < one <= 1 for one in given)
+    require(ok, "capacities", "be one or more fractions, greater than 0 and at most 1", repr(given))
+    return tuple(sorted({float(one) for one in given}))
+
+
+def _through(network: Network, params: Params, known: Embedded) -> Array:
+    batch, positions = known.tokens, known.positions
+    counts = jnp.ones(batch.shape[:2], dtype=jnp.float32)
+    if positions is not None:
+        positions = jnp.broadcast_to(positions, (batch.shape[0], *positions.shape))
+    for block in network.blocks:
+        batch = block(params, batch, counts, positions)
+    return batch
+
+
+def _require_token_wise(function: Callable[[Array], Array], batch: Array, argument: str) -> Array:
+    every, few = function(batch), function(batch[:, ::2])
+    require(every.shape[:2] == batch.shape[:2], argument, f"keep the axes {batch.shape[:2]}", f"{every.shape}")
+    _require_close(every[:, ::2], few, argument, "treat each token by itself")
+    return every
+
+
+def _require_close(found: Array, wanted: Array, argument: str, rule: str) -> None:
+    """Compare channel by channel, as some channels of a ViT are hundreds of times larger than the others."""
+    require(found.shape == wanted.shape, argument, rule, f"shape {found.shape} instead of {wanted.shape}")
+    tolerance = 5e-3 if jnp.finfo(wanted.dtype).bits >= 32 else 1e-1
+    found, wanted = (x.reshape(-1, x.shape[-1]).astype(jnp.float32) for x in (found, wanted))
+    size = jnp.sqrt(jnp.square(wanted).mean(axis=0))
+    gap = jnp.sqrt(jnp.square(found - wanted).mean(axis=0))
+    relative = gap / (size + 0.01 * jnp.median(size) + jnp.finfo(jnp.float32).tiny)
+    worst = float(jnp.nan_to_num(relative, nan=jnp.inf).max())
+    require(worst <= tolerance, argument, rule, f"a difference of {worst:.3g} of a channel's size")

@@ -1,0 +1,167 @@
+"""The networks of the PyTorch tests as pure functions in JAX, on the same weights."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import torch
+from einops import rearrange
+from jax import numpy as jnp
+
+import tokenexit_jax as tej
+import tokenexit_torch as tet
+from tests.jax.parity import from_torch
+from tests.torch import models
+from tests.torch.test_masks import lively
+from tokenexit import schedule
+from tokenexit.heads import ATM, MLP
+
+CLASSES = models.CLASSES
+SIZE = (32, 40)
+PATCH = 8
+
+
+def norm(params, name, x, epsilon=1e-6):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
+    return (scaled * params[f"{name}.weight"] + params[f"{name}.bias"]).astype(x.dtype)
+
+
+def norm_of(name, epsilon, params, x):
+    return norm(params, name, x, epsilon)
+
+
+def linear(params, name, x):
+    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+
+
+def patches_of(params, name, images):
+    """A patch embedding as a product; images have their channels last."""
+    kernel = params[f"{name}.weight"]
+    cut = rearrange(images, "n (gh p) (gw q) c -> n (gh gw) (c p q)", p=PATCH, q=PATCH)
+    return cut @ kernel.reshape(kernel.shape[0], -1).T + params[f"{name}.bias"]
+
+
+def grid_of(images):
+    return images.shape[1] // PATCH, images.shape[2] // PATCH
+
+
+@functools.cache
+def timm_network(heads=3, prefix=1, depth=5):
+    """A timm `VisionTransformer`, whose parameters are its `state_dict`."""
+
+    def embed(params, images):
+        tokens = patches_of(params, "patch_embed.proj", images)
+        first = [params[name] for name in ("cls_token", "reg_token") if name in params]
+        first = [jnp.broadcast_to(one, (len(tokens), *one.shape[1:])) for one in first]
+        tokens = jnp.concatenate([*first, tokens], axis=1) + params["pos_embed"]
+        return tej.Embedded(tokens, prefix, grid_of(images))
+
+    def block(params, tokens, counts, positions, index):
+        name = f"blocks.{index}"
+        qkv = linear(params, f"{name}.attn.qkv", norm(params, f"{name}.norm1", tokens))
+        q, k, v = rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=heads)
+        mixed = rearrange(tej.attend(q, k, v, counts), "n t h d -> n t (h d)")
+        tokens = tokens + linear(params, f"{name}.attn.proj", mixed)
+        hidden = linear(params, f"{name}.mlp.fc1", norm(params, f"{name}.norm2", tokens))
+        return tokens + linear(params, f"{name}.mlp.fc2", jax.nn.gelu(hidden, approximate=False))
+
+    blocks = tuple(functools.partial(block, index=index) for index in range(depth))
+    return tej.Network(embed, blocks, functools.partial(norm_of, "norm", 1e-6), 48)
+
+
+@functools.cache
+def plain_network(heads=2, depth=5, placed=False):
+    """The demo's own ViT, without prefix tokens; `placed` adds something that belongs to each place in every block."""
+
+    def embed(params, images):
+        from examples.scenes.vit import positions
+
+        grid = grid_of(images)
+        table = jnp.asarray(positions(grid, 32).numpy())
+        slots = jnp.arange(grid[0] * grid[1])
+        travelling = jnp.sin(slots[:, None] * jnp.arange(1, 33)) if placed else None
+        tokens = patches_of(params, "patches", images)
+        return tej.Embedded(tokens + table.astype(tokens.dtype), 0, grid, travelling)
+
+    def block(params, tokens, counts, positions, index):
+        name = f"blocks.{index}"
+        tokens = tokens if positions is None else tokens + positions
+        qkv = linear(params, f"{name}.attention.qkv", norm(params, f"{name}.norm1", tokens, 1e-5))
+        q, k, v = rearrange(qkv, "n t (three h d) -> three n t h d", three=3, h=heads)
+        mixed = rearrange(tej.attend(q, k, v, counts), "n t h d -> n t (h d)")
+        tokens = tokens + linear(params, f"{name}.attention.out", mixed)
+        hidden = linear(params, f"{name}.mlp.0", norm(params, f"{name}.norm2", tokens, 1e-5))
+        return tokens + linear(params, f"{name}.mlp.2", jax.nn.gelu(hidden, approximate=False))
+
+    blocks = tuple(functools.partial(block, index=index) for index in range(depth))
+    return tej.Network(embed, blocks, functools.partial(norm_of, "norm", 1e-5), 32)
+
+
+def heads_of(model):
+    """The heads of a PyTorch model that is wrapped."""
+    exit_heads = {after: from_torch(head) for after, head in model.exit_heads.items()}
+    return {"exit_heads": exit_heads, "head": from_torch(model.head)}
+
+
+def images_of(images):
+    """Images with their channels last."""
+    return jnp.asarray(np.moveaxis(images.numpy(), 1, -1))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One network in both frameworks, with heads after blocks 2, 3 and 4, on the same weights."""
+
+    theirs: tet.ExitingModel
+    model: tej.ExitingModel
+    params: dict
+    heads: dict
+
+    def wanted(self, plan, images):
+        with torch.no_grad():
+            return self.theirs(images, schedule=plan)
+
+    def found(self, plan, images, **options):
+        return dataclasses.replace(self.model, **options)(self.params, self.heads, images_of(images), plan)
+
+    def every(self, images):
+        return jax.jit(self.model.every_exit)(self.params, self.heads, images_of(images))
+
+    def compiled(self, plan, images):
+        return jax.jit(self.model.compiled)(self.params, self.heads, images_of(images), plan)
+
+
+def stirred(host):
+    """The blocks of the demo's new ViT add nothing; now they do."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in host.module.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return host
+
+
+@functools.cache
+def pair(kind="timm", capacities=(0.5, 1.0)):
+    declared = schedule.dense(after=(2, 3, 4))
+    host, network = {
+        "timm": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
+        "timm, registers": lambda: (models.timm_vit(depth=5, size=SIZE, prefix=3), timm_network(prefix=3)),
+        "plain": lambda: (stirred(models.plain_host(depth=5)), plain_network()),
+        "placed": lambda: (stirred(models.Placed()), plain_network(depth=6, placed=True)),
+        "masks": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
+    }[kind]()
+    if kind == "masks":
+        plan = ATM(layers=1, attention_heads=2)
+        torch.manual_seed(1)
+        theirs = tet.wrap(host, declared, num_classes=CLASSES, exit_heads=plan).eval()
+        for head in [*theirs.exit_heads.values(), theirs.head]:
+            lively(head)
+    else:
+        plan, theirs = MLP(), models.wrapped(host, declared)
+    model = tej.wrap(network, declared, classes=CLASSES, exit_heads=plan, capacities=capacities)
+    return Pair(theirs, model, from_torch(theirs.model), heads_of(theirs))

@@ -1,0 +1,129 @@
+"""Exits saved by one adapter are read by the other, weights and plan."""
+
+import json
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tokenexit_jax as tej
+import tokenexit_torch as tet
+from tests.jax import networks
+from tests.jax.networks import heads_of, pair
+from tests.torch import models
+from tokenexit import TokenExitError, heads, schedule
+
+PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4, per_class=1)
+PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.ATM(1, 2))
+
+
+def vit():
+    return pair("timm").theirs.model
+
+
+def exact(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=[type(plan).__name__ for plan in PLANS])
+def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path):
+    network = networks.timm_network()
+    model = tej.wrap(network, schedule.dtop(after=(2, 4), threshold=0.7), classes=5, exit_heads=plan)
+    weights = model.init(jax.random.key(3))
+    tej.save(model, weights, tmp_path / "jax")
+    theirs = tet.load(tmp_path / "jax", vit())
+    assert theirs.schedule == model.schedule
+    exact(heads_of(theirs), weights)
+    tet.save(theirs, tmp_path / "torch")
+    again, read = tej.load(tmp_path / "torch", network)
+    assert again == model
+    exact(read, weights)
+    assert (tmp_path / "torch/exits.json").read_text() == (tmp_path / "jax/exits.json").read_text()
+    files = (load_file(tmp_path / name / "exits.safetensors") for name in ("jax", "torch"))
+    assert len({frozenset((name, tuple(value.shape)) for name, value in file.items()) for file in files}) == 1
+
+
+def test_what_comes_back_decides_as_before(tmp_path):
+    both, images = pair("timm"), models.images(2, networks.SIZE)
+    both.theirs.retune(PLAN)
+    tet.save(both.theirs, tmp_path)
+    both.theirs.retune(schedule.dense())
+    model, weights = tej.load(tmp_path, both.model.network, capacities=(0.5, 1.0))
+    assert model.after == (2, 3, 4)
+    exact(weights, both.heads)
+    with torch.no_grad():
+        wanted = both.theirs(images, schedule=PLAN)
+    found = model(both.params, weights, networks.images_of(images))
+    np.testing.assert_array_equal(found.exit_depth, wanted.exit_depth)
+
+
+def test_a_final_head_of_ones_own_is_given_again(tmp_path):
+    network, head = networks.timm_network(), lambda params, tokens: tokens[..., :5]
+    model = tej.wrap(network, PLAN, classes=5, head=head)
+    weights = model.init(jax.random.key(0))
+    tej.save(model, weights, tmp_path)
+    again, read = tej.load(tmp_path, network, head=head)
+    assert again == model
+    exact(read, weights)
+    with pytest.raises(TokenExitError, match="`head` must be given exactly if the exits were saved without a final"):
+        tej.load(tmp_path, network)
+
+
+def test_thresholds_that_are_arrays_are_written_as_numbers(tmp_path):
+    model = tej.wrap(networks.timm_network(), PLAN, classes=5).retuned(threshold=jax.numpy.float32(0.25))
+    tej.save(model, model.init(jax.random.key(0)), tmp_path)
+    assert tej.load(tmp_path, networks.timm_network())[0].schedule == PLAN.with_threshold(0.25)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tej.wrap(networks.timm_network(), PLAN, classes=5)
+    tej.save(model, model.init(jax.random.key(0)), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 99}, "`schema` must be 1, got 99"),
+        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, atm, got 'os.system'"),
+        ({"plan": None}, "`folder` must hold heads built from a plan"),
+        ({"classes": 10**6}, "`folder` must hold weights of the heads"),
+        ({"width": 47}, "`network` must have width 47, as the saved exits, got 48"),
+        ({"depth": 12}, "`network` must have depth 12, as the saved exits, got 5"),
+        ({"plan": {"kind": "mlp", "hidden": 9}}, r"`folder` must hold weights of the heads .*instead of \(9, 48\)"),
+    ],
+)
+def test_a_bad_plan_is_a_clear_error(saved, changes, message):
+    data = json.loads((saved / "exits.json").read_text())
+    (saved / "exits.json").write_text(json.dumps(data | changes))
+    with pytest.raises(TokenExitError, match=message):
+        tej.load(saved, networks.timm_network())
+
+
+def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (saved / "exits.safetensors").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.safetensors"):
+        tej.load(saved, networks.timm_network())
+    assert not (tmp_path / "ran").exists()
+    (saved / "exits.safetensors").unlink()
+    with pytest.raises(TokenExitError, match="`folder` must hold the files exits.json and exits.safetensors, got "):
+        tej.load(saved, networks.timm_network())
+
+
+def test_weights_of_other_heads_are_not_written(tmp_path):
+    model = tej.wrap(networks.timm_network(), PLAN, classes=5)
+    others = tej.wrap(networks.timm_network(), PLAN, classes=4).init(jax.random.key(0))
+    with pytest.raises(TokenExitError, match=r"`heads` must be of the model, got .*: \(4,\) instead of \(5,\)"):
+        tej.save(model, others, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

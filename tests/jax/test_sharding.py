@@ -1,0 +1,88 @@
+"""Many devices, and batches of any size: in processes of their own, for devices are counted when JAX starts."""
+
+import os
+import subprocess
+import sys
+
+SETTING = """
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import tokenexit_jax as tej
+from tests.jax import networks
+from tests.torch import models
+from tokenexit import schedule
+
+params = networks.pair("plain").params
+plan = schedule.neighbours(radius={1: 0}, threshold=0.5, per_class=1)
+model = tej.wrap(networks.plain_network(depth=2), plan, classes=4, capacities=(0.5, 1.0))
+heads = model.init(jax.random.key(0))
+for head in (heads["exit_heads"]["1"], heads["head"]):
+    head["3.weight"] = head["3.weight"] * 40
+images = networks.images_of(models.images(4, networks.SIZE))
+
+def same(found, wanted):
+    np.testing.assert_array_equal(found.exit_depth, wanted.exit_depth)
+    np.testing.assert_array_equal(found.tokens_per_block, wanted.tokens_per_block)
+    np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+
+# So that some images need the greater bucket, and others do not.
+certain = np.asarray(jax.nn.softmax(jax.jit(model.every_exit)(params, heads, images)[1]).max(axis=-1))
+median = np.sort(np.median(certain, axis=(1, 2)))
+threshold = float(median[1:3].mean())
+images = images[np.argsort(np.median(certain, axis=(1, 2)))]
+plan = plan.with_threshold(threshold)
+"""
+
+SHARDED = """
+alone = jax.jit(model.compiled)(params, heads, images, plan)
+assert jax.device_count() == 4
+for devices in (2, 4):
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    specs = (P(), P(), P("data"), P())
+    spread = jax.device_put(images, NamedSharding(mesh, P("data")))
+    program = jax.jit(jax.shard_map(model.compiled, mesh=mesh, in_specs=specs, out_specs=P("data")))
+    found = program(params, heads, spread, plan)
+    same(found, alone)
+    room = np.asarray(found.capacity_per_block)[:, 1]
+    assert set(room.tolist()) == {10, 20}, room
+    assert found.logits.sharding.num_devices == devices
+    text = program.lower(params, heads, spread, plan).compile().as_text()
+    talk = [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
+    assert not talk, talk
+assert set(np.asarray(alone.capacity_per_block)[:, 1].tolist()) == {20}
+"""
+
+EXPORTED = """
+from jax import export
+(images_many,) = export.symbolic_shape("images")
+wide = schedule.neighbours(radius={1: 1}, threshold=0.4, per_class=1).exits[0].policy
+wide = schedule.Schedule((schedule.Exit(1, wide.with_minimum(per_image=3)),), cell=2)
+for plan, counts in ((wide, (1, 4)), (schedule.paumer(keep={1: 0.4}), (4,))):
+    program = jax.jit(lambda images, plan=plan: model.compiled(params, heads, images, plan))
+    shape = jax.ShapeDtypeStruct((images_many, *images.shape[1:]), images.dtype)
+    exported = export.export(program)(shape)
+    wanted = program(images)
+    assert len(np.unique(wanted.exit_depth)) == 2
+    for count in counts:
+        same(exported.call(images[:count]), jax.tree.map(lambda one: one[:count], wanted))
+"""
+
+
+def run(code, *, devices=1, **setting):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **setting}
+    command = [sys.executable, "-c", SETTING + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_each_shard_chooses_its_own_bucket_without_a_word_to_the_others():
+    done = run(SHARDED, devices=4)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_program_for_batches_of_any_size():
+    done = run(EXPORTED, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert done.returncode == 0, done.stderr

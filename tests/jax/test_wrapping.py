@@ -1,0 +1,148 @@
+"""`wrap` refuses what it cannot serve, and `check` finds parts that do not keep their word."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import jax
+import pytest
+from jax import numpy as jnp
+
+import tokenexit_jax as tej
+from tests.jax import networks
+from tests.jax.networks import images_of, pair
+from tests.torch import models
+from tokenexit import TokenExitError, schedule
+from tokenexit.heads import ATM
+from tokenexit.policies import Policy
+from tokenexit.schedule import Exit, Schedule
+
+IMAGES = images_of(models.images(2, networks.SIZE))
+
+
+def broken(**changes):
+    """A network of which the second block, or another part, is not what it should be."""
+    network = networks.plain_network(depth=2, placed=True)
+    block = changes.pop("block", None)
+    if block is not None:
+        changes["blocks"] = (network.blocks[0], lambda *given: block(network.blocks[1], *given))
+    return tej.wrap(dataclasses.replace(network, **changes), schedule.dense(after=(1,)), classes=5)
+
+
+def params():
+    return pair("plain").params
+
+
+@pytest.mark.parametrize("kind", ["timm, registers", "plain", "placed"])
+def test_networks_that_keep_their_word_pass(kind):
+    both = pair(kind)
+    tej.check(both.model, both.params, IMAGES)
+
+
+def test_the_blocks_are_compared_with_the_network_as_a_whole():
+    both = pair("timm")
+
+    def dense(params, images):
+        every = both.model.network
+        embedded = every.embed(params, images)
+        tokens = embedded.tokens
+        for block in every.blocks:
+            tokens = block(params, tokens, jnp.ones(tokens.shape[:2]), None)
+        return every.finish(params, tokens)
+
+    tej.check(both.model, both.params, IMAGES, dense=dense)
+    with pytest.raises(TokenExitError, match="`network` must give the same tokens as `dense`"):
+        tej.check(both.model, both.params, IMAGES, dense=lambda *given: 1.1 * dense(*given))
+
+
+BLOCK = "`network.blocks[1]` must "
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"block": lambda run, p, x, c, at: run(p, x, jnp.ones_like(c), at)}, BLOCK + "attend to no entry whose `counts` is 0"),
+    ({"block": lambda run, p, x, c, at: run(p, x, jnp.minimum(c, 1), at)}, BLOCK + "attend to an entry as often as `counts`"),
+    ({"block": lambda run, p, x, c, at: run(p, x + jnp.arange(x.shape[1])[:, None], c, at)}, BLOCK + "treat tokens as a set"),
+    ({"block": lambda run, p, x, c, at: run(p, x + x.mean(axis=0), c, at)}, BLOCK + "treat each image by itself"),
+    ({"block": lambda run, p, x, c, at: run(p, x, c, at)[..., :8]}, BLOCK + "give tokens of shape (2, 10, 32), got (2, 10, 8)"),
+    ({"block": lambda run, p, x, c, at: run(p, x, c, at) * jnp.nan}, BLOCK),
+    ({"finish": lambda p, x: x - x.mean(axis=1, keepdims=True)}, "`network.finish` must treat each token by itself"),
+    ({"width": 31}, "`network.width` must be the 32 channels of its tokens, got 31"),
+    ({"embed": lambda p, x: tej.Embedded(jnp.ones((2, 20, 32)), 1, (4, 5))}, "`network.embed` must give 1 prefix tokens and a grid of 4 x 5, got 20 tokens"),
+    ({"embed": lambda p, x: tej.Embedded(jnp.ones((2, 20, 32)), 0, (4, 5), jnp.ones(3))}, "`network.embed` must give positions for 20 slots, got shape (3,)"),
+])  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
+def test_a_part_that_does_not_keep_its_word_is_named(changes, message):
+    with pytest.raises(TokenExitError, match=re.escape(message)):
+        tej.check(broken(**changes), params(), IMAGES)
+
+
+def test_a_head_of_ones_own_reads_each_token_by_itself_and_belongs_to_the_network():
+    both = pair("timm")
+
+    def head(params, tokens):
+        return tokens @ params["blocks.0.attn.proj.weight"][:, :5]
+
+    own = tej.wrap(both.model.network, schedule.truncated(after=2), classes=5, head=head)
+    tej.check(own, both.params, IMAGES)
+    heads = own.init(jax.random.key(1))
+    assert [*heads] == ["exit_heads"]
+    assert own.every_exit(both.params, heads, IMAGES)[5].shape == (2, 4, 5, 5)
+    assert own.cost(both.params, IMAGES).head.per_token == 48 * 5
+    mixing = dataclasses.replace(own, head=lambda params, x: head(params, x - x.mean(axis=1, keepdims=True)))
+    with pytest.raises(TokenExitError, match="`head` must treat each token by itself"):
+        tej.check(mixing, both.params, IMAGES)
+    with pytest.raises(TokenExitError, match="`head` must give 4 classes, got 5"):
+        tej.check(dataclasses.replace(own, classes=4), both.params, IMAGES)
+
+
+def test_heads_are_random_and_differ():
+    model = tej.wrap(networks.timm_network(), schedule.dtop(after=(1, 2)), classes=5)
+    heads = model.init(jax.random.key(0))
+    assert sorted(heads) == ["exit_heads", "head"]
+    first, second = (heads["exit_heads"][after]["1.weight"] for after in ("1", "2"))
+    assert not jnp.array_equal(first, second)
+    assert not jnp.array_equal(first, heads["head"]["1.weight"])
+
+
+@dataclass(frozen=True)
+class Foreign(Policy):
+    def leaves(self, evidence):
+        return evidence.label == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("plan", "options", "message"), [
+    ("dtop", {}, "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
+    (schedule.dtop(after=(2, 5)), {}, "`schedule` must have exits after blocks 1 to 4 only, for 5 blocks, got [5]"),
+    (schedule.dense(), {"classes": 0}, "`classes` must be a whole number from 1 up, got 0"),
+    (schedule.dense(), {"exit_heads": {}}, "`exit_heads` must be a plan of tokenexit.heads, got {}"),
+    (schedule.dense(), {"head": 3}, "`head` must be None or a function, got 3"),
+    (schedule.dense(), {"head": len, "exit_heads": ATM()}, "`head` must be None beside mask heads"),
+    (schedule.dtop(after=(2,)), {"capacities": ()}, "`capacities` must be one or more fractions"),
+    (schedule.dtop(after=(2,)), {"capacities": (0.0, 1.0)}, "`capacities` must be one or more fractions, greater than 0"),
+    (schedule.dtop(after=(2,)), {"capacities": {3: (1.0,)}}, "`capacities` must be fractions for all exits, or for each of the blocks (2,)"),
+    (Schedule((Exit(2, Foreign()),)), {}, "`schedule` must have policies that are pytrees (`register`), got [Foreign()]"),
+])  # fmt: skip
+def test_what_cannot_be_wrapped_is_named(plan, options, message):
+    with pytest.raises(TokenExitError, match=re.escape(message)):
+        tej.wrap(networks.timm_network(), plan, **{"classes": 5, **options})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"embed": None}, "`embed` must be a function, got None"),
+    ({"blocks": ()}, "`blocks` must be a tuple of functions, one for each block, got ()"),
+    ({"blocks": [len]}, "`blocks` must be a tuple of functions"),
+    ({"width": 2.0}, "`width` must be a whole number from 1 up, got 2.0"),
+])  # fmt: skip
+def test_what_is_no_network_is_named(changes, message):
+    with pytest.raises(TokenExitError, match=re.escape(message)):
+        dataclasses.replace(networks.timm_network(), **changes)
+    with pytest.raises(TokenExitError, match="`network` must be a tokenexit_jax.Network, got str"):
+        tej.wrap("vit", classes=5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_has_no_price_is_named():
+    with pytest.raises(TokenExitError, match=re.escape("`network.blocks[1]` must attend over 32 channels")):
+        broken(block=lambda run, p, x, c, at: x).cost(params(), IMAGES)
