@@ -40,9 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=2000, help="replays at most")
     parser.add_argument("--cell", type=int, default=3, help="side of the cells; 0 for none")
     parser.add_argument("--per-class", type=int, default=0, help="leavers of each class that stay")
-    parser.add_argument(
-        "--exact", type=int, default=6, help="bands of cost, the best of which is run for real"
-    )
+    parser.add_argument("--exact", type=int, default=6, help="bands of cost, the best of which is run for real")
     parser.add_argument("--drop", type=float, default=0.3, help="mIoU, in points, that the best may lose")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
