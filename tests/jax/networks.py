@@ -135,24 +135,14 @@ class Pair:
         return jax.jit(self.model.compiled)(self.params, self.heads, images_of(images), plan)
 
 
-def stirred(host):
-    """The blocks of the demo's new ViT add nothing; now they do."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in host.module.parameters():
-            if not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    return host
-
-
 @functools.cache
 def pair(kind="timm", capacities=(0.5, 1.0)):
     declared = schedule.dense(after=(2, 3, 4))
     host, network = {
         "timm": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
         "timm, registers": lambda: (models.timm_vit(depth=5, size=SIZE, prefix=3), timm_network(prefix=3)),
-        "plain": lambda: (stirred(models.plain_host(depth=5)), plain_network()),
-        "placed": lambda: (stirred(models.Placed()), plain_network(depth=6, placed=True)),
+        "plain": lambda: (models.plain_host(depth=5), plain_network()),
+        "placed": lambda: (models.Placed(), plain_network(depth=6, placed=True)),
         "masks": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
     }[kind]()
     if kind == "masks":

@@ -73,9 +73,11 @@ def images(count=3, size=(32, 48), seed=0) -> torch.Tensor:
 
 
 def _lively(module: nn.Module) -> nn.Module:
-    """Scale the linear layers up: freshly initialised blocks hardly change their tokens."""
+    """Scale the linear layers up: freshly initialised blocks hardly change their tokens, or not at all."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim == 2 and "blocks" in name:
+                if not parameter.any():
+                    nn.init.trunc_normal_(parameter, std=0.02)
                 parameter.mul_(3)
     return module
