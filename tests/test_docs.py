@@ -144,7 +144,8 @@ def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     import_timm()
     fit = functools.partial(tokenexit_torch.fit_exits, steps=3, patches_per_step=64, progress=iter)
     monkeypatch.setattr(tokenexit_torch, "fit_exits", fit)  # the reader's is longer
-    (code,) = (fence["code"] for fence in _FENCE.finditer((ROOT / "README.md").read_text()) if fence["language"])
+    fences = _FENCE.finditer((ROOT / "README.md").read_text())
+    (code,) = (fence["code"] for fence in fences if fence["language"] == "python")
     with torch.random.fork_rng():
         namespace = {}
         exec(compile(code, "README.md", "exec"), namespace)
