@@ -8,19 +8,21 @@ bucket that holds those of every image. Who leaves, and what is left behind, is 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit import TokenExitError
 from tokenexit.carries import MaskPrediction, Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
+from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy, Threshold
 from tokenexit.schedule import Schedule
 from tokenexit_jax import heads as building
@@ -65,15 +67,18 @@ class ExitingModel(Parts):
             Class scores, exit depth, executed tokens.
 
         Raises:
-            TokenExitError: If the plan does not fit the model, or the network's parts not each other.
+            TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
         plan = _as_arrays(checked(self, self.schedule if schedule is None else schedule))
+        heads = fitting(self, heads)
         # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
         greatest = tuple(fractions[-1:] for fractions in self.capacities)
         model = dataclasses.replace(self, schedule=Schedule(), capacities=greatest)
         state, wanted = _opened(model, params, heads, images, plan)
         for stage in range(stages(self, plan)):
             sizes = self.sizes(plan.active[stage].after, state)
+            if len(sizes) > 1 and isinstance(wanted, Tracer):
+                raise TokenExitError("`model` must be transformed as `model.compiled`, got the model itself")
             entries = sizes[0] if len(sizes) == 1 else int(wanted)
             if entries == 0:
                 break
@@ -97,9 +102,10 @@ class ExitingModel(Parts):
             Class scores, exit depth, executed tokens.
 
         Raises:
-            TokenExitError: If the plan does not fit the model, or the network's parts not each other.
+            TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
-        run = Run(self, params, heads, checked(self, self.schedule if schedule is None else schedule))
+        plan = checked(self, self.schedule if schedule is None else schedule)
+        run = Run(self, params, fitting(self, heads), plan)
         return run.closed(run.through(images))
 
     def init(self, key: Array) -> Heads:
@@ -154,9 +160,9 @@ class ExitingModel(Parts):
             Logits by blocks run; the last entry is the final head's.
 
         Raises:
-            TokenExitError: If the network's parts do not fit each other.
+            TokenExitError: If the weights do not fit the model, or the network's parts not each other.
         """
-        run = Run(self, params, heads, Schedule())
+        run = Run(self, params, fitting(self, heads), Schedule())
         patches, grid = run.patches_after(images)
         return {after: on_grid(run.read(after, rows).logits, grid) for after, rows in patches.items()}
 
@@ -172,10 +178,11 @@ class ExitingModel(Parts):
             Masks and presence by blocks run; the last entry is the final head's.
 
         Raises:
-            TokenExitError: If the heads are no mask heads, or the network's parts do not fit each other.
+            TokenExitError: If the heads are no mask heads, their weights do not fit the model, or the network's parts
+                not each other.
         """
         require(self.gives_masks, "model", "have mask heads", repr(self.head_plan))
-        run = Run(self, params, heads, Schedule())
+        run = Run(self, params, fitting(self, heads), Schedule())
         patches, grid = run.patches_after(images)
         readings = {after: run.read(after, rows).masks for after, rows in patches.items()}
         return {
@@ -283,6 +290,29 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
     rule = f"have exits only after blocks with an exit head, {list(model.after)}"
     require(not headless, "schedule", rule, headless)
     return schedule
+
+
+def fitting(model: ExitingModel, heads: Heads) -> Heads:
+    """The weights of the heads, if they have the names and shapes of the model's. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If they do not.
+    """
+    wanted = _shapes(model.head_plan, model.network.width, model.classes, model.after, model.head is None)
+    found = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(heads)}
+    if found != wanted:
+        names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+        shapes = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
+        raise TokenExitError(f"`heads` must be of the model, as `init` makes them, got {shapes}")
+    return heads
+
+
+@lru_cache
+def _shapes(plan: HeadPlan, width: int, classes: int, after: tuple[int, ...], built: bool) -> dict[str, tuple]:
+    """Shapes of the weights of heads by their places; nothing is allocated."""
+    one = jax.eval_shape(lambda: building.init(plan, jax.random.key(0), width=width, classes=classes))
+    every = {"exit_heads": {str(block): one for block in after}} | ({"head": one} if built else {})
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(every)}
 
 
 def _as_arrays(plan: Schedule) -> Schedule:

@@ -20,7 +20,7 @@ from tokenexit.errors import require
 from tokenexit.manifest import Manifest
 from tokenexit.schedule import dense
 from tokenexit_jax.networks import Heads, Network, Params
-from tokenexit_jax.running import ExitingModel
+from tokenexit_jax.running import ExitingModel, fitting
 from tokenexit_jax.wrapping import Capacities, wrap
 
 __all__ = ["load", "save"]
@@ -45,8 +45,7 @@ def save(model: ExitingModel, heads: Heads, folder: str | Path, /) -> None:
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     text = manifest.to_json(_manifest(model))
-    weights = {name: jnp.asarray(value) for name, value in _named(heads).items()}
-    _require_shapes(_shapes(model), {name: value.shape for name, value in weights.items()}, "heads", "be of the model")
+    weights = {name: jnp.asarray(value) for name, value in _named(fitting(model, heads)).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / _WEIGHTS)

@@ -39,7 +39,7 @@ from tokenexit_jax.masks import MaskMaps, Masks, log_scores
 from tokenexit_jax.networks import Heads, Params
 from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.running import ExitingModel, checked
+from tokenexit_jax.running import ExitingModel, checked, fitting
 
 __all__ = ["Stages", "distillation", "mask_loss", "merge", "pixel_cross_entropy", "split", "staged"]
 
@@ -155,7 +155,7 @@ def staged(
     # Nobody leaves by this policy either, but the runner does not know it, and asks the head.
     nobody = never() & never()
     exits = tuple(Exit(exit.after, nobody) if exit.policy == never() else exit for exit in plan.exits)
-    run = _StagedRun(model, params, heads, dataclasses.replace(plan, exits=exits))
+    run = _StagedRun(model, params, fitting(model, heads), dataclasses.replace(plan, exits=exits))
     return run.staged(run.through(images))
 
 

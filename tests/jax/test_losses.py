@@ -126,8 +126,9 @@ def test_a_label_that_is_no_class_is_named_or_makes_nan_where_nothing_can_be_rai
 
 @each_loss
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("label", [jnp.zeros((2, *SIZE)), jnp.zeros((3, *SIZE), int), jnp.zeros((2, 5), int)])
-def test_labels_are_whole_numbers_for_each_pixel(name, label):
+@pytest.mark.parametrize(("shape", "kind"), [((2, *SIZE), float), ((3, *SIZE), int), ((2, 5), int)])
+def test_labels_are_whole_numbers_for_each_pixel(name, shape, kind):
+    label = jnp.zeros(shape, kind)
     with pytest.raises(TokenExitError, match=r"`label` must be whole numbers of shape \(2, height, width\), got"):
         losses(label)[name](jnp.zeros((2, *GRID, CLASSES)))
 

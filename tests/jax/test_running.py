@@ -353,6 +353,32 @@ def test_bad_input_is_named(call, message):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("heads", [
+    lambda m: dataclasses.replace(m, classes=7).init(jax.random.key(0)),
+    lambda m: {**m.init(jax.random.key(0)), "more": jnp.zeros(2)},
+    lambda m: {"exit_heads": {}},
+    lambda m: None,
+])  # fmt: skip
+def test_heads_of_another_model_are_named(heads, tmp_path):
+    model, params, _ = small()
+    others = heads(model)
+    calls = (
+        lambda: model(params, others, shown()), lambda: model.compiled(params, others, shown()),
+        lambda: model.every_exit(params, others, shown()), lambda: tej.save(model, others, tmp_path),
+        lambda: tej.staged(model, params, others, shown()),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(TokenExitError, match=r"`heads` must be of the model, as `init` makes them, got \["):
+            call()
+
+
+def test_a_model_in_a_transformation_is_told_what_to_use():
+    model, params, heads = small()
+    with pytest.raises(TokenExitError, match=r"`model` must be transformed as `model.compiled`, got the model itself"):
+        jax.jit(model)(params, heads, shown())
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_plans_that_do_not_fit_the_network_are_named():
     both = pair("plain")
     with pytest.raises(TokenExitError, match="`schedule` must have fold_above=None for a network without prefix"):

@@ -17,7 +17,9 @@ from tokenexit.heads import ATM
 from tokenexit.policies import Policy
 from tokenexit.schedule import Exit, Schedule
 
-IMAGES = images_of(models.images(2, networks.SIZE))
+
+def two_images():
+    return images_of(models.images(2, networks.SIZE))
 
 
 def broken(**changes):
@@ -41,7 +43,7 @@ def params():
 @pytest.mark.parametrize("kind", ["timm, registers", "plain", "placed"])
 def test_networks_that_keep_their_word_pass(kind):
     both = pair(kind)
-    tej.check(shortened(both.model), both.params, IMAGES)
+    tej.check(shortened(both.model), both.params, two_images())
 
 
 def test_the_blocks_are_compared_with_the_network_as_a_whole():
@@ -56,9 +58,9 @@ def test_the_blocks_are_compared_with_the_network_as_a_whole():
             tokens = block(params, tokens, jnp.ones(tokens.shape[:2]), None)
         return every.finish(params, tokens)
 
-    tej.check(model, both.params, IMAGES, dense=dense)
+    tej.check(model, both.params, two_images(), dense=dense)
     with pytest.raises(TokenExitError, match="`network` must give the same tokens as `dense`"):
-        tej.check(model, both.params, IMAGES, dense=lambda *given: 1.1 * dense(*given))
+        tej.check(model, both.params, two_images(), dense=lambda *given: 1.1 * dense(*given))
 
 
 BLOCK = "`network.blocks[1]` must "
@@ -79,7 +81,7 @@ BLOCK = "`network.blocks[1]` must "
 @pytest.mark.usefixtures("unchecked")
 def test_a_part_that_does_not_keep_its_word_is_named(changes, message):
     with pytest.raises(TokenExitError, match=re.escape(message)):
-        tej.check(broken(**changes), params(), IMAGES)
+        tej.check(broken(**changes), params(), two_images())
 
 
 def test_a_head_of_ones_own_reads_each_token_by_itself_and_belongs_to_the_network():
@@ -90,16 +92,16 @@ def test_a_head_of_ones_own_reads_each_token_by_itself_and_belongs_to_the_networ
 
     network = shortened(both.model).network
     own = tej.wrap(network, schedule.truncated(after=1), classes=5, head=head)
-    tej.check(own, both.params, IMAGES)
+    tej.check(own, both.params, two_images())
     heads = own.init(jax.random.key(1))
     assert [*heads] == ["exit_heads"]
-    assert own.every_exit(both.params, heads, IMAGES)[2].shape == (2, 4, 5, 5)
-    assert own.cost(both.params, IMAGES).head.per_token == 48 * 5
+    assert own.every_exit(both.params, heads, two_images())[2].shape == (2, 4, 5, 5)
+    assert own.cost(both.params, two_images()).head.per_token == 48 * 5
     mixing = dataclasses.replace(own, head=lambda params, x: head(params, x - x.mean(axis=1, keepdims=True)))
     with pytest.raises(TokenExitError, match="`head` must treat each token by itself"):
-        tej.check(mixing, both.params, IMAGES)
+        tej.check(mixing, both.params, two_images())
     with pytest.raises(TokenExitError, match="`head` must give 4 classes, got 5"):
-        tej.check(dataclasses.replace(own, classes=4), both.params, IMAGES)
+        tej.check(dataclasses.replace(own, classes=4), both.params, two_images())
 
 
 def test_heads_are_random_and_differ():
@@ -152,4 +154,4 @@ def test_what_is_no_network_is_named(changes, message):
 @pytest.mark.usefixtures("unchecked")
 def test_what_has_no_price_is_named():
     with pytest.raises(TokenExitError, match=re.escape("`network.blocks[1]` must attend over 32 channels")):
-        broken(block=lambda run, p, x, c, at: x).cost(params(), IMAGES)
+        broken(block=lambda run, p, x, c, at: x).cost(params(), two_images())
