@@ -124,6 +124,8 @@ def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
 def test_weights_of_other_heads_are_not_written(tmp_path):
     model = tej.wrap(networks.timm_network(), PLAN, classes=5)
     others = tej.wrap(networks.timm_network(), PLAN, classes=4).init(jax.random.key(0))
-    with pytest.raises(TokenExitError, match=r"`heads` must be of the model, as `init` makes them, got .*: \(4,\) instead of \(5,\)"):
+    with pytest.raises(
+        TokenExitError, match=r"`heads` must be of the model, as `init` makes them, got .*: \(4,\) instead of \(5,\)"
+    ):
         tej.save(model, others, tmp_path / "new")
     assert not (tmp_path / "new").exists()
