@@ -125,7 +125,7 @@ def _read(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> Heads:
     try:
         with safe_open(file, framework="flax") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-            _require_shapes(wanted, found, "folder", f"hold weights of the heads in {_PLAN}")
+            _require_shapes(wanted, found)
             read = {name: weights.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
@@ -140,12 +140,10 @@ def _read(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> Heads:
     return heads
 
 
-def _require_shapes(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], argument: str, rule: str
-) -> None:
+def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     differing = [
         f"{name}: {found.get(name)} instead of {wanted.get(name)}"
         for name in sorted({*wanted, *found})
         if wanted.get(name) != found.get(name)
     ]
-    require(not differing, argument, rule, ", ".join(differing[:4]))
+    require(not differing, "folder", f"hold weights of the heads in {_PLAN}", ", ".join(differing[:4]))
