@@ -86,8 +86,8 @@ class _PerImage(TorchFunctionMode):
             stop = start + images * length
             q, k, v = (_apart(tensor[:, :, start:stop], images) for tensor in (query, key, value))
             if self._bias is not None:
-                bias = self._bias[start:stop].to(query.dtype).view(images, 1, 1, length)
-                options["attn_mask"] = bias.expand(images, 1, length, length)
+                # Of keys alone, left to the kernel to broadcast: expanded over queries it took longer.
+                options["attn_mask"] = self._bias[start:stop].to(query.dtype).view(images, 1, 1, length)
             attended = functional.scaled_dot_product_attention(q, k, v, **options)
             # Token by token, as fused attention leaves it in memory and as blocks read it next: no copy here or there.
             results.append(rearrange(attended, "images heads tokens width -> 1 (images tokens) heads width"))
