@@ -59,7 +59,33 @@ class Feature:
 
 @dataclass(frozen=True)
 class Preserved:
-    """A token skips the next block, its feature as it is, and any later gate may call it back (SViT, WACV 2024)."""
+    """A token waits, its feature as it is, and a later gate may call it back (SViT, WACV 2024, section 3.2).
+
+    Each gate decides who runs until the next one. What waited is among the others again for whatever reads the map.
+
+    Attributes:
+        returning: Whether a token that waited is asked again: at `every gate`, or `never`, which makes it wait for good
+            (as pruning does; SViT, section 4, compares them).
+        keys: Whom those that run attend to: the others that are `running`, published; or `all`, those that wait as
+            well, with the features they have. Then waiting saves less, and nobody loses sight of them.
+        before: What all tokens run again for: the `decoder`, whatever reads the last block's tokens, or the
+            `last block`, as Token Cropr (CVPR 2025) does.
+    """
+
+    returning: Literal["every gate", "never"] = "every gate"
+    keys: Literal["running", "all"] = "running"
+    before: Literal["decoder", "last block"] = "decoder"
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If a field has another value.
+        """
+        known = {"returning": ("every gate", "never"), "keys": ("running", "all"), "before": ("decoder", "last block")}
+        for name, (one, other) in known.items():
+            value = getattr(self, name)
+            require(value in (one, other), name, f"be {one!r} or {other!r}", repr(value))
 
 
 Carry = Prediction | Feature | Preserved | MaskPrediction

@@ -271,13 +271,20 @@ def paumer(
     return Schedule(tuple(Exit(block, Budget(keep[block], by="entropy")) for block in sorted(keep)), Feature())
 
 
-def svit(*, after: Iterable[int] = range(3, 12), threshold: Threshold | Mapping[int, Threshold] = 0.5) -> Schedule:
+def svit(
+    *,
+    after: Iterable[int] = range(3, 12),
+    threshold: Threshold | Mapping[int, Threshold] = 0.5,
+    carry: Preserved = Preserved(),
+) -> Schedule:
     """Token pruning with learned gates (SViT, WACV 2024): a token may skip any block, and come back at any later one.
 
     Args:
-        after: After how many blocks there is a gate, which decides who runs the next one. Published: before each of
-            the blocks 4 to 12 of 12, trained to keep 0.7, 0.49 and 0.343 of the tokens in three blocks each.
+        after: After how many blocks there is a gate, which decides who runs until the next one. Published: before each
+            of the blocks 4 to 12 of 12, trained to keep 0.7, 0.49 and 0.343 of the tokens in three blocks each.
         threshold: Probability of being kept below which a token skips the block; one for all gates or one for each.
+            Calibrate it (`gates.threshold_for`): training draws, and 0.5 keeps another share than was trained.
+        carry: Whether tokens come back, and what attends to them meanwhile.
 
     Returns:
         The schedule. It needs a network with gates.
@@ -286,7 +293,7 @@ def svit(*, after: Iterable[int] = range(3, 12), threshold: Threshold | Mapping[
         TokenExitError: If a block or a threshold is out of range, or no block is named.
     """
     exits = tuple(Exit(block, GateBelow(0.0)) for block in _blocks(after))
-    return Schedule(exits, Preserved()).with_threshold(threshold)
+    return Schedule(exits, carry).with_threshold(threshold)
 
 
 def dense(*, after: Iterable[int] = ()) -> Schedule:

@@ -10,24 +10,31 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.fitting import FitReport, fit_exits
+from tokenexit_torch.gate_rates import gate_thresholds
+from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host, TimmViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
-from tokenexit_torch.saving import load, save
+from tokenexit_torch.saving import load, load_gates, save, save_gates
+from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
-from tokenexit_torch.wrapping import wrap
+from tokenexit_torch.wrapping import wrap, wrap_gates
 
 __all__ = [
     "AttentionToMask",
+    "Drawing",
     "Embedded",
     "ExitingModel",
     "FitReport",
+    "GatedModel",
+    "GatedOutput",
     "Host",
     "MaskHead",
     "MaskMaps",
     "Masks",
     "Output",
+    "Sampled",
     "Staged",
     "Stages",
     "TimmViT",
@@ -35,10 +42,14 @@ __all__ = [
     "attending_per_image",
     "distillation",
     "fit_exits",
+    "gate_thresholds",
     "load",
+    "load_gates",
     "mask_loss",
     "pixel_cross_entropy",
     "save",
+    "save_gates",
     "trace",
     "wrap",
+    "wrap_gates",
 ]

@@ -5,21 +5,21 @@ not cross from one image to the next. Every block that calls `torch.nn.functiona
 run unmodified: within `attending_per_image` that call works image by image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from tokenexit import TokenExitError
 
-__all__ = ["attending_per_image"]
+__all__ = ["attending_beside", "attending_per_image", "attending_to", "keys_and_values"]
 
 
 @contextmanager
@@ -93,6 +93,130 @@ class _PerImage(TorchFunctionMode):
             results.append(rearrange(attended, "images heads tokens width -> 1 (images tokens) heads width"))
             start = stop
         return rearrange(torch.cat(results, dim=1), "1 tokens heads width -> 1 heads tokens width")
+
+
+@contextmanager
+def attending_to(keys: Bool[Tensor, "images tokens"]) -> Iterator[None]:
+    """Within this context, the tokens of a plain batch attend to some of their image alone.
+
+    Args:
+        keys: Which tokens are attended to. Of an image without any, all are: its softmax must be over something.
+
+    Raises:
+        TokenExitError: From the attention call, if it carries a mask, is causal, or is not over that batch.
+    """
+    with _Keys(keys | ~keys.any(dim=1, keepdim=True)):
+        yield
+
+
+class _Keys(TorchFunctionMode):
+    def __init__(self, keys: Tensor) -> None:
+        super().__init__()
+        self._mask = keys[:, None, None, :]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        _require_no_mask(attn_mask, is_causal)
+        images, _, _, tokens = self._mask.shape
+        fits = key.ndim == 4 and (key.shape[0], key.shape[2]) == (images, tokens)
+        if not fits:
+            rule = f"have shape ({images}, heads, {tokens}, width) where tokens wait"
+            raise TokenExitError(f"`key` must {rule}, got {tuple(key.shape)}")
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=self._mask, dropout_p=dropout_p, **options
+        )
+
+
+def keys_and_values(block: Callable[[], Tensor], /) -> tuple[Tensor, Tensor]:
+    """What a block's tokens offer to attention; the block runs no further than there.
+
+    Args:
+        block: Runs the block on some tokens.
+
+    Returns:
+        Keys and values, `(1, heads, tokens, width)` each.
+
+    Raises:
+        TokenExitError: If the block calls no attention.
+    """
+    try:
+        with _Offering():
+            block()
+    except _Offer as offer:
+        return offer.key, offer.value
+    raise TokenExitError("`block` must call torch.nn.functional.scaled_dot_product_attention, got no call")
+
+
+class _Offer(Exception):  # noqa: N818
+    """Not an error: it carries keys and values out of a block, past all that the block would still compute."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+
+
+class _Offering(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self._offer(*args, **(kwargs or {}))
+
+    def _offer(self, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> None:  # noqa: ARG002
+        raise _Offer(key, value)
+
+
+@contextmanager
+def attending_beside(lengths: Sequence[int], waiting: Sequence[int], key: Tensor, value: Tensor, /) -> Iterator[None]:
+    """As `attending_per_image`, and every image's tokens attend to other tokens of it as well.
+
+    Args:
+        lengths: How many tokens of the row belong to each image, in order.
+        waiting: How many of the others belong to each image.
+        key: The keys of the others, `(1, heads, others, width)`.
+        value: Their values.
+
+    Raises:
+        TokenExitError: From the attention call, if it carries a mask or is causal.
+    """
+    with _Beside(lengths, key.split(list(waiting), dim=2), value.split(list(waiting), dim=2)):
+        yield
+
+
+class _Beside(TorchFunctionMode):
+    def __init__(self, lengths: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._lengths, self._keys, self._values = list(lengths), keys, values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        _require_no_mask(attn_mask, is_causal)
+        options["dropout_p"] = dropout_p
+        own = (tensor.split(self._lengths, dim=2) for tensor in (query, key, value))
+        results = [
+            functional.scaled_dot_product_attention(q, torch.cat([k, ks], dim=2), torch.cat([v, vs], dim=2), **options)
+            for q, k, v, ks, vs in zip(*own, self._keys, self._values, strict=True)
+            if q.shape[2]
+        ]
+        return torch.cat(results, dim=2)
+
+
+def _require_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise TokenExitError("`attn_mask` must be absent where tokens have left, got a mask or is_causal=True")
 
 
 def _apart(row: Tensor, images: int) -> Tensor:

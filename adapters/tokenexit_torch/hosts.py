@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tokenexit import TokenExitError
+from tokenexit.errors import require
 
 __all__ = ["Embedded", "Host", "TimmViT", "host_of"]
 
@@ -144,6 +146,41 @@ def host_of(model: object, /) -> Host:
     raise TokenExitError(
         f"`model` must be a timm VisionTransformer or a plain object that follows Host, got {_name(model)}"
     )
+
+
+def embedded_by(host: Host, images: Tensor) -> Embedded:
+    """What a host makes of images, after a check that it can take them. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If the shape, device or dtype of the images is not one that the model takes.
+    """
+    require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
+    channels = host.image_shape[0]
+    require(
+        images.ndim == 4 and images.shape[1] == channels,
+        "images",
+        f"have shape (images, {channels}, height, width)",
+        f"shape {tuple(images.shape)}",
+    )
+    weight = next(host.module.parameters())
+    there = images.device == weight.device
+    require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
+    cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
+    require(
+        cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
+    )
+    try:
+        return host.embed(images)
+    except (AssertionError, ValueError) as error:
+        got = f"{tuple(images.shape)}: {error}"
+        raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
+
+
+def embedding_weights(host: Host) -> int:
+    """Weights of the convolutions outside of a host's blocks: multiply-adds of a patch's embedding."""
+    inside = {id(layer) for block in host.blocks for layer in block.modules()}
+    outside = (layer for layer in host.module.modules() if id(layer) not in inside)
+    return sum(layer.weight.numel() for layer in outside if isinstance(layer, nn.Conv2d))
 
 
 def _name(model: object) -> str:

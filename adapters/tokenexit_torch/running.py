@@ -25,7 +25,7 @@ from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
 from tokenexit_torch.masks import MaskHead, MaskMaps, Masks, as_maps, log_scores, patch_rows, widened
 
 __all__ = ["ExitingModel", "Output"]
@@ -222,10 +222,8 @@ class ExitingModel(nn.Module):
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        inside = {id(layer) for block in self.host.blocks for layer in block.modules()}
-        outside = (layer for layer in self.model.modules() if id(layer) not in inside)
         cost = Cost(
-            embed=sum(layer.weight.numel() for layer in outside if isinstance(layer, nn.Conv2d)),
+            embed=embedding_weights(self.host),
             blocks=tuple(linear_weights(block) for block in self.host.blocks),
             width=self.host.width,
             prefix=slots - height * width,
@@ -243,7 +241,7 @@ class ExitingModel(nn.Module):
         return readings, embedded.grid
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
-        embedded = _embed(self, images)
+        embedded = embedded_by(self.host, images)
         running, patches = embedded.tokens, {}
         for block in range(self.depth):
             running = self.host.run(block, running, embedded.positions)
@@ -277,7 +275,7 @@ class Run:
 
     def __init__(self, model: ExitingModel, images: Tensor, schedule: Schedule | None) -> None:
         plan = model.schedule if schedule is None else _checked(model, schedule)
-        embedded = _embed(model, images)
+        embedded = embedded_by(model.host, images)
         self.model = model
         self.embedded = embedded
         self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
@@ -508,26 +506,3 @@ def _checked(model: ExitingModel, schedule: Schedule) -> Schedule:
     present = [int(after) for after in model.exit_heads]
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {present}", headless)
     return schedule
-
-
-def _embed(model: ExitingModel, images: Tensor) -> Embedded:
-    require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
-    channels = model.host.image_shape[0]
-    require(
-        images.ndim == 4 and images.shape[1] == channels,
-        "images",
-        f"have shape (images, {channels}, height, width)",
-        f"shape {tuple(images.shape)}",
-    )
-    weight = next(model.model.parameters())
-    there = images.device == weight.device
-    require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
-    cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
-    require(
-        cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
-    )
-    try:
-        return model.host.embed(images)
-    except (AssertionError, ValueError) as error:
-        got = f"{tuple(images.shape)}: {error}"
-        raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error

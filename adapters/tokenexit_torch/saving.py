@@ -1,9 +1,9 @@
-"""Saving and loading exits: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
+"""Saving and loading exits and gates: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
 
 The wrapped model's own weights are yours and are not saved; nor is a final head that you gave.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.manifest import Manifest
-from tokenexit.schedule import dense
+from tokenexit.schedule import dense, svit
+from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import host_of
+from tokenexit_torch.hosts import Host, host_of
 from tokenexit_torch.running import ExitingModel
-from tokenexit_torch.wrapping import wrap
+from tokenexit_torch.wrapping import wrap, wrap_gates
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_gates", "save", "save_gates"]
 
 _PLAN = "exits.json"
 _WEIGHTS = "exits.safetensors"
+_GATE_PLAN = "gates.json"
+_GATE_WEIGHTS = "gates.safetensors"
 
 
 def save(model: ExitingModel, folder: str | Path, /) -> None:
@@ -69,41 +72,122 @@ def load(
         TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
     """
     folder = Path(folder)
-    for name in (_PLAN, _WEIGHTS):
-        require((folder / name).is_file(), "folder", f"hold the files {_PLAN} and {_WEIGHTS}", folder)
-    try:
-        plan = manifest.from_json((folder / _PLAN).read_text(encoding="utf-8"))
-    except (TokenExitError, UnicodeDecodeError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {_PLAN}, got {folder / _PLAN}: {error}") from error
+    plan = _read_plan(folder, _PLAN, _WEIGHTS)
     require(
         (head is None) == plan.built_head,
         "head",
         "be given exactly if the exits were saved without a final head",
         "None" if head is None else type(head).__name__,
     )
-    chosen = plan.plan if exit_heads is None else exit_heads
-    if chosen is None:
-        raise TokenExitError("`exit_heads` must be given if the exits were saved with modules of your own, got None")
-    if exit_heads is not None:
-        require(plan.plan is None, "exit_heads", "be left out if a plan was saved", plan.plan)
-        require(sorted(exit_heads) == list(plan.after), "exit_heads", f"follow the blocks {plan.after}", [*exit_heads])
-    host = host_of(model)
-    for name, found in (("width", host.width), ("depth", len(host.blocks))):
-        wanted = getattr(plan, name)
-        require(found == wanted, "model", f"have {name} {wanted}, as the saved exits", found)
+    chosen = _chosen(plan, exit_heads, "exit_heads")
+    _require_fits(plan, host_of(model))
     shapes = _shapes_in(folder / _WEIGHTS)
     if exit_heads is None and plan.plan is not None:
-        _require_shapes(_planned_shapes(plan, plan.plan), shapes)  # before memory is taken for what the file claims
+        _require_shapes(
+            _planned_shapes(plan, plan.plan, "exit_heads"), shapes, _PLAN
+        )  # before memory is taken for what the file claims
     classes = plan.classes if head is None else None
     wrapped = wrap(model, dense(after=plan.after), head=head, num_classes=classes, exit_heads=chosen)
     rule = f"give {plan.classes} classes, as the saved exits"
     require(wrapped.classes == plan.classes, "head", rule, wrapped.classes)
     saved = _saved(wrapped)
-    _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes)
+    _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes, _PLAN)
     with torch.no_grad():
         saved.load_state_dict(load_file(folder / _WEIGHTS))
     wrapped.retune(plan.schedule)
     return wrapped
+
+
+def save_gates(model: GatedModel, folder: str | Path, /) -> None:
+    """Write the gates of a wrapped model: `gates.json` and `gates.safetensors`.
+
+    Args:
+        model: The model with gates. Its own weights and its head are yours, and are not saved.
+        folder: Where to; made if it is not there.
+
+    Raises:
+        TokenExitError: If `model` has no gates, or its schedule has a policy that is not of the library.
+    """
+    require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
+    after = tuple(int(block) for block in model.gates)
+    plan = Manifest(
+        model.schedule, after, model.gate_plan, built_head=False, classes=2, width=model.host.width, depth=model.depth
+    )
+    text = manifest.to_json(plan)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = nn.ModuleDict({"gates": model.gates}).state_dict()
+    save_file({name: value.contiguous() for name, value in saved.items()}, folder / _GATE_WEIGHTS)
+    (folder / _GATE_PLAN).write_text(text, encoding="utf-8")
+
+
+def load_gates(
+    folder: str | Path,
+    model: Any,
+    /,
+    *,
+    head: nn.Module | None = None,
+    gates: Mapping[int, nn.Module] | None = None,
+    taps: Iterable[int] | None = None,
+) -> GatedModel:
+    """Wrap a model with gates that were saved.
+
+    Args:
+        folder: Where `save_gates` wrote them.
+        model: The model to wrap, as for `wrap_gates`.
+        head: Your final head, if there is one.
+        gates: Modules for the gates, if you gave modules when they were saved; their weights are loaded into them.
+        taps: After how many blocks maps are handed out; the last if left out.
+
+    Returns:
+        The model with gates; those that are built anew are in the dtype and on the device of `model`.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, or the gates are of another network.
+    """
+    folder = Path(folder)
+    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS)
+    require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
+    _require_fits(plan, host_of(model))
+    chosen = _chosen(plan, gates, "gates")
+    shapes = _shapes_in(folder / _GATE_WEIGHTS)
+    if gates is None and plan.plan is not None:
+        # Before memory is taken for what the file claims.
+        _require_shapes(_planned_shapes(plan, plan.plan, "gates"), shapes, _GATE_PLAN)
+    everyone = svit(after=plan.after)
+    wrapped = wrap_gates(model, everyone, head=head, gates=chosen, taps=taps)
+    saved = nn.ModuleDict({"gates": wrapped.gates})
+    _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes, _GATE_PLAN)
+    with torch.no_grad():
+        saved.load_state_dict(load_file(folder / _GATE_WEIGHTS))
+    wrapped.retune(plan.schedule)
+    return wrapped
+
+
+def _read_plan(folder: Path, plan: str, weights: str) -> Manifest:
+    for name in (plan, weights):
+        require((folder / name).is_file(), "folder", f"hold the files {plan} and {weights}", folder)
+    try:
+        return manifest.from_json((folder / plan).read_text(encoding="utf-8"))
+    except (TokenExitError, UnicodeDecodeError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {plan}, got {folder / plan}: {error}") from error
+
+
+def _require_fits(plan: Manifest, host: Host) -> None:
+    for name, found in (("width", host.width), ("depth", len(host.blocks))):
+        wanted = getattr(plan, name)
+        require(found == wanted, "model", f"have {name} {wanted}, as what was saved", found)
+
+
+def _chosen(plan: Manifest, given: Mapping[int, nn.Module] | None, argument: str) -> HeadPlan | Mapping[int, nn.Module]:
+    """The plan that was saved, or the modules that are given where there was none."""
+    chosen = plan.plan if given is None else given
+    if chosen is None:
+        raise TokenExitError(f"`{argument}` must be given if they were saved as modules of your own, got None")
+    if given is not None:
+        require(plan.plan is None, argument, "be left out if a plan was saved", plan.plan)
+        require(sorted(given) == list(plan.after), argument, f"follow the blocks {plan.after}", [*given])
+    return chosen
 
 
 def _manifest(model: ExitingModel) -> Manifest:
@@ -124,9 +208,9 @@ def _saved(model: ExitingModel) -> nn.ModuleDict:
     return nn.ModuleDict(parts | ({"head": model.head} if model.built_head else {}))
 
 
-def _planned_shapes(plan: Manifest, head: HeadPlan) -> dict[str, tuple[int, ...]]:
+def _planned_shapes(plan: Manifest, head: HeadPlan, of: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the heads that a manifest describes; nothing is allocated."""
-    names = [f"exit_heads.{after}" for after in plan.after] + (["head"] if plan.built_head else [])
+    names = [f"{of}.{after}" for after in plan.after] + (["head"] if plan.built_head else [])
     with torch.device("meta"):
         one = build(head, width=plan.width, classes=plan.classes).state_dict()
     return {f"{name}.{key}": tuple(value.shape) for name in names for key, value in one.items()}
@@ -137,13 +221,13 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
+        raise TokenExitError(f"`folder` must hold a valid {file.name}, got {file}: {error}") from error
 
 
-def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], plan: str) -> None:
     differing = [
         f"{name}: {found.get(name)} instead of {wanted.get(name)}"
         for name in sorted({*wanted, *found})
         if wanted.get(name) != found.get(name)
     ]
-    require(not differing, "folder", f"hold weights of the heads in {_PLAN}", ", ".join(differing[:4]))
+    require(not differing, "folder", f"hold weights of the heads in {plan}", ", ".join(differing[:4]))

@@ -1,6 +1,8 @@
-"""`wrap`: exits for a vision transformer of yours, and the self-check that they change nothing else."""
+"""`wrap` and `wrap_gates`: exits, or gates, for a vision transformer of yours, and the self-check that they change
+nothing else.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,16 +10,17 @@ from torch import Tensor, nn
 
 from tokenexit import TokenExitError
 from tokenexit.errors import require
-from tokenexit.heads import MLP, HeadPlan
-from tokenexit.schedule import Schedule, neighbours
+from tokenexit.heads import ATM, MLP, HeadPlan
+from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host, host_of
 from tokenexit_torch.masks import MaskHead, Masks
 from tokenexit_torch.running import ExitingModel
 
-__all__ = ["wrap"]
+__all__ = ["wrap", "wrap_gates"]
 
 
 def wrap(
@@ -76,7 +79,8 @@ def wrap(
         new = {after: build(plan, width=host.width, classes=classes) for after in schedule.after}
         chosen = {after: exit_head.to(like).train(mode) for after, exit_head in new.items()}
     else:
-        chosen = _given_heads(exit_heads, len(host.blocks), classes, host.width, like)
+        alike = "classes, as the final head"
+        chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, alike, host.width, like)
     named = {"head": final, **{f"exit_heads[{after}]": one for after, one in chosen.items()}}
     for argument, one in named.items():
         alike = isinstance(one, MaskHead) == isinstance(final, MaskHead)
@@ -90,14 +94,91 @@ def wrap(
     return wrapped
 
 
-def _given_heads(heads: Any, depth: int, classes: int, width: int, like: Tensor) -> dict[int, nn.Module]:
-    blocks = all(isinstance(after, int) and not isinstance(after, bool) and 1 <= after < depth for after in heads)
-    require(blocks, "exit_heads", f"have blocks from 1 to {depth - 1} as keys, for {depth} blocks", list(heads))
+# How sure a new gate is that a token runs, as a logit: at first seven of eight do, and the network is not lost.
+_KEEPS = 2.0
+
+
+def wrap_gates(
+    model: Any,
+    schedule: Schedule = svit(),
+    /,
+    *,
+    head: nn.Module | None = None,
+    gates: HeadPlan | Mapping[int, nn.Module] | None = None,
+    taps: Iterable[int] | None = None,
+) -> GatedModel:
+    """Let the tokens of a vision transformer wait, block by block, as learned gates say (SViT, WACV 2024).
+
+    The model itself is not changed. New gates start with random weights and let most tokens run; train them with
+    `Sampled`, then find their thresholds with `gate_thresholds`.
+
+    Args:
+        model: A timm `VisionTransformer`, or an object that follows `Host`.
+        schedule: After which blocks there is a gate, and who waits; `schedule.svit()` if left out. Any policy that
+            looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        head: Your final head, from finished tokens `(..., width)` to `(..., classes)`, each token by itself. None: maps
+            only, for a decoder of yours.
+        gates: A plan for the gates, or the gates themselves by the blocks before them, from `(..., width)` to two
+            logits, keep and skip. `heads.MLP` with a quarter of the channels between its layers if left out: published.
+        taps: After how many blocks maps are handed out, ascending; the last if left out.
+
+    Returns:
+        The model with gates, in the training mode of `model`.
+
+    Raises:
+        TokenExitError: If the model is not supported or already wrapped, a gate or tap lies outside of it, a head or
+            gate does not work on each token by itself, or the self-check finds that running all tokens packed is not
+            the dense model.
+    """
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
+    host = _unwrapped_host(model)
+    like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
+    plan = MLP(max(1, host.width // 4)) if gates is None else gates
+    if isinstance(plan, Mapping):
+        chosen, plan = _given_heads(plan, "gates", depth, 2, "logits, keep and skip", host.width, like), None
+    else:
+        each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
+        require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
+        chosen = {after: _new_gate(plan, host.width).to(like).train(mode) for after in schedule.after}
+    if head is not None:
+        require(isinstance(head, nn.Module), "head", "be a torch.nn.Module", repr(head))
+        require(not isinstance(head, MaskHead), "head", "treat each token by itself", type(head).__name__)
+        _classes_of(head, host.width, like, "head")
+    tapped = (depth,) if taps is None else tuple(taps)
+    fits = list(tapped) == sorted(set(tapped)) and all(_is_block(tap) and 1 <= tap <= depth for tap in tapped)
+    require(fits, "taps", f"be ascending blocks from 1 to {depth}", tapped)
+    named = {f"gates[{after}]": one for after, one in chosen.items()} | ({} if head is None else {"head": head})
+    _require_apart(named, host.module)
+    wrapped = GatedModel(host, schedule, chosen, head, tapped, plan)
+    # Not `train(mode)`, which would reach into the model and the head that were given.
+    wrapped.training = wrapped.gates.training = mode
+    _check(host, like)
+    return wrapped
+
+
+def _new_gate(plan: HeadPlan, width: int) -> nn.Module:
+    gate = build(plan, width=width, classes=2)
+    *_, last = (layer for layer in gate.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([_KEEPS, 0.0]))
+    return gate
+
+
+def _is_block(value: object) -> bool:
+    """Whether a value can count blocks."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _given_heads(
+    heads: Any, argument: str, depth: int, classes: int, alike: str, width: int, like: Tensor
+) -> dict[int, nn.Module]:
+    blocks = all(_is_block(after) and 1 <= after < depth for after in heads)
+    require(blocks, argument, f"have blocks from 1 to {depth - 1} as keys, for {depth} blocks", list(heads))
     for after, head in heads.items():
-        argument = f"exit_heads[{after}]"
-        require(isinstance(head, nn.Module), argument, "be a torch.nn.Module", repr(head))
-        found = _classes_of(head, width, like, argument)
-        require(found == classes, argument, f"give {classes} classes, as the final head", found)
+        one = f"{argument}[{after}]"
+        require(isinstance(head, nn.Module), one, "be a torch.nn.Module", repr(head))
+        found = _classes_of(head, width, like, one)
+        require(found == classes, one, f"give {classes} {alike}", found)
     return dict(heads)
 
 
@@ -112,8 +193,8 @@ def _require_apart(heads: Mapping[str, nn.Module], model: nn.Module) -> None:
 
 def _unwrapped_host(model: object) -> Host:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    if isinstance(module, nn.Module) and any(isinstance(part, ExitingModel) for part in module.modules()):
-        raise TokenExitError("`model` must not be wrapped already, got an ExitingModel: use its `retune`")
+    if isinstance(module, nn.Module) and any(isinstance(part, ExitingModel | GatedModel) for part in module.modules()):
+        raise TokenExitError("`model` must not be wrapped already, got one that is: use its `retune`")
     return host_of(model)
 
 

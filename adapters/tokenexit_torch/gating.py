@@ -1,0 +1,419 @@
+"""A vision transformer in which a token may wait: learned gates say who runs the next blocks, and nobody is lost.
+
+Unlike in `running`, where a token leaves with its outcome, a token that waits keeps its feature and its place, and the
+next gate may call it back (SViT, WACV 2024). So the result is a whole map of features, for any decoder.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenexit import TokenExitError, policies, tokens
+from tokenexit.carries import Preserved
+from tokenexit.cost import Cost, HeadCost
+from tokenexit.errors import require
+from tokenexit.gates import keep_probability
+from tokenexit.heads import HeadPlan
+from tokenexit.policies import Threshold
+from tokenexit.schedule import Schedule
+from tokenexit.tokens import Packing
+from tokenexit_torch._modules import linear_weights
+from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
+from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
+
+__all__ = ["GatedModel", "GatedOutput"]
+
+
+class GatedOutput(NamedTuple):
+    """What a gated model returns.
+
+    Attributes:
+        logits: Class scores of every patch; None without a head.
+        maps: Features of all patches by the blocks that have run, those that wait as they are: for any decoder. After
+            the last block they are finished, by the final norm.
+        keep: Which patches each gate let run.
+        probability: How sure each gate was that they should.
+        tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
+        gates: After how many blocks these gates stood.
+        keys: Whom those that ran attended to: each other, or those that waited as well.
+    """
+
+    logits: Float[Tensor, "images classes grid_height grid_width"] | None
+    maps: dict[int, Float[Tensor, "images width grid_height grid_width"]]
+    keep: Bool[Tensor, "images gates grid_height grid_width"]
+    probability: Float[Tensor, "images gates grid_height grid_width"]
+    tokens_per_block: Int[Tensor, "images blocks"]
+    gates: tuple[int, ...]
+    keys: Literal["running", "all"]
+
+    def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
+        """The logits at another size, bilinearly.
+
+        Args:
+            size: Height and width, in pixels.
+
+        Returns:
+            The interpolated logits.
+
+        Raises:
+            TokenExitError: If there are none, for the model has no head.
+        """
+        if self.logits is None:
+            raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
+        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+
+
+class GatedModel(nn.Module):
+    """A vision transformer with gates; made by `wrap_gates`.
+
+    A call never samples: a token runs unless the policy of its gate, on the probability that it is kept, lets it wait.
+    `Sampled` draws, for training.
+
+    Attributes:
+        host: The host of the wrapped model.
+        model: The wrapped model itself, its weights shared.
+        gates: The gates, by the blocks that run before them, as a string.
+        head: What reads classes off the finished tokens, if anything.
+        taps: After how many blocks maps are handed out.
+        gate_plan: The plan that built the gates; None if they were given as modules.
+    """
+
+    host: Host
+    model: nn.Module
+    gates: nn.ModuleDict
+    head: nn.Module | None
+    taps: tuple[int, ...]
+    gate_plan: HeadPlan | None
+
+    def __init__(
+        self,
+        host: Host,
+        schedule: Schedule,
+        gates: Mapping[int, nn.Module],
+        head: nn.Module | None,
+        taps: tuple[int, ...],
+        gate_plan: HeadPlan | None,
+    ) -> None:
+        super().__init__()
+        self.host = host
+        self.model = host.module
+        self.gates = nn.ModuleDict({str(after): gates[after] for after in sorted(gates)})
+        self.head = head
+        self.taps = taps
+        self.gate_plan = gate_plan
+        self._schedule = checked_gates(self, schedule)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks the network has."""
+        return len(self.host.blocks)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan in use; `retune` exchanges it."""
+        return self._schedule
+
+    def retune(
+        self,
+        schedule: Schedule | None = None,
+        /,
+        *,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
+    ) -> None:
+        """Exchange the plan or its thresholds; the weights stay as they are: one network, any rate.
+
+        Args:
+            schedule: A new plan, with decisions only after blocks that have a gate; the present one if left out.
+            threshold: New thresholds for that plan: one for all gates, or one for each of some blocks.
+
+        Raises:
+            TokenExitError: If neither is given, a decision has no gate, or a threshold does not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self._schedule if schedule is None else schedule
+        self._schedule = checked_gates(self, plan if threshold is None else plan.with_threshold(threshold))
+
+    def forward(
+        self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
+    ) -> GatedOutput:
+        """Run a batch; only tokens that their gate lets run are computed. Differentiable but for the decisions.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            Class scores if there is a head, maps, decisions and executed tokens.
+
+        Raises:
+            TokenExitError: If the images or the plan do not fit the model.
+        """
+        plan = self._schedule if schedule is None else checked_gates(self, schedule)
+        return PackedRun(self, images, plan).through()
+
+    def masked(
+        self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
+    ) -> GatedOutput:
+        """The same by masks: every token is computed, and what waits is put back. All shapes are known beforehand.
+
+        What training does; beside a call, which it must equal, a reference. It never waits for the device.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            As a call does. `tokens_per_block` counts those that were let run, though all have been computed.
+
+        Raises:
+            TokenExitError: If the images or the plan do not fit the model.
+        """
+        plan = self._schedule if schedule is None else checked_gates(self, schedule)
+        return MaskedRun(self, images, plan).through()
+
+    def multiply_adds(self, output: GatedOutput) -> Int[Tensor, "images"]:
+        """Multiply-adds that a call has executed, gates, head and patch embedding included; no decoder of yours.
+
+        Where all tokens are keys, those that wait are counted with three matrices of the width squared, and with their
+        place in attention.
+
+        Args:
+            output: What the call returned.
+
+        Returns:
+            Multiply-adds per image.
+
+        Raises:
+            TokenExitError: If the output is of another network.
+        """
+        height, width = output.keep.shape[2:]
+        patches, channels = height * width, self.host.width
+        ran = output.tokens_per_block
+        cost = Cost(
+            embed=embedding_weights(self.host),
+            blocks=tuple(linear_weights(block) for block in self.host.blocks),
+            width=channels,
+            prefix=0,
+            exit_heads={},
+            head=HeadCost(0 if self.head is None else linear_weights(self.head)),
+            decoder=patches * sum(linear_weights(self.gates[str(after)]) for after in output.gates),
+        )
+        total = cost.multiply_adds(ran, patches=patches, head_on="all")
+        if output.keys == "all":
+            waiting = ran.amax(dim=1, keepdim=True) - ran
+            total = total + (waiting * (3 * channels**2 + 2 * channels * ran)).sum(dim=1)
+        return total
+
+
+class _Run:
+    """One forward pass: the state between two gates. It lives for one call, and is no part of the public API."""
+
+    def __init__(self, model: GatedModel, images: Tensor, plan: Schedule) -> None:
+        assert isinstance(plan.carry, Preserved)
+        self.model = model
+        self.carry = plan.carry
+        self.policy = {exit.after: exit.policy for exit in plan.active}
+        self.embedded = embedded_by(model.host, images)
+        self.tokens = self.embedded.tokens
+        self.images, self.slots, _ = self.tokens.shape
+        self.patches = self.slots - self.embedded.prefix
+        # Which slots run, since the last gate; None while all do.
+        self.running: Tensor | None = None
+        self.keep: list[Tensor] = []
+        self.probability: list[Tensor] = []
+        self.counts: list[Tensor] = []
+
+    def through(self) -> GatedOutput:
+        """The whole pass."""
+        maps = dict(self.blocks(self.model.depth))
+        finished = maps.get(self.model.depth, self._finished() if self.model.head is not None else None)
+        return GatedOutput(
+            None if self.model.head is None or finished is None else self._read(self.model.head, finished),
+            maps,
+            self._by_gate(self.keep, torch.bool),
+            self._by_gate(self.probability, torch.float32),
+            torch.stack(self.counts, dim=1),
+            tuple(self.policy),
+            self.carry.keys,
+        )
+
+    def blocks(self, until: int) -> Iterator[tuple[int, Tensor]]:
+        """Run the first blocks, and the gate after the last of them; yield the maps that are tapped."""
+        depth = self.model.depth
+        for block in range(until + 1):
+            if block in self.policy:
+                self._gate(block)
+            if block == until:
+                return
+            if block == depth - 1 and self.carry.before == "last block":
+                self.wait(None)
+            everyone = torch.full((self.images,), self.slots, device=self.tokens.device)
+            self.counts.append(everyone if self.running is None else self.running.sum(dim=1))
+            self.run(block)
+            if block + 1 in self.model.taps:
+                yield block + 1, self._finished() if block + 1 == depth else self._map(self.now())
+
+    def decide(self, after: int, logits: Tensor) -> Tensor:
+        """Which patches run until the next gate."""
+        probability = self.probability[-1]
+        index = torch.arange(self.images * self.patches, device=logits.device)
+        evidence = policies.Evidence(
+            gate=probability.detach().reshape(-1),
+            image=index // self.patches,
+            images=self.images,
+            grid=self.embedded.grid,
+            position=index % self.patches,
+        )
+        return ~self.policy[after](evidence).reshape(self.images, self.patches)
+
+    def gate_input(self, patches: Tensor) -> Tensor:
+        """What a gate reads."""
+        return patches
+
+    def now(self) -> Tensor:
+        """All tokens as they are now, `(images, slots, width)`."""
+        return self.tokens
+
+    def wait(self, running: Tensor | None) -> None:
+        """From now on, only these slots run; all of them if None."""
+        self.running = running
+
+    def run(self, block: int) -> None:
+        """Run one block."""
+        raise NotImplementedError
+
+    def _gate(self, after: int) -> None:
+        patches = self.now()[:, self.embedded.prefix :]
+        logits = self.model.gates[str(after)](self.gate_input(patches))
+        self.probability.append(keep_probability(logits))
+        keep = self.decide(after, logits)
+        if self.carry.returning == "never" and self.keep:
+            keep = self.stay(keep)
+        self.keep.append(keep)
+        self.wait(functional.pad(keep > 0, (self.embedded.prefix, 0), value=True))
+
+    def stay(self, keep: Tensor) -> Tensor:
+        """Those that an earlier gate has let wait do not come back."""
+        return keep & self.keep[-1]
+
+    def _finished(self) -> Tensor:
+        return self._map(self.model.host.finish(self.now()))
+
+    def _map(self, every: Tensor) -> Tensor:
+        height, width = self.embedded.grid
+        patches = every[:, self.embedded.prefix :]
+        pattern = "images (height width) channels -> images channels height width"
+        return rearrange(patches, pattern, height=height, width=width)
+
+    def _read(self, head: nn.Module, finished: Tensor) -> Tensor:
+        logits = head(rearrange(finished, "images channels height width -> images height width channels"))
+        return rearrange(logits, "images height width classes -> images classes height width")
+
+    def _by_gate(self, found: list[Tensor], dtype: torch.dtype) -> Tensor:
+        height, width = self.embedded.grid
+        if not found:
+            return torch.empty((self.images, 0, height, width), dtype=dtype, device=self.tokens.device)
+        return torch.stack([one.detach().to(dtype) for one in found], dim=1).unflatten(2, (height, width))
+
+
+class PackedRun(_Run):
+    """Those that run are gathered into one row at a gate, and put back at the next."""
+
+    def __init__(self, model: GatedModel, images: Tensor, plan: Schedule) -> None:
+        super().__init__(model, images, plan)
+        self.packing: Packing | None = None
+        self.row = self.tokens
+        self.lengths: list[int] = []
+        self.positions = self.embedded.positions
+        self.waiting: Packing | None = None
+
+    def now(self) -> Tensor:
+        """All tokens as they are now, `(images, slots, width)`."""
+        if self.packing is None:
+            return self.tokens
+        flat = rearrange(self.tokens, "images slots width -> (images slots) width")
+        flat = flat.index_copy(0, self.packing.index, self.row[0].to(flat.dtype))
+        return rearrange(flat, "(images slots) width -> images slots width", images=self.images)
+
+    def wait(self, running: Tensor | None) -> None:
+        """From now on, only these slots run; all of them if None."""
+        self.tokens = self.now()
+        super().wait(running)
+        self.packing = None if running is None else tokens.pack(running)
+        if self.packing is None or running is None:
+            return
+        self.row, self.positions = self._gathered(self.packing)
+        self.lengths = self.packing.lengths.tolist()
+        self.waiting = tokens.pack(~running) if self.carry.keys == "all" else None
+
+    def run(self, block: int) -> None:
+        """Run one block."""
+        run = self.model.host.run
+        if self.packing is None:
+            self.tokens = run(block, self.tokens, self.embedded.positions)
+        elif self.waiting is None:
+            if any(self.lengths):
+                with attending_per_image(self.lengths):
+                    self.row = run(block, self.row, self.positions)
+        elif any(self.lengths):
+            row, positions = self._gathered(self.waiting)
+            key, value = keys_and_values(lambda: run(block, row, positions))
+            with attending_beside(self.lengths, self.waiting.lengths.tolist(), key, value):
+                self.row = run(block, self.row, self.positions)
+
+    def _gathered(self, packing: Packing) -> tuple[Tensor, Tensor | None]:
+        flat = rearrange(self.tokens, "images slots width -> (images slots) width")
+        row = flat.index_select(0, packing.index)[None]
+        positions = self.embedded.positions
+        return row, None if positions is None else positions.index_select(0, packing.slot)
+
+
+class MaskedRun(_Run):
+    """All are computed, and those that wait are put back."""
+
+    def run(self, block: int) -> None:
+        """Run one block."""
+        running, before = self.running, self.tokens
+        # With nobody waiting, or those that wait among the keys, attention is as it always is.
+        plain = running is None or self.carry.keys == "all"
+        with nullcontext() if plain else attending_to(running):
+            after = self.model.host.run(block, before, self.embedded.positions)
+        self.tokens = after if running is None else self.mixed(after, before, running)
+
+    def mixed(self, after: Tensor, before: Tensor, running: Tensor) -> Tensor:
+        """Tokens after a block: as it made them where they ran, as they were where not."""
+        return torch.where(running[..., None], after.to(before.dtype), before)
+
+
+def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
+    """A plan that fits the gates. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If it does not.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
+    # A plan under which nobody waits carries nothing.
+    if not schedule.active:
+        schedule = Schedule(schedule.exits, Preserved())
+    require(
+        isinstance(schedule.carry, Preserved), "schedule", "carry Preserved, for a model with gates", schedule.carry
+    )
+    assert isinstance(schedule.carry, Preserved)
+    compared = sorted(set().union(*(exit.policy.compared_scores for exit in schedule.exits)) - {"gate"})
+    require(not compared, "schedule", "compare the probabilities of gates alone, which give no class scores", compared)
+    require(schedule.cell is None, "schedule", "have no cells where tokens are preserved", schedule.cell)
+    last = model.depth - (2 if schedule.carry.before == "last block" else 1)
+    late = [after for after in schedule.after if after > last]
+    rule = f"have gates after blocks 1 to {last} only, for {model.depth} blocks and before={schedule.carry.before!r}"
+    require(not late, "schedule", rule, late)
+    present = [int(after) for after in model.gates]
+    missing = [after for after in schedule.after if after not in present]
+    require(not missing, "schedule", f"decide only after blocks with a gate, {present}", missing)
+    return schedule
