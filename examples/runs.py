@@ -4,6 +4,9 @@
     host.safetensors     its weights, and its final head's if the exits do not hold it
     exits.json           the plan and the exit heads (tokenexit_torch.save)
     exits.safetensors
+    gates.json           instead of exits, the plan and the gates (tokenexit_torch.save_gates)
+    gates.safetensors
+    head.safetensors     and its final head's weights, which gates do not hold
 
 Names are looked up in a closed registry; nothing read from a file is executed.
 """
@@ -28,8 +31,11 @@ from examples.about import read as read_about
 from examples.scenes.vit import Config, PlainHost, ViT
 from examples.timm_import import import_timm
 from tokenexit import TokenExitError
+from tokenexit_torch.hosts import host_of
 
 _WEIGHTS = "host.safetensors"
+_HEAD = "head.safetensors"
+_GATES = "gates.json"
 
 
 def normalised(
@@ -63,8 +69,60 @@ def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype:
     (folder / FILE).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 
+def segmentation_head(*, width: int, classes: int) -> nn.Module:
+    """The final head that a run with gates has, in the layout of `heads.MLP`."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, classes))
+
+
+def save_gated(folder: str | Path, model: tet.GatedModel, about: About, /) -> None:
+    """Write a run folder of a network with gates, in float32.
+
+    Args:
+        folder: Where to; made if it is not there.
+        model: The network; its final head is a `segmentation_head`.
+        about: What to say of it.
+
+    Raises:
+        TokenExitError: If it has no final head.
+    """
+    if model.head is None:
+        raise TokenExitError("`model` must have a final head, got None")
+    folder = Path(folder)
+    tet.save_gates(model, folder)
+    for file, module in ((_WEIGHTS, model.model), (_HEAD, model.head)):
+        save_file({name: value.float().contiguous() for name, value in module.state_dict().items()}, folder / file)
+    (folder / FILE).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+
+
+def is_gated(folder: str | Path, /) -> bool:
+    """Whether a run folder holds a network with gates."""
+    return (Path(folder) / _GATES).is_file()
+
+
+def load_gated(folder: str | Path, /) -> tuple[tet.GatedModel, About]:
+    """Read a run folder of a network with gates.
+
+    Args:
+        folder: Where `save_gated` wrote it.
+
+    Returns:
+        The network in evaluation mode, float32, and what the folder says of it.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be.
+    """
+    host, about = _host(Path(folder))
+    width = host_of(host).width
+    head = segmentation_head(width=width, classes=len(about.classes))
+    try:
+        head.load_state_dict(load_file(Path(folder) / _HEAD))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TokenExitError(f"`folder` must hold a final head in {_HEAD}, got {folder}: {error}") from error
+    return tet.load_gates(folder, host, head=head).eval(), about
+
+
 def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
-    """Read a run folder.
+    """Read a run folder of a network with exits.
 
     Args:
         folder: Where `save` wrote it.
@@ -75,7 +133,11 @@ def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
     Raises:
         TokenExitError: If a file is missing or not what it should be.
     """
-    folder = Path(folder)
+    host, about = _host(Path(folder))
+    return tet.load(folder, host).eval(), about
+
+
+def _host(folder: Path) -> tuple[Any, About]:
     about = read_about(folder)
     if about.host not in _HOSTS:
         raise TokenExitError(f"`host` must be one of {sorted(_HOSTS)}, got {about.host!r}")
@@ -85,11 +147,13 @@ def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
         module.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise TokenExitError(f"`folder` must hold a network as {FILE} says, got {folder}: {error}") from error
-    return tet.load(folder, host).eval(), about
+    return host, about
 
 
 @torch.inference_mode()
-def bare_dense(model: tet.ExitingModel, images: Float[Tensor, "1 3 height width"]) -> Callable[[Tensor], Tensor]:
+def bare_dense(
+    model: tet.ExitingModel | tet.GatedModel, images: Float[Tensor, "1 3 height width"]
+) -> Callable[[Tensor], Tensor]:
     """The baseline: the network as it is without the library, its own forward pass, and the final head.
 
     Args:
@@ -99,8 +163,10 @@ def bare_dense(model: tet.ExitingModel, images: Float[Tensor, "1 3 height width"
     Returns:
         A function from images to the logits of their patches.
     """
-    prefix = model.host.embed(images).prefix
-    return lambda images: model.head(model.host.dense(images)[:, prefix:])
+    prefix, head = model.host.embed(images).prefix, model.head
+    if head is None:
+        raise TokenExitError("`model` must have a final head, got None")
+    return lambda images: head(model.host.dense(images)[:, prefix:])
 
 
 def waiting_for(device: torch.device) -> Callable[[], None]:

@@ -15,8 +15,8 @@ from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host, TimmViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
-from tokenexit_torch.saving import load, load_gates, save, save_gates
 from tokenexit_torch.sampling import Drawing, Sampled
+from tokenexit_torch.saving import load, load_gates, save, save_gates
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 from tokenexit_torch.wrapping import wrap, wrap_gates

@@ -8,7 +8,7 @@ run unmodified: within `attending_per_image` that call works image by image.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
@@ -154,7 +154,7 @@ def keys_and_values(block: Callable[[], Tensor], /) -> tuple[Tensor, Tensor]:
     raise TokenExitError("`block` must call torch.nn.functional.scaled_dot_product_attention, got no call")
 
 
-class _Offer(Exception):  # noqa: N818
+class _Offer(Exception):
     """Not an error: it carries keys and values out of a block, past all that the block would still compute."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -166,9 +166,9 @@ class _Offering(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        self._offer(*args, **(kwargs or {}))
+        return self._offer(*args, **(kwargs or {}))
 
-    def _offer(self, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> None:  # noqa: ARG002
+    def _offer(self, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> NoReturn:  # noqa: ARG002
         raise _Offer(key, value)
 
 

@@ -1,6 +1,6 @@
 """The thresholds under which gates keep, with nothing drawn, the share of the tokens that they are to keep."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -31,45 +31,46 @@ def gate_thresholds(
     """Calibrate the gates: the plan under which each keeps, over these images, the share it is to keep.
 
     Training draws its decisions; a threshold of one half would keep another share. Gate by gate, as each meets what
-    the gates before it have kept: the images pass once for every gate, up to it. No features are kept. Any rates will
-    do, not only those of the training: one network, any rate.
+    the gates before it have kept; meanwhile the tokens of all images wait in memory, `images * tokens * width` numbers.
+    Any rates will do, not only those of the training: one network, any rate.
 
     Args:
         model: The model with gates; it is not changed.
-        images: Calibration images without labels, held out of the training at best: a tensor, or batches of them that
-            can be passed more than once.
+        images: Calibration images without labels, held out of the training at best: a tensor, or batches of them.
         rates: What share of all patches each gate is to keep; one for all, or one for each by block. Where tokens
             never return, a gate keeps at most what the one before it has kept.
-        progress: Wraps each pass over the images; `tqdm` shows a bar, `iter` shows nothing.
+        progress: Wraps the loop over the gates; `tqdm` shows a bar, `iter` shows nothing.
 
     Returns:
         The present plan with `GateBelow` and its threshold at every gate, for `retune`. On the calibration images the
         shares are right to one token, but for equal probabilities.
 
     Raises:
-        TokenExitError: If the model has no gates, a rate is missing, or the images are none or can pass only once.
+        TokenExitError: If the model has no gates, a rate is missing, or there are no images.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
     wanted = rates_by_gate(rates, model.schedule.after)
     batches = images.split(8) if isinstance(images, Tensor) else images
-    again = not isinstance(batches, Iterator)
-    require(again, "images", "be batches that can be passed more than once, as a list", type(images).__name__)
-    plan = Schedule((), model.schedule.carry)
+    nothing, exits = Schedule((), model.schedule.carry), []
     with evaluating(model):
-        for after, rate in wanted.items():
-            found = [
-                _probability(model, batch, Schedule((*plan.exits, Exit(after, GateBelow(0.0))), plan.carry))
-                for batch in progress(batches)
-            ]
-            require(sum(map(len, found)) > 0, "images", "hold at least one image", "none")
-            threshold = threshold_for(torch.cat(found), rate)
-            plan = Schedule((*plan.exits, Exit(after, GateBelow(threshold))), plan.carry)
-    return plan
+        runs = [PackedRun(model, batch, nothing) for batch in batches if len(batch)]
+        require(len(runs) > 0, "images", "hold at least one image", "none")
+        at = 0
+        for after, rate in progress(wanted.items()):
+            for run in runs:
+                for block in range(at, after):
+                    run.advance(block)
+                run.ask(after)
+            at = after
+            policy = GateBelow(threshold_for(torch.cat([_asked(run) for run in runs]), rate))
+            exits.append(Exit(after, policy))
+            for run in runs:
+                run.answer(after, policy)
+    return Schedule(tuple(exits), model.schedule.carry)
 
 
-def _probability(model: GatedModel, images: Tensor, plan: Schedule) -> Tensor:
-    """What the last gate of a plan says of every patch; 0 of those that it is not asked about."""
-    run = PackedRun(model, images, plan)
-    for _ in run.blocks(plan.after[-1]):
-        pass
-    return torch.where(run.keep[-1], run.probability[-1], 0.0).flatten()
+def _asked(run: PackedRun) -> Tensor:
+    """What the last gate says of every patch; 0 of those that cannot come back."""
+    probability = run.probability[-1]
+    gone = run.carry.returning == "never" and run.keep
+    return torch.where(run.keep[-1], probability, 0.0).flatten() if gone else probability.flatten()

@@ -4,7 +4,7 @@ Unlike in `running`, where a token leaves with its outcome, a token that waits k
 next gate may call it back (SViT, WACV 2024). So the result is a whole map of features, for any decoder.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
@@ -225,16 +225,26 @@ class _Run:
         self.patches = self.slots - self.embedded.prefix
         # Which slots run, since the last gate; None while all do.
         self.running: Tensor | None = None
+        self.logits = self.tokens.new_empty(0)
         self.keep: list[Tensor] = []
         self.probability: list[Tensor] = []
         self.counts: list[Tensor] = []
 
     def through(self) -> GatedOutput:
         """The whole pass."""
-        maps = dict(self.blocks(self.model.depth))
-        finished = maps.get(self.model.depth, self._finished() if self.model.head is not None else None)
+        depth, maps = self.model.depth, {}
+        for block in range(depth):
+            if block in self.policy:
+                self.ask(block)
+                self.answer(block, self.policy[block])
+            self.advance(block)
+            if block + 1 in self.model.taps:
+                maps[block + 1] = self._finished() if block + 1 == depth else self._map(self.now())
+        logits = None
+        if self.model.head is not None:
+            logits = self._read(self.model.head, maps[depth] if depth in maps else self._finished())
         return GatedOutput(
-            None if self.model.head is None or finished is None else self._read(self.model.head, finished),
+            logits,
             maps,
             self._by_gate(self.keep, torch.bool),
             self._by_gate(self.probability, torch.float32),
@@ -243,26 +253,32 @@ class _Run:
             self.carry.keys,
         )
 
-    def blocks(self, until: int) -> Iterator[tuple[int, Tensor]]:
-        """Run the first blocks, and the gate after the last of them; yield the maps that are tapped."""
-        depth = self.model.depth
-        for block in range(until + 1):
-            if block in self.policy:
-                self._gate(block)
-            if block == until:
-                return
-            if block == depth - 1 and self.carry.before == "last block":
-                self.wait(None)
-            everyone = torch.full((self.images,), self.slots, device=self.tokens.device)
-            self.counts.append(everyone if self.running is None else self.running.sum(dim=1))
-            self.run(block)
-            if block + 1 in self.model.taps:
-                yield block + 1, self._finished() if block + 1 == depth else self._map(self.now())
+    def ask(self, after: int) -> None:
+        """Ask a gate how probable it is that each patch is kept."""
+        patches = self.now()[:, self.embedded.prefix :]
+        self.logits = self.model.gates[str(after)](self.gate_input(patches))
+        self.probability.append(keep_probability(self.logits))
 
-    def decide(self, after: int, logits: Tensor) -> Tensor:
+    def answer(self, after: int, policy: policies.Policy) -> None:
+        """Let wait whom the gate that was asked does not keep."""
+        keep = self.decide(after, policy)
+        if self.carry.returning == "never" and self.keep:
+            keep = self.stay(keep)
+        self.keep.append(keep)
+        self.wait(functional.pad(keep > 0, (self.embedded.prefix, 0), value=True))
+
+    def advance(self, block: int) -> None:
+        """Run one block on those that run."""
+        if block == self.model.depth - 1 and self.carry.before == "last block":
+            self.wait(None)
+        everyone = torch.full((self.images,), self.slots, device=self.tokens.device)
+        self.counts.append(everyone if self.running is None else self.running.sum(dim=1))
+        self.run(block)
+
+    def decide(self, _after: int, policy: policies.Policy) -> Tensor:
         """Which patches run until the next gate."""
         probability = self.probability[-1]
-        index = torch.arange(self.images * self.patches, device=logits.device)
+        index = torch.arange(self.images * self.patches, device=probability.device)
         evidence = policies.Evidence(
             gate=probability.detach().reshape(-1),
             image=index // self.patches,
@@ -270,7 +286,7 @@ class _Run:
             grid=self.embedded.grid,
             position=index % self.patches,
         )
-        return ~self.policy[after](evidence).reshape(self.images, self.patches)
+        return ~policy(evidence).reshape(self.images, self.patches)
 
     def gate_input(self, patches: Tensor) -> Tensor:
         """What a gate reads."""
@@ -287,16 +303,6 @@ class _Run:
     def run(self, block: int) -> None:
         """Run one block."""
         raise NotImplementedError
-
-    def _gate(self, after: int) -> None:
-        patches = self.now()[:, self.embedded.prefix :]
-        logits = self.model.gates[str(after)](self.gate_input(patches))
-        self.probability.append(keep_probability(logits))
-        keep = self.decide(after, logits)
-        if self.carry.returning == "never" and self.keep:
-            keep = self.stay(keep)
-        self.keep.append(keep)
-        self.wait(functional.pad(keep > 0, (self.embedded.prefix, 0), value=True))
 
     def stay(self, keep: Tensor) -> Tensor:
         """Those that an earlier gate has let wait do not come back."""
@@ -339,7 +345,7 @@ class PackedRun(_Run):
             return self.tokens
         flat = rearrange(self.tokens, "images slots width -> (images slots) width")
         flat = flat.index_copy(0, self.packing.index, self.row[0].to(flat.dtype))
-        return rearrange(flat, "(images slots) width -> images slots width", images=self.images)
+        return flat.unflatten(0, (self.images, self.slots))
 
     def wait(self, running: Tensor | None) -> None:
         """From now on, only these slots run; all of them if None."""

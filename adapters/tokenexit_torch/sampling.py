@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenexit import gates
 from tokenexit.errors import require
 from tokenexit.gates import rates_by_gate
+from tokenexit.policies import Policy
 from tokenexit.schedule import Schedule
 from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun, checked_gates
 
@@ -139,7 +140,8 @@ class _SampledRun(MaskedRun):
     def gate_input(self, patches: Tensor) -> Tensor:
         return patches.detach() if self._sampled.gate_input == "detached" else patches
 
-    def decide(self, after: int, logits: Tensor) -> Tensor:
+    def decide(self, after: int, _policy: Policy) -> Tensor:
+        logits = self.logits
         soft = gates.soft_draw(logits, self._uniform(logits), temperature=self._sampled.temperature)
         # Exactly 1 or 0, and the gradient of the relaxed decision.
         keep = (soft > 0.5).float() + (soft - soft.detach())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
-from examples.camvid import common, data, report
+from examples.camvid import common, data, gated, report
 from tokenexit import TokenExitError, cost, schedule
 from tokenexit.heads import MLP
 
@@ -194,6 +194,19 @@ def settings(heads: Collection[int], radius: Mapping[int, int], cells: Sequence[
     )  # fmt: skip
 
 
+def gate_settings(run: Path) -> tuple[Setting, ...]:
+    """What is measured of a network with gates: dense, and every budget that it is calibrated for.
+
+    Args:
+        run: Its run folder.
+
+    Raises:
+        UsageError: If the folder holds no plans.
+    """
+    calibrated = (Setting(f"gates {budget:.2f}", "gates", plan) for budget, plan in gated.read_plans(run).items())
+    return Setting("dense", "dense", schedule.dense()), *calibrated
+
+
 def read_plan(path: Path) -> Setting:
     """A schedule from a JSON file, named after it.
 
@@ -214,7 +227,7 @@ def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
 
 @torch.inference_mode()
 def accuracy(
-    model: tet.ExitingModel,
+    model: tet.ExitingModel | tet.GatedModel,
     plan: schedule.Schedule,
     batches: data.Batches,
     dense: UInt8[Tensor, "images 352 480"] | None,
@@ -269,7 +282,7 @@ def _numbers(values: Float[Tensor, " count"]) -> list[float | None]:
 
 @torch.inference_mode()
 def timed(
-    model: tet.ExitingModel,
+    model: tet.ExitingModel | tet.GatedModel,
     chosen: Sequence[Setting],
     images: Float[Tensor, "images 3 height width"],
     *,
@@ -351,12 +364,14 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         file.write((json.dumps(results, indent=1) + "\n").encode())
 
 
-def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingModel:
+def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingModel | tet.GatedModel:
     """The model to measure: a run, or a ready model with the file's exit heads or with fitted ones.
 
     Raises:
         UsageError: If a file is missing or does not fit.
     """
+    if given.run is not None and runs.is_gated(given.run):
+        return runs.load_gated(given.run)[0]
     fitted = None if given.fit_after is None else common.fitted_exits(given.json)
     if fitted is None or (results["fit"] is not None and fitted.is_dir()):
         return common.saved_model(given.run or given.init, data.SIZE, fitted=fitted)
@@ -390,8 +405,12 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results = open_results(given.json, inputs(given, frames))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     model = model_of(given, results).eval().to(given.device)
-    heads, patches = [int(block) for block in model.exit_heads], patch_tokens(model)
-    every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
+    patches = patch_tokens(model)
+    if isinstance(model, tet.GatedModel):
+        every = gate_settings(given.run)
+    else:
+        heads = [int(block) for block in model.exit_heads]
+        every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
     every = (*every, *map(read_plan, given.plans))
     chosen = [one for one in every if given.only is None or one.name.startswith(("dense", *given.only))]
     results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
@@ -402,14 +421,14 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def patch_tokens(model: tet.ExitingModel) -> int:
+def patch_tokens(model: tet.ExitingModel | tet.GatedModel) -> int:
     """Patches of a CamVid image."""
     height, width = model.host.embed(next(model.parameters()).new_zeros(1, 3, *data.SIZE)).grid
     return height * width
 
 
 def measure_accuracy(
-    model: tet.ExitingModel,
+    model: tet.ExitingModel | tet.GatedModel,
     chosen: Sequence[Setting],
     frames: Sequence[data.Frame],
     results: dict[str, Any],
@@ -436,7 +455,10 @@ def _keep(results: dict[str, Any], setting: Setting, figures: Mapping[str, Any],
 
 
 def measure_time(
-    model: tet.ExitingModel, chosen: Sequence[Setting], results: dict[str, Any], given: argparse.Namespace
+    model: tet.ExitingModel | tet.GatedModel,
+    chosen: Sequence[Setting],
+    results: dict[str, Any],
+    given: argparse.Namespace,
 ) -> None:
     """Add to `results["timing"]`, and to the file, every batch size that is not there yet for the same settings."""
     frames = data.frames(given.data, given.split, given.timing_images)

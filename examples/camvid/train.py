@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenexit_torch as tet
 from examples import checkpoints, metrics, runs, shell
-from examples.camvid import common, data, methods
+from examples.camvid import common, data, gated, methods
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
@@ -87,7 +87,12 @@ def arguments() -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--weights", type=Path, help="DeiT-Tiny, a .npz file with timm key names")
     start.add_argument("--init", type=Path, help="dense checkpoint, a .npz file with timm key names and heads.B.*")
-    parser.add_argument("--method", choices=methods.METHODS, default="dense", help="exits to train with, from --init")
+    parser.add_argument(
+        "--method",
+        choices=[*methods.METHODS, *gated.VARIANTS],
+        default="dense",
+        help="exits to train with, from --init",
+    )
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
     parser.add_argument("--epochs", type=int, help=f"{Recipe.epochs} by default, {WITH_EXITS.epochs} from --init")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
@@ -102,8 +107,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def new_model(source: Path, recipe: Recipe) -> tet.ExitingModel:
-    """The network with fresh exit heads; nothing leaves.
+Model = tet.ExitingModel | tet.GatedModel
+
+
+def new_model(source: Path, recipe: Recipe) -> Model:
+    """The network with fresh exit heads, of which nothing leaves, or with fresh gates.
 
     Raises:
         UsageError: If the file does not hold what the recipe starts from.
@@ -113,6 +121,8 @@ def new_model(source: Path, recipe: Recipe) -> tet.ExitingModel:
         vit = common.pretrained_vit(source, _PATCH, data.SIZE)
         return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
     vit, final, _ = common.ready_model(source, data.SIZE)
+    if recipe.method in gated.VARIANTS:
+        return gated.new_model(vit, final, gated.VARIANTS[recipe.method])
     plan = schedule.dense(after=methods.METHODS[recipe.method].after)
     # All heads of one plan, which the checkpoint's final head has as well, so that the run folder holds it.
     model = tet.wrap(vit, plan, num_classes=len(data.CLASSES), exit_heads=MLP())
@@ -145,10 +155,11 @@ def criterion(
     return loss
 
 
-def new_optimizer(model: tet.ExitingModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with a higher rate for the heads, and decay for matrices and kernels only."""
+def new_optimizer(model: Model, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with a higher rate for the heads and gates, and decay for matrices and kernels only."""
     body = list(model.host.module.parameters())
-    readers = [*model.exit_heads.parameters(), *model.head.parameters()]
+    inside = {id(parameter) for parameter in body}
+    readers = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     groups = [
         {"params": [parameter for parameter in chosen if _is_matrix(parameter) == decays], "lr": rate,
          "weight_decay": recipe.decay if decays else 0.0}
@@ -179,7 +190,7 @@ def new_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
 class Training:
     """What changes during training, saved and restored together."""
 
-    model: tet.ExitingModel
+    model: Model
     average: AveragedModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
@@ -203,14 +214,14 @@ class Training:
         torch.set_rng_state(state["rng"])
 
     @property
-    def result(self) -> tet.ExitingModel:
+    def result(self) -> Model:
         """The network to evaluate and to save: the average of the weights."""
-        return cast(tet.ExitingModel, self.average.module)
+        return cast(Model, self.average.module)
 
 
 def run_epoch(
     training: Training,
-    teacher: tet.ExitingModel | None,
+    teacher: Model | None,
     batches: Iterable[Sequence[Tensor]],
     recipe: Recipe,
     *,
@@ -229,17 +240,14 @@ def run_epoch(
         steps: Steps of the whole run.
         device: Where to.
     """
-    model, method = training.model.train(), methods.METHODS[recipe.method]
-    staged = tet.Staged(model)
+    model = training.model.train()
     losses = []
     for step, (images, labels) in enumerate(batches, start=first):
         images, labels = images.to(device), labels.to(device)
-        plan = method.training(step, steps, recipe.seed)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
             with torch.no_grad():
                 wish = None if teacher is None else teacher(images, schedule=schedule.dense()).logits
-            stages = staged(images, schedule=plan)
-        value = stages.loss(criterion(labels, wish, recipe), auxiliary=recipe.auxiliary)
+            value = step_loss(model, images, criterion(labels, wish, recipe), recipe, step=step, steps=steps)
         training.optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -250,13 +258,29 @@ def run_epoch(
     return torch.stack(losses).mean().item()
 
 
+def step_loss(
+    model: Model,
+    images: Float[Tensor, "batch 3 height width"],
+    criterion: Callable[[Tensor], Float[Tensor, ""]],
+    recipe: Recipe,
+    *,
+    step: int,
+    steps: int,
+) -> Float[Tensor, ""]:
+    """The loss of one step, under the exits or gates of the method."""
+    if isinstance(model, tet.GatedModel):
+        return gated.loss(model, images, criterion, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
+    plan = methods.METHODS[recipe.method].training(step, steps, recipe.seed)
+    return tet.Staged(model)(images, schedule=plan).loss(criterion, auxiliary=recipe.auxiliary)
+
+
 @torch.inference_mode()
-def dense_miou(model: tet.ExitingModel, batches: data.Batches, device: torch.device) -> float:
+def dense_miou(model: Model, batches: data.Batches, device: torch.device) -> float:
     """Data-set mIoU of the whole network in float32, as a fraction, logits upsampled to the labels."""
     model.eval()
     confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     for images, labels in shell.progress(batches, desc="val"):
-        logits = model.every_exit(images.to(device))[model.depth]
+        logits = model(images.to(device), schedule=schedule.dense()).logits
         full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         confusion += metrics.confusion_matrix(
             full.argmax(1).cpu(), labels, classes=len(data.CLASSES), ignore=data.IGNORE
@@ -309,7 +333,7 @@ def train(
     steps = recipe.epochs * batches
     identity, validation = identity_of(recipe, source, chosen), data.Batches(held_out, recipe.batch)
     saved = load_checkpoint(out / CHECKPOINT, identity)
-    if saved is None and recipe.start == "init":
+    if saved is None and recipe.start == "init" and isinstance(model, tet.ExitingModel):
         fit(model, recipe, chosen, device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
     training = Training(model, average, optimizer, new_scheduler(optimizer, recipe, steps))
@@ -330,9 +354,9 @@ def train(
         history.append(entry)
         checkpoints.save(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
         print(_line(len(history), recipe.epochs, entry), flush=True)
-    if recipe.start == "weights":
+    if recipe.start == "weights" and isinstance(training.result, tet.ExitingModel):
         fit(training.result, recipe, chosen, device)
-    finish(training.result, recipe, out=out, history=history)
+    finish(training.result, recipe, chosen, out=out, history=history, device=device)
     return history[-1]["val_miou"]
 
 
@@ -344,16 +368,31 @@ def fit(model: tet.ExitingModel, recipe: Recipe, chosen: tuple[data.Frame, ...],
     print(f"exit heads agree with the final head, by block: {agreement}", flush=True)
 
 
-def finish(model: tet.ExitingModel, recipe: Recipe, *, out: Path, history: list[dict[str, float]]) -> None:
-    """Save the run."""
+def finish(
+    model: Model,
+    recipe: Recipe,
+    chosen: tuple[data.Frame, ...],
+    *,
+    out: Path,
+    history: list[dict[str, float]],
+    device: torch.device,
+) -> None:
+    """Save the run; gates are calibrated before."""
     patch = int(model.model.get_parameter("patch_embed.proj.weight").shape[-1])
     config = {"model_name": common.VIT, **common.vit_config(patch, data.SIZE)}
     about = runs.About(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
         size=data.SIZE,
     )  # fmt: skip
-    model.eval().retune(_PLAN if recipe.start == "weights" else methods.METHODS[recipe.method].saved)
-    runs.save(out, model, about)
+    model.eval()
+    if isinstance(model, tet.GatedModel):
+        plans = gated.budget_plans(model, gated.VARIANTS[recipe.method], chosen, device)
+        gated.write_plans(out, plans)
+        model.retune(plans[gated.TRAINED])
+        runs.save_gated(out, model, about)
+    else:
+        model.retune(_PLAN if recipe.start == "weights" else methods.METHODS[recipe.method].saved)
+        runs.save(out, model, about)
     (out / "history.json").write_text(json.dumps({"recipe": asdict(recipe), "epochs": history}, indent=1) + "\n")
     print(f"dense val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
 

@@ -10,7 +10,12 @@ from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 
 CARRY = (
     st.just(Prediction())
-    | st.just(Preserved())
+    | st.builds(
+        Preserved,
+        returning=st.sampled_from(["every gate", "never"]),
+        keys=st.sampled_from(["running", "all"]),
+        before=st.sampled_from(["decoder", "last block"]),
+    )
     | st.just(MaskPrediction())
     | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
 )
@@ -25,7 +30,8 @@ def test_a_carry_survives_json(carry):
 
 def test_what_is_written():
     assert carries.to_dict(Prediction()) == {"kind": "prediction"}
-    assert carries.to_dict(Preserved()) == {"kind": "preserved"}
+    preserved = {"kind": "preserved", "returning": "every gate", "keys": "running", "before": "decoder"}
+    assert carries.to_dict(Preserved()) == preserved
     assert carries.to_dict(Feature()) == {"kind": "feature", "before": "decoder", "fold_above": None}
     assert carries.to_dict(MaskPrediction()) == {"kind": "mask_prediction"}
     assert Prediction() != Preserved()
@@ -37,6 +43,9 @@ def test_what_is_written():
     ("make", "message"),
     [
         (lambda: Feature("head"), "`before` must be 'decoder' or 'last block', got 'head'"),
+        (lambda: Preserved("always"), "`returning` must be 'every gate' or 'never', got 'always'"),
+        (lambda: Preserved(keys="some"), "`keys` must be 'running' or 'all', got 'some'"),
+        (lambda: Preserved(before="head"), "`before` must be 'decoder' or 'last block', got 'head'"),
         (lambda: Feature(None), "`before` must be 'decoder' or 'last block', got None"),
         (lambda: Feature(["decoder"]), r"`before` must be 'decoder' or 'last block', got \['decoder'\]"),
         (lambda: Feature(fold_above=-0.1), r"`fold_above` must be None or in \[0, 1\], got -0.1"),
