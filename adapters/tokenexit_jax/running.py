@@ -19,12 +19,11 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit import TokenExitError
-from tokenexit.carries import MaskPrediction, Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy, Threshold
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
 from tokenexit_jax._counting import multiply_adds
 from tokenexit_jax._passing import Parts, Run, State, embed, needed, on_grid, stages
@@ -268,27 +267,9 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
     Raises:
         TokenExitError: If it cannot.
     """
-    if not isinstance(schedule, Schedule):
-        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
+    require_fits(schedule, depth=model.depth, after=model.after, gives_masks=model.gives_masks)
     unknown = [leaf for leaf in jax.tree.leaves(schedule) if isinstance(leaf, Policy)]
     require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
-    compared = set[str]().union(*(exit.policy.compared_scores for exit in schedule.exits))
-    gated = isinstance(schedule.carry, Preserved) or "gate" in compared
-    rule = "carry predictions or features and look at no gate, for a model without gates"
-    require(not gated, "schedule", rule, schedule)
-    masks = isinstance(schedule.carry, MaskPrediction)
-    rule = "carry no MaskPrediction, for heads that give no masks to freeze"
-    require(not masks or model.gives_masks, "schedule", rule, schedule)
-    spread = sorted({"entropy", "margin"} & compared)
-    rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
-    require(not model.gives_masks or not spread, "schedule", rule, spread)
-    late = [after for after in schedule.after if after >= model.depth]
-    require(
-        not late, "schedule", f"have exits after blocks 1 to {model.depth - 1} only, for {model.depth} blocks", late
-    )
-    headless = [after for after in schedule.after if after not in model.after]
-    rule = f"have exits only after blocks with an exit head, {list(model.after)}"
-    require(not headless, "schedule", rule, headless)
     return schedule
 
 
