@@ -8,7 +8,7 @@ bucket that holds those of every image. Who leaves, and what is left behind, is 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from jaxtyping import Float, Int
 from tokenexit import TokenExitError
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
-from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy, Threshold
 from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
@@ -279,21 +278,21 @@ def fitting(model: ExitingModel, heads: Heads) -> Heads:
     Raises:
         TokenExitError: If they do not.
     """
-    wanted = _shapes(model.head_plan, model.network.width, model.classes, model.after, model.head is None)
-    found = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(heads)}
+    wanted, found = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(one)}
+        for one in (shapes_of(model), heads)
+    )
     if found != wanted:
         names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-        shapes = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
-        raise TokenExitError(f"`heads` must be of the model, as `init` makes them, got {shapes}")
+        got = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
+        raise TokenExitError(f"`heads` must be of the model, as `init` makes them, got {got}")
     return heads
 
 
-@lru_cache
-def _shapes(plan: HeadPlan, width: int, classes: int, after: tuple[int, ...], built: bool) -> dict[str, tuple]:
-    """Shapes of the weights of heads by their places; nothing is allocated."""
-    one = jax.eval_shape(lambda: building.init(plan, jax.random.key(0), width=width, classes=classes))
-    every = {"exit_heads": {str(block): one for block in after}} | ({"head": one} if built else {})
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(every)}
+def shapes_of(model: ExitingModel) -> Heads:
+    """The weights of the heads as `jax.ShapeDtypeStruct`. It is no part of the public API."""
+    width, classes, built = model.network.width, model.classes, model.head is None
+    return building.shapes(model.head_plan, width=width, classes=classes, after=model.after, final=built)
 
 
 def _as_arrays(plan: Schedule) -> Schedule:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from tokenexit.errors import require
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours
-from tokenexit_jax._passing import embed
+from tokenexit_jax._passing import embed, run_block
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.running import ExitingModel, checked
 
@@ -121,10 +121,7 @@ def _check_block(network: Network, index: int, params: Params, known: Embedded) 
     def run(slot: Array, counts: Array) -> Array:
         own = None if known.positions is None else jnp.take(known.positions, slot, axis=0)
         given = known.tokens[images, slot]
-        found = network.blocks[index](params, given, jnp.broadcast_to(counts, slot.shape), own)
-        shape = getattr(found, "shape", type(found).__name__)
-        require(shape == given.shape, argument, f"give tokens of shape {given.shape}", f"{shape}")
-        return found
+        return run_block(network, index, params, given, jnp.broadcast_to(counts, slot.shape), own)
 
     # The tokens of one image, and some others of another.
     few = jnp.stack([jnp.arange(half), slots - 1 - jnp.arange(half)])
@@ -156,8 +153,8 @@ def _through(network: Network, params: Params, known: Embedded) -> Array:
     counts = jnp.ones(batch.shape[:2], dtype=jnp.float32)
     if positions is not None:
         positions = jnp.broadcast_to(positions, (batch.shape[0], *positions.shape))
-    for block in network.blocks:
-        batch = block(params, batch, counts, positions)
+    for index in range(network.depth):
+        batch = run_block(network, index, params, batch, counts, positions)
     return batch
 
 
