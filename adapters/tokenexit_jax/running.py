@@ -29,6 +29,7 @@ from tokenexit_jax._passing import Parts, Run, State, embed, needed, on_grid, st
 from tokenexit_jax.masks import MaskMaps
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
+from tokenexit_jax.pytrees import on_host
 
 __all__ = ["ExitingModel"]
 
@@ -129,6 +130,8 @@ class ExitingModel(Parts):
     ) -> "ExitingModel":
         """The same model with another plan, or other thresholds; for the latter nothing is compiled again.
 
+        Thresholds that are arrays without axes become Python's numbers, unless they are traced: they are waited for.
+
         Args:
             schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
             threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
@@ -142,7 +145,7 @@ class ExitingModel(Parts):
         require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
         plan = self.schedule if schedule is None else schedule
         plan = plan if threshold is None else plan.with_threshold(threshold)
-        return dataclasses.replace(self, schedule=checked(self, plan))
+        return dataclasses.replace(self, schedule=on_host(checked(self, plan)))
 
     def every_exit(
         self, params: Params, heads: Heads, images: Array
