@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jax.core import Tracer
@@ -299,11 +298,11 @@ def shapes_of(model: ExitingModel) -> Heads:
 
 
 def _as_arrays(plan: Schedule) -> Schedule:
-    """Thresholds of one kind, so that programs do not differ by how they are given; numbers on the host."""
+    """Thresholds as arrays, so that programs do not differ by how they are given: an array of JAX is not a number."""
 
     def as_array(leaf: Any) -> Any:
         if isinstance(leaf, int | float):
-            return np.asarray(leaf, dtype=np.int32 if isinstance(leaf, int) else np.float32)
+            return jnp.asarray(leaf, dtype=jnp.int32 if isinstance(leaf, int) else jnp.float32)
         return leaf
 
     return jax.tree.map(as_array, plan)
