@@ -5,6 +5,7 @@ The functions take arrays of any library that follows the array API standard and
 
 from tokenexit import (
     annealing,
+    auxiliary,
     carries,
     cells,
     cost,
@@ -23,6 +24,7 @@ from tokenexit.errors import TokenExitError
 __all__ = [
     "TokenExitError",
     "annealing",
+    "auxiliary",
     "carries",
     "cells",
     "cost",

@@ -5,13 +5,13 @@ A schedule is plain frozen data. It holds no weight, prints as it reads, and is 
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenexit import carries, policies
 from tokenexit._plain import is_whole, require_keys
-from tokenexit.carries import Carry, Feature, Prediction, Preserved
+from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.errors import TokenExitError, require
 from tokenexit.policies import (
     Budget,
@@ -25,7 +25,18 @@ from tokenexit.policies import (
     never,
 )
 
-__all__ = ["Exit", "Schedule", "dense", "dovit", "dtop", "neighbours", "paumer", "svit", "truncated"]
+__all__ = [
+    "Exit",
+    "Schedule",
+    "dense",
+    "dovit",
+    "dtop",
+    "neighbours",
+    "paumer",
+    "require_fits",
+    "svit",
+    "truncated",
+]
 
 SCHEMA = 3
 
@@ -110,15 +121,19 @@ class Schedule:
             TokenExitError: If a block has no exit, a threshold is out of range, or the exits compare several kinds of
                 score, for which one number cannot serve, or none at all.
         """
+        comparing = [exit.after for exit in self.exits if exit.policy.compared_scores]
+        several = f"a mapping from blocks to thresholds, as {dict.fromkeys(comparing or self.after, 0.9)}"
+        row = isinstance(threshold, Sequence)
+        require(not row, "threshold", f"be one threshold for all exits, or {several}", repr(threshold))
         if not isinstance(threshold, Mapping):
-            comparing = [exit.after for exit in self.exits if exit.policy.compared_scores]
             threshold = dict.fromkeys(comparing, threshold)
         unknown = sorted(set(threshold) - set(self.after))
         require(not unknown, "threshold", f"name blocks with an exit, {self.after}", unknown)
         kinds = sorted(
             set[str]().union(*(exit.policy.compared_scores for exit in self.exits if exit.after in threshold))
         )
-        require(len(kinds) == 1, "threshold", "be for exits that compare one kind of score", kinds)
+        hint = f"name some of the exits by {several}" if kinds else "none of them has a threshold"
+        require(len(kinds) == 1, "threshold", "be for exits that compare one kind of score", f"{kinds}: {hint}")
         exits = tuple(
             dataclasses.replace(exit, policy=exit.policy.with_threshold(threshold[exit.after]))
             if exit.after in threshold
@@ -324,6 +339,38 @@ def truncated(*, after: int) -> Schedule:
         TokenExitError: If `after` is not a whole number from 1 up.
     """
     return Schedule((Exit(after, always()),))
+
+
+def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_masks: bool) -> None:
+    """Raise a `TokenExitError` unless a model can follow a plan: what every adapter asks of the plans it is given.
+
+    Args:
+        plan: The plan.
+        depth: How many blocks the model has. No adapter's model has gates yet.
+        after: Its blocks with an exit head.
+        gives_masks: Whether its heads are mask heads.
+
+    Raises:
+        TokenExitError: If it is no schedule, needs gates, or masks of heads that give none, compares scores that mask
+            heads do not have, or has exits beyond the blocks, or without a head.
+    """
+    require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
+    compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
+    gated = isinstance(plan.carry, Preserved) or "gate" in compared
+    rule = "carry predictions or features and look at no gate, for a model without gates"
+    require(not gated, "schedule", rule, plan)
+    masks = isinstance(plan.carry, MaskPrediction)
+    rule = "carry no MaskPrediction, for heads that give no masks to freeze"
+    require(not masks or gives_masks, "schedule", rule, plan)
+    spread = sorted({"entropy", "margin"} & compared)
+    rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
+    require(not gives_masks or not spread, "schedule", rule, spread)
+    late = [block for block in plan.after if block >= depth]
+    rule = f"have exits after blocks 1 to {depth - 1} only, for {depth} blocks"
+    others = "name others by `radius` of `neighbours`, the default, or by `after` of the other presets"
+    require(not late, "schedule", rule, f"{late}: {others}")
+    headless = [block for block in plan.after if block not in after]
+    require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)
 
 
 def _blocks(after: Iterable[int]) -> tuple[int, ...]:

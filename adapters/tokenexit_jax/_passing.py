@@ -29,7 +29,7 @@ from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
 
-__all__ = ["Parts", "Reading", "Run", "State", "embed", "joined", "needed", "on_grid", "stages"]
+__all__ = ["Parts", "Reading", "Run", "State", "embed", "joined", "needed", "on_grid", "run_block", "stages"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,9 @@ class Run(NamedTuple):
         positions = None
         if state.positions is not None:
             positions = jnp.take(state.positions, _slots(selection, prefix), axis=0)
-        for block in self.model.network.blocks[start:stop]:
-            entries = block(self.params, entries, counts, positions).astype(state.tokens.dtype)
+        for index in range(start, stop):
+            found = run_block(self.model.network, index, self.params, entries, counts, positions)
+            entries = found.astype(state.tokens.dtype)
         state = dataclasses.replace(
             state,
             tokens=_written(state, selection, entries, waiting),
@@ -268,7 +269,11 @@ class Run(NamedTuple):
         """What the head after a block says of patches; after the last it is the final head."""
         model = self.model
         if after == model.depth and model.head is not None:
-            return Reading(model.head(self.params, patches))
+            logits = model.head(self.params, patches)
+            shape = getattr(logits, "shape", type(logits).__name__)
+            wanted = (*patches.shape[:-1], model.classes)
+            require(shape == wanted, "head", f"give {model.classes} classes, logits of shape {wanted}", f"{shape}")
+            return Reading(logits)
         weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
         if not isinstance(model.head_plan, ATM):
             return Reading(building.read(model.head_plan, weights, patches))
@@ -284,8 +289,8 @@ class Run(NamedTuple):
         counts = jnp.ones(batch.shape[:2], dtype=jnp.float32)
         if positions is not None:
             positions = jnp.broadcast_to(positions, (batch.shape[0], *positions.shape))
-        for block in self.model.network.blocks[start:stop]:
-            batch = block(self.params, batch, counts, positions)
+        for index in range(start, stop):
+            batch = run_block(self.model.network, index, self.params, batch, counts, positions)
         return batch
 
     def _counts(self, state: State, selection: Selection, waiting: Array) -> Float[Array, "images entries"]:
@@ -415,6 +420,20 @@ def embed(network: Network, params: Params, images: Array) -> Embedded:
     rule = f"give positions for {slots} slots"
     require(placed, "network.embed", rule, None if positions is None else f"shape {positions.shape}")
     return embedded
+
+
+def run_block(
+    network: Network, index: int, params: Params, batch: Array, counts: Array, positions: Array | None
+) -> Array:
+    """One block, seen to give tokens. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If it gives anything else.
+    """
+    found = network.blocks[index](params, batch, counts, positions)
+    shape = getattr(found, "shape", type(found).__name__)
+    require(shape == batch.shape, f"network.blocks[{index}]", f"give tokens of shape {batch.shape}", f"{shape}")
+    return found
 
 
 def _slots(selection: Selection, prefix: int) -> Int[Array, "images entries"]:

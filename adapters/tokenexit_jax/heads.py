@@ -4,6 +4,8 @@ Their weights lie in one flat dictionary, under the names and in the layouts of 
 so that heads fitted in one framework are read in the other without any renaming.
 """
 
+from functools import lru_cache
+
 import jax
 from jax import Array
 from jax import numpy as jnp
@@ -15,6 +17,7 @@ from tokenexit.errors import require
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
 from tokenexit_jax._layers import Weights, layer_norm, linear, new_linear, new_norm
 from tokenexit_jax.masks import Masks, new_masks, read_masks
+from tokenexit_jax.networks import Heads
 
 __all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks"]
 
@@ -54,6 +57,24 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
             return {**between, **new_norm("1", plan.hidden), **named, **new_linear(last, "3", plan.hidden, classes)}
         case ATM():
             return new_masks(plan, first, width, classes)
+
+
+@lru_cache
+def shapes(plan: HeadPlan, /, *, width: int, classes: int, after: tuple[int, ...], final: bool) -> Heads:
+    """All heads of a model as `jax.ShapeDtypeStruct`; nothing is allocated. It is no part of the public API.
+
+    Args:
+        plan: Which kind of heads.
+        width: Channels of a token.
+        classes: Class count.
+        after: The blocks that have an exit head.
+        final: Whether there is a final head of that kind.
+
+    Returns:
+        What `ExitingModel.init` makes, without its numbers.
+    """
+    one = jax.eval_shape(lambda: init(plan, jax.random.key(0), width=width, classes=classes))
+    return {"exit_heads": {str(block): one for block in after}} | ({"head": one} if final else {})
 
 
 def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"], /) -> Float[Array, "*tokens classes"]:

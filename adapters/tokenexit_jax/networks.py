@@ -4,6 +4,7 @@ Nothing here holds a weight. A network is static: it is part of what is compiled
 make it once, and not anew for every call.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,12 +75,17 @@ class Network:
         """Check the fields.
 
         Raises:
-            TokenExitError: If a part is no function, `blocks` no tuple of them, or `width` no whole number from 1 up.
+            TokenExitError: If a part is no function of what it is given, `blocks` no tuple of such functions, or
+                `width` no whole number from 1 up.
         """
         for name in ("embed", "finish"):
             require(callable(getattr(self, name)), name, "be a function", repr(getattr(self, name)))
         blocks = isinstance(self.blocks, tuple) and len(self.blocks) > 0 and all(map(callable, self.blocks))
         require(blocks, "blocks", "be a tuple of functions, one for each block", repr(self.blocks))
+        _require_takes("embed", self.embed, "params", "images")
+        for index, block in enumerate(self.blocks):
+            _require_takes(f"blocks[{index}]", block, "params", "tokens", "counts", "positions")
+        _require_takes("finish", self.finish, "params", "tokens")
         whole = isinstance(self.width, int) and not isinstance(self.width, bool) and self.width >= 1
         require(whole, "width", "be a whole number from 1 up", repr(self.width))
 
@@ -87,3 +93,16 @@ class Network:
     def depth(self) -> int:
         """How many blocks the network has."""
         return len(self.blocks)
+
+
+def _require_takes(argument: str, function: Callable, /, *names: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it does not say what it takes
+        return
+    try:
+        signature.bind(*names)
+        fits = True
+    except TypeError:
+        fits = False
+    require(fits, argument, f"take ({', '.join(names)})", f"{signature}")

@@ -8,29 +8,27 @@ bucket that holds those of every image. Who leaves, and what is left behind, is 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit import TokenExitError
-from tokenexit.carries import MaskPrediction, Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
-from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy, Threshold
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
 from tokenexit_jax._counting import multiply_adds
 from tokenexit_jax._passing import Parts, Run, State, embed, needed, on_grid, stages
 from tokenexit_jax.masks import MaskMaps
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
+from tokenexit_jax.pytrees import on_host
 
 __all__ = ["ExitingModel"]
 
@@ -131,6 +129,8 @@ class ExitingModel(Parts):
     ) -> "ExitingModel":
         """The same model with another plan, or other thresholds; for the latter nothing is compiled again.
 
+        Thresholds that are arrays without axes become Python's numbers, unless they are traced: they are waited for.
+
         Args:
             schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
             threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
@@ -144,7 +144,7 @@ class ExitingModel(Parts):
         require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
         plan = self.schedule if schedule is None else schedule
         plan = plan if threshold is None else plan.with_threshold(threshold)
-        return dataclasses.replace(self, schedule=checked(self, plan))
+        return dataclasses.replace(self, schedule=on_host(checked(self, plan)))
 
     def every_exit(
         self, params: Params, heads: Heads, images: Array
@@ -268,27 +268,9 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
     Raises:
         TokenExitError: If it cannot.
     """
-    if not isinstance(schedule, Schedule):
-        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
+    require_fits(schedule, depth=model.depth, after=model.after, gives_masks=model.gives_masks)
     unknown = [leaf for leaf in jax.tree.leaves(schedule) if isinstance(leaf, Policy)]
     require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
-    compared = set[str]().union(*(exit.policy.compared_scores for exit in schedule.exits))
-    gated = isinstance(schedule.carry, Preserved) or "gate" in compared
-    rule = "carry predictions or features and look at no gate, for a model without gates"
-    require(not gated, "schedule", rule, schedule)
-    masks = isinstance(schedule.carry, MaskPrediction)
-    rule = "carry no MaskPrediction, for heads that give no masks to freeze"
-    require(not masks or model.gives_masks, "schedule", rule, schedule)
-    spread = sorted({"entropy", "margin"} & compared)
-    rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
-    require(not model.gives_masks or not spread, "schedule", rule, spread)
-    late = [after for after in schedule.after if after >= model.depth]
-    require(
-        not late, "schedule", f"have exits after blocks 1 to {model.depth - 1} only, for {model.depth} blocks", late
-    )
-    headless = [after for after in schedule.after if after not in model.after]
-    rule = f"have exits only after blocks with an exit head, {list(model.after)}"
-    require(not headless, "schedule", rule, headless)
     return schedule
 
 
@@ -298,29 +280,29 @@ def fitting(model: ExitingModel, heads: Heads) -> Heads:
     Raises:
         TokenExitError: If they do not.
     """
-    wanted = _shapes(model.head_plan, model.network.width, model.classes, model.after, model.head is None)
-    found = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(heads)}
+    wanted, found = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(one)}
+        for one in (shapes_of(model), heads)
+    )
     if found != wanted:
         names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-        shapes = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
-        raise TokenExitError(f"`heads` must be of the model, as `init` makes them, got {shapes}")
+        got = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
+        raise TokenExitError(f"`heads` must be of the model, as `init` makes them, got {got}")
     return heads
 
 
-@lru_cache
-def _shapes(plan: HeadPlan, width: int, classes: int, after: tuple[int, ...], built: bool) -> dict[str, tuple]:
-    """Shapes of the weights of heads by their places; nothing is allocated."""
-    one = jax.eval_shape(lambda: building.init(plan, jax.random.key(0), width=width, classes=classes))
-    every = {"exit_heads": {str(block): one for block in after}} | ({"head": one} if built else {})
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(every)}
+def shapes_of(model: ExitingModel) -> Heads:
+    """The weights of the heads as `jax.ShapeDtypeStruct`. It is no part of the public API."""
+    width, classes, built = model.network.width, model.classes, model.head is None
+    return building.shapes(model.head_plan, width=width, classes=classes, after=model.after, final=built)
 
 
 def _as_arrays(plan: Schedule) -> Schedule:
-    """Thresholds of one kind, so that programs do not differ by how they are given; numbers on the host."""
+    """Thresholds as arrays, so that programs do not differ by how they are given: an array of JAX is not a number."""
 
     def as_array(leaf: Any) -> Any:
         if isinstance(leaf, int | float):
-            return np.asarray(leaf, dtype=np.int32 if isinstance(leaf, int) else np.float32)
+            return jnp.asarray(leaf, dtype=jnp.int32 if isinstance(leaf, int) else jnp.float32)
         return leaf
 
     return jax.tree.map(as_array, plan)

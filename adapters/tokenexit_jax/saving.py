@@ -20,7 +20,7 @@ from tokenexit.errors import require
 from tokenexit.manifest import Manifest
 from tokenexit.schedule import dense
 from tokenexit_jax.networks import Heads, Network, Params
-from tokenexit_jax.running import ExitingModel, fitting
+from tokenexit_jax.running import ExitingModel, fitting, shapes_of
 from tokenexit_jax.wrapping import Capacities, wrap
 
 __all__ = ["load", "save"]
@@ -92,7 +92,7 @@ def load(
         require(found == wanted, "network", f"have {name} {wanted}, as the saved exits", found)
     declared = dense(after=plan.after)
     model = wrap(network, declared, classes=plan.classes, exit_heads=plan.plan, head=head, capacities=capacities)
-    return model.retuned(plan.schedule), _read(folder / _WEIGHTS, _shapes(model))
+    return model.retuned(plan.schedule), _read(folder / _WEIGHTS, shapes_of(model))
 
 
 def _manifest(model: ExitingModel) -> Manifest:
@@ -108,36 +108,22 @@ def _manifest(model: ExitingModel) -> Manifest:
 
 
 def _named(heads: Heads) -> dict[str, Any]:
-    """The weights under the names that they have in the file."""
-    parts = {f"exit_heads.{after}": head for after, head in heads["exit_heads"].items()}
-    parts |= {"head": heads["head"]} if "head" in heads else {}
-    return {f"{part}.{name}": value for part, head in parts.items() for name, value in head.items()}
+    """The weights, in their order, under the names that they have in the file."""
+    leaves = jax.tree.leaves_with_path(heads)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _shapes(model: ExitingModel) -> dict[str, tuple[int, ...]]:
-    """Shapes of the heads of a model; nothing is allocated."""
-    heads = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-    return {name: value.shape for name, value in _named(heads).items()}
-
-
-def _read(file: Path, wanted: Mapping[str, tuple[int, ...]]) -> Heads:
-    """The weights, each head's under its own name; nothing is read before the shapes are seen to be right."""
+def _read(file: Path, like: Heads) -> Heads:
+    """The weights, in their places; nothing is read before the shapes are seen to be right."""
+    wanted = {name: tuple(leaf.shape) for name, leaf in _named(like).items()}
     try:
         with safe_open(file, framework="flax") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
             _require_shapes(wanted, found)
-            read = {name: weights.get_tensor(name) for name in wanted}
+            read = [weights.get_tensor(name) for name in wanted]
     except (SafetensorError, OSError) as error:
         raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
-    heads: Heads = {"exit_heads": {}}
-    for name, value in read.items():
-        part, _, rest = name.partition(".")
-        if part == "exit_heads":
-            after, _, rest = rest.partition(".")
-            heads[part].setdefault(after, {})[rest] = value
-        else:
-            heads.setdefault(part, {})[rest] = value
-    return heads
+    return jax.tree.unflatten(jax.tree.structure(like), read)
 
 
 def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:

@@ -27,6 +27,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
 from tokenexit import TokenExitError, tokens
+from tokenexit.auxiliary import loss_weights
 from tokenexit.carries import MaskPrediction
 from tokenexit.errors import require
 from tokenexit.heads import FCN
@@ -115,14 +116,7 @@ class Stages:
     def _weights(self, auxiliary: float | Mapping[int, float]) -> dict[int, float]:
         depth = self.output.tokens_per_block.shape[1]
         exits = sorted(set(self.logits) - {depth})
-        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
-        rule = "be a weight from 0 up, or one for each block with an exit"
-        numbers = [isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in given.values()]
-        blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
-        require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
-        missing = [after for after in exits if after not in given]
-        require(not missing, "auxiliary", "have a weight for every exit of the plan", f"none for {missing}")
-        return {**given, depth: 1.0}
+        return loss_weights(auxiliary, exits=exits, depth=depth)
 
 
 register(Stages, leaves=tuple(field.name for field in dataclasses.fields(Stages)))

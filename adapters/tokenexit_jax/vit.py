@@ -148,7 +148,9 @@ class ViT(nnx.Module):
             TokenExitError: If the images are of another size.
         """
         shape = (*self.config.image_size, self.config.channels)
-        require(images.shape[1:] == shape, "images", f"have shape (images, {', '.join(map(str, shape))})", images.shape)
+        first = images.ndim == 4 and images.shape[1] == shape[2] != images.shape[3]
+        got = f"{images.shape}{': the channels come first, and belong last' if first else ''}"
+        require(images.shape[1:] == shape, "images", f"have shape (images, {', '.join(map(str, shape))})", got)
         patches = rearrange(self.patch_embed(images), "images rows columns wide -> images (rows columns) wide")
         places = self.pos_embed[...]
         before = [

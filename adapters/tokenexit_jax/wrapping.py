@@ -1,8 +1,11 @@
 """`wrap`: exits for a vision transformer of pure functions. `check`: whether these keep their word."""
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import jax
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
@@ -10,13 +13,13 @@ from jaxtyping import Float
 from tokenexit.errors import require
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours
-from tokenexit_jax._passing import embed
+from tokenexit_jax._passing import embed, run_block
 from tokenexit_jax.networks import Embedded, Network, Params
-from tokenexit_jax.running import ExitingModel, checked
+from tokenexit_jax.running import ExitingModel
 
 __all__ = ["check", "wrap"]  # the name of a type is offered by the package
 
-Capacities = tuple[float, ...] | Mapping[int, tuple[float, ...]]
+Capacities = Sequence[float] | Mapping[int, Sequence[float]]
 """Buckets: fractions of the slots of an image, for all exits or for each block with an exit head."""
 
 
@@ -55,7 +58,7 @@ def wrap(
     """
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
-    whole = isinstance(classes, int) and not isinstance(classes, bool) and classes >= 1
+    whole = isinstance(classes, Integral) and not isinstance(classes, bool) and classes >= 1
     require(whole, "classes", "be a whole number from 1 up", repr(classes))
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
@@ -64,11 +67,10 @@ def wrap(
     after = schedule.after
     of_block = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
     rule = f"be fractions for all exits, or for each of the blocks {after}"
-    require(sorted(of_block) == list(after), "capacities", rule, repr(capacities))
+    require(set(of_block) == set(after), "capacities", rule, repr(capacities))
     buckets = tuple(_fractions(of_block[block]) for block in after)
-    model = ExitingModel(network, classes, after, exit_heads, head, buckets, schedule)
-    checked(model, schedule)
-    return model
+    model = ExitingModel(network, operator.index(classes), after, exit_heads, head, buckets, schedule)
+    return model.retuned(schedule)
 
 
 def check(
@@ -83,21 +85,27 @@ def check(
 
     That the blocks in turn are the dense network; that a block keeps images apart, treats its tokens as a set, whose
     places it knows from their positions alone, does not attend to an entry that holds no token, and attends as often as
-    it should to one that stands for several; that finishing and your own head work on each token by itself.
+    it should to one that stands for several; that finishing and your own head work on each token by itself; and that
+    height and width of the grid are not exchanged, where the shape of the images tells.
 
     Args:
         model: The wrapped model.
-        params: Parameters of the network.
+        params: Parameters of the network. Each block must change its tokens by more than rounding does, or nothing is
+            seen of it: so they must not be zeros, nor a scale of layers so near to 0 as it may be at first.
         images: A few images, or noise of their shape.
         dense: The network's own forward up to its final norm, all tokens included, if there is one: what `embed`, the
             blocks and `finish` together are compared with.
 
     Raises:
-        TokenExitError: If something does not hold, with the part that it is about.
+        TokenExitError: If something does not hold, with the part that it is about; or if the parameters or the images
+            are not finite, or the parameters let a block do nothing.
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     network = model.network
+    for argument, given in (("params", params), ("images", images)):
+        _require_finite(given, argument)
     known = embed(network, params, images)
+    _require_upright(known.grid, images)
     batch = known.tokens
     if dense is not None:
         finished = network.finish(params, _through(network, params, known))
@@ -121,15 +129,15 @@ def _check_block(network: Network, index: int, params: Params, known: Embedded) 
     def run(slot: Array, counts: Array) -> Array:
         own = None if known.positions is None else jnp.take(known.positions, slot, axis=0)
         given = known.tokens[images, slot]
-        found = network.blocks[index](params, given, jnp.broadcast_to(counts, slot.shape), own)
-        shape = getattr(found, "shape", type(found).__name__)
-        require(shape == given.shape, argument, f"give tokens of shape {given.shape}", f"{shape}")
-        return found
+        return run_block(network, index, params, given, jnp.broadcast_to(counts, slot.shape), own)
 
     # The tokens of one image, and some others of another.
     few = jnp.stack([jnp.arange(half), slots - 1 - jnp.arange(half)])
     ones = jnp.ones(half, dtype=jnp.float32)
     alone = run(few, ones)
+    change, least = _difference(alone, known.tokens[images, few]), _tolerance(alone)
+    rule = f"let {argument} change its tokens, some channel by more than {least} of its size, or nothing is seen of it"
+    require(change > least, "params", rule, f"a change of {change:.3g}")
     other = run(few.at[1].set(few[0]), ones)
     _require_close(other[:1], alone[:1], argument, "treat each image by itself")
     rule = "treat tokens as a set, and know their places from `positions` alone"
@@ -144,10 +152,11 @@ def _check_block(network: Network, index: int, params: Params, known: Embedded) 
 
 
 def _fractions(given: Any) -> tuple[float, ...]:
-    numbers = isinstance(given, tuple) and len(given) > 0
-    numbers = numbers and all(isinstance(one, int | float) and not isinstance(one, bool) for one in given)
+    numbers = isinstance(given, Sequence) and len(given) > 0
+    numbers = numbers and all(isinstance(one, Real) and not isinstance(one, bool) for one in given)
     ok = numbers and all(0 < one <= 1 for one in given)
-    require(ok, "capacities", "be one or more fractions, greater than 0 and at most 1", repr(given))
+    rule = "be one or more fractions, greater than 0 and at most 1, in a tuple such as (0.5, 1.0)"
+    require(ok, "capacities", rule, repr(given))
     return tuple(sorted({float(one) for one in given}))
 
 
@@ -156,8 +165,8 @@ def _through(network: Network, params: Params, known: Embedded) -> Array:
     counts = jnp.ones(batch.shape[:2], dtype=jnp.float32)
     if positions is not None:
         positions = jnp.broadcast_to(positions, (batch.shape[0], *positions.shape))
-    for block in network.blocks:
-        batch = block(params, batch, counts, positions)
+    for index in range(network.depth):
+        batch = run_block(network, index, params, batch, counts, positions)
     return batch
 
 
@@ -169,12 +178,41 @@ def _require_token_wise(function: Callable[[Array], Array], batch: Array, argume
 
 
 def _require_close(found: Array, wanted: Array, argument: str, rule: str) -> None:
-    """Compare channel by channel, as some channels of a ViT are hundreds of times larger than the others."""
     require(found.shape == wanted.shape, argument, rule, f"shape {found.shape} instead of {wanted.shape}")
-    tolerance = 5e-3 if jnp.finfo(wanted.dtype).bits >= 32 else 1e-1
+    worst = _difference(found, wanted)
+    require(worst <= _tolerance(wanted), argument, rule, f"a difference of {worst:.3g} of a channel's size")
+
+
+def _tolerance(wanted: Array) -> float:
+    """What rounding may do, relative to a channel's size."""
+    return 5e-3 if jnp.finfo(wanted.dtype).bits >= 32 else 1e-1
+
+
+def _difference(found: Array, wanted: Array) -> float:
+    """The greatest of all channels, relative to its size: some of a ViT are hundreds of times larger than others."""
     found, wanted = (x.reshape(-1, x.shape[-1]).astype(jnp.float32) for x in (found, wanted))
     size = jnp.sqrt(jnp.square(wanted).mean(axis=0))
     gap = jnp.sqrt(jnp.square(found - wanted).mean(axis=0))
     relative = gap / (size + 0.01 * jnp.median(size) + jnp.finfo(jnp.float32).tiny)
-    worst = float(jnp.nan_to_num(relative, nan=jnp.inf).max())
-    require(worst <= tolerance, argument, rule, f"a difference of {worst:.3g} of a channel's size")
+    return float(jnp.nan_to_num(relative, nan=jnp.inf).max())
+
+
+def _require_finite(values: Any, argument: str) -> None:
+    numbers = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree.leaves_with_path(values)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    }
+    finite = jax.jit(lambda leaves: {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()})(numbers)
+    wrong = [name for name, known in finite.items() if not known]
+    require(not wrong, argument, "be finite", f"NaN or infinity in {', '.join(wrong[:4]) or 'it'}")
+
+
+def _require_upright(grid: tuple[int, int], images: Array) -> None:
+    """Raise if the images say that height and width are exchanged: patches are then square, and otherwise in pieces."""
+    height, width = grid
+    sides = [images.shape[first : first + 2] for first in (1, 2)] if images.ndim == 4 else []  # either layout
+    whole = any(rows % height == 0 and columns % width == 0 for rows, columns in sides)
+    exchanged = any(rows % width == 0 and rows * height == columns * width for rows, columns in sides)
+    got = f"{height} x {width} for images of shape {images.shape}"
+    require(whole or not exchanged, "network.embed", "give height and width of the grid in this order", got)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, cells, ledger, policies, scores, tokens
-from tokenexit.carries import Feature, MaskPrediction, Preserved
+from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.ledger import Ledger
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Schedule, require_fits
 from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_per_image
@@ -483,26 +483,6 @@ def _head_cost(head: nn.Module) -> HeadCost:
 
 
 def _checked(model: ExitingModel, schedule: Schedule) -> Schedule:
-    if not isinstance(schedule, Schedule):
-        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
-    gated = isinstance(schedule.carry, Preserved) or any("gate" in e.policy.compared_scores for e in schedule.exits)
-    require(
-        not gated,
-        "schedule",
-        "carry predictions or features and look at no gate, for a model without gates",
-        schedule,
-    )
-    masks = isinstance(schedule.carry, MaskPrediction)
-    rule = "carry no MaskPrediction, for heads that give no masks to freeze"
-    require(not masks or model.gives_masks, "schedule", rule, schedule)
-    compared = sorted({"entropy", "margin"} & set().union(*(exit.policy.compared_scores for exit in schedule.exits)))
-    rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
-    require(not model.gives_masks or not compared, "schedule", rule, compared)
-    late = [after for after in schedule.after if after >= model.depth]
-    require(
-        not late, "schedule", f"have exits after blocks 1 to {model.depth - 1} only, for {model.depth} blocks", late
-    )
-    headless = [after for after in schedule.after if str(after) not in model.exit_heads]
-    present = [int(after) for after in model.exit_heads]
-    require(not headless, "schedule", f"have exits only after blocks with an exit head, {present}", headless)
+    after = [int(block) for block in model.exit_heads]
+    require_fits(schedule, depth=model.depth, after=after, gives_masks=model.gives_masks)
     return schedule

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, tokens
+from tokenexit.auxiliary import loss_weights
 from tokenexit.errors import require
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores
@@ -92,14 +93,7 @@ class Stages(NamedTuple):
     def _weights(self, auxiliary: float | Mapping[int, float]) -> dict[int, float]:
         depth = self.output.tokens_per_block.shape[1]
         exits = sorted(set(self.logits) - {depth})
-        given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
-        rule = "be a weight from 0 up, or one for each block with an exit"
-        numbers = [isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in given.values()]
-        blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
-        require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
-        missing = [after for after in exits if after not in given]
-        require(not missing, "auxiliary", "have a weight for every exit that runs", f"none for {missing}")
-        return {**given, depth: 1.0}
+        return loss_weights(auxiliary, exits=exits, depth=depth)
 
 
 def _sum(losses: Mapping[int, Tensor], weight: Mapping[int, float]) -> Tensor:

@@ -11,13 +11,14 @@ from tests.core.backends import each_backend
 from tests.core.test_carries import CARRY
 from tests.core.test_policies import PLAIN
 from tokenexit import TokenExitError, policies, schedule
-from tokenexit.carries import Feature, Prediction, Preserved
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
     EntropyBelow,
     Evidence,
     GateBelow,
+    MarginAbove,
     NeighboursAgree,
     Patience,
     PerClass,
@@ -194,7 +195,12 @@ def test_a_new_threshold_decides_at_once(backend):
         (lambda: schedule.paumer(keep={6: 0.5}).with_threshold(0.5), r"compare one kind of score, got \[\]"),
         (
             lambda: Schedule((Exit(2, EntropyBelow(0.1)), Exit(4, ConfidenceAbove(0.9)))).with_threshold(0.9),
-            r"compare one kind of score, got \['confidence', 'entropy'\]",
+            r"got \['confidence', 'entropy'\]: name some of the exits by a mapping .*, as {2: 0.9, 4: 0.9}",
+        ),
+        (
+            lambda: schedule.neighbours().with_threshold((0.9, 0.8)),
+            r"`threshold` must be one threshold for all exits, or a mapping from blocks to thresholds, "
+            r"as {3: 0.9, 6: 0.9, 8: 0.9}, got \(0.9, 0.8\)",
         ),
         (lambda: schedule.dtop(threshold=-0.1), r"`threshold` must be in \[0, 1\], got -0.1"),
         (lambda: schedule.dtop().with_threshold({6: 1.5}), r"`threshold` must be in \[0, 1\], got 1.5"),
@@ -206,6 +212,42 @@ def test_a_new_threshold_decides_at_once(backend):
 def test_bad_input_is_named(make, message):
     with pytest.raises(TokenExitError, match=message):
         make()
+
+
+PLANS_THAT_DO_NOT_FIT = [
+    ("dtop", "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
+    (
+        schedule.svit(after=(2, 3)),
+        "carry predictions or features and look at no gate, for a model without gates, got Sch",
+    ),
+    (Schedule((), Preserved()), "carry predictions or features and look at no gate"),
+    (Schedule((), MaskPrediction()), "`schedule` must carry no MaskPrediction, for heads that give no masks to freeze"),
+    (
+        schedule.neighbours(),
+        r"`schedule` must have exits after blocks 1 to 4 only, for 5 blocks, got \[6, 8\]: name others by `radius` of "
+        "`neighbours`, the default, or by `after` of the other presets",
+    ),
+    (
+        schedule.dtop(after=(2, 4)),
+        r"`schedule` must have exits only after blocks with an exit head, \[2, 3\], got \[4\]",
+    ),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("plan", "message"), PLANS_THAT_DO_NOT_FIT)
+def test_a_plan_that_a_model_cannot_follow_is_named(plan, message):
+    with pytest.raises(TokenExitError, match=message):
+        schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=False)
+
+
+@pytest.mark.parametrize("policy", [EntropyBelow(0.5), MarginAbove(0.5)])
+def test_scores_that_mask_heads_lack_are_named(policy):
+    plan = Schedule((Exit(2, policy),))
+    schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=False)
+    with pytest.raises(TokenExitError, match="compare confidences, for mask heads, whose scores are not normalised"):
+        schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=True)
+    schedule.require_fits(Schedule(carry=MaskPrediction()), depth=1, after=(), gives_masks=True)
 
 
 def written(**changes):

@@ -59,6 +59,32 @@ def test_numbers_are_leaves_and_the_rest_is_structure(policy, leaves):
     assert jax.tree.structure(plan.exits[0]) != jax.tree.structure(Exit(4, policy))
 
 
+NUMBERS = (1, 1.0, np.float32(1), np.float64(1), np.int64(1), np.ones(()), np.ones((), int))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("number", NUMBERS, ids=[type(number).__name__ for number in NUMBERS])
+def test_a_threshold_is_one_kind_of_leaf_however_it_is_given(number):
+    @tej.register
+    @dataclass(frozen=True)
+    class Own(Policy):
+        threshold: float
+
+        def leaves(self, evidence):
+            return evidence.confidence > self.threshold
+
+    for policy in (ConfidenceAbove(number), Own(number), ConfidenceAbove(0.5) & ConfidenceAbove(number)):
+        leaf = jax.tree.leaves(policy)[-1]
+        assert (type(leaf), leaf) == (float, 1.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_thresholds_of_classes_are_one_kind_of_leaf_and_budgets_are_two():
+    assert [type(leaf) for leaf in jax.tree.leaves(PerClass((1, 0.5, np.float64(0.5))))] == [float] * 3
+    kept = [jax.tree.leaves(Budget(keep))[0] for keep in (7, np.asarray(7), 0.5, np.asarray(0.5, np.float32))]
+    assert [type(leaf) for leaf in kept] == [int, int, float, float]
+
+
 def test_leaves_have_names():
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(schedule.neighbours())]
     assert paths == [f".exits[{index}].policy.policy.threshold" for index in range(3)]

@@ -324,6 +324,47 @@ def test_retuning_one_program_compiles_nothing_again(compilations):
     assert depths[0] < depths[2]
 
 
+NUMBERS = (0.6, 1, np.float32(0.7), np.float64(0.8), np.asarray(0.9), np.asarray(1))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_any_kind_of_number_is_the_same_program(compilations):
+    model, params, heads = small()
+    program, images = jax.jit(model.compiled), shown()
+    program(params, heads, images, model.schedule)
+    for threshold in (0.0, 0.6, 1.0):  # all buckets
+        model.retuned(threshold=threshold)(params, heads, images)
+    known = [model.retuned(threshold=jnp.float32(0.6)).schedule]
+    plans = [*(model.schedule.with_threshold(number) for number in NUMBERS), *known]
+    before = compilations.count
+    for plan in plans:
+        program(params, heads, images, plan)
+        model.retuned(plan)(params, heads, images)
+    assert compilations.count == before
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_is_hashable_whatever_its_thresholds_are():
+    model = small()[0]
+    for number in (*NUMBERS, jnp.float32(0.6), jnp.asarray(1)):
+        retuned = model.retuned(threshold=number)
+        assert hash(retuned) == hash(model.retuned(threshold=float(number)))
+        assert type(retuned.schedule.exits[0].policy.policy.threshold) in (int, float)
+
+
+def test_a_threshold_that_is_traced_stays_so():
+    model, params, heads = small()
+    every, images = model.every_exit(params, heads, shown()), shown()
+    least = float(jax.nn.softmax(every[1]).max(axis=-1).min())
+
+    @jax.jit
+    def depths(threshold):
+        return model.retuned(threshold=threshold).compiled(params, heads, images).exit_depth
+
+    assert (depths(1.0) == 2).all()
+    assert (depths(least / 2) == 1).all()
+
+
 def test_a_plan_of_another_kind_is_compiled_anew(compilations):
     """So the tests above can fail."""
     model, params, heads = small()
@@ -341,6 +382,10 @@ def test_a_plan_of_another_kind_is_compiled_anew(compilations):
         (lambda m: m.retuned(DTOP, threshold=2.0), r"`threshold` must be in \[0, 1\], got 2.0"),
         (lambda m: m.retuned(schedule.dtop(after=(1,))), r"exit head, \[2, 3, 4\], got \[1\]"),
         (lambda m: m.retuned(schedule.dtop(after=(6, 8))), r"blocks 1 to 4 only, for 5 blocks, got \[6, 8\]"),
+        (
+            lambda m: m.retuned(DTOP, threshold=(0.5, 0.6)),
+            r"`threshold` must be one threshold for all exits, or a mapping .*, as {2: 0.9, 4: 0.9}, got \(0.5, 0.6\)",
+        ),
         (lambda m: m.retuned("dtop"), "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
         (lambda m: m.retuned(schedule.svit(after=(2, 3))), "carry predictions or features .*without gates"),
         (lambda m: m.retuned(ANEW), "carry no MaskPrediction, for heads that give no masks"),
@@ -357,6 +402,7 @@ def test_bad_input_is_named(call, message):
     lambda m: dataclasses.replace(m, classes=7).init(jax.random.key(0)),
     lambda m: {**m.init(jax.random.key(0)), "more": jnp.zeros(2)},
     lambda m: {"exit_heads": {}},
+    lambda m: {**m.init(jax.random.key(0)), "exit_heads": {1: m.init(jax.random.key(0))["exit_heads"]["1"]}},
     lambda m: None,
 ])  # fmt: skip
 def test_heads_of_another_model_are_named(heads, tmp_path):

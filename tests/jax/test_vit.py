@@ -200,5 +200,11 @@ def test_a_configuration_that_makes_no_network_is_refused(changes, message):
 
 def test_images_of_another_size_are_refused():
     model = drawn()
-    with pytest.raises(TokenExitError, match=r"`images` must have shape \(images, 16, 24, 3\), got"):
+    with pytest.raises(TokenExitError, match=r"`images` must have shape \(images, 16, 24, 3\), got \(1, 24, 16, 3\)$"):
         model(jnp.zeros((1, 24, 16, 3)))
+
+
+def test_channels_that_come_first_are_named():
+    message = r"`images` must have shape \(images, 16, 24, 3\), got \(1, 3, 16, 24\): the channels come first, and belong last"
+    with pytest.raises(TokenExitError, match=message):
+        drawn()(jnp.zeros((1, 3, 16, 24)))

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import pytest
 from jax import numpy as jnp
 
@@ -72,6 +73,7 @@ BLOCK = "`network.blocks[1]` must "
     ({"block": lambda run, p, x, c, at: run(p, x + jnp.arange(x.shape[1])[:, None], c, at)}, BLOCK + "treat tokens as a set"),
     ({"block": lambda run, p, x, c, at: run(p, x + x.mean(axis=0), c, at)}, BLOCK + "treat each image by itself"),
     ({"block": lambda run, p, x, c, at: run(p, x, c, at)[..., :8]}, BLOCK + "give tokens of shape (2, 10, 32), got (2, 10, 8)"),
+    ({"block": lambda run, p, x, c, at: (run(p, x, c, at), c)}, BLOCK + "give tokens of shape (2, 10, 32), got tuple"),
     ({"block": lambda run, p, x, c, at: run(p, x, c, at) * jnp.nan}, BLOCK),
     ({"finish": lambda p, x: x - x.mean(axis=1, keepdims=True)}, "`network.finish` must treat each token by itself"),
     ({"width": 31}, "`network.width` must be the 32 channels of its tokens, got 31"),
@@ -82,6 +84,80 @@ BLOCK = "`network.blocks[1]` must "
 def test_a_part_that_does_not_keep_its_word_is_named(changes, message):
     with pytest.raises(TokenExitError, match=re.escape(message)):
         tej.check(broken(**changes), params(), two_images())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("block", [
+    lambda run, p, x, c, at: x,
+    lambda run, p, x, c, at: x + 1e-3 * (run(p, x, jnp.ones_like(c), at) - x),  # it would attend to what is no token
+])  # fmt: skip
+def test_parameters_that_let_a_block_do_nothing_show_nothing_of_it(block):
+    message = (
+        "`params` must let network.blocks[1] change its tokens, some channel by more than 0.005 of its size, or not"
+    )
+    with pytest.raises(TokenExitError, match=re.escape(message)):
+        tej.check(broken(block=block), params(), two_images())
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_not_the_fault_of_the_network(wrong):
+    model = broken()
+    damaged = params() | {
+        "blocks.1.mlp.0.bias": params()["blocks.1.mlp.0.bias"].at[3].set(wrong),
+        "step": jnp.zeros((), int),
+    }
+    message = "`params` must be finite, got NaN or infinity in ['blocks.1.mlp.0.bias']"
+    with pytest.raises(TokenExitError, match=re.escape(message)):
+        tej.check(model, damaged, two_images())
+    with pytest.raises(TokenExitError, match="`images` must be finite, got NaN or infinity in it"):
+        tej.check(model, params(), two_images().at[1, 2, 3].set(wrong))
+
+
+def test_a_grid_whose_height_and_width_are_exchanged_is_seen_where_images_tell():
+    model = broken()
+    embed = model.network.embed
+
+    def exchanged(params, images):
+        known = embed(params, images)
+        return dataclasses.replace(known, grid=known.grid[::-1])
+
+    turned = tej.wrap(dataclasses.replace(model.network, embed=exchanged), schedule.dense(after=(1,)), classes=5)
+    message = (
+        "`network.embed` must give height and width of the grid in this order, got 5 x 4 for images of shape (2, 32,"
+    )
+    with pytest.raises(TokenExitError, match=re.escape(message)):
+        tej.check(turned, params(), two_images())
+
+    # Patches of 8 x 16 pixels, of which no square ones can be made.
+    def coarse(params, images):
+        known = embed(params, images)
+        return dataclasses.replace(known, tokens=known.tokens[:, ::2], positions=known.positions[::2], grid=(4, 3))
+
+    wide = dataclasses.replace(model.network, embed=coarse)
+    tej.check(tej.wrap(wide, schedule.dense(after=(1,)), classes=5), params(), images_of(models.images(2, (32, 48))))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_block_that_gives_more_than_tokens_is_named_at_the_call():
+    model = broken(block=lambda run, p, x, c, at: (run(p, x, c, at), c))
+    heads = model.init(jax.random.key(0))
+    message = r"`network.blocks\[1\]` must give tokens of shape \(2, (5|20), 32\), got tuple"
+    with pytest.raises(TokenExitError, match=message):
+        model(params(), heads, two_images())
+    with pytest.raises(TokenExitError, match=message):
+        model.compiled(params(), heads, two_images(), schedule.truncated(after=1))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_head_of_ones_own_with_other_classes_is_named_at_the_call():
+    network = networks.plain_network(depth=2)
+    head = lambda params, tokens: tokens[..., :4]  # noqa: E731
+    for plan in (schedule.dense(after=(1,)), schedule.dtop(after=(1,))):
+        model = tej.wrap(network, plan, classes=5, head=head)
+        with pytest.raises(
+            TokenExitError, match=r"`head` must give 5 classes, logits of shape \(2, (5|20), 5\), got \(2, (5|20), 4\)"
+        ):
+            model.compiled(params(), model.init(jax.random.key(0)), two_images())
 
 
 def test_a_head_of_ones_own_reads_each_token_by_itself_and_belongs_to_the_network():
@@ -123,10 +199,16 @@ class Foreign(Policy):
 @pytest.mark.parametrize(("plan", "options", "message"), [
     ("dtop", {}, "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
     (schedule.dtop(after=(2, 5)), {}, "`schedule` must have exits after blocks 1 to 4 only, for 5 blocks, got [5]"),
+    (schedule.neighbours(), {}, "for 5 blocks, got [6, 8]: name others by `radius` of `neighbours`, the default, or by"),
     (schedule.dense(), {"classes": 0}, "`classes` must be a whole number from 1 up, got 0"),
     (schedule.dense(), {"exit_heads": {}}, "`exit_heads` must be a plan of tokenexit.heads, got {}"),
     (schedule.dense(), {"head": 3}, "`head` must be None or a function, got 3"),
     (schedule.dense(), {"head": len, "exit_heads": ATM()}, "`head` must be None beside mask heads"),
+    (schedule.dense(), {"classes": True}, "`classes` must be a whole number from 1 up, got True"),
+    (schedule.dtop(after=(2,)), {"capacities": 0.5}, "at most 1, in a tuple such as (0.5, 1.0), got 0.5"),
+    (schedule.dtop(after=(2,)), {"capacities": (True,)}, "in a tuple such as (0.5, 1.0), got (True,)"),
+    (schedule.dtop(after=(2,)), {"capacities": "1"}, "in a tuple such as (0.5, 1.0), got '1'"),
+    (schedule.dtop(after=(2,)), {"capacities": {"2": (1.0,), 2: (1.0,)}}, "or for each of the blocks (2,)"),
     (schedule.dtop(after=(2,)), {"capacities": ()}, "`capacities` must be one or more fractions"),
     (schedule.dtop(after=(2,)), {"capacities": (0.0, 1.0)}, "`capacities` must be one or more fractions, greater than 0"),
     (schedule.dtop(after=(2,)), {"capacities": {3: (1.0,)}}, "`capacities` must be fractions for all exits, or for each of the blocks (2,)"),
@@ -138,7 +220,23 @@ def test_what_cannot_be_wrapped_is_named(plan, options, message):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("capacities", [
+    [0.5, 1.0], (np.float32(0.5), np.float64(1.0)), (0.5, np.int64(1)), {np.int64(2): [0.5, 1]},
+])  # fmt: skip
+def test_numbers_of_numpy_and_lists_are_as_good_as_a_tuple(capacities):
+    network, plan = networks.timm_network(), schedule.dtop(after=(2,))
+    model = tej.wrap(network, plan, classes=np.int64(5), capacities=capacities)
+    assert model == tej.wrap(network, plan, classes=5, capacities=(0.5, 1.0))
+    assert hash(model) == hash(tej.wrap(network, plan, classes=5, capacities=(0.5, 1.0)))
+    assert type(model.classes) is int
+    assert {type(one) for one in model.capacities[0]} == {float}
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"blocks": (lambda p, x, c, at: x, lambda p, x: x)}, "`blocks[1]` must take (params, tokens, counts, positions), got (p, x)"),
+    ({"embed": lambda images: images}, "`embed` must take (params, images), got (images)"),
+    ({"finish": lambda p, x, *, epsilon: x}, "`finish` must take (params, tokens), got (p, x, *, epsilon)"),
     ({"embed": None}, "`embed` must be a function, got None"),
     ({"blocks": ()}, "`blocks` must be a tuple of functions, one for each block, got ()"),
     ({"blocks": [len]}, "`blocks` must be a tuple of functions"),
