@@ -275,7 +275,7 @@ class _Run:
         self.counts.append(everyone if self.running is None else self.running.sum(dim=1))
         self.run(block)
 
-    def decide(self, _after: int, policy: policies.Policy) -> Tensor:
+    def decide(self, after: int, policy: policies.Policy) -> Tensor:  # noqa: ARG002
         """Which patches run until the next gate."""
         probability = self.probability[-1]
         index = torch.arange(self.images * self.patches, device=probability.device)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import TokenExitError, cells, ledger, policies, scores, tokens
+from tokenexit import cells, ledger, policies, scores, tokens
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require

@@ -140,7 +140,7 @@ class _SampledRun(MaskedRun):
     def gate_input(self, patches: Tensor) -> Tensor:
         return patches.detach() if self._sampled.gate_input == "detached" else patches
 
-    def decide(self, after: int, _policy: Policy) -> Tensor:
+    def decide(self, after: int, policy: Policy) -> Tensor:  # noqa: ARG002
         logits = self.logits
         soft = gates.soft_draw(logits, self._uniform(logits), temperature=self._sampled.temperature)
         # Exactly 1 or 0, and the gradient of the relaxed decision.

@@ -364,14 +364,12 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         file.write((json.dumps(results, indent=1) + "\n").encode())
 
 
-def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingModel | tet.GatedModel:
+def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingModel:
     """The model to measure: a run, or a ready model with the file's exit heads or with fitted ones.
 
     Raises:
         UsageError: If a file is missing or does not fit.
     """
-    if given.run is not None and runs.is_gated(given.run):
-        return runs.load_gated(given.run)[0]
     fitted = None if given.fit_after is None else common.fitted_exits(given.json)
     if fitted is None or (results["fit"] is not None and fitted.is_dir()):
         return common.saved_model(given.run or given.init, data.SIZE, fitted=fitted)
@@ -404,11 +402,12 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     frames = data.frames(given.data, given.split, given.limit)
     results = open_results(given.json, inputs(given, frames))
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    model = model_of(given, results).eval().to(given.device)
-    patches = patch_tokens(model)
-    if isinstance(model, tet.GatedModel):
-        every = gate_settings(given.run)
+    if given.run is not None and runs.is_gated(given.run):
+        model = runs.load_gated(given.run)[0].eval().to(given.device)
+        patches, every = patch_tokens(model), gate_settings(given.run)
     else:
+        model = model_of(given, results).eval().to(given.device)
+        patches = patch_tokens(model)
         heads = [int(block) for block in model.exit_heads]
         every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
     every = (*every, *map(read_plan, given.plans))
