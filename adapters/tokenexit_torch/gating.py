@@ -195,6 +195,7 @@ class GatedModel(nn.Module):
         height, width = output.keep.shape[2:]
         patches, channels = height * width, self.host.width
         ran = output.tokens_per_block
+        slots = int(ran.max()) if ran.numel() else patches
         cost = Cost(
             embed=embedding_weights(self.host),
             blocks=tuple(linear_weights(block) for block in self.host.blocks),
@@ -202,7 +203,7 @@ class GatedModel(nn.Module):
             prefix=0,
             exit_heads={},
             head=HeadCost(0 if self.head is None else linear_weights(self.head)),
-            decoder=patches * sum(linear_weights(self.gates[str(after)]) for after in output.gates),
+            decoder=slots * sum(linear_weights(self.gates[str(after)]) for after in output.gates),
         )
         total = cost.multiply_adds(ran, patches=patches, head_on="all")
         if output.keys == "all":
@@ -254,9 +255,10 @@ class _Run:
         )
 
     def ask(self, after: int) -> None:
-        """Ask a gate how probable it is that each patch is kept."""
-        patches = self.now()[:, self.embedded.prefix :]
-        self.logits = self.model.gates[str(after)](self.gate_input(patches))
+        """Ask a gate how probable it is that each patch is kept; all tokens are together again."""
+        self.wait(None)
+        # All slots are read, which lie in one piece: without the prefix they would be copied first.
+        self.logits = self.model.gates[str(after)](self.gate_input(self.tokens))[:, self.embedded.prefix :]
         self.probability.append(keep_probability(self.logits))
 
     def answer(self, after: int, policy: policies.Policy) -> None:
@@ -288,9 +290,9 @@ class _Run:
         )
         return ~policy(evidence).reshape(self.images, self.patches)
 
-    def gate_input(self, patches: Tensor) -> Tensor:
+    def gate_input(self, tokens: Tensor) -> Tensor:
         """What a gate reads."""
-        return patches
+        return tokens
 
     def now(self) -> Tensor:
         """All tokens as they are now, `(images, slots, width)`."""
@@ -349,14 +351,15 @@ class PackedRun(_Run):
 
     def wait(self, running: Tensor | None) -> None:
         """From now on, only these slots run; all of them if None."""
-        self.tokens = self.now()
+        self.tokens, self.waiting = self.now(), None
         super().wait(running)
         self.packing = None if running is None else tokens.pack(running)
         if self.packing is None or running is None:
             return
         self.row, self.positions = self._gathered(self.packing)
         self.lengths = self.packing.lengths.tolist()
-        self.waiting = tokens.pack(~running) if self.carry.keys == "all" else None
+        if self.carry.keys == "all":
+            self.waiting = tokens.pack(~running)
 
     def run(self, block: int) -> None:
         """Run one block."""

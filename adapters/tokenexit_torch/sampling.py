@@ -137,8 +137,8 @@ class _SampledRun(MaskedRun):
         rates = [self._sampled.rates[after] for after in self.policy]
         return Drawing(output, keep.unflatten(2, (height, width)), torch.tensor(rates, device=keep.device))
 
-    def gate_input(self, patches: Tensor) -> Tensor:
-        return patches.detach() if self._sampled.gate_input == "detached" else patches
+    def gate_input(self, tokens: Tensor) -> Tensor:
+        return tokens.detach() if self._sampled.gate_input == "detached" else tokens
 
     def decide(self, after: int, policy: Policy) -> Tensor:  # noqa: ARG002
         logits = self.logits

@@ -175,7 +175,7 @@ def calibration(folder: Path, given: argparse.Namespace, device: torch.device) -
 def correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Rank correlation (Spearman's): 1 if the one always rises with the other."""
     ranks = np.stack([np.argsort(np.argsort(np.asarray(values))) for values in (one, other)])
-    return float(np.corrcoef(ranks)[0, 1])
+    return np.corrcoef(ranks).reshape(2, 2)[0, 1].item()
 
 
 def table(results: Mapping[str, Any]) -> str:
