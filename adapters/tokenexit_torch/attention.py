@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokenexit import TokenExitError
 
-__all__ = ["attending_beside", "attending_per_image", "attending_to", "keys_and_values"]
+__all__ = ["attending_per_image"]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The CamVid example, on real frames where they are to be had."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from examples import metrics, runs, shell, timing
-from examples.camvid import common, data, evaluate, methods, report, search, train
+from examples.camvid import common, data, evaluate, gated, insights, methods, report, search, train
 from tokenexit import schedule
 from tokenexit.search import Found
 
@@ -210,7 +211,7 @@ RUNS = {
     "from ImageNet": (train.Recipe(epochs=2, batch=2, limit=3, fit_steps=3), DEIT),
     **{
         method: (dataclasses.replace(train.WITH_EXITS, method=method, epochs=2, batch=2, limit=3, fit_steps=3), READY)
-        for method in methods.METHODS
+        for method in (*methods.METHODS, "svit", "svit-discarded")
     },
 }
 
@@ -238,9 +239,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         run_train(recipe, source, tmp_path / "resumed")
     monkeypatch.undo()
     assert run_train(recipe, source, tmp_path / "resumed") == straight
-    if recipe.start == "init":
+    files = ["host.safetensors", "exits.safetensors"]
+    if recipe.method in gated.VARIANTS:
+        files = ["host.safetensors", "gates.safetensors", "head.safetensors", "gates.json"]
+        plans = gated.read_plans(tmp_path / "straight")
+        assert runs.load_gated(tmp_path / "straight")[0].schedule == plans[gated.TRAINED]
+    elif recipe.start == "init":
         assert runs.load(tmp_path / "straight")[0].schedule == methods.METHODS[recipe.method].saved
-    for file in ("host.safetensors", "exits.safetensors"):
+    for file in files:
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
     with pytest.raises(shell.UsageError, match=r"same settings.*batch 2, not 4"):
         run_train(dataclasses.replace(recipe, batch=4), source, tmp_path / "straight")
@@ -330,3 +336,65 @@ def test_the_best_of_each_band_of_cost_is_run() -> None:
     found = [Found(schedule.truncated(after=3), quality, cost) for cost, quality in costs.items()]
     assert [one.cost for one in search.best_of_bands(found, 4)] == [0.35, 0.75, 0.99]
     assert search.best_of_bands(found[-1:], 4) == []
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["svit", "svit-fixed", "svit-keys"])
+def test_budgets_of_gates_are_kept_on_the_images_that_they_are_calibrated_on(name: str) -> None:
+    variant = gated.VARIANTS[name]
+    vit, final, _ = common.ready_model(READY, data.SIZE)
+    model = gated.new_model(vit, final, variant).eval()
+    for gate in model.gates.values():
+        with torch.no_grad():
+            gate.get_parameter("3.weight").mul_(20)
+    frames = data.frames(CAMVID, "train", 4)
+    plans = gated.budget_plans(model, variant, frames, torch.device("cpu"))
+    images = torch.cat(list(data.Images(data.Batches(frames, 4), torch.device("cpu"))))
+    with torch.inference_mode():
+        dense = model.multiply_adds(model(images, schedule=schedule.dense())).sum()
+        for budget in (0.5, 0.8):
+            sparse = model.multiply_adds(model(images, schedule=plans[budget])).sum() / dense
+            # Attention is quadratic in tokens, so that images that differ cost more than their mean rate says.
+            assert -0.002 <= sparse - budget <= 0.03
+
+
+@needs_data
+def test_insights_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {name: recipe for name, (recipe, _) in RUNS.items() if name in ("svit", "dtop")}
+    for name, recipe in recipes.items():
+        run_train(dataclasses.replace(recipe, epochs=1), READY, tmp_path / name)
+    given = argparse.Namespace(
+        data=CAMVID, runs=[tmp_path / "svit", tmp_path / "dtop"], json=tmp_path / "found.json", plot=None, split="val",
+        budget=0.65, limit=4, batch=2, threads=None, device="cpu",
+    )  # fmt: skip
+    results = insights.run(given)
+    assert insights.table(results).count("\n") == 3
+    svit = results["runs"][str(tmp_path / "svit")]
+    assert [len(point["rates"]) for point in svit["points"]] == [4] * len(svit["points"])
+    work = [point["multiply_adds"] for point in svit["points"]]
+    assert work == sorted(work)
+    assert min(point["miou"] for point in svit["points"]) <= svit["miou"] <= max(p["miou"] for p in svit["points"])
+    (exits,) = results["runs"][str(tmp_path / "dtop")]["points"]
+    assert 0.3 < exits["multiply_adds"] < 1
+    assert [row["after"] for row in results["calibration"]] == list(gated.VARIANTS["svit"].after)
+    for row in results["calibration"]:
+        assert abs(row["calibrated"] - row["rate"]) < 0.01
+    assert -1 <= results["difficulty"]["correlation"] <= 1
+    insights.plot(results, tmp_path / "rates.png")
+
+    def measured_again(*_args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(insights, "measure", measured_again)
+    assert insights.run(given) == results
+    given.budget = 0.5
+    with pytest.raises(shell.UsageError, match=r"`--json` must hold results of"):
+        insights.run(given)
+
+
+def test_ranks_correlate() -> None:
+    assert insights.correlation([1, 2, 30], [0.1, 0.2, 0.3]) == pytest.approx(1)
+    assert insights.correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert insights.between(
+        [{"multiply_adds": 0.6, "miou": 0.5}, {"multiply_adds": 0.7, "miou": 0.7}], 0.65
+    ) == pytest.approx(0.6)
