@@ -16,7 +16,7 @@ from tokenexit._array import Array, array_namespace
 from tokenexit.errors import require
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
 
-__all__ = ["Cost", "HeadCost", "Repacking", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
+__all__ = ["Cost", "HeadCost", "Repacking", "Waiting", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,26 @@ class Repacking:
         """Whether all images together save more than they spend: a row is repacked as a whole, or not."""
         xp = array_namespace(self.linear)
         return xp.sum(self.saved) > xp.sum(self.spent)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What an image costs in a network with gates, in multiply-adds.
+
+    Attributes:
+        network: Patch embedding, blocks on those that run, and the final head, which reads all patches.
+        gates: All gates, which read all tokens.
+        moving: Gathering those that run at every gate, and putting them back.
+    """
+
+    network: int
+    gates: int
+    moving: int
+
+    @property
+    def total(self) -> int:
+        """All of it: of two plans with equal rates, the one that pays more is the lower."""
+        return self.network + self.gates + self.moving
 
 
 @dataclass(frozen=True)
@@ -227,6 +247,62 @@ class Cost:
             next_head=head.multiply_adds(before - self.prefix) - head.multiply_adds(stay - self.prefix),
             exit_head=self.exit_heads[after].multiply_adds(before - self.prefix),
             moving=stay * _number(round(per_moved_element * self.width), stay),
+        )
+
+    def waiting(
+        self,
+        rates: Mapping[int, float],
+        /,
+        *,
+        patches: int,
+        gate: HeadCost,
+        keys: Literal["running", "all"] = "running",
+        before: Literal["decoder", "last block"] = "decoder",
+        per_moved_element: float = 0.0,
+    ) -> Waiting:
+        """Predict what gates cost and leave to run, for an image that keeps these shares (SViT, WACV 2024).
+
+        With few gates one decision holds for several blocks, and less is evaluated and moved; this says what that is
+        worth, and which rates a budget of multiply-adds allows.
+
+        Args:
+            rates: Share of the patches that each gate keeps, by the blocks that run before it.
+            patches: Patches of an image.
+            gate: Cost of a gate; it reads the prefix tokens as well.
+            keys: Whom those that run attend to, as in `carries.Preserved`. If `all`, those that wait are counted with
+                three matrices of the width squared, and with their place in attention.
+            before: What all tokens run again for, as in `carries.Preserved`.
+            per_moved_element: Multiply-adds in the time in which one number of one token is moved, as in `repacking`.
+
+        Returns:
+            The parts.
+
+        Raises:
+            TokenExitError: If a gate lies outside of the network, a rate is no share, or an option is out of its range.
+        """
+        depth, slots = len(self.blocks), self.prefix + patches
+        inside = all(1 <= after < depth for after in rates)
+        require(inside, "rates", f"have gates after blocks 1 to {depth - 1}", sorted(rates))
+        require(all(0 <= rate <= 1 for rate in rates.values()), "rates", "be shares in [0, 1]", dict(rates))
+        require(keys in ("running", "all"), "keys", "be 'running' or 'all'", repr(keys))
+        require(before in ("decoder", "last block"), "before", "be 'decoder' or 'last block'", repr(before))
+        require(
+            0 <= per_moved_element < math.inf, "per_moved_element", "be a finite number, 0 or more", per_moved_element
+        )
+        ran, now = [], slots
+        for block in range(depth):
+            now = self.prefix + round(rates[block] * patches) if block in rates else now
+            ran.append(slots if before == "last block" and block == depth - 1 else now)
+        network = patches * (self.embed + self.head.per_token) + self.head.fixed + self.decoder
+        network += sum(one * linear + 2 * self.width * one * one for one, linear in zip(ran, self.blocks, strict=True))
+        if keys == "all":
+            network += sum((slots - one) * (3 * self.width**2 + 2 * self.width * one) for one in ran)
+        # At a gate those that run are gathered; later they are put back into a copy of all.
+        moved = sum(2 * (self.prefix + round(rate * patches)) + slots for rate in rates.values())
+        return Waiting(
+            network=network,
+            gates=len(rates) * (slots * gate.per_token + gate.fixed),
+            moving=round(moved * self.width * per_moved_element),
         )
 
     def _attention(self, tokens: Array) -> Array:

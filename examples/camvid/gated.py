@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -16,8 +16,8 @@ from examples import runs, shell
 from examples.camvid import data
 from tokenexit import gates, policies, schedule
 from tokenexit.carries import Preserved
-from tokenexit.cost import plain_vit
-from tokenexit.heads import HeadPlan, Linear
+from tokenexit.cost import of_head, plain_vit
+from tokenexit.heads import MLP, HeadPlan, Linear
 from tokenexit.schedule import Exit, Schedule
 
 BUDGETS = (0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
@@ -148,23 +148,15 @@ def rates_for(model: tet.GatedModel, variant: Gated, budget: float, *, patches: 
         budget: Multiply-adds, dense = 1; the head is not counted, which always reads everything.
         patches: Patches of an image.
     """
-    cost = plain_vit(width=model.host.width, depth=model.depth, patch=_patch(model), prefix=1)
-    gate = sum(layer.numel() for name, layer in model.gates.named_parameters() if name.endswith("weight"))
+    width, carry = model.host.width, variant.carry
+    gate = of_head(model.gate_plan or MLP(width // 4), width=width, classes=2)
+    cost = plain_vit(width=width, depth=model.depth, patch=_patch(model), prefix=1)
+    options: dict[str, Any] = {"patches": patches, "gate": gate, "keys": carry.keys, "before": carry.before}
+    dense = cost.waiting({}, **options).total
 
     def share(power: float) -> float:
-        rate = {after: value**power for after, value in variant.rate.items()}
-        ran, now = [], 1.0
-        for block in range(model.depth):
-            now = rate.get(block, now)
-            last = block == model.depth - 1 and variant.carry.before == "last block"
-            ran.append(1 + round(patches * (1.0 if last else now)))
-        sparse, dense = (
-            cost.multiply_adds(torch.tensor([tokens]), patches=patches).item()
-            for tokens in (ran, [1 + patches] * model.depth)
-        )
-        waiting = sum((1 + patches - one) * (3 * model.host.width**2 + 2 * model.host.width * one) for one in ran)
-        sparse += waiting if variant.carry.keys == "all" else 0
-        return (sparse + patches * gate) / dense
+        rates = {after: value**power for after, value in variant.rate.items()}
+        return cost.waiting(rates, **options).total / dense
 
     low, high = 0.0, 20.0
     for _ in range(40):

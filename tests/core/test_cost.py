@@ -352,3 +352,34 @@ def test_a_bad_question_about_repacking_is_named(change, message):
 def test_sizes_and_plans_are_checked(make, message):
     with pytest.raises(TokenExitError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": {12: 0.5}}, "`rates` must have gates after blocks 1 to 11, got [12]"),
+        ({"rates": {3: 1.5}}, "`rates` must be shares in [0, 1], got {3: 1.5}"),
+        ({"keys": "some"}, "`keys` must be 'running' or 'all', got 'some'"),
+        ({"before": "head"}, "`before` must be 'decoder' or 'last block', got 'head'"),
+        ({"per_moved_element": -1.0}, "`per_moved_element` must be a finite number, 0 or more, got -1.0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_gates_that_cannot_be_are_refused(options, message):
+    whole = cost.plain_vit(width=192, depth=12, patch=16)
+    gate = cost.HeadCost(9312)
+    rates = options.pop("rates", {3: 0.5})
+    with pytest.raises(TokenExitError) as found:
+        whole.waiting(rates, patches=660, gate=gate, **options)
+    assert str(found.value) == message
+
+
+def test_fewer_gates_cost_and_move_less_at_the_same_rates():
+    whole, gate = cost.plain_vit(width=192, depth=12, patch=16, prefix=1), cost.HeadCost(9312)
+    nine, three = (
+        whole.waiting(dict.fromkeys(after, 0.5), patches=660, gate=gate, per_moved_element=10.0)
+        for after in (range(3, 12), (3, 6, 9))
+    )
+    assert nine.network == three.network < whole.waiting({}, patches=660, gate=gate).total
+    assert nine.gates == 3 * three.gates == 9 * 661 * 9312
+    assert nine.moving == 3 * three.moving == 9 * 10 * 192 * (2 * 331 + 661)

@@ -15,7 +15,8 @@ import tokenexit_torch as tet
 from tests.torch import models
 from tokenexit import TokenExitError, gates, policies, schedule
 from tokenexit.carries import Preserved
-from tokenexit.heads import ATM, Linear
+from tokenexit.cost import of_head, plain_vit
+from tokenexit.heads import ATM, MLP, Linear
 from tokenexit.schedule import Exit, Schedule
 
 HOSTS = {
@@ -445,3 +446,26 @@ def test_a_published_gate_has_a_quarter_of_the_channels_and_lets_most_run():
     assert shapes == [(48,), (48,), (12, 48), (12,), (2, 12), (2,)]
     assert 0.7 < model(models.images(2)).probability.mean() < 0.95
     assert gates.keep_probability(torch.tensor([2.0, 0.0])) == pytest.approx(0.8808, abs=1e-4)
+
+
+@each_carry
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_cost_model_foretells_what_equal_images_take(carry, prefix):
+    """Without a head: what the library counts is `multiply_adds` of the same rates."""
+    model, images = gated(models.timm_vit(prefix=prefix), carry=carry, head=False), models.images(2)
+    rates = {1: 0.75, 2: 0.5, 4: 0.25} if carry.returning == "every gate" else {1: 0.75, 2: 0.75, 4: 0.75}
+    plan = Schedule(tuple(Exit(after, policies.Budget(rate, by="gate")) for after, rate in rates.items()), carry)
+    found = model(images, schedule=plan)
+    if carry.returning == "never":  # a budget ranks all patches anew: what remains is what all gates keep
+        kept = found.keep[0].flatten(1).float().mean(1).tolist()
+        rates = dict(zip(rates, kept, strict=True))
+        images, found = images[:1], model(images[:1], schedule=plan)
+    cost = plain_vit(width=48, depth=6, patch=8, prefix=prefix)
+    gate = of_head(MLP(12), width=48, classes=2)
+    options = {"patches": 24, "gate": gate, "keys": carry.keys, "before": carry.before}
+    predicted = cost.waiting(rates, **options)
+    assert model.multiply_adds(found).tolist() == [predicted.total] * len(images)
+    slots = 24 + prefix
+    moved = cost.waiting(rates, per_moved_element=2.5, **options)
+    assert moved.moving == round(2.5 * 48 * sum(2 * (prefix + 24 * rate) + slots for rate in rates.values()))
+    assert moved.total - moved.moving == predicted.total == predicted.network + predicted.gates
