@@ -34,6 +34,7 @@ __all__ = [
     "neighbours",
     "paumer",
     "require_fits",
+    "require_gates_fit",
     "svit",
     "truncated",
 ]
@@ -346,7 +347,7 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
 
     Args:
         plan: The plan.
-        depth: How many blocks the model has. No adapter's model has gates yet.
+        depth: How many blocks the model has.
         after: Its blocks with an exit head.
         gives_masks: Whether its heads are mask heads.
 
@@ -357,7 +358,7 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
     require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
     compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
     gated = isinstance(plan.carry, Preserved) or "gate" in compared
-    rule = "carry predictions or features and look at no gate, for a model without gates"
+    rule = "carry predictions or features and look at no gate, for a model without gates (`wrap_gates` makes one)"
     require(not gated, "schedule", rule, plan)
     masks = isinstance(plan.carry, MaskPrediction)
     rule = "carry no MaskPrediction, for heads that give no masks to freeze"
@@ -371,6 +372,37 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
     require(not late, "schedule", rule, f"{late}: {others}")
     headless = [block for block in plan.after if block not in after]
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)
+
+
+def require_gates_fit(plan: Schedule, /, *, depth: int, after: Sequence[int]) -> Schedule:
+    """Raise a `TokenExitError` unless a model with gates can follow a plan: what every adapter asks of its plans.
+
+    Args:
+        plan: The plan.
+        depth: How many blocks the model has.
+        after: Its blocks before which there is a gate, counted by the blocks that have run.
+
+    Returns:
+        The plan; one under which nobody waits, whatever it carries, as one that preserves.
+
+    Raises:
+        TokenExitError: If it is no schedule, carries anything but `Preserved`, compares other scores than a gate's, has
+            cells, or gates beyond the blocks, or where there is none.
+    """
+    require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
+    carry = plan.carry if isinstance(plan.carry, Preserved) or plan.active else Preserved()
+    if not isinstance(carry, Preserved):
+        raise TokenExitError(f"`schedule` must carry Preserved, for a model with gates, got {carry!r}")
+    compared = sorted(set[str]().union(*(exit.policy.compared_scores for exit in plan.exits)) - {"gate"})
+    require(not compared, "schedule", "compare the probabilities of gates alone, which give no class scores", compared)
+    require(plan.cell is None, "schedule", "have no cells where tokens are preserved", plan.cell)
+    last = depth - (2 if carry.before == "last block" else 1)
+    late = [block for block in plan.after if block > last]
+    rule = f"have gates after blocks 1 to {last} only, for {depth} blocks and before={carry.before!r}"
+    require(not late, "schedule", rule, late)
+    missing = [block for block in plan.after if block not in after]
+    require(not missing, "schedule", f"decide only after blocks with a gate, {list(after)}", missing)
+    return dataclasses.replace(plan, carry=carry)
 
 
 def _blocks(after: Iterable[int]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from tokenexit.errors import require
 from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
@@ -401,28 +401,5 @@ class MaskedRun(_Run):
 
 
 def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
-    """A plan that fits the gates. It is no part of the public API.
-
-    Raises:
-        TokenExitError: If it does not.
-    """
-    if not isinstance(schedule, Schedule):
-        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {schedule!r}")
-    # A plan under which nobody waits carries nothing.
-    if not schedule.active:
-        schedule = Schedule(schedule.exits, Preserved())
-    require(
-        isinstance(schedule.carry, Preserved), "schedule", "carry Preserved, for a model with gates", schedule.carry
-    )
-    assert isinstance(schedule.carry, Preserved)
-    compared = sorted(set().union(*(exit.policy.compared_scores for exit in schedule.exits)) - {"gate"})
-    require(not compared, "schedule", "compare the probabilities of gates alone, which give no class scores", compared)
-    require(schedule.cell is None, "schedule", "have no cells where tokens are preserved", schedule.cell)
-    last = model.depth - (2 if schedule.carry.before == "last block" else 1)
-    late = [after for after in schedule.after if after > last]
-    rule = f"have gates after blocks 1 to {last} only, for {model.depth} blocks and before={schedule.carry.before!r}"
-    require(not late, "schedule", rule, late)
-    present = [int(after) for after in model.gates]
-    missing = [after for after in schedule.after if after not in present]
-    require(not missing, "schedule", f"decide only after blocks with a gate, {present}", missing)
-    return schedule
+    """A plan that fits the gates. It is no part of the public API."""
+    return require_gates_fit(schedule, depth=model.depth, after=[int(after) for after in model.gates])

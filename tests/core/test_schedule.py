@@ -218,7 +218,7 @@ PLANS_THAT_DO_NOT_FIT = [
     ("dtop", "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
     (
         schedule.svit(after=(2, 3)),
-        "carry predictions or features and look at no gate, for a model without gates, got Sch",
+        r"carry predictions or features and look at no gate, for a model without gates \(`wrap_gates` makes one\), got Sch",
     ),
     (Schedule((), Preserved()), "carry predictions or features and look at no gate"),
     (Schedule((), MaskPrediction()), "`schedule` must carry no MaskPrediction, for heads that give no masks to freeze"),
