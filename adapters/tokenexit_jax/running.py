@@ -69,7 +69,7 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
-        plan = _as_arrays(checked(self, self.schedule if schedule is None else schedule))
+        plan = as_arrays(checked(self, self.schedule if schedule is None else schedule))
         heads = fitting(self, heads)
         # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
         greatest = tuple(fractions[-1:] for fractions in self.capacities)
@@ -315,8 +315,11 @@ def _shapes(plan: HeadPlan, width: int, classes: int, after: tuple[int, ...], bu
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(every)}
 
 
-def _as_arrays(plan: Schedule) -> Schedule:
-    """Thresholds of one kind, so that programs do not differ by how they are given; numbers on the host."""
+def as_arrays(plan: Schedule) -> Schedule:
+    """Thresholds of one kind, so that programs do not differ by how they are given; numbers on the host.
+
+    It is no part of the public API.
+    """
 
     def as_array(leaf: Any) -> Any:
         if isinstance(leaf, int | float):
