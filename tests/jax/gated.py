@@ -22,6 +22,12 @@ def head(params, tokens):
     return networks.linear(params, "classes", tokens)
 
 
+@functools.cache
+def program(model, way):
+    """Compiled once for all tests."""
+    return jax.jit(getattr(model, way))
+
+
 @dataclass(frozen=True)
 class Gated:
     """One network in both frameworks, with gates after blocks 1, 2 and 3 of 4, on the same weights."""
@@ -35,7 +41,7 @@ class Gated:
         """By one of the ways to run: a call, compiled or masked."""
         if way == "call":
             return self.model(self.params, self.gates, images, plan)
-        return jax.jit(getattr(self.model, way))(self.params, self.gates, images, plan)
+        return program(self.model, way)(self.params, self.gates, images, plan)
 
     def wanted(self, plan, images, *, masked=False):
         with torch.no_grad():
@@ -48,7 +54,7 @@ def gates_of(model):
 
 
 @functools.cache
-def gated(kind="timm", capacities=(0.3, 0.6, 1.0)):
+def gated(kind="timm", capacities=(0.7, 1.0)):
     host, network = {
         "timm": lambda: (models.timm_vit(depth=4, size=networks.SIZE), networks.timm_network(depth=4)),
         "timm, registers": lambda: (
