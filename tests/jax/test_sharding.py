@@ -51,7 +51,6 @@ assert jax.device_count() == 4
 # By gates as well two images need the greater bucket.
 probability = np.asarray(jax.jit(gated.compiled)(params, gates, images).probability)[:, 0].reshape(4, -1)
 stay = {float(t): (probability >= t).sum(axis=1) for t in np.unique(probability)}
-print({t: v.tolist() for t, v in stay.items()})
 wanted_share = next(t for t, many in stay.items() if max(many[:2]) <= 10 < min(many[2:]))
 for devices in (2, 4):
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
