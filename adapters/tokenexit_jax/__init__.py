@@ -9,20 +9,26 @@ out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_
 """
 
 from tokenexit_jax.attention import attend, key_bias
+from tokenexit_jax.gate_rates import gate_thresholds
+from tokenexit_jax.gating import GatedModel
 from tokenexit_jax.masks import MaskMaps, Masks
 from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
-from tokenexit_jax.outputs import Output
+from tokenexit_jax.outputs import GatedOutput, Output
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.running import ExitingModel
-from tokenexit_jax.saving import load, save
+from tokenexit_jax.sampling import Drawing, sampled
+from tokenexit_jax.saving import load, load_gates, save, save_gates
 from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
-from tokenexit_jax.wrapping import Capacities, check, wrap
+from tokenexit_jax.wrapping import Capacities, check, wrap, wrap_gates
 
 __all__ = [
     "Block",
     "Capacities",
+    "Drawing",
     "Embedded",
     "ExitingModel",
+    "GatedModel",
+    "GatedOutput",
     "Heads",
     "MaskMaps",
     "Masks",
@@ -33,14 +39,19 @@ __all__ = [
     "attend",
     "check",
     "distillation",
+    "gate_thresholds",
     "key_bias",
     "load",
+    "load_gates",
     "mask_loss",
     "merge",
     "pixel_cross_entropy",
     "register",
+    "sampled",
     "save",
+    "save_gates",
     "split",
     "staged",
     "wrap",
+    "wrap_gates",
 ]

@@ -29,7 +29,19 @@ from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
 
-__all__ = ["Parts", "Reading", "Run", "State", "embed", "joined", "needed", "on_grid", "run_block", "stages"]
+__all__ = [
+    "Parts",
+    "Reading",
+    "Run",
+    "State",
+    "buckets",
+    "embed",
+    "joined",
+    "needed",
+    "on_grid",
+    "run_block",
+    "stages",
+]
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,8 @@ class Parts:
 
     def sizes(self, after: int, state: "State") -> tuple[int, ...]:
         """Buckets of the stage after an exit, in entries, ascending; each holds the prefix tokens and one patch."""
-        slots = state.tokens.shape[1]
-        least = min(state.prefix + 1, slots)
         fractions = self.capacities[self.after.index(after)]
-        return tuple(sorted({max(least, round(fraction * slots)) for fraction in fractions}))
+        return buckets(fractions, slots=state.tokens.shape[1], prefix=state.prefix)
 
 
 class Reading(NamedTuple):
@@ -394,6 +404,12 @@ def stages(model: Parts, plan: Schedule) -> int:
     rejoining = isinstance(plan.carry, Feature) and plan.carry.before == "last block"
     nothing_more = rejoining and len(exits) > 0 and exits[-1].after == model.depth - 1
     return len(exits) - 1 if nothing_more else len(exits)
+
+
+def buckets(fractions: tuple[float, ...], *, slots: int, prefix: int) -> tuple[int, ...]:
+    """Fractions of the slots in entries, ascending; each holds the prefix tokens and one patch."""
+    least = min(prefix + 1, slots)
+    return tuple(sorted({max(least, round(fraction * slots)) for fraction in fractions}))
 
 
 def needed(state: State) -> Int[Array, ""]:

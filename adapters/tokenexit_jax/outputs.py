@@ -1,17 +1,19 @@
 """What a wrapped model returns."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from tokenexit import TokenExitError
 from tokenexit.cost import Cost
 from tokenexit_jax.pytrees import register
 
-__all__ = ["Output"]
+__all__ = ["GatedOutput", "Output"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,80 @@ class Output:
 
 _ARRAYS = ("logits", "exit_depth", "tokens_per_block", "capacity_per_block", "overflow")
 register(Output, leaves=_ARRAYS)
+
+
+@dataclass(frozen=True)
+class GatedOutput:
+    """What a model with gates returns. A pytree: its arrays all have the images first, and the other fields are static.
+
+    Attributes:
+        logits: Class scores of every patch; None without a head.
+        maps: Features of all patches by the blocks that have run, those that wait as they are: for any decoder. After
+            the last block they are finished, by the final norm.
+        keep: Which patches each gate let run.
+        probability: How sure each gate was that they should.
+        tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
+        capacity_per_block: How many entries each block worked on for each image, with a token that ran or without; 0 if
+            it did not run. What is more than `tokens_per_block` was wasted.
+        overflow: How many tokens of each image had to wait, at any of the gates, only because the greatest capacity had
+            no room for them.
+        gates: After how many blocks these gates stood.
+        keys: Whom those that ran attended to: each other, or those that waited as well.
+    """
+
+    logits: Float[Array, "images grid_height grid_width classes"] | None
+    maps: dict[int, Float[Array, "images grid_height grid_width width"]]
+    keep: Bool[Array, "images gates grid_height grid_width"]
+    probability: Float[Array, "images gates grid_height grid_width"]
+    tokens_per_block: Int[Array, "images blocks"]
+    capacity_per_block: Int[Array, "images blocks"]
+    overflow: Int[Array, "images"]
+    gates: tuple[int, ...]
+    keys: Literal["running", "all"]
+
+    def upsample(self, size: tuple[int, int]) -> Float[Array, "images height width classes"]:
+        """The logits at another size, bilinearly.
+
+        Args:
+            size: Height and width, in pixels, neither less than the grid's.
+
+        Returns:
+            The interpolated logits.
+
+        Raises:
+            TokenExitError: If there are none, for the model has no head.
+        """
+        if self.logits is None:
+            raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
+        images, _, _, classes = self.logits.shape
+        return jax.image.resize(self.logits, (images, *size, classes), "bilinear")
+
+    def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
+        """Multiply-adds that the call stands for, gates, head and patch embedding included; no decoder of yours.
+
+        They are of tokens, not of empty entries, and the same as PyTorch's: where all tokens are keys, those that wait
+        are counted with three matrices of the width squared, and with their place in attention, though here they have
+        run through the whole block. `capacity_per_block` tells what was run.
+
+        Args:
+            cost: What the parts cost: `GatedModel.cost`.
+
+        Returns:
+            Multiply-adds per image, on the host.
+
+        Raises:
+            TokenExitError: If the cost is of another network.
+        """
+        height, across = self.keep.shape[2:]
+        ran, patches = np.asarray(self.tokens_per_block).astype(np.int64), height * across
+        asked = sum(cost.exit_heads[after].per_token for after in self.gates)
+        cost = dataclasses.replace(cost, decoder=cost.decoder + (cost.prefix + patches) * asked)
+        total = cost.multiply_adds(ran, patches=patches, head_on="all")
+        if self.keys == "all":
+            waiting = ran.max(axis=1, keepdims=True) - ran
+            total = total + (waiting * (3 * cost.width**2 + 2 * cost.width * ran)).sum(axis=1)
+        return total
+
+
+_GATED = ("logits", "maps", "keep", "probability", "tokens_per_block", "capacity_per_block", "overflow")
+register(GatedOutput, leaves=_GATED)

@@ -67,7 +67,7 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
-        plan = _as_arrays(checked(self, self.schedule if schedule is None else schedule))
+        plan = as_arrays(checked(self, self.schedule if schedule is None else schedule))
         heads = fitting(self, heads)
         # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
         greatest = tuple(fractions[-1:] for fractions in self.capacities)
@@ -297,8 +297,11 @@ def shapes_of(model: ExitingModel) -> Heads:
     return building.shapes(model.head_plan, width=width, classes=classes, after=model.after, final=built)
 
 
-def _as_arrays(plan: Schedule) -> Schedule:
-    """Thresholds as arrays, so that programs do not differ by how they are given: an array of JAX is not a number."""
+def as_arrays(plan: Schedule) -> Schedule:
+    """Thresholds as arrays, so that programs do not differ by how they are given: an array of JAX is not a number.
+
+    It is no part of the public API.
+    """
 
     def as_array(leaf: Any) -> Any:
         if isinstance(leaf, int | float):

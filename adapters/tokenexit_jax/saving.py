@@ -1,10 +1,10 @@
-"""Saving and loading exits: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
+"""Saving and loading exits and gates: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
 
 The files are those of the PyTorch adapter, which reads what this one wrote, and the other way round. The parameters of
 the network are yours and are not saved; nor is a final head that you gave.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from safetensors.flax import save_file
 from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
 from tokenexit.manifest import Manifest
-from tokenexit.schedule import dense
+from tokenexit.schedule import dense, svit
+from tokenexit_jax.gating import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
 from tokenexit_jax.running import ExitingModel, fitting, shapes_of
-from tokenexit_jax.wrapping import Capacities, wrap
+from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_gates", "save", "save_gates"]
 
 _PLAN = "exits.json"
 _WEIGHTS = "exits.safetensors"
+_GATE_PLAN = "gates.json"
+_GATE_WEIGHTS = "gates.safetensors"
 
 
 def save(model: ExitingModel, heads: Heads, folder: str | Path, /) -> None:
@@ -76,23 +79,93 @@ def load(
             were modules of your own.
     """
     folder = Path(folder)
-    for name in (_PLAN, _WEIGHTS):
-        require((folder / name).is_file(), "folder", f"hold the files {_PLAN} and {_WEIGHTS}", folder)
-    try:
-        plan = manifest.from_json((folder / _PLAN).read_text(encoding="utf-8"))
-    except (TokenExitError, UnicodeDecodeError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {_PLAN}, got {folder / _PLAN}: {error}") from error
+    plan = _read_plan(folder, _PLAN, _WEIGHTS)
     given = "None" if head is None else repr(head)
     rule = "be given exactly if the exits were saved without a final head"
     require((head is None) == plan.built_head, "head", rule, given)
     if plan.plan is None:
         raise TokenExitError("`folder` must hold heads built from a plan, got modules of another framework's own")
-    for name, found in (("width", network.width), ("depth", network.depth)):
-        wanted = getattr(plan, name)
-        require(found == wanted, "network", f"have {name} {wanted}, as the saved exits", found)
+    _require_fits(plan, network, "exits")
     declared = dense(after=plan.after)
     model = wrap(network, declared, classes=plan.classes, exit_heads=plan.plan, head=head, capacities=capacities)
-    return model.retuned(plan.schedule), _read(folder / _WEIGHTS, shapes_of(model))
+    return model.retuned(plan.schedule), _read(folder / _WEIGHTS, shapes_of(model), _PLAN)
+
+
+def save_gates(model: GatedModel, gates: Heads, folder: str | Path, /) -> None:
+    """Write the gates of a wrapped model: `gates.json` and `gates.safetensors`.
+
+    The capacities are not among them: they are of the machine that runs the model.
+
+    Args:
+        model: The model with gates. Parameters of the network and its head are yours, and are not saved.
+        gates: Weights of its gates.
+        folder: Where to; made if it is not there.
+
+    Raises:
+        TokenExitError: If `model` has no gates, its schedule has a policy that is not of the library, or the weights
+            are not of its gates.
+    """
+    require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
+    width, depth = model.network.width, model.depth
+    plan = Manifest(model.schedule, model.after, model.gate_plan, built_head=False, classes=2, width=width, depth=depth)
+    text = manifest.to_json(plan)
+    weights = {name: jnp.asarray(value) for name, value in _named({"gates": fitting_gates(model, gates)}).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / _GATE_WEIGHTS)
+    (folder / _GATE_PLAN).write_text(text, encoding="utf-8")
+
+
+def load_gates(
+    folder: str | Path,
+    network: Network,
+    /,
+    *,
+    head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
+    taps: Iterable[int] | None = None,
+    capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
+) -> tuple[GatedModel, Heads]:
+    """Wrap a network with gates that were saved, here or by the PyTorch adapter.
+
+    Args:
+        folder: Where they were written.
+        network: The network to wrap, as for `wrap_gates`.
+        head: Your final head, if there is one.
+        taps: After how many blocks maps are handed out; the last if left out.
+        capacities: Buckets, as for `wrap_gates`.
+
+    Returns:
+        The model with gates, and the weights of its gates.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, the gates are of another network, or were modules
+            of your own.
+    """
+    folder = Path(folder)
+    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS)
+    require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
+    if plan.plan is None:
+        raise TokenExitError("`folder` must hold gates built from a plan, got modules of another framework's own")
+    _require_fits(plan, network, "gates")
+    declared = svit(after=plan.after) if plan.after else dense()
+    model = wrap_gates(network, declared, head=head, gates=plan.plan, taps=taps, capacities=capacities)
+    read = _read(folder / _GATE_WEIGHTS, {"gates": shapes_of_gates(model)}, _GATE_PLAN)
+    return model.retuned(plan.schedule), read["gates"]
+
+
+def _read_plan(folder: Path, plan: str, weights: str) -> Manifest:
+    for name in (plan, weights):
+        require((folder / name).is_file(), "folder", f"hold the files {plan} and {weights}", folder)
+    try:
+        return manifest.from_json((folder / plan).read_text(encoding="utf-8"))
+    except (TokenExitError, UnicodeDecodeError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {plan}, got {folder / plan}: {error}") from error
+
+
+def _require_fits(plan: Manifest, network: Network, what: str) -> None:
+    for name, found in (("width", network.width), ("depth", network.depth)):
+        wanted = getattr(plan, name)
+        require(found == wanted, "network", f"have {name} {wanted}, as the saved {what}", found)
 
 
 def _manifest(model: ExitingModel) -> Manifest:
@@ -113,23 +186,23 @@ def _named(heads: Heads) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _read(file: Path, like: Heads) -> Heads:
+def _read(file: Path, like: Heads, plan: str) -> Heads:
     """The weights, in their places; nothing is read before the shapes are seen to be right."""
     wanted = {name: tuple(leaf.shape) for name, leaf in _named(like).items()}
     try:
         with safe_open(file, framework="flax") as weights:
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-            _require_shapes(wanted, found)
+            _require_shapes(wanted, found, plan)
             read = [weights.get_tensor(name) for name in wanted]
     except (SafetensorError, OSError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {_WEIGHTS}, got {file}: {error}") from error
+        raise TokenExitError(f"`folder` must hold a valid {file.name}, got {file}: {error}") from error
     return jax.tree.unflatten(jax.tree.structure(like), read)
 
 
-def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], plan: str) -> None:
     differing = [
         f"{name}: {found.get(name)} instead of {wanted.get(name)}"
         for name in sorted({*wanted, *found})
         if wanted.get(name) != found.get(name)
     ]
-    require(not differing, "folder", f"hold weights of the heads in {_PLAN}", ", ".join(differing[:4]))
+    require(not differing, "folder", f"hold weights of the heads in {plan}", ", ".join(differing[:4]))

@@ -1,7 +1,9 @@
-"""`wrap`: exits for a vision transformer of pure functions. `check`: whether these keep their word."""
+"""`wrap` and `wrap_gates`: exits, or gates, for a vision transformer of pure functions. `check`: whether these keep
+their word.
+"""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,12 +14,13 @@ from jaxtyping import Float
 
 from tokenexit.errors import require
 from tokenexit.heads import ATM, MLP, HeadPlan
-from tokenexit.schedule import Schedule, neighbours
+from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit_jax._passing import embed, run_block
+from tokenexit_jax.gating import GatedModel
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.running import ExitingModel
 
-__all__ = ["check", "wrap"]  # the name of a type is offered by the package
+__all__ = ["check", "wrap", "wrap_gates"]  # the name of a type is offered by the package
 
 Capacities = Sequence[float] | Mapping[int, Sequence[float]]
 """Buckets: fractions of the slots of an image, for all exits or for each block with an exit head."""
@@ -73,8 +76,61 @@ def wrap(
     return model.retuned(schedule)
 
 
+def wrap_gates(
+    network: Network,
+    schedule: Schedule = svit(),
+    /,
+    *,
+    head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
+    gates: HeadPlan | None = None,
+    taps: Iterable[int] | None = None,
+    capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
+) -> GatedModel:
+    """Let the tokens of a vision transformer wait, block by block, as learned gates say (SViT, WACV 2024).
+
+    It makes no weights: `GatedModel.init` does, for the gates, which then let most tokens run. Train them with
+    `sampled`, then find their thresholds with `gate_thresholds`. Run `check` once with your parameters.
+
+    Args:
+        network: The network, as pure functions.
+        schedule: After which blocks there is a gate, and who waits; `schedule.svit()` if left out. Any policy that
+            looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
+            parameters of the network. None: maps only, for a decoder of yours.
+        gates: A plan for the gates, which give two logits, keep and skip. `heads.MLP` with a quarter of the channels
+            between its layers if left out: published.
+        taps: After how many blocks maps are handed out, ascending; the last if left out.
+        capacities: Buckets, as fractions of the slots of an image, prefix tokens among them: what runs after a gate is
+            held by the smallest bucket that holds the fullest image. For all gates, or for each. A single one is a
+            fixed budget, with one static shape. If the greatest is less than 1, the tokens that the gate is least sure
+            to keep and that it has no room for wait as well, and are counted in `GatedOutput.overflow`.
+
+    Returns:
+        The model with gates.
+
+    Raises:
+        TokenExitError: If an argument is not what it should be, or a gate or tap lies outside of the network.
+    """
+    require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
+    require(head is None or callable(head), "head", "be None or a function", repr(head))
+    plan = MLP(max(1, network.width // 4)) if gates is None else gates
+    each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
+    require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
+    depth, after = network.depth, schedule.after
+    tapped = (depth,) if taps is None else tuple(taps)
+    whole = all(isinstance(tap, int) and not isinstance(tap, bool) and 1 <= tap <= depth for tap in tapped)
+    require(whole and list(tapped) == sorted(set(tapped)), "taps", f"be ascending blocks from 1 to {depth}", tapped)
+    of_block = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
+    rule = f"be fractions for all gates, or for each of those after the blocks {after}"
+    require(set(of_block) == set(after), "capacities", rule, repr(capacities))
+    buckets = tuple(_fractions(of_block[block]) for block in after)
+    model = GatedModel(network, after, plan, head, tapped, buckets, schedule)
+    return model.retuned(schedule)
+
+
 def check(
-    model: ExitingModel,
+    model: ExitingModel | GatedModel,
     params: Params,
     images: Array,
     /,
@@ -100,7 +156,8 @@ def check(
         TokenExitError: If something does not hold, with the part that it is about; or if the parameters or the images
             are not finite, or the parameters let a block do nothing.
     """
-    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    wrapped = isinstance(model, ExitingModel | GatedModel)
+    require(wrapped, "model", "be wrapped by `wrap` or `wrap_gates`", type(model).__name__)
     network = model.network
     for argument, given in (("params", params), ("images", images)):
         _require_finite(given, argument)
@@ -116,6 +173,8 @@ def check(
     if model.head is not None:
         head = model.head
         logits = _require_token_wise(lambda some: head(params, some), network.finish(params, batch), "head")
+        if isinstance(model, GatedModel):
+            return
         require(logits.shape[-1] == model.classes, "head", f"give {model.classes} classes", logits.shape[-1])
 
 

@@ -23,6 +23,15 @@ for head in (heads["exit_heads"]["1"], heads["head"]):
     head["3.weight"] = head["3.weight"] * 40
 images = networks.images_of(models.images(4, networks.SIZE))
 
+gated = tej.wrap_gates(networks.plain_network(depth=2), schedule.svit(after=(1,)), capacities=(0.5, 1.0))
+gates = gated.init(jax.random.key(1))
+gates["1"]["3.weight"] = gates["1"]["3.weight"] * 20
+
+def same_gated(found, wanted):
+    np.testing.assert_array_equal(found.keep, wanted.keep)
+    np.testing.assert_array_equal(found.tokens_per_block, wanted.tokens_per_block)
+    np.testing.assert_allclose(found.maps[2], wanted.maps[2], rtol=1e-5, atol=1e-5)
+
 def same(found, wanted):
     np.testing.assert_array_equal(found.exit_depth, wanted.exit_depth)
     np.testing.assert_array_equal(found.tokens_per_block, wanted.tokens_per_block)
@@ -39,6 +48,10 @@ plan = plan.with_threshold(threshold)
 SHARDED = """
 alone = jax.jit(model.compiled)(params, heads, images, plan)
 assert jax.device_count() == 4
+# By gates as well two images need the greater bucket.
+probability = np.asarray(jax.jit(gated.compiled)(params, gates, images).probability)[:, 0].reshape(4, -1)
+stay = {float(t): (probability >= t).sum(axis=1) for t in np.unique(probability)}
+wanted_share = next(t for t, many in stay.items() if max(many[:2]) <= 10 < min(many[2:]))
 for devices in (2, 4):
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
     specs = (P(), P(), P("data"), P())
@@ -52,6 +65,13 @@ for devices in (2, 4):
     text = program.lower(params, heads, spread, plan).compile().as_text()
     talk = [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
     assert not talk, talk
+    shares = gated.retuned(schedule.svit(after=(1,), threshold=wanted_share)).schedule
+    by_gates = jax.jit(jax.shard_map(gated.compiled, mesh=mesh, in_specs=specs, out_specs=P("data")))
+    kept = by_gates(params, gates, spread, shares)
+    same_gated(kept, jax.jit(gated.compiled)(params, gates, images, shares))
+    assert set(np.asarray(kept.capacity_per_block)[:, 1].tolist()) == {10, 20}
+    text = by_gates.lower(params, gates, spread, shares).compile().as_text()
+    assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
 assert set(np.asarray(alone.capacity_per_block)[:, 1].tolist()) == {20}
 """
 
@@ -68,6 +88,10 @@ for plan, counts in ((wide, (1, 4)), (schedule.paumer(keep={1: 0.4}), (4,))):
     assert len(np.unique(wanted.exit_depth)) == 2
     for count in counts:
         same(exported.call(images[:count]), jax.tree.map(lambda one: one[:count], wanted))
+for way in (gated.compiled, gated.masked):
+    program = jax.jit(lambda images, way=way: way(params, gates, images))
+    exported = export.export(program)(shape)
+    same_gated(exported.call(images[:3]), jax.tree.map(lambda one: one[:3], program(images)))
 """
 
 

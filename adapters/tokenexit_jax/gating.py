@@ -1,0 +1,254 @@
+"""A vision transformer in which a token may wait: learned gates say who runs the next blocks, and nobody is lost.
+
+Unlike in `running`, where a token leaves with its outcome, a token that waits keeps its feature and its place, and the
+next gate may call it back (SViT, WACV 2024). So the result is a whole map of features, for any decoder. Between two
+gates the tokens have the shape of the whole batch; those that run are gathered into as many entries as the smallest
+bucket that holds those of every image, run, and are written back.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jax.core import Tracer
+
+from tokenexit import TokenExitError
+from tokenexit.cost import Cost, HeadCost
+from tokenexit.errors import require
+from tokenexit.heads import HeadPlan
+from tokenexit.policies import Policy, Threshold
+from tokenexit.schedule import Schedule, require_gates_fit
+from tokenexit_jax import _waiting
+from tokenexit_jax import heads as building
+from tokenexit_jax._waiting import GatedParts, GatedRun, MaskedRun
+from tokenexit_jax.networks import Embedded, Heads, Params
+from tokenexit_jax.outputs import GatedOutput
+from tokenexit_jax.pytrees import on_host
+from tokenexit_jax.running import ExitingModel, as_arrays
+
+__all__ = ["GatedModel"]
+
+# How sure a new gate is that a token runs, as a logit: at first seven of eight do, and the network is not lost.
+_KEEPS = 2.0
+
+
+@dataclass(frozen=True)
+class GatedModel(GatedParts):
+    """A vision transformer with gates; made by `wrap_gates`. It holds no weights, and nothing changes it.
+
+    Nothing is drawn: a token runs unless the policy of its gate, on the probability that it is kept, lets it wait.
+    `sampled` draws, for training.
+
+    Attributes:
+        network: The wrapped network.
+        schedule: The plan in use; `retuned` gives a model with another.
+        after: The blocks after which there is a gate.
+        gate_plan: How the gates are built.
+        head: What reads classes off the finished tokens, `head(params, tokens)`, if anything.
+        taps: After how many blocks maps are handed out.
+        capacities: For each gate the buckets after it, ascending, as fractions of an image's slots.
+    """
+
+    schedule: Schedule
+
+    def __call__(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
+        """Run a batch, with buckets that are chosen on the host.
+
+        It compiles its parts itself, each for the buckets that it meets. For every gate with several buckets one
+        integer is fetched; with a single one nothing is, and nothing waits.
+
+        Where all tokens are keys (`Preserved(keys="all")`) all run through every block, and those that wait are put
+        back: a block takes nothing but entries, and to be a key is to be one. That saves nothing here, and fetches
+        nothing.
+
+        Args:
+            params: Parameters of the network.
+            gates: Weights of the gates, by the blocks before them: `{"3": {...}, ...}`, as `init` makes them.
+            images: The images, as the network takes them.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            Class scores if there is a head, maps, decisions and executed tokens.
+
+        Raises:
+            TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
+        """
+        return _HostRun(self, params, *_given(self, gates, schedule)).through(images)
+
+    def compiled(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
+        """The same in one program: the function for `jax.jit`, `jax.grad`, `jax.shard_map` and `jax.export`.
+
+        `lax.switch` chooses the bucket after each gate. Never `jax.vmap` it: all branches would run.
+
+        Args:
+            params: Parameters of the network.
+            gates: Weights of the gates.
+            images: The images, as the network takes them.
+            schedule: A plan for this call only; the model's own if left out. As an argument of the compiled function
+                its thresholds are data.
+
+        Returns:
+            As a call does.
+
+        Raises:
+            TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
+        """
+        return GatedRun(self, params, *_given(self, gates, schedule)).through(images)
+
+    def masked(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
+        """The same by masks, in one program: every token is computed, and what waits is put back.
+
+        What training does; beside a call, which it must equal, a reference.
+
+        Args:
+            params: Parameters of the network.
+            gates: Weights of the gates.
+            images: The images, as the network takes them.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            As a call does. `tokens_per_block` counts those that were let run, though all have been computed.
+
+        Raises:
+            TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
+        """
+        return MaskedRun(self, params, *_given(self, gates, schedule)).through(images)
+
+    def init(self, key: Array) -> Heads:
+        """Random weights for the gates, which let most tokens run.
+
+        Args:
+            key: Random key.
+
+        Returns:
+            The weights, by the blocks before the gates: `{"3": {...}, ...}`.
+        """
+        keys = jax.random.split(key, max(len(self.after), 1))
+        width = self.network.width
+        return {str(after): _new_gate(self.gate_plan, one, width) for after, one in zip(self.after, keys, strict=False)}
+
+    def retuned(
+        self,
+        schedule: Schedule | None = None,
+        /,
+        *,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
+    ) -> "GatedModel":
+        """The same model with another plan, or other thresholds: one network, any rate, and nothing compiled again.
+
+        Args:
+            schedule: A new plan, with decisions only after blocks that have a gate; the present one if left out.
+            threshold: New thresholds for that plan: one for all gates, or one for each of some blocks.
+
+        Returns:
+            A model.
+
+        Raises:
+            TokenExitError: If neither is given, a decision has no gate, or a threshold does not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self.schedule if schedule is None else schedule
+        plan = plan if threshold is None else plan.with_threshold(threshold)
+        return dataclasses.replace(self, schedule=on_host(checked_gates(self, plan)))
+
+    def cost(self, params: Params, images: Any) -> Cost:
+        """What the parts of the network cost, read off the products and convolutions in its programs; nothing is run.
+
+        Args:
+            params: Parameters of the network, or `jax.ShapeDtypeStruct` in their place.
+            images: Images of the size in question, or a `jax.ShapeDtypeStruct`.
+
+        Returns:
+            The cost of the parts, for `GatedOutput.multiply_adds`; that of the gates stands as `exit_heads`.
+
+        Raises:
+            TokenExitError: If the attention of a block is not over `width` channels, which `Cost` takes for granted, or
+                a block has other work that does not grow with the tokens.
+        """
+        # A gate costs what an exit head of two classes does.
+        alike = ExitingModel(self.network, 2, self.after, self.gate_plan, self.head, self.capacities, Schedule())
+        found = alike.cost(params, images)
+        return found if self.head is not None else dataclasses.replace(found, head=HeadCost(0))
+
+
+class _HostRun(GatedRun):
+    """Every function is compiled by itself, and buckets are chosen on the host."""
+
+    opened = staticmethod(jax.jit(_waiting.opened, static_argnames=("network", "stop")))
+    plain = staticmethod(jax.jit(_waiting.plain, static_argnames=("network", "start", "stop")))
+    gathered = staticmethod(jax.jit(_waiting.gathered, static_argnames=("network", "start", "stop", "capacity")))
+    in_place = staticmethod(jax.jit(_waiting.in_place, static_argnames=("network", "start", "stop", "keys", "mixed")))
+    ask = staticmethod(jax.jit(_waiting.ask, static_argnames=("plan", "most")))
+    closed = staticmethod(jax.jit(_waiting.closed, static_argnames=("network", "head", "taps", "carry")))
+
+    def some(self, embedded: Embedded, start: int, stop: int) -> tuple[Embedded, int | Array]:
+        sizes, asked = self.sizes(embedded), self.running
+        if len(sizes) > 1 and isinstance(asked.needed, Tracer):
+            raise TokenExitError("`model` must be transformed as `model.compiled`, got the model itself")
+        entries = sizes[0] if len(sizes) == 1 else int(asked.needed)
+        if entries == 0:
+            return embedded, 0
+        capacity = next(size for size in sizes if size >= entries)
+        given = self.model.network, self.params, embedded, asked
+        return self.gathered(*given, start=start, stop=stop, capacity=capacity), capacity
+
+
+def host_run(model: GatedModel, params: Params, gates: Heads, plan: Schedule) -> GatedRun:
+    """A pass in the way of a call, that can end at any gate. It is no part of the public API."""
+    return _HostRun(model, params, *_given(model, gates, plan))
+
+
+def _given(model: GatedModel, gates: Heads, schedule: Schedule | None) -> tuple[Heads, Schedule]:
+    plan = checked_gates(model, model.schedule if schedule is None else schedule)
+    return fitting_gates(model, gates), as_arrays(plan)
+
+
+def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
+    """A plan that fits the gates. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If it does not.
+    """
+    plan = require_gates_fit(schedule, depth=model.depth, after=model.after)
+    unknown = [leaf for leaf in jax.tree.leaves(plan) if isinstance(leaf, Policy)]
+    require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
+    return plan
+
+
+def fitting_gates(model: GatedModel, gates: Heads) -> Heads:
+    """The weights of the gates, if they have the names and shapes of the model's. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If they do not.
+    """
+    wanted, found = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(one)}
+        for one in (shapes_of_gates(model), gates)
+    )
+    if found != wanted:
+        names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+        got = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
+        raise TokenExitError(f"`gates` must be of the model, as `init` makes them, got {got}")
+    return gates
+
+
+def shapes_of_gates(model: GatedModel) -> Heads:
+    """The weights of the gates as `jax.ShapeDtypeStruct`. It is no part of the public API."""
+    one = _shapes(model.gate_plan, model.network.width)
+    return {str(after): one for after in model.after}
+
+
+@lru_cache
+def _shapes(plan: HeadPlan, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.eval_shape(lambda: _new_gate(plan, jax.random.key(0), width))
+
+
+def _new_gate(plan: HeadPlan, key: Array, width: int) -> dict[str, Array]:
+    new = building.init(plan, key, width=width, classes=2)
+    *_, last = (name for name in new if name.endswith(".bias"))
+    return {**new, last: jnp.asarray([_KEEPS, 0.0])}

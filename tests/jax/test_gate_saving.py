@@ -1,0 +1,100 @@
+"""Gates saved by one adapter are read by the other, weights and plan."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tokenexit_jax as tej
+import tokenexit_torch as tet
+from tests.jax import gated as pairs
+from tests.jax import networks
+from tests.jax.gated import gated, gates_of
+from tests.jax.test_saving import exact
+from tests.torch import models
+from tokenexit import TokenExitError, heads, schedule
+from tokenexit.carries import Preserved
+
+PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8))
+SVIT = schedule.svit(after=(1, 3), threshold={1: 0.4, 3: 0.55}, carry=Preserved("never", "all"))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=[type(plan).__name__ for plan in PLANS])
+def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path):
+    network, vit = networks.timm_network(depth=4), gated().theirs.model
+    model = tej.wrap_gates(network, SVIT, gates=plan)
+    weights = model.init(jax.random.key(3))
+    tej.save_gates(model, weights, tmp_path / "jax")
+    theirs = tet.load_gates(tmp_path / "jax", vit)
+    assert theirs.schedule == model.schedule
+    exact(gates_of(theirs), weights)
+    tet.save_gates(theirs, tmp_path / "torch")
+    again, read = tej.load_gates(tmp_path / "torch", network)
+    assert again == model
+    exact(read, weights)
+    assert (tmp_path / "torch/gates.json").read_text() == (tmp_path / "jax/gates.json").read_text()
+    files = (load_file(tmp_path / name / "gates.safetensors") for name in ("jax", "torch"))
+    assert len({frozenset((name, tuple(value.shape)) for name, value in file.items()) for file in files}) == 1
+
+
+def test_what_comes_back_decides_as_before(tmp_path):
+    both, images = gated(), models.images(3, networks.SIZE)
+    both.theirs.retune(threshold={1: 0.45, 2: 0.5, 3: 0.6})
+    tet.save_gates(both.theirs, tmp_path)
+    with torch.no_grad():
+        wanted = both.theirs(images)
+    both.theirs.retune(threshold=0.5)
+    options = {"head": pairs.head, "taps": pairs.TAPS, "capacities": (0.7, 1.0)}
+    model, weights = tej.load_gates(tmp_path, both.model.network, **options)
+    assert (model.after, model.taps) == ((1, 2, 3), (2, 4))
+    exact(weights, both.gates)
+    found = model(both.params, weights, networks.images_of(images))
+    np.testing.assert_array_equal(found.keep, wanted.keep)
+
+
+def test_a_model_without_gates_is_saved_as_well(tmp_path):
+    model = tej.wrap_gates(networks.timm_network(), schedule.dense())
+    tej.save_gates(model, model.init(jax.random.key(0)), tmp_path)
+    assert tej.load_gates(tmp_path, networks.timm_network()) == (model, {})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tej.wrap_gates(networks.timm_network(), SVIT, gates=heads.MLP(7))
+    tej.save_gates(model, model.init(jax.random.key(0)), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 99}, "`folder` must hold a valid gates.json, got .*`schema` must be 1, got 99"),
+        ({"plan": None}, "`folder` must hold gates built from a plan"),
+        ({"classes": 3}, "`folder` must hold gates, got heads of 3 classes"),
+        ({"built_head": True}, "`folder` must hold gates"),
+        ({"width": 47}, "`network` must have width 47, as the saved gates, got 48"),
+        ({"depth": 12}, "`network` must have depth 12, as the saved gates, got 5"),
+        ({"plan": {"kind": "mlp", "hidden": 9}}, r"weights of the heads in gates.json, .*instead of \(9, 48\)"),
+    ],
+)
+def test_a_bad_plan_is_a_clear_error(saved, changes, message):
+    data = json.loads((saved / "gates.json").read_text())
+    (saved / "gates.json").write_text(json.dumps(data | changes))
+    with pytest.raises(TokenExitError, match=message):
+        tej.load_gates(saved, networks.timm_network())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_files_that_are_missing_or_no_weights_are_clear_errors(saved):
+    (saved / "gates.safetensors").write_bytes(b"no weights")
+    with pytest.raises(TokenExitError, match="`folder` must hold a valid gates.safetensors"):
+        tej.load_gates(saved, networks.timm_network())
+    (saved / "gates.safetensors").unlink()
+    with pytest.raises(TokenExitError, match="`folder` must hold the files gates.json and gates.safetensors, got "):
+        tej.load_gates(saved, networks.timm_network())
+    with pytest.raises(TokenExitError, match="`model` must have gates, as `wrap_gates` gives, got int"):
+        tej.save_gates(3, {}, saved)
