@@ -20,9 +20,11 @@ from examples.jax import plain_vit
 from tokenexit import TokenExitError, schedule
 from tokenexit.heads import MLP
 from tokenexit_jax import vit, weights
+from tokenexit_jax.heads import init as init_head
 from tokenexit_jax.heads import read as read_head
 
 _WEIGHTS = "host.safetensors"
+_HEAD = "head.safetensors"
 _TINY = vit.Config(image_size=(224, 224), patch=16, width=192, depth=12, heads=3)
 _VITS = {"vit_tiny_patch16_224": _TINY}
 _UNUSED = ("norm.", "head.", "heads.")  # of a ready model's file, whose heads have a norm of their own
@@ -61,7 +63,63 @@ def load(folder: str | Path, /) -> tuple[Loaded, about.About]:
     Raises:
         TokenExitError: If a file is missing or not what it should be.
     """
+    network, params, found = _host(Path(folder))
+    model, heads = tej.load(folder, network)
+    return Loaded(model, params, _float32(heads)), found
+
+
+@dataclass(frozen=True)
+class LoadedGates:
+    """A network with gates, and all its weights.
+
+    Attributes:
+        model: The wrapped network.
+        params: Its parameters.
+        gates: Weights of its gates.
+    """
+
+    model: tej.GatedModel
+    params: tej.Params
+    gates: tej.Heads
+
+    def __call__(
+        self, images: Float[Array, "images height width 3"], plan: schedule.Schedule | None = None
+    ) -> tej.GatedOutput:
+        """Segment images; buckets are chosen on the host."""
+        return self.model(self.params, self.gates, images, plan)
+
+
+def load_gated(folder: str | Path, /) -> tuple[LoadedGates, about.About]:
+    """Read a run folder of a network with gates.
+
+    Args:
+        folder: Where `examples.runs.save_gated` wrote it.
+
+    Returns:
+        The network in float32, and what the folder says of it.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be.
+    """
     folder = Path(folder)
+    network, params, found = _host(folder)
+    final = _float32(weights.read(folder / _HEAD))
+    shapes = {
+        name: one.shape
+        for name, one in jax.eval_shape(
+            lambda: init_head(MLP(), jax.random.key(0), width=network.width, classes=len(found.classes))
+        ).items()
+    }
+    weights.require_exactly(final, shapes, argument="head")
+
+    def head(_params: tej.Params, tokens: Array) -> Array:
+        return read_head(MLP(), final, tokens)
+
+    model, gates = tej.load_gates(folder, network, head=head)
+    return LoadedGates(model, params, _float32(gates)), found
+
+
+def _host(folder: Path) -> tuple[tej.Network, tej.Params, about.About]:
     found = about.read(folder)
     if found.host not in _HOSTS:
         raise TokenExitError(f"`host` must be one of {sorted(_HOSTS)}, got {found.host!r}")
@@ -69,8 +127,7 @@ def load(folder: str | Path, /) -> tuple[Loaded, about.About]:
         network, params = _HOSTS[found.host](found.config, weights.read(folder / _WEIGHTS))
     except (TokenExitError, TypeError, KeyError) as error:
         raise TokenExitError(f"`folder` must hold a network as {about.FILE} says, got {folder}: {error}") from error
-    model, heads = tej.load(folder, network)
-    return Loaded(model, params, _float32(heads)), found
+    return network, params, found
 
 
 def ready(file: Path, size: tuple[int, int], /) -> Loaded:
