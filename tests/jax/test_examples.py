@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import demo
+import tokenexit_torch as tet
+from examples import demo, shell
 from examples import runs as torch_runs
-from examples.camvid import common, data
-from examples.jax import camvid_evaluate, equinox_vit, runs
+from examples.camvid import common, data, gated
+from examples.jax import camvid_evaluate, camvid_gates, equinox_vit, runs
 from examples.scenes.draw import draw
 from tests.jax.parity import same
 from tokenexit import TokenExitError, policies, schedule
@@ -127,6 +128,42 @@ def test_camvid_in_jax_is_camvid_in_pytorch(tmp_path, monkeypatch, capsys):
     exits = [found for name, found in results["settings"].items() if name != "dense"]
     assert all(0.3 < found["token_blocks"] < 0.9 and found["agreement"] > 0.5 for found in exits)
     assert "beside PyTorch" in capsys.readouterr().out
+
+
+@needs_data
+def test_gates_on_camvid_in_jax_are_those_in_pytorch(tmp_path, monkeypatch, capsys):
+    vit, final, _ = common.ready_model(READY, data.SIZE)
+    torch.manual_seed(0)
+    variant = gated.VARIANTS["svit-few"]
+    model = gated.new_model(vit, final, variant).eval()
+    for gate in model.gates.values():
+        with torch.no_grad():
+            gate.get_parameter("3.weight").mul_(20)
+    plan = tet.gate_thresholds(model, torch.randn(2, 3, *data.SIZE), rates=variant.rate, progress=iter)
+    gated.write_plans(tmp_path / "run", {0.65: plan})
+    model.retune(plan)
+    config = {"model_name": common.VIT, **common.vit_config(16, data.SIZE)}
+    about = torch_runs.About(
+        host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
+        size=data.SIZE,
+    )  # fmt: skip
+    torch_runs.save_gated(tmp_path / "run", model, about)
+    file = tmp_path / "found.json"
+    options = ["--data", str(CAMVID), "--run", str(tmp_path / "run"), "--limit", "2", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["camvid_gates", *options, "--budgets", "0.65"])
+    camvid_gates.main()
+    results = json.loads(file.read_text())
+    assert list(results) == ["dense", "gates 0.65"]
+    assert results["gates 0.65"]["decisions"] == 2 * 3 * 660
+    assert results["gates 0.65"]["token_blocks"] < 0.97
+    for found in results.values():
+        assert found["unexplained"] == 0
+        assert found["logits"] < 2e-4
+        assert found["miou"] == pytest.approx(found["miou_pytorch"], abs=5e-4)
+    assert "other decisions" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["camvid_gates", *options, "--budgets", "0.3"])
+    with pytest.raises(shell.UsageError, match=r"`--budgets` must be among those of the run, \[0.65\], got \[0.3\]"):
+        camvid_gates.main()
 
 
 def test_an_equinox_network_takes_exits(capsys):
