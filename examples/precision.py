@@ -110,7 +110,7 @@ def _as_coco(images: Sequence[Found], classes: int) -> Any:
         for image, (of, one) in enumerate(zip(corners, images, strict=True))
         for (x0, y0, x1, y1), kind, score in zip(of.tolist(), one.kind, one.score, strict=True)
     ]
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = {
         "images": [{"id": image} for image in range(len(images))],
         "categories": [{"id": kind} for kind in range(classes)],

@@ -13,7 +13,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import tokenexit_torch as tet
 from examples import checkpoints, runs, shell
 from examples.precision import Precision, average_precision, require_coco
 from examples.scenes.canvas import CAR, CLASSES, PERSON
-from examples.scenes.detection import Boxes, Detector, Raw, decoded, detection_loss, targets
+from examples.scenes.detection import Boxes, Detector, Raw, Targets, decoded, detection_loss, targets
 from examples.scenes.draw import Scene, draw
 from tokenexit import gates, schedule
 from tokenexit.carries import Preserved
@@ -65,6 +65,7 @@ class Recipe:
         tuning_rate: Highest learning rate afterwards, of network and detector.
         gate_rate: Highest learning rate of the gates.
         decay: Weight decay.
+        clip: Largest norm of a gradient.
         calibration: Scenes that the thresholds are calibrated on.
         test: Held-out scenes.
     """
@@ -85,6 +86,7 @@ class Recipe:
     tuning_rate: float = 2e-4
     gate_rate: float = 1e-3
     decay: float = 0.05
+    clip: float = 1.0
     calibration: int = 128
     test: int = 512
 
@@ -151,15 +153,15 @@ def things(scene: Scene) -> Boxes:
     return Boxes(torch.from_numpy(scene.boxes[:, 1:]).float(), kind, torch.ones(len(kind)))
 
 
-def dense_step(network: Network, images: Tensor) -> Step:
+def dense_step(network: Network, images: Tensor, _step: int) -> Step:
     """Nobody waits."""
     maps = network.backbone(images, schedule=schedule.dense()).maps
     return Step(network.detector(maps), torch.zeros(()), [])
 
 
-def gated_step(network: Network, images: Tensor, *, sampled: tet.Sampled, generator: torch.Generator) -> Step:
+def gated_step(network: Network, images: Tensor, step: int, *, sampled: tet.Sampled, seed: int) -> Step:
     """Decisions are drawn."""
-    drawn = sampled(images, generator=generator)
+    drawn = sampled(images, generator=torch.Generator().manual_seed(1_000_003 * seed + step))
     kept = drawn.keep.detach().mean(dim=(0, 2, 3)).tolist()
     return Step(network.detector(drawn.output.maps), drawn.ratio_loss(), kept)
 
@@ -200,40 +202,41 @@ def train(network: Network, recipe: Recipe, phase: str, out: Path) -> None:
     optimizer = torch.optim.AdamW(groups(network, recipe, phase), betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, steps=epochs * per_epoch))
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
-    path = out / f"{phase.replace(', ', '-').replace(' ', '-')}.safetensors"
+    path = out / f"{phase.replace(', ', '_').replace(' ', '_')}.safetensors"
     done = restore(path, recipe, parts)
-    sampled = tet.Sampled(network.backbone, rates=recipe.rate_of_gate, random=recipe.random)
+    forward = dense_step
+    if phase == "gated":
+        sampled = tet.Sampled(network.backbone, rates=recipe.rate_of_gate, random=recipe.random)
+        forward = partial(gated_step, sampled=sampled, seed=recipe.seed)
     network.train()
     for epoch in range(done, epochs):
-        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        losses = []
-        bar = shell.progress(steps, desc=f"{phase}, epoch {epoch + 1} of {epochs}")
-        for step in bar:
+        steps, losses, kept = range(epoch * per_epoch, (epoch + 1) * per_epoch), [], []
+        for step in (bar := shell.progress(steps, desc=f"{phase}, epoch {epoch + 1} of {epochs}")):
             scenes = drawn_scenes(recipe, phase, step * recipe.batch, recipe.batch)
-            one: Callable[[Network, Tensor], Step] = dense_step
-            if phase == "gated":
-                generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + step)
-                one = partial(gated_step, sampled=sampled, generator=generator)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = one(network, network.normalised(scenes))
-            wanted = targets(
-                [things(scene) for scene in scenes], recipe.size, classes=len(THINGS), smallest=recipe.smallest
-            )
-            value = detection_loss(found.raw, wanted)
+                raw, penalty, kept = forward(network, network.normalised(scenes), step)
+            value = detection_loss(raw, wanted_of(scenes, recipe))
             optimizer.zero_grad(set_to_none=True)
-            (value + recipe.ratio * found.penalty).backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            (value + recipe.ratio * penalty).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)
             optimizer.step()
             scheduler.step()
             losses.append(value.item())
-            bar.set_postfix_str(f"loss {np.mean(losses):.3f}{_shares(found.kept)}")
+            bar.set_postfix_str(_progress(losses, kept))
         state = {"recipe": asdict(recipe), "epoch": epoch + 1}
         checkpoints.save(path, state | {name: part.state_dict() for name, part in parts.items()})
-        tqdm.write(f"{phase}, epoch {epoch + 1} of {epochs}: loss {np.mean(losses):.3f}{_shares(found.kept)}")
+        tqdm.write(f"{phase}, epoch {epoch + 1} of {epochs}: {_progress(losses, kept)}")
 
 
-def _shares(kept: list[float]) -> str:
-    return f", kept {' '.join(f'{share:.2f}' for share in kept)}" if kept else ""
+def wanted_of(scenes: list[Scene], recipe: Recipe) -> Targets:
+    """What the detector should say of scenes."""
+    truth = [things(scene) for scene in scenes]
+    return targets(truth, recipe.size, classes=len(THINGS), smallest=recipe.smallest)
+
+
+def _progress(losses: list[float], kept: list[float]) -> str:
+    shares = f", kept {' '.join(f'{share:.2f}' for share in kept)}" if kept else ""
+    return f"loss {np.mean(losses):.3f}{shares}"
 
 
 def restore(path: Path, recipe: Recipe, parts: Mapping[str, Any]) -> int:
@@ -321,6 +324,7 @@ def run(recipe: Recipe, out: Path) -> dict[str, Any]:
     train(as_long, recipe, "dense, as long", out)
     train(gated, recipe, "gated", out)
     plan = calibrated(gated, recipe)
+    gated.backbone.retune(plan)
     tet.save_gates(gated.backbone, out / "gates")
     rows = {
         "dense": dense,
@@ -383,13 +387,16 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """The command line."""
-    given = vars(arguments())
-    out, threads = given.pop("out"), given.pop("threads")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    print(table(run(recipe, out)))
-    print(f"run saved in {out}")
+    given = arguments()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    recipe = Recipe(
+        epochs=given.epochs, tuning=given.tuning, images=given.images, size=tuple(given.size), batch=given.batch,
+        seed=given.seed, gates=tuple(given.gates), rates=tuple(given.rates), last=given.last, random=given.random,
+        test=given.test,
+    )  # fmt: skip
+    print(table(run(recipe, given.out)))
+    print(f"run saved in {given.out}")
 
 
 if __name__ == "__main__":
