@@ -136,7 +136,8 @@ def test_without_pycocotools_there_is_a_clear_error(tmp_path, monkeypatch):
 
 
 def tiny(**changes):
-    options = {"epochs": 2, "tuning": 2, "images": 2, "size": (64, 96), "batch": 2, "calibration": 2, "test": 3}
+    options = {"epochs": 2, "tuning": 2, "images": 2, "size": (64, 96), "batch": 2, "calibration": 2, "test": 8}
+    options |= {"gates": (4, 8), "rates": (0.5,)}
     return detect.Recipe(**options | changes)
 
 
@@ -161,16 +162,18 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(tmp_pat
     rows = straight["rows"]
     assert rows["dense"]["multiply_adds"] == rows["dense, trained as long"]["multiply_adds"]
     assert rows["gated"]["multiply_adds"] < 0.8 * rows["dense"]["multiply_adds"]
-    assert len(rows["gated"]["kept"]) == 9
+    assert len(rows["gated"]["kept"]) == 2
     assert (tmp_path / "b" / "gates" / "gates.safetensors").is_file()
     lines = detect.table(straight).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:6]] == list(rows)
+    assert "AP50 with gates, less that of the dense network trained as long" in lines[7]
     with pytest.raises(shell.UsageError, match="`--out` must be new or a run with the same settings"):
         detect.run(tiny(seed=5), tmp_path / "b")
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 0}, "`--epochs` must be at least 1, got 0"),
+    ({"test": 7}, "`--test` must be at least 8, got 7"),
     ({"images": 1}, "`--images` must be at least a batch, 2, got 1"),
     ({"size": (64, 100)}, "`--size` must be multiples of 16"),
 ])  # fmt: skip
