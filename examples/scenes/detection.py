@@ -80,10 +80,12 @@ class Detector(nn.Module):
         finer = nn.ConvTranspose2d(width, channels, 2, stride=2)
         self.laterals = nn.ModuleList([finer, *(nn.Conv2d(width, channels, 1) for _ in self.taps[1:])])
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-        self.mixed = nn.Conv2d(channels, channels, 3, padding=1)
-        self.heat = nn.Conv2d(channels, classes, 1)
-        self.place = nn.Conv2d(channels, 4 * classes, 1)
-        nn.init.constant_(self.heat.bias, -4.0)  # type: ignore[arg-type] # at first next to nothing is a centre
+        self.heat, self.place = (
+            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, each, 1))
+            for each in (classes, 4 * classes)
+        )
+        with torch.no_grad():
+            self.heat[-1].bias.fill_(-4.0)  # at first next to nothing is a centre
 
     def forward(self, maps: Mapping[int, Float[Tensor, "images width grid_height grid_width"]]) -> Raw:
         """Read the maps of a network, by the blocks that had run."""
@@ -96,7 +98,7 @@ class Detector(nn.Module):
         features = levels.pop()
         for level in reversed(levels):
             features = level + functional.interpolate(features, size=level.shape[-2:], mode="nearest")
-        features = functional.relu(self.mixed(functional.relu(self.smooth(features))))
+        features = functional.relu(self.smooth(features))
         place = rearrange(self.place(features), "images (classes four) h w -> images classes four h w", four=4)
         return Raw(self.heat(features).float(), place.float())
 
