@@ -6,7 +6,7 @@ well (TTFNet, AAAI 2020), which takes far fewer steps. Nothing here knows of gat
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -80,12 +80,8 @@ class Detector(nn.Module):
         finer = nn.ConvTranspose2d(width, channels, 2, stride=2)
         self.laterals = nn.ModuleList([finer, *(nn.Conv2d(width, channels, 1) for _ in self.taps[1:])])
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-        self.heat, self.place = (
-            nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, each, 1))
-            for each in (classes, 4 * classes)
-        )
-        with torch.no_grad():
-            self.heat[-1].bias.fill_(-4.0)  # at first next to nothing is a centre
+        self.heat, self.place = _tower(channels, classes), _tower(channels, 4 * classes)
+        nn.init.constant_(cast(Tensor, self.heat[-1].bias), -4.0)  # at first next to nothing is a centre
 
     def forward(self, maps: Mapping[int, Float[Tensor, "images width grid_height grid_width"]]) -> Raw:
         """Read the maps of a network, by the blocks that had run."""
@@ -101,6 +97,10 @@ class Detector(nn.Module):
         features = functional.relu(self.smooth(features))
         place = rearrange(self.place(features), "images (classes four) h w -> images classes four h w", four=4)
         return Raw(self.heat(features).float(), place.float())
+
+
+def _tower(channels: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, out, 1))
 
 
 def targets(truth: Sequence[Boxes], size: tuple[int, int], *, classes: int, smallest: float) -> Targets:
