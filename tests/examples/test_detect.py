@@ -67,6 +67,15 @@ def test_what_is_wanted_has_next_to_no_loss_and_anything_else_has_more():
     assert detection_loss(Raw(torch.full_like(nothing.heat, -9.0), nothing.place), nothing) < 1e-3
 
 
+@pytest.mark.parametrize(("cells", "overlap"), [(0, 1.0), (5, 1 / 3), (20, -1 / 3)])
+def test_the_loss_of_a_box_is_that_of_a_hand_count(cells, overlap):
+    wanted = wanted_of([boxes((40, 40, 80, 80, 0, 1))])
+    heat = torch.where(wanted.heat == 1, 30.0, -30.0)
+    aside = torch.tensor([cells, 0.0, 0.0, 0.0])[:, None, None]
+    loss = detection_loss(Raw(heat, wanted.place + aside), wanted)
+    assert loss.item() == pytest.approx(5 * (1 - overlap), abs=1e-5)
+
+
 def test_small_objects_are_neither_learned_nor_a_mistake():
     wanted = wanted_of([boxes((20, 20, 24, 28, 1, 1))])
     assert not wanted.heat.any()
