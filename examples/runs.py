@@ -31,6 +31,8 @@ from examples.about import read as read_about
 from examples.scenes.vit import Config, PlainHost, ViT
 from examples.timm_import import import_timm
 from tokenexit import TokenExitError
+from tokenexit.heads import MLP
+from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import host_of
 
 _WEIGHTS = "host.safetensors"
@@ -71,7 +73,7 @@ def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype:
 
 def segmentation_head(*, width: int, classes: int) -> nn.Module:
     """The final head that a run with gates has, in the layout of `heads.MLP`."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, classes))
+    return build(MLP(), width=width, classes=classes)
 
 
 def save_gated(folder: str | Path, model: tet.GatedModel, about: About, /) -> None:

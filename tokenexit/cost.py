@@ -281,8 +281,9 @@ class Cost:
             TokenExitError: If a gate lies outside of the network, a rate is no share, or an option is out of its range.
         """
         depth, slots = len(self.blocks), self.prefix + patches
-        inside = all(1 <= after < depth for after in rates)
-        require(inside, "rates", f"have gates after blocks 1 to {depth - 1}", sorted(rates))
+        last = depth - (2 if before == "last block" else 1)
+        inside = all(1 <= after <= last for after in rates)
+        require(inside, "rates", f"have gates after blocks 1 to {last}", sorted(rates))
         require(all(0 <= rate <= 1 for rate in rates.values()), "rates", "be shares in [0, 1]", dict(rates))
         require(keys in ("running", "all"), "keys", "be 'running' or 'all'", repr(keys))
         require(before in ("decoder", "last block"), "before", "be 'decoder' or 'last block'", repr(before))

@@ -8,6 +8,7 @@ through them.
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
@@ -15,8 +16,32 @@ from jaxtyping import Bool, Float
 from tokenexit._array import Array, array_namespace
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
+from tokenexit.heads import MLP
 
-__all__ = ["keep_probability", "ratio_loss", "soft_draw", "staged_rates", "threshold_for"]
+__all__ = [
+    "FIRST_BIAS",
+    "keep_probability",
+    "published_gate",
+    "ratio_loss",
+    "soft_draw",
+    "staged_rates",
+    "threshold_for",
+]
+
+FIRST_BIAS = (2.0, 0.0)
+"""Bias of a new gate's last layer: of draws, seven of eight keep at first, and training does not begin with a wreck."""
+
+
+def published_gate(width: int, /) -> MLP:
+    """Plan of a gate as published (SViT, WACV 2024, section 3.2): two layers, with a quarter of the channels between.
+
+    Args:
+        width: Channels of a token.
+
+    Returns:
+        The plan; a gate has two classes, *keep* and *skip*.
+    """
+    return MLP(max(1, width // 4))
 
 
 def keep_probability(logits: Float[Array, "*tokens 2"], /) -> Float[Array, "*tokens"]:
@@ -107,7 +132,8 @@ def ratio_loss(
         share = xp.sum(keep * counts, axis=(0, 2)) / xp.clip(xp.sum(counts, axis=(0, 2)), 1.0)
     else:
         share = xp.sum(keep * counts, axis=2) / xp.clip(xp.sum(counts, axis=2), 1.0)
-    return xp.mean((share - rates) ** 2)
+    # Without a gate that decides there is nothing to hold.
+    return xp.sum((share - rates) ** 2) / max(math.prod(share.shape), 1)
 
 
 def threshold_for(probability: Float[Array, "tokens"], rate: float, /) -> float:
@@ -175,6 +201,21 @@ def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -
     return {block: float(given[block]) for block in blocks}
 
 
+def coin_for(after: int, /, *, rates: Mapping[int, float], asked: Iterable[int], returning: str) -> float:
+    """How often a coin must keep, that the gate's rate of all patches is kept. It is no part of the public API.
+
+    Args:
+        after: The gate in whose place the coin decides.
+        rates: Share of each gate.
+        asked: The gates that decide.
+        returning: As in `carries.Preserved`: if `never`, a coin is thrown for those that the gate before has kept.
+    """
+    earlier = [block for block in asked if block < after]
+    if returning == "every gate" or not earlier:
+        return rates[after]
+    return min(1.0, rates[after] / max(rates[max(earlier)], 1e-9))
+
+
 def _preference(logits: Array) -> Array:
     got = f"shape {tuple(logits.shape)}"
     require(
@@ -192,4 +233,4 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1

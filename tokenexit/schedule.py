@@ -374,25 +374,29 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)
 
 
-def require_gates_fit(plan: Schedule, /, *, depth: int, after: Sequence[int]) -> Schedule:
+def require_gates_fit(
+    plan: Schedule, /, *, depth: int, after: Sequence[int], carry: Preserved = Preserved()
+) -> Schedule:
     """Raise a `TokenExitError` unless a model with gates can follow a plan: what every adapter asks of its plans.
 
     Args:
         plan: The plan.
         depth: How many blocks the model has.
-        after: Its blocks before which there is a gate, counted by the blocks that have run.
+        after: After how many blocks it has a gate.
+        carry: What a plan under which nobody waits is taken to carry, if that is not said.
 
     Returns:
-        The plan; one under which nobody waits, whatever it carries, as one that preserves.
+        The plan, which carries `Preserved`.
 
     Raises:
         TokenExitError: If it is no schedule, carries anything but `Preserved`, compares other scores than a gate's, has
             cells, or gates beyond the blocks, or where there is none.
     """
     require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
-    carry = plan.carry if isinstance(plan.carry, Preserved) or plan.active else Preserved()
-    if not isinstance(carry, Preserved):
-        raise TokenExitError(f"`schedule` must carry Preserved, for a model with gates, got {carry!r}")
+    if isinstance(plan.carry, Preserved):
+        carry = plan.carry
+    elif plan.active:
+        raise TokenExitError(f"`schedule` must carry Preserved, for a model with gates, got {plan.carry!r}")
     compared = sorted(set[str]().union(*(exit.policy.compared_scores for exit in plan.exits)) - {"gate"})
     require(not compared, "schedule", "compare the probabilities of gates alone, which give no class scores", compared)
     require(plan.cell is None, "schedule", "have no cells where tokens are preserved", plan.cell)

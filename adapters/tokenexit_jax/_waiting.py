@@ -160,7 +160,8 @@ def ask(
     images, patches = probability.shape
     index = jnp.arange(images * patches)
     evidence = Evidence(
-        gate=probability.reshape(-1),
+        # Those that cannot come back are in nobody's way.
+        gate=(probability if before is None else jnp.where(before, probability, 0.0)).reshape(-1),
         image=index // max(patches, 1),
         images=images,
         grid=embedded.grid,
@@ -168,8 +169,7 @@ def ask(
         valid=jnp.ones_like(probability, dtype=bool).reshape(-1),
     )
     keep = ~policy(evidence).reshape(images, patches)
-    if before is not None:
-        keep = keep & before
+    keep = keep if before is None else keep & before
     overflow = jnp.zeros_like(probability[:, 0], dtype=jnp.int32)
     if most < patches:
         selection, surplus = tokens.select(keep, -probability, capacity=most)

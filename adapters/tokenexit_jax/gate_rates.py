@@ -54,6 +54,7 @@ def gate_thresholds(
         TokenExitError: If the model has no gates, a rate is missing, or the images are none or can pass only once.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
+    require(len(model.schedule.after) > 0, "model", "have a schedule that decides at one gate at least", "none")
     wanted = rates_by_gate(rates, model.schedule.after)
     whole = isinstance(images, Array | np.ndarray)
     batches = [images[start : start + 8] for start in range(0, len(images), 8)] if whole else images

@@ -18,8 +18,10 @@ from jax import numpy as jnp
 from jax.core import Tracer
 
 from tokenexit import TokenExitError
+from tokenexit.carries import Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
+from tokenexit.gates import FIRST_BIAS
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy, Threshold
 from tokenexit.schedule import Schedule, require_gates_fit
@@ -32,9 +34,6 @@ from tokenexit_jax.pytrees import on_host
 from tokenexit_jax.running import ExitingModel, as_arrays
 
 __all__ = ["GatedModel"]
-
-# How sure a new gate is that a token runs, as a logit: at first seven of eight do, and the network is not lost.
-_KEEPS = 2.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class GatedModel(GatedParts):
         return MaskedRun(self, params, *_given(self, gates, schedule)).through(images)
 
     def init(self, key: Array) -> Heads:
-        """Random weights for the gates, which let most tokens run.
+        """Random weights for the gates, whose draws let most tokens run.
 
         Args:
             key: Random key.
@@ -214,7 +213,8 @@ def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
     Raises:
         TokenExitError: If it does not.
     """
-    plan = require_gates_fit(schedule, depth=model.depth, after=model.after)
+    carry = model.schedule.carry if isinstance(model.schedule.carry, Preserved) else Preserved()
+    plan = require_gates_fit(schedule, depth=model.depth, after=model.after, carry=carry)
     unknown = [leaf for leaf in jax.tree.leaves(plan) if isinstance(leaf, Policy)]
     require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
     return plan
@@ -251,4 +251,4 @@ def _shapes(plan: HeadPlan, width: int) -> dict[str, jax.ShapeDtypeStruct]:
 def _new_gate(plan: HeadPlan, key: Array, width: int) -> dict[str, Array]:
     new = building.init(plan, key, width=width, classes=2)
     *_, last = (name for name in new if name.endswith(".bias"))
-    return {**new, last: jnp.asarray([_KEEPS, 0.0])}
+    return {**new, last: jnp.asarray(FIRST_BIAS)}

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 
 from tokenexit import gates as core
 from tokenexit.errors import require
-from tokenexit.gates import rates_by_gate
+from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import Schedule
 from tokenexit_jax._waiting import Asked, MaskedRun, asked, in_place, put_back
 from tokenexit_jax.gating import GatedModel, checked_gates, fitting_gates
@@ -101,14 +101,14 @@ def sampled(
         gates: Weights of the gates.
         images: The images, as the network takes them.
         schedule: Which gates decide, and what becomes of those that wait; the model's own if left out. Its policies are
-            not asked.
+            not asked, but for `never()`, under which a gate does not decide.
         key: All that is drawn comes from it, in float32, for each gate by itself: another for each step, and under
             `jax.shard_map` for each shard.
         rates: What share of the patches each gate is to keep; one for all, or one for each by block.
         temperature: Of the relaxed decisions whose gradient is taken. Published: 1.
         gate_input: Whether gradients of the decisions reach the tokens: `live`, published, or `detached`.
-        random: Share of the decisions that a coin takes instead of the gate, at the gate's rate. Then all blocks meet
-            tokens of all histories, and preserved tokens drift less on a plain ViT. Published: none.
+        random: Share of the decisions that a coin takes instead of the gate, at the gate's rate: so that all blocks
+            meet tokens of all histories. Published: none.
 
     Returns:
         Output, decisions and rates.
@@ -171,9 +171,10 @@ class _SampledRun(MaskedRun):
         uniform = partial(jax.random.uniform, shape=logits.shape[:-1], dtype=jnp.float32)
         soft = core.soft_draw(logits, uniform(for_gate), temperature=options.temperature)
         # Exactly 1 or 0, and the gradient of the relaxed decision.
-        keep = (soft > 0.5).astype(jnp.float32) + (soft - lax.stop_gradient(soft))
+        keep = (~(soft <= 0.5)).astype(jnp.float32) + jnp.nan_to_num(soft - lax.stop_gradient(soft))
         if options.random > 0:
-            coin = (uniform(for_coin) < options.rates[after]).astype(jnp.float32)
+            often = coin_for(after, rates=options.rates, asked=self.policies, returning=self.carry.returning)
+            coin = (uniform(for_coin) < often).astype(jnp.float32)
             keep = jnp.where(uniform(for_choice) < options.random, coin, keep)
         if self.carry.returning == "never" and self.asked:
             keep = keep * self.running.keep

@@ -18,7 +18,7 @@ from safetensors.flax import save_file
 from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
 from tokenexit.manifest import Manifest
-from tokenexit.schedule import dense, svit
+from tokenexit.schedule import dense
 from tokenexit_jax.gating import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
 from tokenexit_jax.running import ExitingModel, fitting, shapes_of
@@ -147,8 +147,7 @@ def load_gates(
     if plan.plan is None:
         raise TokenExitError("`folder` must hold gates built from a plan, got modules of another framework's own")
     _require_fits(plan, network, "gates")
-    declared = svit(after=plan.after) if plan.after else dense()
-    model = wrap_gates(network, declared, head=head, gates=plan.plan, taps=taps, capacities=capacities)
+    model = wrap_gates(network, dense(after=plan.after), head=head, gates=plan.plan, taps=taps, capacities=capacities)
     read = _read(folder / _GATE_WEIGHTS, {"gates": shapes_of_gates(model)}, _GATE_PLAN)
     return model.retuned(plan.schedule), read["gates"]
 

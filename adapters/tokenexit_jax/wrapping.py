@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from jaxtyping import Float
 
 from tokenexit.errors import require
+from tokenexit.gates import published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit_jax._passing import embed, run_block
@@ -88,7 +89,7 @@ def wrap_gates(
 ) -> GatedModel:
     """Let the tokens of a vision transformer wait, block by block, as learned gates say (SViT, WACV 2024).
 
-    It makes no weights: `GatedModel.init` does, for the gates, which then let most tokens run. Train them with
+    It makes no weights: `GatedModel.init` does, for the gates, whose draws then let most tokens run. Train them with
     `sampled`, then find their thresholds with `gate_thresholds`. Run `check` once with your parameters.
 
     Args:
@@ -114,7 +115,7 @@ def wrap_gates(
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
-    plan = MLP(max(1, network.width // 4)) if gates is None else gates
+    plan = published_gate(network.width) if gates is None else gates
     each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
     require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
     depth, after = network.depth, schedule.after

@@ -183,7 +183,7 @@ def attending_beside(lengths: Sequence[int], waiting: Sequence[int], key: Tensor
         value: Their values.
 
     Raises:
-        TokenExitError: From the attention call, if it carries a mask or is causal.
+        TokenExitError: From the attention call, if it carries a mask, is causal, or is not the only one of the block.
     """
     with _Beside(lengths, key.split(list(waiting), dim=2), value.split(list(waiting), dim=2)):
         yield
@@ -193,6 +193,7 @@ class _Beside(TorchFunctionMode):
     def __init__(self, lengths: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
         self._lengths, self._keys, self._values = list(lengths), keys, values
+        self._called = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
@@ -204,6 +205,9 @@ class _Beside(TorchFunctionMode):
         is_causal: bool = False, **options: Any,
     ) -> Tensor:  # fmt: skip
         _require_no_mask(attn_mask, is_causal)
+        if self._called:  # the keys of those that wait are those of the first call
+            raise TokenExitError("`block` must call attention once where all tokens are keys, got a second call")
+        self._called = True
         options["dropout_p"] = dropout_p
         own = (tensor.split(self._lengths, dim=2) for tensor in (query, key, value))
         results = [

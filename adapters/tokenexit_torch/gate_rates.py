@@ -46,9 +46,10 @@ def gate_thresholds(
         shares are right to one token, but for equal probabilities.
 
     Raises:
-        TokenExitError: If the model has no gates, a rate is missing, or there are no images.
+        TokenExitError: If the model has no gates or its schedule names none, a rate is missing, or there are no images.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
+    require(len(model.schedule.after) > 0, "model", "have a schedule that decides at one gate at least", "none")
     wanted = rates_by_gate(rates, model.schedule.after)
     batches = images.split(8) if isinstance(images, Tensor) else images
     nothing, exits = Schedule((), model.schedule.carry), []
@@ -62,15 +63,8 @@ def gate_thresholds(
                     run.advance(block)
                 run.ask(after)
             at = after
-            policy = GateBelow(threshold_for(torch.cat([_asked(run) for run in runs]), rate))
+            policy = GateBelow(threshold_for(torch.cat([run.asked().flatten() for run in runs]), rate))
             exits.append(Exit(after, policy))
             for run in runs:
                 run.answer(after, policy)
     return Schedule(tuple(exits), model.schedule.carry)
-
-
-def _asked(run: PackedRun) -> Tensor:
-    """What the last gate says of every patch; 0 of those that cannot come back."""
-    probability = run.probability[-1]
-    gone = run.carry.returning == "never" and run.keep
-    return torch.where(run.keep[-1], probability, 0.0).flatten() if gone else probability.flatten()

@@ -107,7 +107,7 @@ class GatedModel(nn.Module):
         self.head = head
         self.taps = taps
         self.gate_plan = gate_plan
-        self._schedule = checked_gates(self, schedule)
+        self._schedule = require_gates_fit(schedule, depth=self.depth, after=sorted(gates))
 
     @property
     def depth(self) -> int:
@@ -258,8 +258,14 @@ class _Run:
         """Ask a gate how probable it is that each patch is kept; all tokens are together again."""
         self.wait(None)
         # All slots are read, which lie in one piece: without the prefix they would be copied first.
-        self.logits = self.model.gates[str(after)](self.gate_input(self.tokens))[:, self.embedded.prefix :]
+        logits = self.model.gates[str(after)](self.gate_input(self.tokens).flatten(0, 1))
+        self.logits = logits.unflatten(0, (self.images, self.slots))[:, self.embedded.prefix :]
         self.probability.append(keep_probability(self.logits))
+
+    def asked(self) -> Tensor:
+        """How probable it is that each patch is kept; 0 for those that cannot come back, whatever their gate says."""
+        gone = self.carry.returning == "never" and self.keep
+        return torch.where(self.keep[-1] > 0, self.probability[-1], 0.0) if gone else self.probability[-1]
 
     def answer(self, after: int, policy: policies.Policy) -> None:
         """Let wait whom the gate that was asked does not keep."""
@@ -279,7 +285,7 @@ class _Run:
 
     def decide(self, after: int, policy: policies.Policy) -> Tensor:  # noqa: ARG002
         """Which patches run until the next gate."""
-        probability = self.probability[-1]
+        probability = self.asked()
         index = torch.arange(self.images * self.patches, device=probability.device)
         evidence = policies.Evidence(
             gate=probability.detach().reshape(-1),
@@ -320,8 +326,10 @@ class _Run:
         return rearrange(patches, pattern, height=height, width=width)
 
     def _read(self, head: nn.Module, finished: Tensor) -> Tensor:
-        logits = head(rearrange(finished, "images channels height width -> images height width channels"))
-        return rearrange(logits, "images height width classes -> images classes height width")
+        height, width = self.embedded.grid
+        logits = head(rearrange(finished, "images channels height width -> (images height width) channels"))
+        by_place = logits.unflatten(0, (self.images, height, width))
+        return rearrange(by_place, "images height width classes -> images classes height width")
 
     def _by_gate(self, found: list[Tensor], dtype: torch.dtype) -> Tensor:
         height, width = self.embedded.grid
@@ -402,4 +410,6 @@ class MaskedRun(_Run):
 
 def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
     """A plan that fits the gates. It is no part of the public API."""
-    return require_gates_fit(schedule, depth=model.depth, after=[int(after) for after in model.gates])
+    after, carry = [int(after) for after in model.gates], model.schedule.carry
+    assert isinstance(carry, Preserved)
+    return require_gates_fit(schedule, depth=model.depth, after=after, carry=carry)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenexit import gates
 from tokenexit.errors import require
-from tokenexit.gates import rates_by_gate
+from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.policies import Policy
 from tokenexit.schedule import Schedule
 from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun, checked_gates
@@ -71,8 +71,8 @@ class Sampled(nn.Module):
         rates: What share of the patches each gate is to keep; one for all, or one for each by block.
         temperature: Of the relaxed decisions whose gradient is taken. Published: 1.
         gate_input: Whether gradients of the decisions reach the tokens: `live`, published, or `detached`.
-        random: Share of the decisions that a coin takes instead of the gate, at the gate's rate. Then all blocks meet
-            tokens of all histories, and preserved tokens drift less on a plain ViT. Published: none.
+        random: Share of the decisions that a coin takes instead of the gate, at the gate's rate: so that all blocks
+            meet tokens of all histories. Published: none.
 
     Raises:
         TokenExitError: If the model has no gates, a rate is missing, or an option is out of its range.
@@ -111,7 +111,7 @@ class Sampled(nn.Module):
             images: The images, as the wrapped model takes them.
             generator: All that is drawn comes from it, on its own device, in float32.
             schedule: Which gates decide, and what becomes of those that wait; the model's own if left out. Its policies
-                are not asked.
+                are not asked, but for `never()`, under which a gate does not decide.
 
         Returns:
             Output, decisions and rates.
@@ -144,9 +144,11 @@ class _SampledRun(MaskedRun):
         logits = self.logits
         soft = gates.soft_draw(logits, self._uniform(logits), temperature=self._sampled.temperature)
         # Exactly 1 or 0, and the gradient of the relaxed decision.
-        keep = (soft > 0.5).float() + (soft - soft.detach())
+        keep = (~(soft <= 0.5)).float() + (soft - soft.detach()).nan_to_num()
         if self._sampled.random > 0:
-            coin = (self._uniform(logits) < self._sampled.rates[after]).float()
+            rates, returning = self._sampled.rates, self.carry.returning
+            often = coin_for(after, rates=rates, asked=self.policy, returning=returning)
+            coin = (self._uniform(logits) < often).float()
             keep = torch.where(self._uniform(logits) < self._sampled.random, coin, keep)
         return keep
 

@@ -16,7 +16,7 @@ from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.manifest import Manifest
-from tokenexit.schedule import dense, svit
+from tokenexit.schedule import dense
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host, host_of
@@ -154,8 +154,7 @@ def load_gates(
     if gates is None and plan.plan is not None:
         # Before memory is taken for what the file claims.
         _require_shapes(_planned_shapes(plan, plan.plan, "gates"), shapes, _GATE_PLAN)
-    everyone = svit(after=plan.after)
-    wrapped = wrap_gates(model, everyone, head=head, gates=chosen, taps=taps)
+    wrapped = wrap_gates(model, dense(after=plan.after), head=head, gates=chosen, taps=taps)
     saved = nn.ModuleDict({"gates": wrapped.gates})
     _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes, _GATE_PLAN)
     with torch.no_grad():

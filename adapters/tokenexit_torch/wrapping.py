@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenexit import TokenExitError
 from tokenexit.errors import require
+from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit_torch._modules import evaluating
@@ -94,10 +95,6 @@ def wrap(
     return wrapped
 
 
-# How sure a new gate is that a token runs, as a logit: at first seven of eight do, and the network is not lost.
-_KEEPS = 2.0
-
-
 def wrap_gates(
     model: Any,
     schedule: Schedule = svit(),
@@ -109,8 +106,8 @@ def wrap_gates(
 ) -> GatedModel:
     """Let the tokens of a vision transformer wait, block by block, as learned gates say (SViT, WACV 2024).
 
-    The model itself is not changed. New gates start with random weights and let most tokens run; train them with
-    `Sampled`, then find their thresholds with `gate_thresholds`.
+    The model itself is not changed. New gates start with random weights, and their draws let most tokens run; train
+    them with `Sampled`, then find their thresholds with `gate_thresholds`.
 
     Args:
         model: A timm `VisionTransformer`, or an object that follows `Host`.
@@ -133,7 +130,7 @@ def wrap_gates(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     host = _unwrapped_host(model)
     like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
-    plan = MLP(max(1, host.width // 4)) if gates is None else gates
+    plan = published_gate(host.width) if gates is None else gates
     if isinstance(plan, Mapping):
         chosen, plan = _given_heads(plan, "gates", depth, 2, "logits, keep and skip", host.width, like), None
     else:
@@ -160,7 +157,7 @@ def _new_gate(plan: HeadPlan, width: int) -> nn.Module:
     gate = build(plan, width=width, classes=2)
     *_, last = (layer for layer in gate.modules() if isinstance(layer, nn.Linear))
     with torch.no_grad():
-        last.bias.copy_(torch.tensor([_KEEPS, 0.0]))
+        last.bias.copy_(torch.tensor(FIRST_BIAS))
     return gate
 
 

@@ -403,6 +403,9 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results = open_results(given.json, inputs(given, frames))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     if given.run is not None and runs.is_gated(given.run):
+        if given.exits:
+            raise shell.UsageError(f"`--exits` must be left out for a run with gates, got {dict(given.exits)}")
+        gated.require_preserved(given.run)
         model = runs.load_gated(given.run)[0].eval().to(given.device)
         patches, every = patch_tokens(model), gate_settings(given.run)
     else:

@@ -17,7 +17,8 @@ from examples.camvid import data
 from tokenexit import gates, policies, schedule
 from tokenexit.carries import Preserved
 from tokenexit.cost import of_head, plain_vit
-from tokenexit.heads import MLP, HeadPlan, Linear
+from tokenexit.gates import published_gate
+from tokenexit.heads import HeadPlan, Linear
 from tokenexit.schedule import Exit, Schedule
 
 BUDGETS = (0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
@@ -149,7 +150,7 @@ def rates_for(model: tet.GatedModel, variant: Gated, budget: float, *, patches: 
         patches: Patches of an image.
     """
     width, carry = model.host.width, variant.carry
-    gate = of_head(model.gate_plan or MLP(width // 4), width=width, classes=2)
+    gate = of_head(model.gate_plan or published_gate(width), width=width, classes=2)
     cost = plain_vit(width=width, depth=model.depth, patch=_patch(model), prefix=1)
     options: dict[str, Any] = {"patches": patches, "gate": gate, "keys": carry.keys, "before": carry.before}
     dense = cost.waiting({}, **options).total
@@ -167,6 +168,29 @@ def rates_for(model: tet.GatedModel, variant: Gated, budget: float, *, patches: 
 
 def _patch(model: tet.GatedModel) -> int:
     return int(model.model.get_parameter("patch_embed.proj.weight").shape[-1])
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """How a run was trained.
+
+    Raises:
+        UsageError: If the folder holds no run of examples.camvid.train.
+    """
+    try:
+        return json.loads((folder / "history.json").read_text())["recipe"]
+    except (OSError, ValueError, KeyError) as error:
+        raise shell.UsageError(f"a run must be a folder of examples.camvid.train, got {str(folder)!r}") from error
+
+
+def require_preserved(folder: Path) -> None:
+    """Nothing, if the head of a run reads preserved features.
+
+    Raises:
+        UsageError: If it was trained to read nothing of those that wait.
+    """
+    method = recipe_of(folder)["method"]
+    if method in VARIANTS and VARIANTS[method].outcome != "preserved":
+        raise shell.UsageError(f"`--run` must preserve features, got {method}: examples.camvid.insights measures it")
 
 
 def write_plans(folder: Path, plans: Mapping[float, Schedule]) -> None:

@@ -69,11 +69,14 @@ def measure(
     Raises:
         UsageError: If the folder holds no run of examples.camvid.train.
     """
-    recipe = _recipe(folder)
+    recipe = gated.recipe_of(folder)
     variant = gated.VARIANTS.get(recipe["method"], gated.Gated())
     if runs.is_gated(folder):
         model: tet.GatedModel | tet.ExitingModel = runs.load_gated(folder)[0].to(device)
-        plans = [plan for budget, plan in gated.read_plans(folder).items() if abs(budget - given.budget) <= _AROUND]
+        every = gated.read_plans(folder)
+        plans = [plan for budget, plan in every.items() if abs(budget - given.budget) <= _AROUND]
+        if not plans:
+            raise shell.UsageError(f"`--budget` must be near one of {sorted(every)}, got {given.budget}")
     else:
         model = runs.load(folder)[0].to(device)
         plans = [plan_for(model, tuning, given.budget)]
@@ -169,7 +172,7 @@ def calibration(folder: Path, given: argparse.Namespace, device: torch.device) -
     model = runs.load_gated(folder)[0].to(device)
     frames = data.frames(given.data, "train", given.limit)
     halves = [data.Images(data.Batches(frames[start::2], given.batch), device) for start in (0, 1)]
-    rates = gated.VARIANTS[_recipe(folder)["method"]].rate
+    rates = gated.VARIANTS[gated.recipe_of(folder)["method"]].rate
     plan = tet.gate_thresholds(model, shell.progress(halves[0], desc="calibration"), rates=rates, progress=iter)
     inside, outside = (kept(model, plan, shell.progress(half, desc="rates")) for half in halves)
     error = (inside.var(0) / len(inside) + outside.var(0) / len(outside)).sqrt()
@@ -222,13 +225,6 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "history.json").read_text())["recipe"]
-    except (OSError, ValueError, KeyError) as error:
-        raise shell.UsageError(f"`--runs` must be folders of examples.camvid.train, got {str(folder)!r}") from error
-
-
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Measure what the results file lacks.
 
@@ -252,8 +248,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             results["runs"][str(folder)] = {"digest": mark, **found}
             _write(given.json, results)
     first = next((folder for folder in given.runs if runs.is_gated(folder)), None)
-    if first is not None and results.get("calibration_of") != str(first):
-        results |= {"calibration_of": str(first), "calibration": calibration(first, given, device)}
+    if first is not None and results.get("calibration_of") != common.digest(first):
+        results |= {"calibration_of": common.digest(first), "calibration": calibration(first, given, device)}
         model, plan = runs.load_gated(first)[0].to(device), schedule.dense()
         with torch.inference_mode():
             _, images = evaluate(model, plan, gated.Gated(), batches, device, description="difficulty")

@@ -11,7 +11,7 @@ gate with a difference is looked at, and each patch that differs there must be a
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from examples.camvid import data, gated
 from examples.jax import runs
 from examples.jax.camvid_evaluate import channels_last
 from tokenexit import cost, schedule
-from tokenexit.policies import GateBelow
+from tokenexit.policies import GateBelow, Policy
 from tokenexit.schedule import Schedule
 
 _NEAR = 1e-4
@@ -65,12 +65,7 @@ def compared(
     """
     classes = len(data.CLASSES)
     confusion = torch.zeros(2, classes, classes, dtype=torch.int64)
-    known = {exit.after: exit.policy for exit in plan.active}
-    limits = {
-        after: policy.threshold
-        for after, policy in known.items()
-        if isinstance(policy, GateBelow) and isinstance(policy.threshold, float)
-    }
+    limits = {exit.after: exit.policy.threshold for exit in plan.active if _is_threshold(exit.policy)}
     decisions = other = unexplained = 0
     greatest, ran, room = 0.0, [], []
     for images, labels in shell.progress(batches, desc=description):
@@ -102,6 +97,10 @@ def compared(
     }  # fmt: skip
 
 
+def _is_threshold(policy: Policy) -> TypeGuard[GateBelow]:
+    return isinstance(policy, GateBelow) and isinstance(policy.threshold, float)
+
+
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Compare the budgets.
 
@@ -110,10 +109,14 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     """
     ours, theirs = runs.load_gated(given.run)[0], torch_runs.load_gated(given.run)[0]
     plans = gated.read_plans(given.run)
+    gated.require_preserved(given.run)
     unknown = [budget for budget in given.budgets if budget not in plans]
     if unknown:
         raise shell.UsageError(f"`--budgets` must be among those of the run, {sorted(plans)}, got {unknown}")
     batches = data.Batches(data.frames(given.data, given.split, given.limit), given.batch)
+    other = [budget for budget in given.budgets if not all(_is_threshold(exit.policy) for exit in plans[budget].active)]
+    if other:
+        raise shell.UsageError(f"`--run` must have gates with one threshold each, got other policies for {other}")
     chosen = {"dense": schedule.dense()} | {f"gates {budget:.2f}": plans[budget] for budget in given.budgets}
     return {name: compared(ours, theirs, plan, batches, description=name) for name, plan in chosen.items()}
 

@@ -453,13 +453,9 @@ def test_a_published_gate_has_a_quarter_of_the_channels_and_lets_most_run():
 def test_the_cost_model_foretells_what_equal_images_take(carry, prefix):
     """Without a head: what the library counts is `multiply_adds` of the same rates."""
     model, images = gated(models.timm_vit(prefix=prefix), carry=carry, head=False), models.images(2)
-    rates = {1: 0.75, 2: 0.5, 4: 0.25} if carry.returning == "every gate" else {1: 0.75, 2: 0.75, 4: 0.75}
+    rates = {1: 0.75, 2: 0.5, 4: 0.25}
     plan = Schedule(tuple(Exit(after, policies.Budget(rate, by="gate")) for after, rate in rates.items()), carry)
     found = model(images, schedule=plan)
-    if carry.returning == "never":  # a budget ranks all patches anew: what remains is what all gates keep
-        kept = found.keep[0].flatten(1).float().mean(1).tolist()
-        rates = dict(zip(rates, kept, strict=True))
-        images, found = images[:1], model(images[:1], schedule=plan)
     cost = plain_vit(width=48, depth=6, patch=8, prefix=prefix)
     gate = of_head(MLP(12), width=48, classes=2)
     options = {"patches": 24, "gate": gate, "keys": carry.keys, "before": carry.before}
@@ -469,3 +465,82 @@ def test_the_cost_model_foretells_what_equal_images_take(carry, prefix):
     moved = cost.waiting(rates, per_moved_element=2.5, **options)
     assert moved.moving == round(2.5 * 48 * sum(2 * (prefix + 24 * rate) + slots for rate in rates.values()))
     assert moved.total - moved.moving == predicted.total == predicted.network + predicted.gates
+
+
+@pytest.mark.parametrize("returning", ["every gate", "never"])
+def test_budgets_and_coins_keep_their_share_whoever_may_return(returning):
+    """Those that are gone for good are in nobody's way."""
+    model, images = gated(models.timm_vit(), carry=Preserved(returning=returning)), models.images(40)
+    plan = Schedule(
+        tuple(Exit(after, policies.Budget(0.5, by="gate")) for after in AFTER), Preserved(returning=returning)
+    )
+    assert (model(images, schedule=plan).keep.flatten(2).sum(2) == 12).all()
+    coins = tet.Sampled(model, rates={1: 0.8, 2: 0.4, 4: 0.2}, random=1.0)
+    drawn = coins(images, generator=torch.Generator().manual_seed(0)).keep.mean((0, 2, 3))
+    torch.testing.assert_close(drawn, torch.tensor([0.8, 0.4, 0.2]), atol=0.05, rtol=0)
+
+
+class Doubled:
+    """A host whose blocks are two of another's."""
+
+    def __init__(self):
+        host = models.plain_host()
+        self.module, self.width, self.image_shape = host.module, host.width, host.image_shape
+        self.blocks = [nn.Sequential(*host.blocks[start : start + 2]) for start in (0, 2, 4)]
+        self.embed, self.finish, self.dense = host.embed, host.finish, host.dense
+
+    def run(self, index, tokens, _positions):
+        return self.blocks[index](tokens)
+
+
+def test_a_block_that_attends_twice_is_refused_where_all_are_keys():
+    model, images = gated(Doubled(), after=(1, 2)), models.images(2)
+    torch.testing.assert_close(model(images).maps[3], model.masked(images).maps[3], atol=1e-5, rtol=1e-5)
+    model.retune(Schedule(model.schedule.exits, Preserved(keys="all")))
+    with pytest.raises(TokenExitError, match="`block` must call attention once where all tokens are keys"):
+        model(images)
+
+
+def test_without_a_gate_that_decides_there_is_no_loss():
+    model, images = gated(models.timm_vit()), models.images(2)
+    sampled = tet.Sampled(model, rates=0.5)
+    drawn = sampled(images, generator=torch.Generator().manual_seed(0), schedule=schedule.dense())
+    assert drawn.ratio_loss() == 0
+    assert drawn.keep.shape == (2, 0, 4, 6)
+
+
+def test_a_plan_under_which_nobody_waits_leaves_the_carry():
+    model = gated(models.timm_vit(), carry=Preserved(keys="all"))
+    model.retune(schedule.dense(after=AFTER))
+    plan = tet.gate_thresholds(model, models.images(2), rates=0.5, progress=iter)
+    assert plan.carry == Preserved(keys="all")
+    model.retune(schedule.dense())
+    with pytest.raises(
+        TokenExitError, match="`model` must have a schedule that decides at one gate at least, got none"
+    ):
+        tet.gate_thresholds(model, models.images(2), rates=0.5, progress=iter)
+
+
+def test_a_gate_and_a_head_see_rows_of_tokens():
+    """As `wrap` asks of a head, whatever its layers make of further axes."""
+    host = models.timm_vit()
+    one = {after: nn.Sequential(nn.BatchNorm1d(48), nn.Linear(48, 2)) for after in AFTER}
+    head = nn.Sequential(nn.BatchNorm1d(48), nn.Linear(48, 5))
+    model = tet.wrap_gates(host, schedule.svit(after=AFTER), head=head, gates=one).eval()
+    assert model(models.images(2)).logits.shape == (2, 5, 4, 6)
+    assert tet.Sampled(model.train(), rates=0.5)(models.images(2), generator=torch.Generator()).keep.isfinite().all()
+
+
+def test_what_is_no_number_is_drawn_to_run():
+    model, images = gated(models.timm_vit()), models.images(2)
+    images[1] = float("nan")
+    drawn = tet.Sampled(model, rates=0.5)(images, generator=torch.Generator().manual_seed(0))
+    assert drawn.output.keep[1].all()
+    assert drawn.output.tokens_per_block[1].tolist() == [25] * 6
+    assert drawn.keep.isfinite().all()
+
+
+def test_a_model_without_gates_is_saved_and_loaded(tmp_path):
+    host = models.timm_vit()
+    tet.save_gates(tet.wrap_gates(host, schedule.dense()), tmp_path)
+    assert len(tet.load_gates(tmp_path, host).gates) == 0
