@@ -1,0 +1,214 @@
+"""Layers of semantic tokens: what they are, token by token; padding that nobody sees; ViTs that shrink and recover."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import tokenexit_torch as tet
+from tests.core.test_semantic import starts
+from tokenexit import TokenExitError
+from tokenexit.semantic import SemanticPlan, stvit, stvit_r, stvit_r_dense
+
+WIDTH, HEADS = 8, 2
+PLANS = {
+    "classification": SemanticPlan((3, 3), (2, 2), (4, 4)),
+    "dense": SemanticPlan((3, 3), (2, 2), (6, 6), (9, 9), (6, 6), "beyond", residual=True, own_keys=False),
+    "whole map": stvit((2, 3)),
+    "means": SemanticPlan((3, 4), (2, 3), (5, 6), pool="mean", residual=True, layer_scale=None),
+    "learned": SemanticPlan((3, 3), (2, 2), (4, 4), learned=(3, 4)),
+    "around, own keys": SemanticPlan((4, 2), (2, 1), (4, 4), (6, 4), (4, 3), "inside"),
+}
+SIZES = [(6, 6), (6, 8), (7, 5), (2, 2), (1, 9)]
+each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+def unit(plan, **options) -> tet.SemanticUnit:
+    torch.manual_seed(5)
+    made = tet.SemanticUnit(plan, width=WIDTH, heads=HEADS, **options)
+    return lively(made).eval()
+
+
+def lively(module):
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "scale" in name:
+                parameter.copy_(torch.rand_like(parameter))
+            elif parameter.ndim >= 2:
+                parameter.mul_(15)
+    return module
+
+
+def drawn(size, seed=0, share=0.7):
+    random = torch.Generator().manual_seed(seed)
+    map = torch.randn(2, *size, WIDTH, generator=random)
+    return map, torch.rand(2, *size, generator=random) < share
+
+
+def spans(size, side, reach, edges):
+    """Rows and columns around every window, without those outside."""
+    reach = [min(a, b) for a, b in zip(reach, size, strict=True)] if edges == "inside" else reach
+    return [
+        (range(max(0, top), min(size[0], top + reach[0])), range(max(0, left), min(size[1], left + reach[1])))
+        for top in starts(size[0], side[0], reach[0], edges)
+        for left in starts(size[1], side[1], reach[1], edges)
+    ]
+
+
+def cells(start, side, cell, count, size):
+    return range(start + cell * side // count, min(size, start - (-(cell + 1) * side // count)))
+
+
+def attend(block, queries, keys, onto=None):
+    """One group, in which there is no padding at all."""
+    return block(queries[None], torch.stack(keys)[None], onto=None if onto is None else onto[None])[0]
+
+
+def slow(layers, map, valid):
+    """One image: what is padding is not there. Semantic tokens are named by their place in their own map."""
+    plan, size = layers.tokens.plan, tuple(map.shape[:2])
+    side = plan.window or size
+    grid = tuple(-(-a // b) * c for a, b, c in zip(size, side, plan.tokens, strict=True))
+    tokens, window_of = {}, {}
+    tops, lefts = range(0, size[0], side[0]), range(0, size[1], side[1])
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            down, across = row // plan.tokens[0], column // plan.tokens[1]
+            held = [
+                map[r, c]
+                for r in cells(tops[down], side[0], row % plan.tokens[0], plan.tokens[0], size[0])
+                for c in cells(lefts[across], side[1], column % plan.tokens[1], plan.tokens[1], size[1])
+                if valid[r, c]
+            ]
+            if held:
+                both = torch.stack(held)
+                tokens[row, column] = both.amax(0) if plan.pool == "max" else both.mean(0)
+                window_of[row, column] = down * len(lefts) + across
+    pooled = dict(tokens)
+    places = {(r, c): map[r, c] for r in range(size[0]) for c in range(size[1]) if valid[r, c]}
+
+    def look(block, tokens, around, residual):
+        result = {}
+        every = [*places.values()]
+        if around is None:
+            groups = [list(tokens)]
+            near = [every]
+        else:
+            around = spans(size, side, around, plan.edges)
+            groups = [[at for at in tokens if window_of[at] == window] for window in range(len(around))]
+            near = [[places[r, c] for r in rows for c in columns if (r, c) in places] for rows, columns in around]
+        for group, seen in zip(groups, near, strict=True):
+            if not group:
+                continue
+            own = torch.stack([tokens[at] for at in group])
+            keys = [*(own if plan.own_keys else []), *seen]
+            found = attend(block, own, keys, own if residual else torch.zeros_like(own))
+            result |= dict(zip(group, found, strict=True))
+        return result
+
+    tokens = look(layers.tokens.first, pooled, plan.neighbourhood, plan.residual)
+    if plan.learned is not None:
+        learned = functional.interpolate(layers.tokens.learned.permute(0, 3, 1, 2), grid, mode="bilinear")[0]
+        tokens = {at: token + learned[:, at[0], at[1]] for at, token in tokens.items()}
+    tokens = look(layers.tokens.second, tokens, plan.second, residual=True)
+    for mixing in layers.mixing:
+        groups = [list(tokens)]
+        if mixing.within == "window":
+            groups = [[at for at in tokens if window_of[at] == window] for window in set(window_of.values())]
+        tokens = {
+            at: token
+            for group in groups
+            for at, token in zip(group, mixing.block(torch.stack([tokens[one] for one in group])[None])[0], strict=True)
+        }
+    result = torch.zeros_like(map)
+    around = None if plan.recovery is None else spans(grid, plan.tokens, plan.recovery, plan.edges)
+    for (row, column), place in places.items():
+        keys = list(tokens.values())
+        if around is not None:
+            rows, columns = around[row // side[0] * len(lefts) + column // side[1]]
+            keys = [tokens[r, c] for r in rows for c in columns if (r, c) in tokens]
+        result[row, column] = attend(layers.recovery.block, place[None], keys)[0]
+    return result
+
+
+@each_plan
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_unit_is_what_it_is_without_its_padding(plan, size, marked):
+    layers, (map, valid) = unit(plan), drawn(size)
+    valid[:, 0, 0] = True
+    with torch.no_grad():
+        found = layers(map, valid=valid if marked else None)
+        valid = valid if marked else torch.ones_like(valid)
+        wanted = torch.stack([slow(layers, *one) for one in zip(map, valid, strict=True)])
+    torch.testing.assert_close(found[valid], wanted[valid], atol=2e-5, rtol=2e-4)
+    assert found.isfinite().all()
+
+
+@each_plan
+@pytest.mark.parametrize("content", [1e9, torch.nan, torch.inf])
+def test_what_padding_holds_changes_nothing(plan, content):
+    """Not even where an image has no token at all."""
+    layers, (map, valid) = unit(plan), drawn((7, 8), share=0.5)
+    valid[0] = False
+    first = layers(map, valid=valid).detach()
+    second = layers(torch.where(valid[..., None], map, content), valid=valid).detach()
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+
+
+@each_plan
+def test_gradients_reach_every_weight_and_are_finite(plan):
+    layers, (map, valid) = unit(plan), drawn((7, 8), share=0.5)
+    valid[0] = False
+    other = torch.where(valid[..., None], map, torch.nan).requires_grad_()
+    layers(other, valid=valid)[valid].square().sum().backward()
+    for name, parameter in layers.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    assert other.grad[~valid].abs().max() == 0
+    assert other.grad[valid].isfinite().all()
+
+
+def test_frames_are_a_batch_and_stripes_of_frames_are_a_map():
+    """Video: frames in the batch, or side by side in windows of a frame, pooled together."""
+    layers, frames = unit(PLANS["whole map"]), torch.randn(2, 3, 4, 5, WIDTH)
+    with torch.no_grad():
+        batched = layers(frames.flatten(0, 1)).unflatten(0, (2, 3))
+        torch.testing.assert_close(batched[:, 1], layers(frames[:, 1]), atol=1e-5, rtol=1e-5)
+        together = layers(frames.flatten(1, 2)).unflatten(1, (3, 4))
+    assert together.shape == frames.shape
+    assert not torch.allclose(together, batched, atol=1e-3)
+
+
+def test_a_row_of_semantic_tokens_goes_back():
+    map, _ = drawn((7, 8))
+    prefix = torch.randn(2, 3, WIDTH)
+    made = lively(tet.SemanticTokens(stvit_r((3, 3)), width=WIDTH, heads=HEADS))
+    with torch.no_grad():
+        found = made(map, prefix=prefix)
+    row, valid = found.to_row()
+    assert row.shape == (2, 3 + 9 * 9, WIDTH)
+    assert valid is not None
+    assert valid[:, :3].all()
+    again = found.from_row(row * 2)
+    assert torch.equal(again.tokens, 2 * found.tokens)
+    assert torch.equal(again.prefix, 2 * found.prefix)
+    assert found.map.shape == (2, 9, 9, WIDTH)
+    assert found.valid_map.shape == (2, 9, 9)
+
+
+def test_the_plan_of_detection_runs_on_maps_smaller_than_its_neighbourhoods():
+    layers, (map, _) = unit(stvit_r_dense()), drawn((9, 16))
+    with torch.no_grad():
+        assert layers(map).isfinite().all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_named():
+    for call, message in (
+        (lambda: tet.CrossBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tet.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            call()
