@@ -156,6 +156,14 @@ def test_what_padding_holds_changes_nothing(plan, content):
     assert first.isfinite().all()
 
 
+def test_a_group_without_any_key_attends_to_all():
+    block = lively(tet.CrossBlock(WIDTH, HEADS))
+    queries, keys = torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH)
+    with torch.no_grad():
+        every, none = block(queries, keys), block(queries, keys, valid=torch.zeros(2, 4, dtype=torch.bool))
+    torch.testing.assert_close(none, every)
+
+
 @each_plan
 def test_gradients_reach_every_weight_and_are_finite(plan):
     layers, (map, valid) = unit(plan), drawn((7, 8), share=0.5)

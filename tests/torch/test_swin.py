@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,6 +105,25 @@ def test_marks_that_mark_all_change_nothing(plan):
         wanted, found = swin(images), swin(images, valid=torch.ones(2, 90, 133, dtype=torch.bool))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one.features, other.features, atol=1e-5, rtol=1e-5)
+
+
+ONE_WINDOW = semantic.SemanticPlan((16, 16), (6, 6), (18, 18), edges="beyond")
+
+
+@pytest.mark.parametrize("plan", [ONE_WINDOW, None], ids=["semantic tokens", "Swin"])
+def test_an_image_is_the_same_alone_and_among_padding(plan):
+    """Where one window holds all of either, so that no window lies elsewhere."""
+    swin, image = tiny(plan, (16, 16)), models.images(1, (60, 42))
+    padded = functional.pad(image, (0, 22, 0, 4), value=3.0)
+    valid = functional.pad(torch.ones(1, 60, 42, dtype=torch.bool), (0, 22, 0, 4))
+    with torch.no_grad():
+        alone, among = swin(image), swin(padded, valid=valid)
+    for one, other in zip(alone, among, strict=True):
+        _, height, width, _ = one.features.shape
+        torch.testing.assert_close(other.features[:, :height, :width], one.features, atol=1e-5, rtol=1e-5)
+        assert other.valid is not None
+        assert other.valid[:, :height, :width].all()
+        assert other.valid.sum() == height * width
 
 
 def slow_attention(block, map, valid, shift):
