@@ -316,6 +316,9 @@ class SemanticPlan:
 def stvit(tokens: tuple[int, int] = (4, 4)) -> SemanticPlan:
     """Semantic tokens of the whole map, for plain ViTs: 16 of them published.
 
+    All layers look at all of the map. The pooled tokens are kept, and there is no layer-scale, as in the blocks of a
+    ViT: so layers can start from trained blocks.
+
     Args:
         tokens: Rows and columns of semantic tokens.
 
@@ -325,7 +328,7 @@ def stvit(tokens: tuple[int, int] = (4, 4)) -> SemanticPlan:
     Raises:
         TokenExitError: If `tokens` are not whole numbers from 1 up.
     """
-    return SemanticPlan(window=None, tokens=tokens, neighbourhood=None)
+    return SemanticPlan(window=None, tokens=tokens, neighbourhood=None, residual=True, layer_scale=None)
 
 
 def stvit_r(window: tuple[int, int] = (7, 7)) -> SemanticPlan:

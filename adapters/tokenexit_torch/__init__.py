@@ -18,10 +18,11 @@ from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.saving import load, load_gates, save, save_gates
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
+from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
-from tokenexit_torch.wrapping import wrap, wrap_gates
+from tokenexit_torch.wrapping import wrap, wrap_gates, wrap_semantic
 
 __all__ = [
     "AttentionToMask",
@@ -41,6 +42,8 @@ __all__ = [
     "Sampled",
     "Semantic",
     "SemanticMixing",
+    "SemanticModel",
+    "SemanticOutput",
     "SemanticTokens",
     "SemanticUnit",
     "Staged",
@@ -67,4 +70,5 @@ __all__ = [
     "trace",
     "wrap",
     "wrap_gates",
+    "wrap_semantic",
 ]

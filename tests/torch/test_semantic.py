@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
+from examples.timm_import import import_timm
 from tests.core.test_semantic import starts
+from tests.torch import models
 from tokenexit import TokenExitError
 from tokenexit.semantic import SemanticPlan, stvit, stvit_r, stvit_r_dense
 
@@ -176,6 +181,171 @@ def test_gradients_reach_every_weight_and_are_finite(plan):
         assert parameter.grad.abs().max() > 0, name
     assert other.grad[~valid].abs().max() == 0
     assert other.grad[valid].isfinite().all()
+
+
+OWN_NAMES = {
+    "norm1": "norm1", "qkv": "attention.qkv", "proj": "attention.out", "norm2": "norm2", "mlp.0": "mlp.0", "mlp.2": "mlp.2",
+}  # fmt: skip
+HOSTS = {
+    "timm": models.timm_vit,
+    "timm, no cls": lambda: models.timm_vit(prefix=0),
+    "timm, registers and layer-scale": lambda: models.timm_vit(prefix=6, init_values=0.3),
+    "plain": models.plain_host,
+}
+HANGING = SemanticPlan((3, 5), (3, 2), (4, 5), residual=True, layer_scale=None)
+each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+each_end = pytest.mark.parametrize("until", [6, 5, None])
+each_shape = pytest.mark.parametrize("plan", [stvit((2, 3)), HANGING, stvit((4, 6))], ids=["few", "hanging", "all"])
+
+
+def shrunk(host, plan=stvit((2, 3)), *, after=1, until=5, **options) -> tet.SemanticModel:
+    if not isinstance(host, nn.Module):
+        options = {"heads": 2, "names": OWN_NAMES} | options
+    torch.manual_seed(4)
+    return tet.wrap_semantic(host, plan, after=after, until=until, **options)
+
+
+@each_host
+@pytest.mark.parametrize("until", [5, None])
+def test_layers_are_the_blocks_whose_place_they_take(host, until):
+    model = shrunk(host(), until=until)
+    assert model.replaced == ((1, 2) if until is None else (1, 2, 4))
+    assert (model.new, model.left) == ((), ())
+    assert model.kept["tokens.first.kv.bias"] in ("blocks.1.attn.qkv.bias", "blocks.1.attention.qkv.bias")
+    layers = [model.tokens.first, model.tokens.second, *([] if until is None else [model.recovery.block])]
+    tokens = torch.randn(2, 7, model.host.width)
+    with torch.no_grad():
+        for index, layer in zip(model.replaced, layers, strict=True):
+            torch.testing.assert_close(layer(tokens), model.host.run(index, tokens, None), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_new_and_what_is_left_is_named():
+    new = shrunk(models.plain_host(), names={"norm1": "norm1", "qkv": "mlp.0"}).new
+    assert "tokens.first.q.weight" in new
+    assert "recovery.block.mlp.2.weight" in new
+    assert not any("norm1" in name for name in new)
+    model = shrunk(models.timm_vit(qk_norm=True), SemanticPlan(None, (2, 3), None, learned=(2, 2)), until=None)
+    assert set(model.left) == {
+        f"blocks.{block}.attn.{one}_norm.{kind}" for block in (1, 2) for one in "qk" for kind in ("weight", "bias")
+    }
+    assert set(model.new) == {"tokens.learned"} | {
+        f"tokens.{one}.scale{n}" for one in ("first", "second") for n in (1, 2)
+    }
+    every = {name for name, _ in model.named_parameters() if not name.startswith("model.")}
+    assert every == {*model.kept, *model.new}
+
+
+@each_host
+@each_end
+@each_shape
+def test_a_model_is_its_parts_in_a_row(host, until, plan):
+    """Semantic tokens that stand for nothing are not there at all."""
+    model, images = shrunk(host(), plan, until=until), models.images(2)
+    run, count = model.host.run, model.host.embed(images).prefix
+    with torch.no_grad():
+        out, row = model(images), run(0, model.host.embed(images).tokens, None)
+        prefix, map = row[:, :count], row[:, count:].unflatten(1, (4, 6))
+        found = model.tokens(map, prefix=prefix if count else None)
+        row, valid = found.to_row()
+        held = slice(None) if valid is None else valid[0]
+        part = row[:, held]
+        for index in range(3, 6 if until is None else until - 1):
+            part = run(index, part, None)
+        row[:, held] = part
+        found = found.from_row(row)
+        if until is None:
+            map, grid = found.map, (found.grid.height, found.grid.width)
+        else:
+            map, grid = model.recovery(map, found), (4, 6)
+        wanted = torch.cat([row[:, :count], map.flatten(1, 2)], dim=1)
+        for index in range(6 if until is None else until, 6):
+            wanted = run(index, wanted, None)
+        wanted = model.host.finish(wanted)
+    assert (out.prefix, out.grid) == (count, grid)
+    assert out.map.shape == (2, model.host.width, *grid)
+    assert (out.valid is None) == (until is not None or plan != HANGING)
+    seen = torch.ones(2, *grid, dtype=torch.bool) if out.valid is None else out.valid
+    torch.testing.assert_close(out.tokens[:, :count], wanted[:, :count], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        out.tokens[:, count:][seen.flatten(1)], wanted[:, count:][seen.flatten(1)], atol=2e-5, rtol=1e-4
+    )
+    assert out.tokens.isfinite().all()
+
+
+@each_host
+def test_the_wrapped_model_stays_as_it_was_and_the_rest_learns(host):
+    host = host()
+    module = host if isinstance(host, nn.Module) else host.module
+    before, images = {name: value.clone() for name, value in module.state_dict().items()}, models.images(2)
+    model = shrunk(host)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not model.training
+    model(images).map.square().mean().backward()
+    unused = [name for name, one in model.named_parameters() if one.grad is None]
+    assert all(name.removeprefix("model.").startswith(("blocks.1.", "blocks.2.", "blocks.4.")) for name in unused)
+    assert all(one.grad is not None for name, one in model.named_parameters() if not name.startswith("model."))
+
+
+@each_host
+@each_end
+@each_shape
+def test_multiply_adds_are_those_that_run(host, until, plan):
+    model, images = shrunk(host(), plan, until=until), models.images(1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = model(images)
+    assert model.multiply_adds((4, 6), prefix=out.prefix) == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("plan", [stvit_r_dense((3, 3)), PLANS["around, own keys"], PLANS["means"]], ids=str)
+def test_multiply_adds_of_windows_are_those_that_run(plan):
+    model = shrunk(models.timm_vit(), plan)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(models.images(1))
+    assert model.multiply_adds((4, 6), prefix=1) == counter.get_total_flops() / 2
+
+
+def test_deit_small_on_16_tokens_costs_less_than_half():
+    vit = import_timm().create_model("deit_small_patch16_224")
+    model, images, found = tet.wrap_semantic(vit, after=4, until=None), torch.zeros(1, 3, 224, 224), []
+    for network in (vit, model):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(images)
+        found.append(counter.get_total_flops() / 2)
+    assert found[0] == pytest.approx(4.6e9, rel=0.01)
+    assert found[1] <= 0.45 * found[0]
+
+
+def test_what_follows_in_timm_reads_semantic_tokens():
+    timm = import_timm()
+    for pool in ("token", "avg"):
+        vit = timm.models.vision_transformer.VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=48, depth=6, num_heads=3, num_classes=7, global_pool=pool
+        ).eval()
+        model = shrunk(vit, until=None)
+        out = model(models.images(2, (32, 32)))
+        assert out.tokens.shape == (2, 7, 48)
+        assert vit.forward_head(out.tokens).shape == (2, 7)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_wrapped_is_named():
+    vit, placed = models.timm_vit(), models.Placed()
+    for call, message in (
+        (lambda: tet.wrap_semantic(vit, "stvit", after=1, until=5), "`plan` must be a tokenexit.semantic.SemanticPlan"),
+        (lambda: shrunk(vit, after=5), "`after` must be a block from 0 to 4, for 6 blocks"),
+        (lambda: shrunk(vit, after=2, until=4), "`until` must be a block from 5 to 6"),
+        (lambda: shrunk(vit, until=7), "`until` must be a block from 4 to 6"),
+        (lambda: shrunk(vit, heads=5), "`heads` must divide the width, 48, got 5"),
+        (lambda: shrunk(vit, heads=True), "`heads` must be given"),
+        (lambda: shrunk(models.plain_host(), heads=None), "`heads` must be given for a model that is not of timm"),
+        (lambda: shrunk(vit, names={"attention": "attn"}), "`names` must have keys among norm1, qkv"),
+        (lambda: shrunk(placed), "`model.embed` must give no positions"),
+        (lambda: shrunk(shrunk(vit)), "`model` must not be wrapped already"),
+        (lambda: tet.wrap_gates(shrunk(vit)), "`model` must not be wrapped already"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            call()
 
 
 def test_frames_are_a_batch_and_stripes_of_frames_are_a_map():
