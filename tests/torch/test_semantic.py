@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,7 +12,7 @@ import tokenexit_torch as tet
 from examples.timm_import import import_timm
 from tests.core.test_semantic import starts
 from tests.torch import models
-from tokenexit import TokenExitError
+from tokenexit import TokenExitError, semantic
 from tokenexit.semantic import SemanticPlan, stvit, stvit_r, stvit_r_dense
 
 WIDTH, HEADS = 8, 2
@@ -348,15 +349,21 @@ def test_what_cannot_be_wrapped_is_named():
             call()
 
 
-def test_frames_are_a_batch_and_stripes_of_frames_are_a_map():
-    """Video: frames in the batch, or side by side in windows of a frame, pooled together."""
-    layers, frames = unit(PLANS["whole map"]), torch.randn(2, 3, 4, 5, WIDTH)
+def test_frames_are_a_batch_or_share_semantic_tokens():
+    """Laid side by side place by place, a window as many times as wide holds a place at all times."""
+    layers, frames = unit(PLANS["classification"]), torch.randn(2, 3, 4, 9, WIDTH)
     with torch.no_grad():
         batched = layers(frames.flatten(0, 1)).unflatten(0, (2, 3))
         torch.testing.assert_close(batched[:, 1], layers(frames[:, 1]), atol=1e-5, rtol=1e-5)
-        together = layers(frames.flatten(1, 2)).unflatten(1, (3, 4))
-    assert together.shape == frames.shape
-    assert not torch.allclose(together, batched, atol=1e-3)
+    clip = rearrange(frames, "clips time h w c -> clips h (w time) c")
+    shared, marks = semantic.pool(clip, semantic.Windows(4, 27, (4, 12)), to=(2, 2))
+    alone, same = semantic.pool(frames.amax(1), semantic.Windows(4, 9, (4, 4)), to=(2, 2))
+    torch.testing.assert_close(shared, alone, atol=0, rtol=0)
+    assert torch.equal(marks, same)
+    layers = unit(SemanticPlan((4, 12), (2, 2), (6, 18)))
+    with torch.no_grad():
+        assert layers.tokens(clip).tokens.shape == (2, 3, 4, WIDTH)
+        assert layers(clip).shape == clip.shape
 
 
 def test_a_row_of_semantic_tokens_goes_back():
