@@ -98,6 +98,40 @@ def test_what_padding_holds_changes_nothing(plan, size):
                 torch.testing.assert_close(map, same, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    "size",
+    [(192, 192), (224, 224), (256, 256), (288, 288), (384, 384), (448, 448), (512, 512), (480, 352)],
+    ids=str,
+)
+def test_usual_sizes_are_finite_and_see_no_padding(side, dense, size):
+    plan = (semantic.stvit_r_dense if dense else semantic.stvit_r)((side, side))
+    swin, images = tiny(plan, (side, side)), models.images(1, size)
+    valid = torch.ones(1, *size, dtype=torch.bool)
+    valid[:, :, 150:] = False
+    with torch.no_grad():
+        whole, marked = swin(images), swin(images, valid=valid)
+        other = swin(torch.where(valid[:, None], images, torch.nan), valid=valid)
+    assert all(stage.features.isfinite().all() for stage in (*whole, *marked))
+    assert all(torch.equal(*(stage.features for stage in both)) for both in zip(marked, other, strict=True))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_half_precision_is_near(plan):
+    swin, images = tiny(plan), models.images(1, (90, 133))
+    valid = torch.ones(1, 90, 133, dtype=torch.bool)
+    valid[:, 60:] = False
+    with torch.no_grad():
+        wanted = swin(images, valid=valid)[-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = swin(images, valid=valid)[-1].features
+        half = swin.bfloat16()(images.bfloat16(), valid=valid)[-1].features
+    for found in (mixed, half):
+        gap = (found.float() - wanted.features)[wanted.valid]
+        assert gap.norm() < 0.1 * wanted.features[wanted.valid].norm()
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_marks_that_mark_all_change_nothing(plan):
     swin, images = tiny(plan), models.images(2, (90, 133))
