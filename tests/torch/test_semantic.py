@@ -299,7 +299,16 @@ def test_multiply_adds_are_those_that_run(host, until, plan):
     assert model.multiply_adds((4, 6), prefix=out.prefix) == counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("plan", [stvit_r_dense((3, 3)), PLANS["around, own keys"], PLANS["means"]], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        stvit_r_dense((3, 3)),
+        PLANS["around, own keys"],
+        PLANS["means"],
+        SemanticPlan(None, (2, 3), None, own_keys=False),
+    ],
+    ids=["dense", "around", "means", "no own keys"],
+)
 def test_multiply_adds_of_windows_are_those_that_run(plan):
     model = shrunk(models.timm_vit(), plan)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -384,6 +393,31 @@ def test_a_row_of_semantic_tokens_goes_back():
     assert found.valid_map.shape == (2, 9, 9)
 
 
+@pytest.mark.parametrize("own_keys", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_prefix_tokens_take_part_where_all_of_the_map_is_looked_at(own_keys, residual):
+    plan = SemanticPlan(None, (2, 2), None, own_keys=own_keys, residual=residual)
+    made = lively(tet.SemanticTokens(plan, width=WIDTH, heads=HEADS))
+    (map, _), prefix = drawn((4, 6)), torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        found = made(map, prefix=prefix)
+        pooled = semantic.pool(map, semantic.Windows.whole(4, 6), to=(2, 2))[0][:, 0]
+        every, onto = map.flatten(1, 2), torch.cat([prefix, pooled if residual else 0 * pooled], 1)
+        row = torch.cat([prefix, pooled], 1)
+        row = made.first(row, torch.cat([row if own_keys else prefix, every], 1), onto=onto)
+        row = made.second(row, torch.cat([row if own_keys else row[:, :3], every], 1))
+    torch.testing.assert_close(found.to_row()[0], row, atol=1e-5, rtol=1e-5)
+
+
+def test_prefix_tokens_wait_where_a_layer_looks_around_windows():
+    made = lively(tet.SemanticTokens(PLANS["dense"], width=WIDTH, heads=HEADS))
+    prefix = torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        found, without = made(drawn((6, 6))[0], prefix=prefix), made(drawn((6, 6))[0])
+    assert torch.equal(found.prefix, prefix)
+    assert torch.equal(found.tokens, without.tokens)
+
+
 def test_the_plan_of_detection_runs_on_maps_smaller_than_its_neighbourhoods():
     layers, (map, _) = unit(stvit_r_dense()), drawn((9, 16))
     with torch.no_grad():
@@ -398,3 +432,36 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(TokenExitError, match=message):
             call()
+
+
+def learned(parts, predict, *, steps=60):
+    """Loss before and after some steps on eight pictures of four classes."""
+    pictures, labels = models.images(8, (32, 48)), torch.arange(8) % 4
+    optimizer, losses = torch.optim.AdamW(parts.parameters(), lr=3e-3), []
+    for _ in range(steps):
+        loss = functional.cross_entropy(predict(pictures), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+@pytest.mark.parametrize("until", [None, 5])
+def test_a_shrunk_model_learns(until):
+    model, head = shrunk(models.plain_host(), until=until), nn.Linear(32, 4)
+    before, after = learned(nn.ModuleList([model, head]), lambda images: head(model(images).map.mean((2, 3))))
+    assert after < 0.1 * before
+
+
+def test_a_unit_learns_from_what_it_recovers():
+    """With the published start, at layer-scales of 1e-5; the map itself is taken off again."""
+    torch.manual_seed(0)
+    made, patches, head = tet.SemanticUnit(stvit_r((3, 3)), width=32, heads=2), nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 4)
+
+    def predict(images):
+        map = rearrange(patches(images), "i c h w -> i h w c").detach()
+        return head((made(map) - map).mean((1, 2)))
+
+    before, after = learned(nn.ModuleList([made, head]), predict)
+    assert after < 0.3 * before
