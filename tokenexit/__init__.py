@@ -18,6 +18,7 @@ from tokenexit import (
     schedule,
     scores,
     search,
+    semantic,
     tokens,
 )
 from tokenexit.errors import TokenExitError
@@ -38,5 +39,6 @@ __all__ = [
     "schedule",
     "scores",
     "search",
+    "semantic",
     "tokens",
 ]

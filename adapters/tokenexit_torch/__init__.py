@@ -17,12 +17,16 @@ from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.saving import load, load_gates, save, save_gates
+from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
+from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
+from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
-from tokenexit_torch.wrapping import wrap, wrap_gates
+from tokenexit_torch.wrapping import wrap, wrap_gates, wrap_semantic
 
 __all__ = [
     "AttentionToMask",
+    "CrossBlock",
     "Drawing",
     "Embedded",
     "ExitingModel",
@@ -34,9 +38,21 @@ __all__ = [
     "MaskMaps",
     "Masks",
     "Output",
+    "Recovery",
     "Sampled",
+    "Semantic",
+    "SemanticMixing",
+    "SemanticModel",
+    "SemanticOutput",
+    "SemanticTokens",
+    "SemanticUnit",
     "Staged",
     "Stages",
+    "Swin",
+    "SwinBackbone",
+    "SwinBlock",
+    "SwinClassifier",
+    "SwinMap",
     "TimmViT",
     "Trace",
     "attending_per_image",
@@ -49,7 +65,10 @@ __all__ = [
     "pixel_cross_entropy",
     "save",
     "save_gates",
+    "swin_base",
+    "swin_small",
     "trace",
     "wrap",
     "wrap_gates",
+    "wrap_semantic",
 ]

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["evaluating", "linear_weights"]
+__all__ = ["DropPath", "evaluating", "linear_weights", "mlp", "start_anew"]
 
 
 @contextmanager
@@ -24,3 +25,38 @@ def linear_weights(module: nn.Module) -> int:
     """Weights of the linear layers and 1 x 1 convolutions inside: the multiply-adds of one token."""
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d))
     return sum(layer.weight.numel() for layer in layers)
+
+
+class DropPath(nn.Module):
+    """Drops what a layer adds, for some entries of the first axis; in training alone (stochastic depth).
+
+    Attributes:
+        rate: For which share of them.
+    """
+
+    rate: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, added: Tensor) -> Tensor:
+        """What is left of it, scaled so that the mean stays."""
+        if not self.training or self.rate == 0:
+            return added
+        keep = torch.rand(len(added), *[1] * (added.ndim - 1), device=added.device) >= self.rate
+        return added * (keep / (1 - self.rate)).to(added.dtype)
+
+
+def mlp(width: int, hidden: int) -> nn.Sequential:
+    """The MLP of a block."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def start_anew(module: nn.Module) -> None:
+    """Weights of linear layers as ViTs start them: normal, of deviation 0.02, and no bias."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

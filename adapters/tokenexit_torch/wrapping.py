@@ -1,5 +1,5 @@
-"""`wrap` and `wrap_gates`: exits, or gates, for a vision transformer of yours, and the self-check that they change
-nothing else.
+"""`wrap`, `wrap_gates` and `wrap_semantic`: exits, gates or semantic tokens for a vision transformer of yours, and the
+self-check that they change nothing else.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,15 +13,17 @@ from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
+from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import Host, host_of
+from tokenexit_torch.hosts import Host, TimmViT, host_of
 from tokenexit_torch.masks import MaskHead, Masks
 from tokenexit_torch.running import ExitingModel
+from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel
 
-__all__ = ["wrap", "wrap_gates"]
+__all__ = ["wrap", "wrap_gates", "wrap_semantic"]
 
 
 def wrap(
@@ -153,6 +155,68 @@ def wrap_gates(
     return wrapped
 
 
+def wrap_semantic(
+    model: Any,
+    plan: SemanticPlan = stvit(),
+    /,
+    *,
+    after: int,
+    until: int | None,
+    heads: int | None = None,
+    names: Mapping[str, str] | None = None,
+) -> SemanticModel:
+    """Let blocks of a vision transformer run on semantic tokens (STViT, CVPR 2023).
+
+    The model itself is not changed. Two of its blocks, or three, give their place to layers that make semantic tokens
+    and recover all tokens of them. These start from the weights of those blocks where the shapes allow; `kept`, `new`
+    and `left` of the result say which. The result must be trained, also where no weight is new.
+
+    Args:
+        model: A timm `VisionTransformer`, or an object that follows `Host`.
+        plan: How semantic tokens come about; `tokenexit.semantic.stvit()` if left out, 16 for an image.
+        after: After how many blocks there are semantic tokens; the next two blocks are replaced.
+        until: After how many blocks all tokens are there again; the block before is replaced. None: the network ends on
+            semantic tokens, as for classification.
+        heads: Attention heads of the new layers; those of the replaced blocks if left out, for a timm model.
+        names: Where the blocks of a model of yours keep the weights of a `CrossBlock`, by its names: layers `norm1`,
+            `qkv`, `proj`, `norm2`, `mlp.0` and `mlp.2`, and parameters `scale1` and `scale2`. For a timm model they are
+            known; without any, all weights of the layers are new.
+
+    Returns:
+        The model on semantic tokens, in the training mode of `model`.
+
+    Raises:
+        TokenExitError: If the model is not supported or already wrapped, the blocks do not leave room for the layers,
+            heads are missing or do not divide the width, `names` names anything else, or the self-check fails.
+    """
+    require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
+    host = _unwrapped_host(model)
+    like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
+    fits = _is_block(after) and 0 <= after <= depth - 2
+    require(
+        fits, "after", f"be a block from 0 to {depth - 2}, for {depth} blocks of which two are replaced", repr(after)
+    )
+    fits = until is None or (_is_block(until) and after + 3 <= until <= depth)
+    require(fits, "until", f"be a block from {after + 3} to {depth}, three of which are replaced, or None", repr(until))
+    if isinstance(host, TimmViT):
+        own: Any = host.blocks[after]
+        heads, names = own.attn.num_heads if heads is None else heads, TIMM_NAMES if names is None else names
+    whole = isinstance(heads, int) and not isinstance(heads, bool)
+    require(whole, "heads", "be given for a model that is not of timm", repr(heads))
+    known = isinstance(names or {}, Mapping) and set(names or {}) <= set(TIMM_NAMES)
+    require(known, "names", f"have keys among {', '.join(TIMM_NAMES)}", repr(names))
+    wrapped = SemanticModel(host, plan, after=after, until=until, heads=int(heads or 0), names=names or {})
+    for part in (wrapped.tokens, wrapped.recovery):
+        if part is not None:
+            part.to(like).train(mode)
+    # Not `train(mode)`, which would reach into the model.
+    wrapped.training = mode
+    _check(host, like)
+    with torch.no_grad(), evaluating(wrapped):
+        wrapped(_drawn(1, *host.image_shape, like=like))
+    return wrapped
+
+
 def _new_gate(plan: HeadPlan, width: int) -> nn.Module:
     gate = build(plan, width=width, classes=2)
     *_, last = (layer for layer in gate.modules() if isinstance(layer, nn.Linear))
@@ -188,10 +252,13 @@ def _require_apart(heads: Mapping[str, nn.Module], model: nn.Module) -> None:
             require(shared == argument, argument, "have parameters of its own", f"some that it shares with {shared}")
 
 
+_WRAPPED = (ExitingModel, GatedModel, SemanticModel)
+
+
 def _unwrapped_host(model: object) -> Host:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    if isinstance(module, nn.Module) and any(isinstance(part, ExitingModel | GatedModel) for part in module.modules()):
-        raise TokenExitError("`model` must not be wrapped already, got one that is: use its `retune`")
+    if isinstance(module, nn.Module) and any(isinstance(part, _WRAPPED) for part in module.modules()):
+        raise TokenExitError("`model` must not be wrapped already, got one that is")
     return host_of(model)
 
 

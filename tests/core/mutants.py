@@ -34,6 +34,7 @@ class Mutant:
 
 SCORES, POLICIES, RETENTION = ("test_scores",), ("test_policies", "test_static"), ("test_retention", "test_static")
 CELLS = ("test_cells", "test_static")
+SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 
 MUTANTS = (
@@ -253,6 +254,34 @@ MUTANTS = (
         "return (first + last) // 2",
         "return first",
         CELLS,
+    ),
+    Mutant(
+        "padding wins a maximum of negative numbers",
+        "semantic.py",
+        "xp.where(marks, cut, -xp.inf)",
+        "xp.where(marks, cut, 0.0)",
+        SEMANTIC,
+    ),
+    Mutant(
+        "padding counts in a mean",
+        "semantic.py",
+        "many = xp.sum(xp.astype(marks, wide.dtype), axis=(2, 4))",
+        "many = xp.sum(xp.ones_like(xp.astype(marks, wide.dtype)), axis=(2, 4))",
+        SEMANTIC,
+    ),
+    Mutant(
+        "neighbourhoods begin where their window begins",
+        "semantic.py",
+        "start = counting(count, like) * side - (reach - side) // 2",
+        "start = counting(count, like) * side",
+        SEMANTIC,
+    ),
+    Mutant(
+        "a cell runs on into the next window",
+        "semantic.py",
+        "(place < stop[:, None]) & (place < size)",
+        "place < size",
+        SEMANTIC,
     ),
     Mutant(
         "an annealed number is one step late",

@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tokenexit import ledger, scores, tokens
+from tokenexit import ledger, scores, semantic, tokens
 
 IMAGES, SLOTS, WIDTH = 2, 5, 3
 RUNNING = np.array([[True, False, True, True, True], [True, True, False, False, True]])
@@ -62,6 +62,28 @@ def logits():
     return np.random.default_rng(1).normal(size=(3, 4))
 
 
+def of_semantic_tokens(array):
+    """Functions of a map of which some places are padding; windows hang over the edge on both sides."""
+    windows = semantic.Windows(5, 4, (3, 3))
+    valid = np.random.default_rng(2).random((2, 5, 4)) < 0.6
+    valid[0] = False  # cells without any valid place
+    valid = array(valid)
+    return {
+        "split and join": lambda x: semantic.join(semantic.split(x, windows)[0] * 2, windows),
+        "neighbourhoods": lambda x: semantic.neighbourhoods(x, windows, size=(4, 5), edges="beyond", valid=valid)[0],
+        "mean": lambda x: semantic.pool(x, windows, to=(2, 2), by="mean", valid=valid)[0],
+        "max": lambda x: semantic.pool(x, windows, to=(2, 2), valid=valid)[0],
+    }
+
+
+GEOMETRY = pytest.mark.parametrize("name", ["split and join", "neighbourhoods", "mean", "max"])
+
+
+def distinct_map():
+    """No two values are near each other, so that a step moves no maximum elsewhere."""
+    return np.random.default_rng(4).permutation(5 * 4 * 2 * 2).reshape(2, 5, 4, 2).astype(np.float32)
+
+
 # Inside, these compute in float32: a wide step, which costs nothing where a function is linear.
 
 
@@ -109,6 +131,27 @@ def test_jax_differentiates_scores(score):
 
     given = [jnp.asarray(logits(), dtype=jnp.float32)]
     check_grads(score, given, order=1, modes=("fwd", "rev"), eps=1e-2, atol=1e-3, rtol=1e-2)
+
+
+@needs_torch
+@GEOMETRY
+def test_torch_differentiates_the_geometry_of_semantic_tokens(name):
+    import torch
+
+    function = of_semantic_tokens(torch.from_numpy)[name]
+    assert torch.autograd.gradcheck(function, [torch.from_numpy(distinct_map()).double().requires_grad_()])
+
+
+@needs_jax
+@GEOMETRY
+def test_jax_differentiates_the_geometry_of_semantic_tokens(name):
+    import jax
+    import jax.numpy as jnp
+    from jax.test_util import check_grads
+
+    function = of_semantic_tokens(jnp.asarray)[name]
+    given = [jnp.asarray(distinct_map())]
+    check_grads(jax.jit(function), given, order=1, modes=("fwd", "rev"), eps=0.1, atol=1e-2, rtol=1e-2)
 
 
 @needs_torch

@@ -8,7 +8,7 @@ import pytest
 USE = """
 import numpy as np
 import tokenexit
-from tokenexit import carries, cost, heads, ledger, manifest, policies, retention, schedule, scores, tokens
+from tokenexit import carries, cost, heads, ledger, manifest, policies, retention, schedule, scores, semantic, tokens
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
 evidence = policies.Evidence(
@@ -54,6 +54,9 @@ cost.token_blocks(blocks, slots=3)
 plan = manifest.Manifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
 assert manifest.from_json(manifest.to_json(plan)) == plan
 assert carries.from_dict(carries.to_dict(carries.Feature())) == carries.Feature()
+windows = semantic.stvit_r().windows(9, 14)
+pooled, _ = semantic.pool(np.ones((1, 9, 14, 2), np.float32), windows, to=(3, 3))
+semantic.neighbourhoods(semantic.join(pooled, windows.pooled((3, 3))), windows.pooled((3, 3)), size=(9, 9))
 """
 CHECK = """
 import sys

@@ -21,7 +21,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.core import strategies
-from tokenexit import cells, cost, ledger, retention, scores, tokens
+from tokenexit import cells, cost, ledger, retention, scores, semantic, tokens
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -337,6 +337,26 @@ def counted(d):
     }
 
 
+def semantic_tokens(d):
+    """A map of 3 x 4 in windows of 2 x 3: padding behind and below."""
+    xp = array_namespace(d.features)
+    map = xp.reshape(d.features[:, PREFIX:, :], (IMAGES, *GRID, WIDTH))
+    valid = xp.reshape(d.stay[:, PREFIX:], (IMAGES, *GRID))
+    windows = semantic.Windows(*GRID, (2, 3))
+    pooled, held = semantic.pool(map, windows, to=(2, 2), valid=valid)
+    around, there = semantic.neighbourhoods(map, windows, size=(4, 3), edges="beyond", valid=valid)
+    return {
+        "split": semantic.split(map, windows)[0],
+        "pooled": pooled,
+        "held": held,
+        "around": around,
+        "there": there,
+        "inside": semantic.neighbourhoods(map, windows, size=(3, 4))[0],
+        "mean": semantic.pool(map, semantic.Windows.whole(*GRID), to=(2, 3), by="mean")[0],
+        "map": semantic.join(pooled, windows.pooled((2, 2))),
+    }
+
+
 PROGRAMS = {
     program.__name__: program
     for program in (
@@ -354,6 +374,7 @@ PROGRAMS = {
         selecting,
         bookkeeping,
         counted,
+        semantic_tokens,
     )
 }
 each_program = pytest.mark.parametrize("program", PROGRAMS)

@@ -1,0 +1,231 @@
+"""A plain vision transformer whose middle blocks, or last ones, run on semantic tokens (STViT, CVPR 2023).
+
+The early blocks run on all tokens. Two layers make semantic tokens of them, in the place of two blocks, and the next
+blocks, as they are, run on these alone. Then a layer recovers all tokens, in the place of a third block, and the last
+blocks run on all of them again; or nothing is recovered, and the network ends on semantic tokens. The layers that are
+put in start from the weights of the blocks whose place they take, as far as those have the shapes.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tokenexit.errors import require
+from tokenexit.semantic import SemanticPlan
+from tokenexit_torch._modules import linear_weights
+from tokenexit_torch.attention import attending_to
+from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
+from tokenexit_torch.semantic import CrossBlock, Recovery, SemanticTokens
+
+__all__ = ["SemanticModel", "SemanticOutput"]
+
+TIMM_NAMES = {
+    "norm1": "norm1", "qkv": "attn.qkv", "proj": "attn.proj", "scale1": "ls1.gamma",
+    "norm2": "norm2", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "scale2": "ls2.gamma",
+}  # fmt: skip
+"""Where a timm block keeps the weights of a `CrossBlock`. It is no part of the public API."""
+
+
+class SemanticOutput(NamedTuple):
+    """What a model on semantic tokens returns.
+
+    Attributes:
+        tokens: The finished tokens, in the order of the wrapped model: prefix tokens, then those of the grid, row by
+            row. So what follows in that model can read them: `vit.forward_head(out.tokens)` for one of timm.
+        prefix: How many of them are no part of the grid.
+        grid: Height and width of the grid: of the patches if they were recovered, else of the semantic tokens.
+        valid: Which tokens of the grid stand for anything; None for all. Where windows hang far over the edge of the
+            patches, some semantic tokens do not, and hold no meaning.
+    """
+
+    tokens: Float[Tensor, "images tokens width"]
+    prefix: int
+    grid: tuple[int, int]
+    valid: Bool[Tensor, "images grid_height grid_width"] | None
+
+    @property
+    def map(self) -> Float[Tensor, "images width grid_height grid_width"]:
+        """The tokens of the grid as a map, channels first: for decoders."""
+        return rearrange(self.tokens[:, self.prefix :], "i (h w) c -> i c h w", h=self.grid[0])
+
+
+class SemanticModel(nn.Module):
+    """A vision transformer on semantic tokens; made by `wrap_semantic`.
+
+    Attributes:
+        host: The host of the wrapped model.
+        model: The wrapped model itself, its weights shared. The blocks that were replaced are still there; nothing runs
+            them.
+        plan: How semantic tokens come about.
+        after: After how many blocks there are semantic tokens.
+        until: After how many blocks all tokens are recovered; None if they are not.
+        tokens: The layers that make semantic tokens, in the place of two blocks.
+        recovery: The layer that recovers all tokens, in the place of a third; None if they are not.
+        kept: Where each weight of these layers that is not new comes from, by names of parameters.
+        new: The names of those that are new, and must be trained.
+        left: Weights of the replaced blocks for which there was no place, by names in the wrapped model's blocks.
+    """
+
+    host: Host
+    model: nn.Module
+    recovery: Recovery | None
+
+    def __init__(
+        self,
+        host: Host,
+        plan: SemanticPlan,
+        /,
+        *,
+        after: int,
+        until: int | None,
+        heads: int,
+        names: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.host, self.model = host, host.module
+        self.plan, self.after, self.until = plan, after, until
+        sources = {index: dict(host.blocks[index].named_parameters()) for index in self.replaced}
+        inside = sources[after].get(f"{names.get('mlp.0')}.weight")
+        hidden = 4 * host.width if inside is None else inside.shape[0]
+        if plan.layer_scale is None and names.get("scale1") in sources[after]:
+            plan = replace(plan, layer_scale=1.0)  # theirs comes in its place
+        self.tokens = SemanticTokens(plan, width=host.width, heads=heads, hidden=hidden)
+        self.recovery = None if until is None else Recovery(plan, width=host.width, heads=heads, hidden=hidden)
+        self.kept: dict[str, str] = {}
+        left: list[str] = []
+        for (name, block), (index, source) in zip(self._put_in(), sources.items(), strict=True):
+            kept = _adopt(block, host.blocks[index], names)
+            self.kept |= {f"{name}.{own}": f"blocks.{index}.{theirs}" for own, theirs in kept.items()}
+            left += [f"blocks.{index}.{theirs}" for theirs in source if theirs not in kept.values()]
+        self.left = tuple(left)
+        parts = {"tokens": self.tokens} | ({} if self.recovery is None else {"recovery": self.recovery})
+        every = (f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters())
+        self.new = tuple(name for name in every if name not in self.kept)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks the wrapped model has."""
+        return len(self.host.blocks)
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        """Blocks of the wrapped model, counted from 0, whose place other layers take."""
+        two = (self.after, self.after + 1)
+        return two if self.until is None else (*two, self.until - 1)
+
+    def forward(self, images: Float[Tensor, "images channels height width"]) -> SemanticOutput:
+        """Run a batch. Differentiable.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+
+        Returns:
+            The finished tokens.
+
+        Raises:
+            TokenExitError: If the images do not fit the model, or its blocks ask for positions, which semantic tokens
+                do not have.
+        """
+        embedded = embedded_by(self.host, images)
+        require(embedded.positions is None, "model.embed", "give no positions: semantic tokens have none", "some")
+        prefix, grid, row = embedded.prefix, embedded.grid, embedded.tokens
+        for index in range(self.after):
+            row = self.host.run(index, row, None)
+        map = rearrange(row[:, prefix:], "i (h w) c -> i h w c", h=grid[0])
+        found = self.tokens(map, prefix=row[:, :prefix] if prefix else None)
+        row, valid = found.to_row()
+        with nullcontext() if valid is None else attending_to(valid):
+            for index in self._on_semantic_tokens:
+                row = self.host.run(index, row, None)
+        found, marks = found.from_row(row), found.valid_map
+        if self.until is None or self.recovery is None:
+            map, grid = found.map, (found.grid.height, found.grid.width)
+        else:
+            map, marks = self.recovery(map, found), None
+        row = torch.cat([row[:, :prefix], map.flatten(1, 2)], dim=1)
+        for index in range(self.depth if self.until is None else self.until, self.depth):
+            row = self.host.run(index, row, None)
+        return SemanticOutput(self.host.finish(row), prefix, grid, marks)
+
+    def multiply_adds(self, grid: tuple[int, int], /, *, prefix: int) -> int:
+        """Multiply-adds of an image, the patch embedding included, heads that come later not.
+
+        Args:
+            grid: Height and width of its grid of patches.
+            prefix: How many prefix tokens there are.
+
+        Returns:
+            Multiply-adds: linear and convolution layers, and the two products of attention.
+        """
+        plan, width = self.plan, self.host.width
+        windows = plan.windows(*grid)
+        places, patches = windows.window[0] * windows.window[1], grid[0] * grid[1]
+        each = plan.tokens[0] * plan.tokens[1]
+        few, every = windows.count * each, patches + prefix
+
+        def around(size: tuple[int, int], of: tuple[int, int]) -> int:
+            inside = size if plan.edges == "beyond" else (min(size[0], of[0]), min(size[1], of[1]))
+            return inside[0] * inside[1]
+
+        def making(size: tuple[int, int] | None) -> int:
+            if size is None:
+                return _crossing(self.tokens.first, 1, few + prefix, patches + prefix + few * plan.own_keys)
+            return _crossing(self.tokens.first, windows.count, each, around(size, grid) + each * plan.own_keys)
+
+        def running(indexes: range, count: int) -> int:
+            layers = sum(linear_weights(self.host.blocks[index]) for index in indexes)
+            return layers * count + len(indexes) * 2 * width * count**2
+
+        total = embedding_weights(self.host) * patches + running(range(self.after), every)
+        total += making(plan.neighbourhood) + making(plan.second) + running(self._on_semantic_tokens, few + prefix)
+        if self.until is None or self.recovery is None:
+            return total
+        total += running(range(self.until, self.depth), every)
+        if plan.recovery is None:
+            return total + _crossing(self.recovery.block, 1, patches, few + prefix)
+        grid = (windows.rows * plan.tokens[0], windows.columns * plan.tokens[1])
+        return total + _crossing(self.recovery.block, windows.count, places, around(plan.recovery, grid))
+
+    @property
+    def _on_semantic_tokens(self) -> range:
+        return range(self.after + 2, self.depth if self.until is None else self.until - 1)
+
+    def _put_in(self) -> list[tuple[str, CrossBlock]]:
+        """The layers that were put in, in the order of the blocks whose place they take."""
+        two = [("tokens.first", self.tokens.first), ("tokens.second", self.tokens.second)]
+        return two if self.recovery is None else [*two, ("recovery.block", self.recovery.block)]
+
+
+@torch.no_grad()
+def _adopt(block: CrossBlock, source: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Copy a block's weights where they fit; which of the parameters come from which."""
+    width, parameters, layers = block.q.in_features, dict(source.named_parameters()), dict(source.named_modules())
+    rows = {"q": slice(width), "kv": slice(width, None)}
+    kept = {}
+    for own, parameter in block.named_parameters():
+        layer, _, kind = own.rpartition(".")
+        name = ".".join(filter(None, (names.get("qkv" if layer in rows else layer or own), kind if layer else "")))
+        theirs = parameters.get(name)
+        if theirs is not None and layer in rows:
+            theirs = theirs[rows[layer]] if len(theirs) == 3 * width else None
+        if theirs is not None and theirs.shape == parameter.shape:
+            parameter.copy_(theirs)
+            kept[own] = name
+    for own, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
+        theirs = layers.get(names.get(own, ""))
+        if isinstance(theirs, nn.LayerNorm):
+            norm.eps = theirs.eps
+    return kept
+
+
+def _crossing(block: CrossBlock, groups: int, queries: int, keys: int) -> int:
+    """Multiply-adds of a layer in which so many groups of queries attend to so many keys each."""
+    width, of_keys = block.q.in_features, block.kv.weight.numel()
+    of_queries = linear_weights(block) - of_keys
+    return groups * (of_queries * queries + of_keys * keys + 2 * width * queries * keys)
