@@ -80,7 +80,7 @@ def load(
         "None" if head is None else type(head).__name__,
     )
     chosen = _chosen(plan, exit_heads, "exit_heads")
-    _require_fits(plan, host_of(model))
+    _require_fits(plan, host_of(model), "exits")
     shapes = _shapes_in(folder / _WEIGHTS)
     if exit_heads is None and plan.plan is not None:
         _require_shapes(
@@ -148,7 +148,7 @@ def load_gates(
     folder = Path(folder)
     plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS)
     require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
-    _require_fits(plan, host_of(model))
+    _require_fits(plan, host_of(model), "gates")
     chosen = _chosen(plan, gates, "gates")
     shapes = _shapes_in(folder / _GATE_WEIGHTS)
     if gates is None and plan.plan is not None:
@@ -172,10 +172,10 @@ def _read_plan(folder: Path, plan: str, weights: str) -> Manifest:
         raise TokenExitError(f"`folder` must hold a valid {plan}, got {folder / plan}: {error}") from error
 
 
-def _require_fits(plan: Manifest, host: Host) -> None:
+def _require_fits(plan: Manifest, host: Host, what: str) -> None:
     for name, found in (("width", host.width), ("depth", len(host.blocks))):
         wanted = getattr(plan, name)
-        require(found == wanted, "model", f"have {name} {wanted}, as what was saved", found)
+        require(found == wanted, "model", f"have {name} {wanted}, as the saved {what}", found)
 
 
 def _chosen(plan: Manifest, given: Mapping[int, nn.Module] | None, argument: str) -> HeadPlan | Mapping[int, nn.Module]:

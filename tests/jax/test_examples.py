@@ -148,6 +148,7 @@ def test_gates_on_camvid_in_jax_are_those_in_pytorch(tmp_path, monkeypatch, caps
         size=data.SIZE,
     )  # fmt: skip
     torch_runs.save_gated(tmp_path / "run", model, about)
+    (tmp_path / "run" / "history.json").write_text(json.dumps({"recipe": {"method": "svit-few"}}))
     file = tmp_path / "found.json"
     options = ["--data", str(CAMVID), "--run", str(tmp_path / "run"), "--limit", "2", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["camvid_gates", *options, "--budgets", "0.65"])
@@ -161,6 +162,11 @@ def test_gates_on_camvid_in_jax_are_those_in_pytorch(tmp_path, monkeypatch, caps
         assert found["logits"] < 2e-4
         assert found["miou"] == pytest.approx(found["miou_pytorch"], abs=5e-4)
     assert "other decisions" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["camvid_gates", *options, "--budgets", "0.65"])
+    (tmp_path / "run" / "history.json").write_text(json.dumps({"recipe": {"method": "svit-discarded"}}))
+    with pytest.raises(shell.UsageError, match=r"`--run` must preserve features, got svit-discarded"):
+        camvid_gates.main()
+    (tmp_path / "run" / "history.json").write_text(json.dumps({"recipe": {"method": "svit"}}))
     monkeypatch.setattr(sys, "argv", ["camvid_gates", *options, "--budgets", "0.3"])
     with pytest.raises(shell.UsageError, match=r"`--budgets` must be among those of the run, \[0.65\], got \[0.3\]"):
         camvid_gates.main()

@@ -372,7 +372,7 @@ def test_saved_gates_are_not_taken_for_what_they_are_not(tmp_path):
     host = models.timm_vit()
     model = gated(host)
     tet.save_gates(model, tmp_path)
-    with pytest.raises(TokenExitError, match=r"`model` must have width 48, as what was saved, got 32"):
+    with pytest.raises(TokenExitError, match=r"`model` must have width 48, as the saved gates, got 32"):
         tet.load_gates(tmp_path, models.plain_host())
     plan = json.loads((tmp_path / "gates.json").read_text())
     (tmp_path / "gates.json").write_text(json.dumps(plan | {"classes": 3}))
