@@ -44,22 +44,32 @@ def attending_per_image(
         yield mode
 
 
-class _PerImage(TorchFunctionMode):
-    def __init__(self, lengths: Sequence[int], stands_for: Tensor | None) -> None:
+class _Attending(TorchFunctionMode):
+    """Takes over the attention calls of whatever runs within it, and counts them."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.calls = 0
-        # A key that counts n times has n times the weight: log n more in the exponent.
-        self._bias = None if stands_for is None else stands_for.log()
-        self._total = sum(lengths)
-        # Neighbouring images with equally many tokens share one call: (images, tokens of each).
-        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-        self._runs = [(images, length) for length, images in runs if length]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.calls += 1
         return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, *args: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+
+class _PerImage(_Attending):
+    def __init__(self, lengths: Sequence[int], stands_for: Tensor | None) -> None:
+        super().__init__()
+        # A key that counts n times has n times the weight: log n more in the exponent.
+        self._bias = None if stands_for is None else stands_for.log()
+        self._total = sum(lengths)
+        # Neighbouring images with equally many tokens share one call: (images, tokens of each).
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        self._runs = [(images, length) for length, images in runs if length]
 
     def _attend(
         self,
@@ -109,15 +119,10 @@ def attending_to(keys: Bool[Tensor, "images tokens"]) -> Iterator[None]:
         yield
 
 
-class _Keys(TorchFunctionMode):
+class _Keys(_Attending):
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
         self._mask = keys[:, None, None, :]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -162,13 +167,8 @@ class _Offer(Exception):
         self.key, self.value = key, value
 
 
-class _Offering(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._offer(*args, **(kwargs or {}))
-
-    def _offer(self, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> NoReturn:  # noqa: ARG002
+class _Offering(_Attending):
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> NoReturn:  # noqa: ARG002
         raise _Offer(key, value)
 
 
@@ -189,25 +189,18 @@ def attending_beside(lengths: Sequence[int], waiting: Sequence[int], key: Tensor
         yield
 
 
-class _Beside(TorchFunctionMode):
+class _Beside(_Attending):
     def __init__(self, lengths: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
         self._lengths, self._keys, self._values = list(lengths), keys, values
-        self._called = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, **options: Any,
     ) -> Tensor:  # fmt: skip
         _require_no_mask(attn_mask, is_causal)
-        if self._called:  # the keys of those that wait are those of the first call
+        if self.calls > 1:  # the keys of those that wait are those of the first call
             raise TokenExitError("`block` must call attention once where all tokens are keys, got a second call")
-        self._called = True
         options["dropout_p"] = dropout_p
         own = (tensor.split(self._lengths, dim=2) for tensor in (query, key, value))
         results = [
