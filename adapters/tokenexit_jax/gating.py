@@ -23,14 +23,14 @@ from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS
 from tokenexit.heads import HeadPlan
-from tokenexit.policies import Policy, Threshold
+from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit_jax import _waiting
 from tokenexit_jax import heads as building
 from tokenexit_jax._waiting import GatedParts, GatedRun, MaskedRun
 from tokenexit_jax.networks import Embedded, Heads, Params
 from tokenexit_jax.outputs import GatedOutput
-from tokenexit_jax.pytrees import on_host
+from tokenexit_jax.pytrees import of_pytrees, on_host
 from tokenexit_jax.running import ExitingModel, as_arrays
 
 __all__ = ["GatedModel"]
@@ -214,10 +214,7 @@ def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
         TokenExitError: If it does not.
     """
     carry = model.schedule.carry if isinstance(model.schedule.carry, Preserved) else Preserved()
-    plan = require_gates_fit(schedule, depth=model.depth, after=model.after, carry=carry)
-    unknown = [leaf for leaf in jax.tree.leaves(plan) if isinstance(leaf, Policy)]
-    require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
-    return plan
+    return of_pytrees(require_gates_fit(schedule, depth=model.depth, after=model.after, carry=carry))
 
 
 def fitting_gates(model: GatedModel, gates: Heads) -> Heads:
@@ -226,15 +223,7 @@ def fitting_gates(model: GatedModel, gates: Heads) -> Heads:
     Raises:
         TokenExitError: If they do not.
     """
-    wanted, found = (
-        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(one)}
-        for one in (shapes_of_gates(model), gates)
-    )
-    if found != wanted:
-        names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-        got = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
-        raise TokenExitError(f"`gates` must be of the model, as `init` makes them, got {got}")
-    return gates
+    return building.alike(gates, shapes_of_gates(model), argument="gates")
 
 
 def shapes_of_gates(model: GatedModel) -> Heads:

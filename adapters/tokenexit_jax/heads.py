@@ -59,6 +59,22 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
             return new_masks(plan, first, width, classes)
 
 
+def alike(heads: Heads, wanted: Heads, /, *, argument: str) -> Heads:
+    """The weights, if they have the names and shapes that are wanted. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If they do not.
+    """
+    ours, theirs = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(one)}
+        for one in (wanted, heads)
+    )
+    names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    got = ", ".join(f"{name}: {theirs.get(name)} instead of {ours.get(name)}" for name in names[:4])
+    require(not names, argument, "be of the model, as `init` makes them", got)
+    return heads
+
+
 @lru_cache
 def shapes(plan: HeadPlan, /, *, width: int, classes: int, after: tuple[int, ...], final: bool) -> Heads:
     """All heads of a model as `jax.ShapeDtypeStruct`; nothing is allocated. It is no part of the public API.

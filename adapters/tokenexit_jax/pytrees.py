@@ -91,6 +91,17 @@ def on_host(plan: Schedule) -> Schedule:
     return jax.tree.map(as_number, plan)
 
 
+def of_pytrees(plan: Schedule) -> Schedule:
+    """The plan, if all its policies are pytrees. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If one is not.
+    """
+    unknown = [leaf for leaf in jax.tree.leaves(plan) if isinstance(leaf, Policy)]
+    require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
+    return plan
+
+
 def _as_number(name: str, held: Any) -> Any:
     """What a field of a policy holds, its numbers as Python's: of each other kind JAX would make another program."""
     if isinstance(held, tuple):

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from tokenexit import TokenExitError
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
-from tokenexit.policies import Policy, Threshold
+from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
 from tokenexit_jax._counting import multiply_adds
@@ -28,7 +28,7 @@ from tokenexit_jax._passing import Parts, Run, State, embed, needed, on_grid, st
 from tokenexit_jax.masks import MaskMaps
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
-from tokenexit_jax.pytrees import on_host
+from tokenexit_jax.pytrees import of_pytrees, on_host
 
 __all__ = ["ExitingModel"]
 
@@ -269,9 +269,7 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
         TokenExitError: If it cannot.
     """
     require_fits(schedule, depth=model.depth, after=model.after, gives_masks=model.gives_masks)
-    unknown = [leaf for leaf in jax.tree.leaves(schedule) if isinstance(leaf, Policy)]
-    require(not unknown, "schedule", "have policies that are pytrees (`register`)", unknown)
-    return schedule
+    return of_pytrees(schedule)
 
 
 def fitting(model: ExitingModel, heads: Heads) -> Heads:
@@ -280,15 +278,7 @@ def fitting(model: ExitingModel, heads: Heads) -> Heads:
     Raises:
         TokenExitError: If they do not.
     """
-    wanted, found = (
-        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(one)}
-        for one in (shapes_of(model), heads)
-    )
-    if found != wanted:
-        names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-        got = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
-        raise TokenExitError(f"`heads` must be of the model, as `init` makes them, got {got}")
-    return heads
+    return building.alike(heads, shapes_of(model), argument="heads")
 
 
 def shapes_of(model: ExitingModel) -> Heads:
