@@ -1,10 +1,11 @@
-"""What is written beside saved exit heads: the JSON that every adapter reads and writes.
+"""What is written beside saved weights of exits, gates and semantic tokens: JSON that every adapter reads and writes.
 
 It holds plain data only. Names in it are looked up in closed registries, and unknown keys are refused.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tokenexit import heads
@@ -12,8 +13,9 @@ from tokenexit._plain import is_whole
 from tokenexit.errors import TokenExitError, require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit.semantic import SemanticPlan
 
-__all__ = ["Manifest", "from_json", "to_json"]
+__all__ = ["Manifest", "SemanticManifest", "from_json", "semantic_from_json", "semantic_to_json", "to_json"]
 
 SCHEMA = 1
 MOST = 1_000_000  # of channels, classes, blocks: larger numbers are a damaged or a hostile file
@@ -73,14 +75,7 @@ def from_json(text: str, /) -> Manifest:
     Raises:
         TokenExitError: If it is not JSON, a key is missing or unknown, or a value is of the wrong type or range.
     """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenExitError(f"`text` must be JSON, got the error: {error}") from error
-    keys = {"schema", "schedule", "after", "plan", "built_head", "classes", "width", "depth"}
-    found = sorted(data) if isinstance(data, dict) else repr(data)
-    require(isinstance(data, dict) and set(data) == keys, "text", f"be an object with the keys {sorted(keys)}", found)
-    require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
+    data = _read(text, {"schema", "schedule", "after", "plan", "built_head", "classes", "width", "depth"})
     for name in ("classes", "width", "depth"):
         require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
     after: Any = data["after"]
@@ -103,6 +98,78 @@ def from_json(text: str, /) -> Manifest:
         width=data["width"],
         depth=data["depth"],
     )
+
+
+@dataclass(frozen=True)
+class SemanticManifest:
+    """What a model on semantic tokens is, its weights aside.
+
+    Attributes:
+        plan: How semantic tokens come about.
+        after: After how many blocks there are semantic tokens.
+        until: After how many blocks all tokens are recovered; None if they are not.
+        heads: Attention heads of the layers that were put in.
+        hidden: Channels inside their MLPs.
+        epsilon: What their norms add to the variance.
+        width: Channels of a token.
+        depth: How many blocks the network has.
+    """
+
+    plan: SemanticPlan
+    after: int
+    until: int | None
+    heads: int
+    hidden: int
+    epsilon: float
+    width: int
+    depth: int
+
+
+def semantic_to_json(manifest: SemanticManifest, /) -> str:
+    """The manifest of a model on semantic tokens as JSON."""
+    data = {field.name: getattr(manifest, field.name) for field in fields(SemanticManifest)}
+    return json.dumps({"schema": SCHEMA} | data | {"plan": manifest.plan.to_dict()}, indent=2) + "\n"
+
+
+def semantic_from_json(text: str, /) -> SemanticManifest:
+    """The manifest that `semantic_to_json` wrote.
+
+    Args:
+        text: The JSON.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        TokenExitError: If it is not JSON, a key is missing or unknown, or a value is of the wrong type or range.
+    """
+    data = _read(text, {"schema", *(field.name for field in fields(SemanticManifest))})
+    for name in ("heads", "hidden", "width", "depth"):
+        require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
+    after, until, depth, heads = (data[name] for name in ("after", "until", "depth", "heads"))
+    fits = is_whole(after) and after <= depth - 2
+    require(fits, "after", f"be a block from 0 to {depth - 2}", repr(after))
+    fits = until is None or (_is_count(until) and after + 3 <= until <= depth)
+    require(fits, "until", f"be null, or a block from {after + 3} to {depth}", repr(until))
+    require(data["width"] % heads == 0, "heads", f"divide the width, {data['width']}", heads)
+    epsilon = data["epsilon"]
+    positive = isinstance(epsilon, float) and 0 < epsilon < math.inf
+    require(positive, "epsilon", "be a positive number", repr(epsilon))
+    values = {field.name: data[field.name] for field in fields(SemanticManifest)}
+    values["plan"] = SemanticPlan.from_dict(data["plan"])
+    return SemanticManifest(**values)
+
+
+def _read(text: str, keys: set[str]) -> dict[str, Any]:
+    """A JSON object with exactly these keys, of the schema that is known."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenExitError(f"`text` must be JSON, got the error: {error}") from error
+    found = sorted(data) if isinstance(data, dict) else repr(data)
+    require(isinstance(data, dict) and set(data) == keys, "text", f"be an object with the keys {sorted(keys)}", found)
+    require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
+    return data
 
 
 def _is_count(value: Any) -> bool:

@@ -7,13 +7,15 @@ as the tokens: `valid` comes in as a map, and goes out beside what was cut. None
 nothing is masked where nothing has to be.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from jaxtyping import Bool, Float, Shaped
 
 from tokenexit._array import Array, array_namespace, counting, filled, require_marks
-from tokenexit._plain import is_whole
+from tokenexit._plain import is_whole, require_keys
 from tokenexit.errors import require
 
 __all__ = [
@@ -294,8 +296,8 @@ class SemanticPlan:
             value = getattr(self, argument)
             require(isinstance(value, bool), argument, "be True or False", repr(value))
         scale = self.layer_scale
-        number = scale is None or (isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 0)
-        require(number, "layer_scale", "be a positive number or None", repr(scale))
+        number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
+        require(scale is None or number, "layer_scale", "be a positive number or None", repr(scale))
 
     def windows(self, height: int, width: int, /) -> Windows:
         """The geometry of a map under this plan.
@@ -311,6 +313,29 @@ class SemanticPlan:
             TokenExitError: If one of them is no whole number from 1 up.
         """
         return Windows.whole(height, width) if self.window is None else Windows(height, width, self.window)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], /) -> "SemanticPlan":
+        """The plan that `to_dict` wrote down.
+
+        Args:
+            data: What `to_dict` returned, or its like read from a file.
+
+        Returns:
+            The plan.
+
+        Raises:
+            TokenExitError: If a key is missing or unknown, or a value is none that a plan takes.
+        """
+        require_keys(data, "plan", {field.name for field in fields(SemanticPlan)})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return SemanticPlan(**values)
 
 
 def stvit(tokens: tuple[int, int] = (4, 4)) -> SemanticPlan:

@@ -204,4 +204,4 @@ def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, t
         for name in sorted({*wanted, *found})
         if wanted.get(name) != found.get(name)
     ]
-    require(not differing, "folder", f"hold weights of the heads in {plan}", ", ".join(differing[:4]))
+    require(not differing, "folder", f"hold the weights that {plan} describes", ", ".join(differing[:4]))

@@ -16,7 +16,7 @@ from tokenexit_torch.hosts import Embedded, Host, TimmViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled
-from tokenexit_torch.saving import load, load_gates, save, save_gates
+from tokenexit_torch.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
@@ -61,10 +61,12 @@ __all__ = [
     "gate_thresholds",
     "load",
     "load_gates",
+    "load_semantic",
     "mask_loss",
     "pixel_cross_entropy",
     "save",
     "save_gates",
+    "save_semantic",
     "swin_base",
     "swin_small",
     "trace",

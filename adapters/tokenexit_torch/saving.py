@@ -1,11 +1,13 @@
-"""Saving and loading exits and gates: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
+"""Saving and loading exits, gates and semantic tokens: safetensors for the weights, JSON for the plan.
 
-The wrapped model's own weights are yours and are not saved; nor is a final head that you gave.
+Nothing read is ever executed. The wrapped model's own weights are yours and are not saved; nor is a final head that you
+gave.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,20 +17,25 @@ from torch import nn
 from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
-from tokenexit.manifest import Manifest
+from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host, host_of
 from tokenexit_torch.running import ExitingModel
-from tokenexit_torch.wrapping import wrap, wrap_gates
+from tokenexit_torch.shrinking import SemanticModel, new_layers, together
+from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_gates
 
-__all__ = ["load", "load_gates", "save", "save_gates"]
+__all__ = ["load", "load_gates", "load_semantic", "save", "save_gates", "save_semantic"]
 
 _PLAN = "exits.json"
 _WEIGHTS = "exits.safetensors"
 _GATE_PLAN = "gates.json"
 _GATE_WEIGHTS = "gates.safetensors"
+_SEMANTIC_PLAN = "semantic.json"
+_SEMANTIC_WEIGHTS = "semantic.safetensors"
+
+Plan = TypeVar("Plan", Manifest, SemanticManifest)
 
 
 def save(model: ExitingModel, folder: str | Path, /) -> None:
@@ -72,7 +79,7 @@ def load(
         TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
     """
     folder = Path(folder)
-    plan = _read_plan(folder, _PLAN, _WEIGHTS)
+    plan = _read_plan(folder, _PLAN, _WEIGHTS, manifest.from_json)
     require(
         (head is None) == plan.built_head,
         "head",
@@ -146,7 +153,7 @@ def load_gates(
         TokenExitError: If a file is missing or not what it should be, or the gates are of another network.
     """
     folder = Path(folder)
-    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS)
+    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS, manifest.from_json)
     require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
     _require_fits(plan, host_of(model), "gates")
     chosen = _chosen(plan, gates, "gates")
@@ -163,16 +170,70 @@ def load_gates(
     return wrapped
 
 
-def _read_plan(folder: Path, plan: str, weights: str) -> Manifest:
+def save_semantic(model: SemanticModel, folder: str | Path, /) -> None:
+    """Write the layers of a model on semantic tokens: `semantic.json` and `semantic.safetensors`.
+
+    Args:
+        model: The model on semantic tokens. The weights of the model that it wraps are yours, and are not saved.
+        folder: Where to; made if it is not there.
+
+    Raises:
+        TokenExitError: If `model` is not on semantic tokens.
+    """
+    rule = "be on semantic tokens, as `wrap_semantic` gives"
+    require(isinstance(model, SemanticModel), "model", rule, type(model).__name__)
+    block = model.tokens.first
+    plan = SemanticManifest(
+        model.plan, model.after, model.until, heads=block.heads, hidden=block.hidden, epsilon=block.norm1.eps,
+        width=model.host.width, depth=model.depth,
+    )  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = model.layers.state_dict()
+    save_file({name: value.contiguous() for name, value in saved.items()}, folder / _SEMANTIC_WEIGHTS)
+    (folder / _SEMANTIC_PLAN).write_text(manifest.semantic_to_json(plan), encoding="utf-8")
+
+
+def load_semantic(folder: str | Path, model: Any, /) -> SemanticModel:
+    """Let blocks of a model run on semantic tokens, with layers that were saved.
+
+    Args:
+        folder: Where `save_semantic` wrote them.
+        model: The model to wrap, as for `wrap_semantic`.
+
+    Returns:
+        The model on semantic tokens; its layers are in the dtype and on the device of `model`.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, or the layers are of another network.
+    """
+    folder = Path(folder)
+    plan = _read_plan(folder, _SEMANTIC_PLAN, _SEMANTIC_WEIGHTS, manifest.semantic_from_json)
+    host = unwrapped_host(model)
+    _require_fits(plan, host, "layers")
+    build = partial(
+        new_layers, plan.plan, plan.until,
+        width=plan.width, heads=plan.heads, hidden=plan.hidden, epsilon=plan.epsilon,
+    )  # fmt: skip
+    with torch.device("meta"):  # before memory is taken for what the file claims
+        wanted = {name: tuple(value.shape) for name, value in together(*build()).state_dict().items()}
+    _require_shapes(wanted, _shapes_in(folder / _SEMANTIC_WEIGHTS), _SEMANTIC_PLAN)
+    wrapped = SemanticModel(host, *build(), after=plan.after, until=plan.until)
+    with torch.no_grad():
+        wrapped.layers.load_state_dict(load_file(folder / _SEMANTIC_WEIGHTS))
+    return ready(wrapped)
+
+
+def _read_plan(folder: Path, plan: str, weights: str, read: Callable[[str], Plan]) -> Plan:
     for name in (plan, weights):
         require((folder / name).is_file(), "folder", f"hold the files {plan} and {weights}", folder)
     try:
-        return manifest.from_json((folder / plan).read_text(encoding="utf-8"))
+        return read((folder / plan).read_text(encoding="utf-8"))
     except (TokenExitError, UnicodeDecodeError) as error:
         raise TokenExitError(f"`folder` must hold a valid {plan}, got {folder / plan}: {error}") from error
 
 
-def _require_fits(plan: Manifest, host: Host, what: str) -> None:
+def _require_fits(plan: Manifest | SemanticManifest, host: Host, what: str) -> None:
     for name, found in (("width", host.width), ("depth", len(host.blocks))):
         wanted = getattr(plan, name)
         require(found == wanted, "model", f"have {name} {wanted}, as the saved {what}", found)
@@ -229,4 +290,4 @@ def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, t
         for name in sorted({*wanted, *found})
         if wanted.get(name) != found.get(name)
     ]
-    require(not differing, "folder", f"hold weights of the heads in {plan}", ", ".join(differing[:4]))
+    require(not differing, "folder", f"hold the weights that {plan} describes", ", ".join(differing[:4]))

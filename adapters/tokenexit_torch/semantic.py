@@ -78,6 +78,8 @@ class CrossBlock(nn.Module):
     """A pre-norm block whose tokens attend to others: attention, then an MLP on each token.
 
     Attributes:
+        heads: Attention heads.
+        hidden: Channels inside the MLP.
         norm1: The norm before attention, of queries and keys alike.
         q: Projection of the queries.
         kv: Projection of the keys: keys, then values.
@@ -104,13 +106,13 @@ class CrossBlock(nn.Module):
     def __init__(self, width: int, heads: int, *, hidden: int | None = None, layer_scale: float | None = 1e-5) -> None:
         super().__init__()
         require(heads >= 1 and width % heads == 0, "heads", f"divide the width, {width}", heads)
-        self.heads = heads
+        self.heads, self.hidden = heads, 4 * width if hidden is None else hidden
         self.norm1 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = mlp(width, 4 * width if hidden is None else hidden)
+        self.mlp = mlp(width, self.hidden)
         for name in ("scale1", "scale2"):
             scale = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
             self.register_parameter(name, scale)

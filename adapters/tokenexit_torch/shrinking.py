@@ -67,7 +67,8 @@ class SemanticModel(nn.Module):
         until: After how many blocks all tokens are recovered; None if they are not.
         tokens: The layers that make semantic tokens, in the place of two blocks.
         recovery: The layer that recovers all tokens, in the place of a third; None if they are not.
-        kept: Where each weight of these layers that is not new comes from, by names of parameters.
+        kept: Where each weight of these layers that is not new comes from, by names of parameters. This and the next
+            two are empty in a model that was loaded.
         new: The names of those that are new, and must be trained.
         left: Weights of the replaced blocks for which there was no place, by names in the wrapped model's blocks.
     """
@@ -77,36 +78,15 @@ class SemanticModel(nn.Module):
     recovery: Recovery | None
 
     def __init__(
-        self,
-        host: Host,
-        plan: SemanticPlan,
-        /,
-        *,
-        after: int,
-        until: int | None,
-        heads: int,
-        names: Mapping[str, str],
+        self, host: Host, tokens: SemanticTokens, recovery: Recovery | None, /, *, after: int, until: int | None
     ) -> None:
         super().__init__()
         self.host, self.model = host, host.module
-        self.plan, self.after, self.until = plan, after, until
-        sources = {index: dict(host.blocks[index].named_parameters()) for index in self.replaced}
-        inside = sources[after].get(f"{names.get('mlp.0')}.weight")
-        hidden = 4 * host.width if inside is None else inside.shape[0]
-        if plan.layer_scale is None and names.get("scale1") in sources[after]:
-            plan = replace(plan, layer_scale=1.0)  # theirs comes in its place
-        self.tokens = SemanticTokens(plan, width=host.width, heads=heads, hidden=hidden)
-        self.recovery = None if until is None else Recovery(plan, width=host.width, heads=heads, hidden=hidden)
+        self.plan, self.after, self.until = tokens.plan, after, until
+        self.tokens, self.recovery = tokens, recovery
         self.kept: dict[str, str] = {}
-        left: list[str] = []
-        for (name, block), (index, source) in zip(self._put_in(), sources.items(), strict=True):
-            kept = _adopt(block, host.blocks[index], names)
-            self.kept |= {f"{name}.{own}": f"blocks.{index}.{theirs}" for own, theirs in kept.items()}
-            left += [f"blocks.{index}.{theirs}" for theirs in source if theirs not in kept.values()]
-        self.left = tuple(left)
-        parts = {"tokens": self.tokens} | ({} if self.recovery is None else {"recovery": self.recovery})
-        every = (f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters())
-        self.new = tuple(name for name in every if name not in self.kept)
+        self.new: tuple[str, ...] = ()
+        self.left: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -118,6 +98,11 @@ class SemanticModel(nn.Module):
         """Blocks of the wrapped model, counted from 0, whose place other layers take."""
         two = (self.after, self.after + 1)
         return two if self.until is None else (*two, self.until - 1)
+
+    @property
+    def layers(self) -> nn.ModuleDict:
+        """The layers that were put in, `tokens` and `recovery`: all that there is to train anew, and to save."""
+        return together(self.tokens, self.recovery)
 
     def forward(self, images: Float[Tensor, "images channels height width"]) -> SemanticOutput:
         """Run a batch. Differentiable.
@@ -196,16 +181,54 @@ class SemanticModel(nn.Module):
     def _on_semantic_tokens(self) -> range:
         return range(self.after + 2, self.depth if self.until is None else self.until - 1)
 
-    def _put_in(self) -> list[tuple[str, CrossBlock]]:
-        """The layers that were put in, in the order of the blocks whose place they take."""
-        two = [("tokens.first", self.tokens.first), ("tokens.second", self.tokens.second)]
-        return two if self.recovery is None else [*two, ("recovery.block", self.recovery.block)]
+
+def new_layers(
+    plan: SemanticPlan, until: int | None, /, *, width: int, heads: int, hidden: int, epsilon: float
+) -> tuple[SemanticTokens, Recovery | None]:
+    """The layers that are put in, with new weights. It is no part of the public API, nor are the next two."""
+    tokens = SemanticTokens(plan, width=width, heads=heads, hidden=hidden)
+    recovery = None if until is None else Recovery(plan, width=width, heads=heads, hidden=hidden)
+    for layer in together(tokens, recovery).modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = epsilon
+    return tokens, recovery
+
+
+def together(tokens: SemanticTokens, recovery: Recovery | None, /) -> nn.ModuleDict:
+    """The layers that are put in, under the names that they have in files."""
+    parts: dict[str, nn.Module] = {"tokens": tokens}
+    return nn.ModuleDict(parts if recovery is None else parts | {"recovery": recovery})
+
+
+def in_place_of_blocks(
+    host: Host, plan: SemanticPlan, /, *, after: int, until: int | None, heads: int, names: Mapping[str, str]
+) -> SemanticModel:
+    """A model whose new layers are sized as the blocks that they replace, and start from their weights."""
+    first = host.blocks[after]
+    weights = dict(first.named_parameters())
+    inside = weights.get(f"{names.get('mlp.0')}.weight")
+    hidden = 4 * host.width if inside is None else inside.shape[0]
+    if plan.layer_scale is None and names.get("scale1") in weights:
+        plan = replace(plan, layer_scale=1.0)  # theirs comes in its place
+    norm = dict(first.named_modules()).get(names.get("norm1", ""))
+    epsilon = norm.eps if isinstance(norm, nn.LayerNorm) else 1e-5
+    layers = new_layers(plan, until, width=host.width, heads=heads, hidden=hidden, epsilon=epsilon)
+    model = SemanticModel(host, *layers, after=after, until=until)
+    put_in = [("tokens.first", model.tokens.first), ("tokens.second", model.tokens.second)]
+    put_in += [] if model.recovery is None else [("recovery.block", model.recovery.block)]
+    for (name, block), index in zip(put_in, model.replaced, strict=True):
+        kept = _adopt(block, host.blocks[index], names)
+        model.kept |= {f"{name}.{own}": f"blocks.{index}.{theirs}" for own, theirs in kept.items()}
+        source = (theirs for theirs, _ in host.blocks[index].named_parameters())
+        model.left += tuple(f"blocks.{index}.{theirs}" for theirs in source if theirs not in kept.values())
+    model.new = tuple(name for name, _ in model.layers.named_parameters() if name not in model.kept)
+    return model
 
 
 @torch.no_grad()
 def _adopt(block: CrossBlock, source: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """Copy a block's weights where they fit; which of the parameters come from which."""
-    width, parameters, layers = block.q.in_features, dict(source.named_parameters()), dict(source.named_modules())
+    width, parameters = block.q.in_features, dict(source.named_parameters())
     rows = {"q": slice(width), "kv": slice(width, None)}
     kept = {}
     for own, parameter in block.named_parameters():
@@ -217,10 +240,6 @@ def _adopt(block: CrossBlock, source: nn.Module, names: Mapping[str, str]) -> di
         if theirs is not None and theirs.shape == parameter.shape:
             parameter.copy_(theirs)
             kept[own] = name
-    for own, norm in (("norm1", block.norm1), ("norm2", block.norm2)):
-        theirs = layers.get(names.get(own, ""))
-        if isinstance(theirs, nn.LayerNorm):
-            norm.eps = theirs.eps
     return kept
 
 

@@ -21,7 +21,7 @@ from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host, TimmViT, host_of
 from tokenexit_torch.masks import MaskHead, Masks
 from tokenexit_torch.running import ExitingModel
-from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel
+from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks
 
 __all__ = ["wrap", "wrap_gates", "wrap_semantic"]
 
@@ -58,7 +58,7 @@ def wrap(
             self-check finds that running all tokens packed is not the dense model.
     """
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
-    host = _unwrapped_host(model)
+    host = unwrapped_host(model)
     require(
         (head is None) != (num_classes is None),
         "head",
@@ -130,7 +130,7 @@ def wrap_gates(
             the dense model.
     """
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
-    host = _unwrapped_host(model)
+    host = unwrapped_host(model)
     like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
     plan = published_gate(host.width) if gates is None else gates
     if isinstance(plan, Mapping):
@@ -190,8 +190,8 @@ def wrap_semantic(
             heads are missing or do not divide the width, `names` names anything else, or the self-check fails.
     """
     require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
-    host = _unwrapped_host(model)
-    like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
+    host = unwrapped_host(model)
+    depth = len(host.blocks)
     fits = _is_block(after) and 0 <= after <= depth - 2
     require(
         fits, "after", f"be a block from 0 to {depth - 2}, for {depth} blocks of which two are replaced", repr(after)
@@ -205,10 +205,15 @@ def wrap_semantic(
     require(whole, "heads", "be given for a model that is not of timm", repr(heads))
     known = isinstance(names or {}, Mapping) and set(names or {}) <= set(TIMM_NAMES)
     require(known, "names", f"have keys among {', '.join(TIMM_NAMES)}", repr(names))
-    wrapped = SemanticModel(host, plan, after=after, until=until, heads=int(heads or 0), names=names or {})
-    for part in (wrapped.tokens, wrapped.recovery):
-        if part is not None:
-            part.to(like).train(mode)
+    sizes = {"heads": int(heads or 0), "names": names or {}}
+    return ready(in_place_of_blocks(host, plan, after=after, until=until, **sizes))
+
+
+def ready(wrapped: SemanticModel, /) -> SemanticModel:
+    """A model on semantic tokens, its layers where those that it wraps are, after the self-check. Not public."""
+    host = wrapped.host
+    like, mode = next(host.module.parameters()), host.module.training
+    wrapped.layers.to(like).train(mode)
     # Not `train(mode)`, which would reach into the model.
     wrapped.training = mode
     _check(host, like)
@@ -255,7 +260,7 @@ def _require_apart(heads: Mapping[str, nn.Module], model: nn.Module) -> None:
 _WRAPPED = (ExitingModel, GatedModel, SemanticModel)
 
 
-def _unwrapped_host(model: object) -> Host:
+def unwrapped_host(model: object) -> Host:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if isinstance(module, nn.Module) and any(isinstance(part, _WRAPPED) for part in module.modules()):
         raise TokenExitError("`model` must not be wrapped already, got one that is")

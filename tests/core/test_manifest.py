@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 from tests.core.test_policies import PLAIN
 from tests.core.test_schedule import SCHEDULE
 from tokenexit import TokenExitError, heads, manifest, schedule
-from tokenexit.manifest import Manifest
+from tokenexit.manifest import Manifest, SemanticManifest
+from tokenexit.semantic import SemanticPlan, stvit
 
 SIZE = st.none() | st.integers(1, 9)
 PLAN = st.none() | st.just(heads.Linear()) | st.builds(heads.MLP, SIZE) | st.builds(heads.FCN)
@@ -94,3 +96,58 @@ def deep(levels):
 def test_hostile_text_is_refused(text, message):
     with pytest.raises(TokenExitError, match=message):
         manifest.from_json(text)
+
+
+SIDES = st.tuples(st.integers(1, 30), st.integers(1, 30))
+SEMANTIC_PLAN = st.builds(
+    SemanticPlan, st.none() | SIDES, SIDES, st.none() | SIDES, st.none() | SIDES, st.none() | SIDES,
+    st.sampled_from(["inside", "beyond"]), st.sampled_from(["max", "mean"]), st.booleans(), st.booleans(),
+    st.none() | SIDES, st.none() | st.floats(1e-6, 1),
+)  # fmt: skip
+
+
+@st.composite
+def semantic_manifests(draw):
+    after, heads = draw(st.integers(0, 9)), draw(st.integers(1, 8))
+    until = draw(st.none() | st.integers(after + 3, 12))
+    sizes = {"heads": heads, "hidden": draw(st.integers(1, 99)), "width": heads * draw(st.integers(1, 9)), "depth": 12}
+    return SemanticManifest(draw(SEMANTIC_PLAN), after, until, epsilon=draw(st.floats(1e-8, 1e-3)), **sizes)
+
+
+@given(whole=semantic_manifests())
+def test_a_semantic_manifest_survives_json(whole):
+    assert manifest.semantic_from_json(manifest.semantic_to_json(whole)) == whole
+
+
+@pytest.mark.usefixtures("unchecked")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(whole=semantic_manifests(), data=st.data())
+def test_a_damaged_semantic_manifest_is_refused_by_the_librarys_own_error_or_read(whole, data):
+    damaged = json.loads(manifest.semantic_to_json(whole))
+    where = data.draw(st.sampled_from([damaged, damaged["plan"]]))
+    where[data.draw(st.sampled_from([*where, "more"]))] = data.draw(PLAIN)
+    with contextlib.suppress(TokenExitError):
+        assert isinstance(manifest.semantic_from_json(json.dumps(damaged)), SemanticManifest)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 2}, "`schema` must be 1, got 2"),
+        ({"more": 2}, "`text` must be an object with the keys"),
+        ({"plan": []}, "`plan` must be a mapping with the keys"),
+        ({"plan": {"window": None}}, "`plan` must have exactly the keys"),
+        ({"after": 11}, "`after` must be a block from 0 to 10, got 11"),
+        ({"until": 4}, "`until` must be null, or a block from 5 to 12, got 4"),
+        ({"heads": 5}, "`heads` must divide the width, 6, got 5"),
+        ({"hidden": 0}, "`hidden` must be a whole number from 1 to 1000000, got 0"),
+        ({"epsilon": 0}, "`epsilon` must be a positive number, got 0"),
+        ({"epsilon": math.inf}, "`epsilon` must be a positive number, got inf"),
+    ],
+)
+def test_what_is_wrong_in_a_semantic_manifest_is_named(changes, message):
+    whole = SemanticManifest(stvit(), 2, None, heads=3, hidden=24, epsilon=1e-6, width=6, depth=12)
+    text = json.dumps(json.loads(manifest.semantic_to_json(whole)) | changes)
+    with pytest.raises(TokenExitError, match=message):
+        manifest.semantic_from_json(text)

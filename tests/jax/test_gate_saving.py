@@ -78,7 +78,7 @@ def saved(tmp_path):
         ({"built_head": True}, "`folder` must hold gates"),
         ({"width": 47}, "`network` must have width 47, as the saved gates, got 48"),
         ({"depth": 12}, "`network` must have depth 12, as the saved gates, got 5"),
-        ({"plan": {"kind": "mlp", "hidden": 9}}, r"weights of the heads in gates.json, .*instead of \(9, 48\)"),
+        ({"plan": {"kind": "mlp", "hidden": 9}}, r"the weights that gates.json describes, .*instead of \(9, 48\)"),
     ],
 )
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):

@@ -94,10 +94,13 @@ def saved(tmp_path):
         ({"schema": 99}, "`schema` must be 1, got 99"),
         ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, atm, got 'os.system'"),
         ({"plan": None}, "`folder` must hold heads built from a plan"),
-        ({"classes": 10**6}, "`folder` must hold weights of the heads"),
+        ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),
         ({"width": 47}, "`network` must have width 47, as the saved exits, got 48"),
         ({"depth": 12}, "`network` must have depth 12, as the saved exits, got 5"),
-        ({"plan": {"kind": "mlp", "hidden": 9}}, r"`folder` must hold weights of the heads .*instead of \(9, 48\)"),
+        (
+            {"plan": {"kind": "mlp", "hidden": 9}},
+            r"`folder` must hold the weights that exits.json describes, .*instead of \(9, 48\)",
+        ),
     ],
 )
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):

@@ -379,7 +379,9 @@ def test_saved_gates_are_not_taken_for_what_they_are_not(tmp_path):
     with pytest.raises(TokenExitError, match=r"`folder` must hold gates, got heads of 3 classes"):
         tet.load_gates(tmp_path, host)
     (tmp_path / "gates.json").write_text(json.dumps(plan | {"plan": {"kind": "mlp", "hidden": 500_000}}))
-    with pytest.raises(TokenExitError, match=r"`folder` must hold weights of the heads in gates.json, got gates\.1\.1"):
+    with pytest.raises(
+        TokenExitError, match=r"`folder` must hold the weights that gates.json describes, got gates\.1\.1"
+    ):
         tet.load_gates(tmp_path, host)
     with pytest.raises(TokenExitError, match=r"`folder` must hold the files gates.json and gates.safetensors"):
         tet.load_gates(tmp_path / "none", host)

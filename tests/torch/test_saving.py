@@ -9,7 +9,7 @@ from torch import nn
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tokenexit import TokenExitError, heads, policies, schedule
+from tokenexit import TokenExitError, heads, policies, schedule, semantic
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4)
 
@@ -82,11 +82,17 @@ def test_a_missing_file_is_named(tmp_path):
             "`kind` must be one of prediction, feature, preserved, mask_prediction, got 'os.system'",
         ),
         ({"classes": 10**30}, "`classes` must be a whole number from 1 to 1000000"),
-        ({"classes": 10**6}, "`folder` must hold weights of the heads"),
-        ({"plan": {"kind": "mlp", "hidden": 10**6}, "width": 48}, "`folder` must hold weights of the heads"),
+        ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),
+        (
+            {"plan": {"kind": "mlp", "hidden": 10**6}, "width": 48},
+            "`folder` must hold the weights that exits.json describes",
+        ),
         ({"width": 47}, "`model` must have width 47, as the saved exits, got 48"),
         ({"depth": 12}, "`model` must have depth 12, as the saved exits, got 6"),
-        ({"plan": {"kind": "mlp", "hidden": 9}}, r"`folder` must hold weights of the heads .*instead of \(9, 48\)"),
+        (
+            {"plan": {"kind": "mlp", "hidden": 9}},
+            r"`folder` must hold the weights that exits.json describes, .*instead of \(9, 48\)",
+        ),
     ],
 )
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
@@ -151,3 +157,66 @@ def test_a_threshold_out_of_range_in_a_tensor_cannot_be_saved(tmp_path):
 def test_every_head_plan_is_read_back():
     for plan in (heads.Linear(), heads.MLP(), heads.MLP(hidden=3), heads.FCN(hidden=4), heads.ATM(2, 3)):
         assert heads.from_dict(json.loads(json.dumps(heads.to_dict(plan)))) == plan
+
+
+def semantic_model(host, **options) -> tet.SemanticModel:
+    own = {} if isinstance(host, nn.Module) else {"heads": 2, "names": {"norm1": "norm1", "qkv": "attention.qkv"}}
+    plan = semantic.SemanticPlan(None, (2, 3), None, learned=(2, 2), layer_scale=0.1)
+    return tet.wrap_semantic(host, plan, **{"after": 1, "until": 5} | own | options)
+
+
+@pytest.mark.parametrize("host", [models.timm_vit, models.plain_host], ids=["timm", "plain"])
+@pytest.mark.parametrize("until", [5, None])
+@torch.no_grad()
+def test_semantic_tokens_come_back(tmp_path, host, until):
+    vit, images = host(), models.images(2)
+    model = semantic_model(vit, until=until)
+    for weight in model.layers.parameters():
+        weight.normal_(std=0.1)
+    tet.save_semantic(model, tmp_path / "new" / "folder")
+    loaded = tet.load_semantic(tmp_path / "new" / "folder", vit)
+    assert (loaded.plan, loaded.replaced) == (model.plan, model.replaced)
+    assert (loaded.kept, loaded.new, loaded.left) == ({}, (), ())
+    assert torch.equal(loaded(images).tokens, model(images).tokens)
+    assert loaded.layers is not model.layers
+    assert loaded.training == model.training == loaded.tokens.training
+
+
+def test_norms_that_were_saved_are_as_they_were(tmp_path):
+    vit = models.timm_vit()
+    for layer in vit.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = 0.25
+    model = semantic_model(vit)
+    tet.save_semantic(model, tmp_path)
+    for one in (model, tet.load_semantic(tmp_path, vit)):
+        assert {norm.eps for norm in one.layers.modules() if isinstance(norm, nn.LayerNorm)} == {0.25}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_semantic_tokens_of_something_else_are_refused(tmp_path):
+    vit = models.timm_vit()
+    with pytest.raises(TokenExitError, match="`model` must be on semantic tokens, as `wrap_semantic` gives, got "):
+        tet.save_semantic(models.wrapped(vit, PLAN), tmp_path)
+    model = semantic_model(vit)
+    with pytest.raises(TokenExitError, match="must hold the files semantic.json and semantic.safetensors"):
+        tet.load_semantic(tmp_path, vit)
+    tet.save_semantic(model, tmp_path)
+    with pytest.raises(TokenExitError, match="`model` must have depth 6, as the saved layers, got 5"):
+        tet.load_semantic(tmp_path, models.timm_vit(depth=5))
+    with pytest.raises(TokenExitError, match="`model` must not be wrapped"):
+        tet.load_semantic(tmp_path, model)
+    file = tmp_path / "semantic.json"
+    data = json.loads(file.read_text())
+    huge = json.dumps(data | {"plan": data["plan"] | {"learned": [99999, 99999]}})
+    for text, message in (
+        (
+            json.dumps(data | {"hidden": 999_999}),
+            "hold the weights that semantic.json describes, got recovery.block.mlp.0",
+        ),
+        (huge, r"got tokens.learned: \(1, 2, 2, 48\) instead of \(1, 99999, 99999, 48\)"),
+        (json.dumps(data | {"after": -1}), "must hold a valid semantic.json, got .*: `after` must be a block from 0"),
+    ):
+        file.write_text(text)
+        with pytest.raises(TokenExitError, match=message):
+            tet.load_semantic(tmp_path, vit)
