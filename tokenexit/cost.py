@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int, Real
 from tokenexit._array import Array, array_namespace
 from tokenexit.errors import require
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
+from tokenexit.semantic import SemanticPlan, require_room
 
 __all__ = ["Cost", "HeadCost", "Repacking", "Waiting", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
 
@@ -305,6 +306,57 @@ class Cost:
             gates=len(rates) * (slots * gate.per_token + gate.fixed),
             moving=round(moved * self.width * per_moved_element),
         )
+
+    def semantic(
+        self, plan: SemanticPlan, grid: tuple[int, int], /, *, after: int, until: int | None, hidden: int
+    ) -> int:
+        """What an image costs if blocks run on semantic tokens (STViT, CVPR 2023), and layers take the place of some.
+
+        Args:
+            plan: How semantic tokens come about.
+            grid: Height and width of the grid of patches.
+            after: After how many blocks there are semantic tokens; layers make them in the place of the next two.
+            until: After how many blocks all tokens are recovered, in the place of the block before; None if never.
+            hidden: Channels inside the MLPs of these layers.
+
+        Returns:
+            Multiply-adds, the patch embedding included, heads and decoder not.
+
+        Raises:
+            TokenExitError: If the blocks do not leave room for the layers.
+        """
+        require_room(after, until, depth=len(self.blocks))
+        windows, width = plan.windows(*grid), self.width
+        places, patches = windows.window[0] * windows.window[1], grid[0] * grid[1]
+        each = plan.tokens[0] * plan.tokens[1]
+        few, every = windows.count * each + self.prefix, patches + self.prefix
+
+        def around(size: tuple[int, int], of: tuple[int, int]) -> int:
+            inside = size if plan.edges == "beyond" else (min(size[0], of[0]), min(size[1], of[1]))
+            return inside[0] * inside[1]
+
+        def crossing(groups: int, queries: int, keys: int) -> int:
+            """A layer in which so many groups of queries attend to so many keys each."""
+            of_queries, of_keys = 2 * width * (width + hidden), 2 * width * width
+            return groups * (of_queries * queries + of_keys * keys + self._attention(1) * queries * keys)
+
+        def making(size: tuple[int, int] | None) -> int:
+            if size is None:
+                return crossing(1, few, patches + (few if plan.own_keys else self.prefix))
+            return crossing(windows.count, each, around(size, grid) + each * plan.own_keys)
+
+        def running(blocks: tuple[int, ...], tokens: int) -> int:
+            return sum(blocks) * tokens + len(blocks) * self._attention(tokens)
+
+        total = self.embed * patches + running(self.blocks[:after], every)
+        total += making(plan.neighbourhood) + making(plan.second)
+        if until is None:
+            return total + running(self.blocks[after + 2 :], few)
+        total += running(self.blocks[after + 2 : until - 1], few) + running(self.blocks[until:], every)
+        if plan.recovery is None:
+            return total + crossing(1, patches, few)
+        grid = (windows.rows * plan.tokens[0], windows.columns * plan.tokens[1])
+        return total + crossing(windows.count, places, around(plan.recovery, grid))
 
     def _attention(self, tokens: Array) -> Array:
         return 2 * self.width * tokens * tokens

@@ -25,6 +25,7 @@ __all__ = [
     "join",
     "neighbourhoods",
     "pool",
+    "require_room",
     "split",
     "stvit",
     "stvit_r",
@@ -391,6 +392,24 @@ def stvit_r_dense(window: tuple[int, int] = (7, 7)) -> SemanticPlan:
         window=window, neighbourhood=(2 * high, 2 * wide), second=(3 * high, 3 * wide), recovery=(27, 27),
         edges="beyond", residual=True, own_keys=False,
     )  # fmt: skip
+
+
+def require_room(after: Any, until: Any, /, *, depth: int) -> None:
+    """Raise a `TokenExitError` unless blocks can give their place to layers of semantic tokens: what all adapters ask.
+
+    Args:
+        after: After how many blocks there are semantic tokens; the next two blocks are replaced.
+        until: After how many blocks all tokens are recovered, and the block before is replaced; None if they are not.
+        depth: How many blocks there are.
+
+    Raises:
+        TokenExitError: If one of the two is no such block.
+    """
+    fits = is_whole(after) and after <= depth - 2
+    rule = f"be a block from 0 to {depth - 2}, for {depth} blocks of which two are replaced"
+    require(fits, "after", rule, repr(after))
+    fits = until is None or (is_whole(until) and after + 3 <= until <= depth)
+    require(fits, "until", f"be a block from {after + 3} to {depth}, three of which are replaced, or None", repr(until))
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,17 @@ from tokenexit_jax.pytrees import register
 from tokenexit_jax.running import ExitingModel
 from tokenexit_jax.sampling import Drawing, sampled
 from tokenexit_jax.saving import load, load_gates, save, save_gates
+from tokenexit_jax.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
+from tokenexit_jax.shrinking import Adopted, SemanticModel, SemanticOutput
+from tokenexit_jax.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
-from tokenexit_jax.wrapping import Capacities, check, wrap, wrap_gates
+from tokenexit_jax.wrapping import Capacities, check, wrap, wrap_gates, wrap_semantic
 
 __all__ = [
+    "Adopted",
     "Block",
     "Capacities",
+    "CrossBlock",
     "Drawing",
     "Embedded",
     "ExitingModel",
@@ -35,7 +40,19 @@ __all__ = [
     "Network",
     "Output",
     "Params",
+    "Recovery",
+    "Semantic",
+    "SemanticMixing",
+    "SemanticModel",
+    "SemanticOutput",
+    "SemanticTokens",
+    "SemanticUnit",
     "Stages",
+    "Swin",
+    "SwinBackbone",
+    "SwinBlock",
+    "SwinClassifier",
+    "SwinMap",
     "attend",
     "check",
     "distillation",
@@ -52,6 +69,9 @@ __all__ = [
     "save_gates",
     "split",
     "staged",
+    "swin_base",
+    "swin_small",
     "wrap",
     "wrap_gates",
+    "wrap_semantic",
 ]

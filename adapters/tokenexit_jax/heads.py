@@ -15,15 +15,20 @@ from tokenexit import TokenExitError
 from tokenexit.cost import HeadCost, of_head
 from tokenexit.errors import require
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
-from tokenexit_jax._layers import Weights, layer_norm, linear, new_linear, new_norm
+from tokenexit_jax._layers import (
+    Weights,
+    batch_norm,
+    batch_norm_in_training,
+    layer_norm,
+    linear,
+    new_batch_norm,
+    new_linear,
+    new_norm,
+)
 from tokenexit_jax.masks import Masks, new_masks, read_masks
 from tokenexit_jax.networks import Heads
 
 __all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks"]
-
-_MOMENTUM = 0.1  # how far a batch moves the running statistics; these three as in PyTorch
-_EPSILON = 1e-5
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str, Array]:
@@ -52,9 +57,7 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
             return {**new_norm("0", width), **between, **new_linear(last, "3", hidden, classes)}
         case FCN():
             between = new_linear(first, "0", width, plan.hidden, bias=False)
-            statistics = jnp.zeros(plan.hidden), jnp.ones(plan.hidden), jnp.zeros((), dtype=jnp.int32)
-            named = {f"1.{name}": value for name, value in zip(STATISTICS, statistics, strict=True)}
-            return {**between, **new_norm("1", plan.hidden), **named, **new_linear(last, "3", plan.hidden, classes)}
+            return {**between, **new_batch_norm("1", plan.hidden), **new_linear(last, "3", plan.hidden, classes)}
         case ATM():
             return new_masks(plan, first, width, classes)
 
@@ -115,8 +118,7 @@ def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"],
             hidden = linear(params, "1", layer_norm(params, "0", tokens))
             return linear(params, "3", jax.nn.gelu(hidden, approximate=False))
         case FCN():
-            hidden = linear(params, "0", tokens)
-            return _after_norm(params, hidden, params["1.running_mean"], params["1.running_var"])
+            return linear(params, "3", jax.nn.relu(batch_norm(params, "1", linear(params, "0", tokens))))
     raise TokenExitError(f"`plan` must be a Linear, MLP or FCN of tokenexit.heads, got {plan!r}")
 
 
@@ -142,24 +144,8 @@ def read_in_training(
     """
     if not isinstance(plan, FCN):
         return read(plan, params, tokens), {}
-    hidden = linear(params, "0", tokens)
-    known, rows = valid[..., None], hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    axes = tuple(range(hidden.ndim - 1))
-    count = valid.sum()
-    several = count > 1
-    number = jnp.maximum(count, 1)
-    mean = jnp.where(known, rows, 0).sum(axis=axes) / number
-    variance = jnp.square(jnp.where(known, rows - mean, 0)).sum(axis=axes) / number
-    stored_mean, stored_variance, batches = (params[f"1.{name}"] for name in STATISTICS)
-    used = jnp.where(several, mean, stored_mean), jnp.where(several, variance, stored_variance)
-    unbiased = variance * number / jnp.maximum(count - 1, 1)
-    moved = [
-        jnp.where(several, (1 - _MOMENTUM) * stored + _MOMENTUM * new, stored).astype(stored.dtype)
-        for stored, new in ((stored_mean, mean), (stored_variance, unbiased))
-    ]
-    learned = zip(STATISTICS, (*moved, batches + several.astype(batches.dtype)), strict=True)
-    statistics = {f"1.{name}": jax.lax.stop_gradient(value) for name, value in learned}
-    return _after_norm(params, hidden, *used), statistics
+    hidden, statistics = batch_norm_in_training(params, "1", linear(params, "0", tokens), valid)
+    return linear(params, "3", jax.nn.relu(hidden)), statistics
 
 
 def cost(plan: HeadPlan, /, *, width: int, classes: int) -> HeadCost:
@@ -177,10 +163,3 @@ def cost(plan: HeadPlan, /, *, width: int, classes: int) -> HeadCost:
         TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
     """
     return of_head(plan, width=width, classes=classes)
-
-
-def _after_norm(params: Weights, hidden: Array, mean: Array, variance: Array) -> Array:
-    """Batch norm with these statistics, ReLU, and the last layer of `FCN`."""
-    scale = params["1.weight"] * jax.lax.rsqrt(variance + _EPSILON)
-    normed = ((hidden - mean) * scale + params["1.bias"]).astype(hidden.dtype)
-    return linear(params, "3", jax.nn.relu(normed))

@@ -23,10 +23,10 @@ from tokenexit.errors import require
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
-from tokenexit_jax._counting import multiply_adds
-from tokenexit_jax._passing import Parts, Run, State, embed, needed, on_grid, stages
+from tokenexit_jax._counting import multiply_adds, network_cost
+from tokenexit_jax._passing import Parts, Run, State, needed, on_grid, stages
 from tokenexit_jax.masks import MaskMaps
-from tokenexit_jax.networks import Embedded, Heads, Network, Params
+from tokenexit_jax.networks import Heads, Params
 from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import of_pytrees, on_host
 
@@ -224,21 +224,12 @@ class ExitingModel(Parts):
             TokenExitError: If the attention of a block is not over `width` channels, which `Cost` takes for granted, or
                 a block has other work that does not grow with the tokens.
         """
-        network, width = self.network, self.network.width
-        embedded = jax.eval_shape(partial(embed, network), params, images)
-        height, across = embedded.grid
-        batch = jax.tree.leaves(images)[0].shape[0]
-        blocks = tuple(_linear(network, index, params, embedded) for index in range(network.depth))
+        width = self.network.width
+        found = network_cost(self.network, params, images)
         head = building.cost(self.head_plan, width=width, classes=self.classes)
-        token = jax.ShapeDtypeStruct((1, 1, width), embedded.tokens.dtype)
-        return Cost(
-            embed=multiply_adds(partial(embed, network), params, images) // (batch * height * across),
-            blocks=blocks,
-            width=width,
-            prefix=embedded.prefix,
-            exit_heads=dict.fromkeys(self.after, head),
-            head=head if self.head is None else HeadCost(multiply_adds(self.head, params, token)),
-        )
+        token = jax.ShapeDtypeStruct((1, 1, width), jax.eval_shape(self.network.embed, params, images).tokens.dtype)
+        last = head if self.head is None else HeadCost(multiply_adds(self.head, params, token))
+        return dataclasses.replace(found, exit_heads=dict.fromkeys(self.after, head), head=last)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -299,21 +290,3 @@ def as_arrays(plan: Schedule) -> Schedule:
         return leaf
 
     return jax.tree.map(as_array, plan)
-
-
-def _linear(network: Network, index: int, params: Params, embedded: Embedded) -> int:
-    """Multiply-adds of a block for one token, its attention left out, read off its program for one token and two."""
-
-    def of(entries: int) -> int:
-        batch = jax.ShapeDtypeStruct((1, entries, network.width), embedded.tokens.dtype)
-        counts = jax.ShapeDtypeStruct((1, entries), jnp.float32)
-        known = embedded.positions
-        positions = known if known is None else jax.ShapeDtypeStruct((1, entries, *known.shape[1:]), known.dtype)
-        return multiply_adds(network.blocks[index], params, batch, counts, positions)
-
-    one, two, four = of(1), of(2), of(4)
-    attention, linear = (two - 2 * one) // 2, (4 * one - two) // 2
-    rule = f"attend over {network.width} channels, and have no other work than linear layers on tokens"
-    plain = attention == 2 * network.width and four == 4 * linear + 16 * attention
-    require(plain, f"network.blocks[{index}]", rule, f"{one}, {two} and {four} multiply-adds for 1, 2 and 4 tokens")
-    return linear

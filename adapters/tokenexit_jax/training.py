@@ -34,8 +34,9 @@ from tokenexit.heads import FCN
 from tokenexit.policies import never
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Selection
+from tokenexit_jax._layers import STATISTICS
 from tokenexit_jax._passing import Reading, Run, State, joined, on_grid
-from tokenexit_jax.heads import STATISTICS, read_in_training
+from tokenexit_jax.heads import read_in_training
 from tokenexit_jax.masks import MaskMaps, Masks, log_scores
 from tokenexit_jax.networks import Heads, Params
 from tokenexit_jax.outputs import Output

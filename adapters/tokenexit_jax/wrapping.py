@@ -1,7 +1,8 @@
-"""`wrap` and `wrap_gates`: exits, or gates, for a vision transformer of pure functions. `check`: whether these keep
-their word.
+"""`wrap`, `wrap_gates` and `wrap_semantic`: exits, gates or semantic tokens for a vision transformer of pure functions.
+`check`: whether these keep their word.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -16,12 +17,15 @@ from tokenexit.errors import require
 from tokenexit.gates import published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
+from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_jax._passing import embed, run_block
 from tokenexit_jax.gating import GatedModel
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.running import ExitingModel
+from tokenexit_jax.semantic import Recovery, SemanticTokens
+from tokenexit_jax.shrinking import SemanticModel
 
-__all__ = ["check", "wrap", "wrap_gates"]  # the name of a type is offered by the package
+__all__ = ["check", "wrap", "wrap_gates", "wrap_semantic"]  # the name of a type is offered by the package
 
 Capacities = Sequence[float] | Mapping[int, Sequence[float]]
 """Buckets: fractions of the slots of an image, for all exits or for each block with an exit head."""
@@ -130,8 +134,56 @@ def wrap_gates(
     return model.retuned(schedule)
 
 
+def wrap_semantic(
+    network: Network,
+    plan: SemanticPlan = stvit(),
+    /,
+    *,
+    after: int,
+    until: int | None,
+    heads: int,
+    hidden: int | None = None,
+    epsilon: float = 1e-6,
+) -> SemanticModel:
+    """Let blocks of a vision transformer run on semantic tokens (STViT, CVPR 2023).
+
+    Two of its blocks, or three, give their place to layers that make semantic tokens and recover all tokens of them. It
+    makes no weights: `SemanticModel.init` does, for these layers, and `SemanticModel.adopt` lets them start from the
+    blocks' own. The result must be trained. Run `check` once with your parameters.
+
+    Args:
+        network: The network, as pure functions.
+        plan: How semantic tokens come about; `tokenexit.semantic.stvit()` if left out, 16 for an image. For blocks with
+            layer-scale, one with a `layer_scale`.
+        after: After how many blocks there are semantic tokens; the next two blocks are replaced.
+        until: After how many blocks all tokens are there again; the block before is replaced. None: the network ends on
+            semantic tokens, as for classification.
+        heads: Attention heads of the new layers; as a rule those of the blocks.
+        hidden: Channels inside the MLPs of the new layers; four times the width if left out.
+        epsilon: What the norms of the new layers add to the variance; as a rule what those of the blocks do. That of
+            ViTs is 1e-6, in timm as in `tokenexit_jax.vit`.
+
+    Returns:
+        The model on semantic tokens.
+
+    Raises:
+        TokenExitError: If an argument is not what it should be, the blocks do not leave room for the layers, or heads
+            do not divide the width.
+    """
+    require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
+    require_room(after, until, depth=network.depth)
+    whole = hidden is None or (isinstance(hidden, int) and not isinstance(hidden, bool) and hidden >= 1)
+    require(whole, "hidden", "be a whole number from 1 up, or None", repr(hidden))
+    number = isinstance(epsilon, Real) and not isinstance(epsilon, bool) and 0 < epsilon < math.inf
+    require(number, "epsilon", "be a positive number", repr(epsilon))
+    sizes = {"width": network.width, "heads": heads, "hidden": hidden, "epsilon": float(epsilon)}
+    recovery = None if until is None else Recovery(plan, **sizes)
+    return SemanticModel(network, SemanticTokens(plan, **sizes), recovery, after, until)
+
+
 def check(
-    model: ExitingModel | GatedModel,
+    model: ExitingModel | GatedModel | SemanticModel,
     params: Params,
     images: Array,
     /,
@@ -157,8 +209,8 @@ def check(
         TokenExitError: If something does not hold, with the part that it is about; or if the parameters or the images
             are not finite, or the parameters let a block do nothing.
     """
-    wrapped = isinstance(model, ExitingModel | GatedModel)
-    require(wrapped, "model", "be wrapped by `wrap` or `wrap_gates`", type(model).__name__)
+    wrapped = isinstance(model, ExitingModel | GatedModel | SemanticModel)
+    require(wrapped, "model", "be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`", type(model).__name__)
     network = model.network
     for argument, given in (("params", params), ("images", images)):
         _require_finite(given, argument)
@@ -171,7 +223,7 @@ def check(
     for index in range(network.depth):
         _check_block(network, index, params, known)
     _require_token_wise(lambda some: network.finish(params, some), batch, "network.finish")
-    if model.head is not None:
+    if not isinstance(model, SemanticModel) and model.head is not None:
         head = model.head
         logits = _require_token_wise(lambda some: head(params, some), network.finish(params, batch), "head")
         if isinstance(model, GatedModel):

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan
 from tokenexit_torch._modules import linear_weights
@@ -148,34 +149,10 @@ class SemanticModel(nn.Module):
         Returns:
             Multiply-adds: linear and convolution layers, and the two products of attention.
         """
-        plan, width = self.plan, self.host.width
-        windows = plan.windows(*grid)
-        places, patches = windows.window[0] * windows.window[1], grid[0] * grid[1]
-        each = plan.tokens[0] * plan.tokens[1]
-        few, every = windows.count * each, patches + prefix
-
-        def around(size: tuple[int, int], of: tuple[int, int]) -> int:
-            inside = size if plan.edges == "beyond" else (min(size[0], of[0]), min(size[1], of[1]))
-            return inside[0] * inside[1]
-
-        def making(size: tuple[int, int] | None) -> int:
-            if size is None:
-                return _crossing(self.tokens.first, 1, few + prefix, patches + prefix + few * plan.own_keys)
-            return _crossing(self.tokens.first, windows.count, each, around(size, grid) + each * plan.own_keys)
-
-        def running(indexes: range, count: int) -> int:
-            layers = sum(linear_weights(self.host.blocks[index]) for index in indexes)
-            return layers * count + len(indexes) * 2 * width * count**2
-
-        total = embedding_weights(self.host) * patches + running(range(self.after), every)
-        total += making(plan.neighbourhood) + making(plan.second) + running(self._on_semantic_tokens, few + prefix)
-        if self.until is None or self.recovery is None:
-            return total
-        total += running(range(self.until, self.depth), every)
-        if plan.recovery is None:
-            return total + _crossing(self.recovery.block, 1, patches, few + prefix)
-        grid = (windows.rows * plan.tokens[0], windows.columns * plan.tokens[1])
-        return total + _crossing(self.recovery.block, windows.count, places, around(plan.recovery, grid))
+        blocks = tuple(linear_weights(block) for block in self.host.blocks)
+        embed, width = embedding_weights(self.host), self.host.width
+        cost = Cost(embed=embed, blocks=blocks, width=width, prefix=prefix, exit_heads={}, head=HeadCost(0))
+        return cost.semantic(self.plan, grid, after=self.after, until=self.until, hidden=self.tokens.first.hidden)
 
     @property
     def _on_semantic_tokens(self) -> range:
@@ -241,10 +218,3 @@ def _adopt(block: CrossBlock, source: nn.Module, names: Mapping[str, str]) -> di
             parameter.copy_(theirs)
             kept[own] = name
     return kept
-
-
-def _crossing(block: CrossBlock, groups: int, queries: int, keys: int) -> int:
-    """Multiply-adds of a layer in which so many groups of queries attend to so many keys each."""
-    width, of_keys = block.q.in_features, block.kv.weight.numel()
-    of_queries = linear_weights(block) - of_keys
-    return groups * (of_queries * queries + of_keys * keys + 2 * width * queries * keys)

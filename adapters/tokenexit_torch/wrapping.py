@@ -13,7 +13,7 @@ from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
-from tokenexit.semantic import SemanticPlan, stvit
+from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.gating import GatedModel
@@ -191,13 +191,7 @@ def wrap_semantic(
     """
     require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
     host = unwrapped_host(model)
-    depth = len(host.blocks)
-    fits = _is_block(after) and 0 <= after <= depth - 2
-    require(
-        fits, "after", f"be a block from 0 to {depth - 2}, for {depth} blocks of which two are replaced", repr(after)
-    )
-    fits = until is None or (_is_block(until) and after + 3 <= until <= depth)
-    require(fits, "until", f"be a block from {after + 3} to {depth}, three of which are replaced, or None", repr(until))
+    require_room(after, until, depth=len(host.blocks))
     if isinstance(host, TimmViT):
         own: Any = host.blocks[after]
         heads, names = own.attn.num_heads if heads is None else heads, TIMM_NAMES if names is None else names

@@ -12,6 +12,7 @@ from tests.jax.parity import from_torch, same
 from tokenexit import TokenExitError, cost
 from tokenexit.heads import ATM, FCN, MLP, Linear
 from tokenexit_jax import heads
+from tokenexit_jax._layers import STATISTICS
 from tokenexit_torch.heads import build
 
 WIDTH, CLASSES = 24, 5
@@ -92,7 +93,7 @@ def test_batch_norm_in_training_is_that_of_pytorch_over_the_tokens_there_are(kep
     same(logits[valid], wanted)
     assert np.isfinite(logits).all()
     after = from_torch(head)
-    assert sorted(statistics) == [f"1.{name}" for name in sorted(heads.STATISTICS)]
+    assert sorted(statistics) == [f"1.{name}" for name in sorted(STATISTICS)]
     for name, value in statistics.items():
         same(value, after[name])
         assert value.dtype == params[name].dtype
