@@ -1,12 +1,12 @@
-"""Saving and loading exits and gates: safetensors for the heads, JSON for the plan. Nothing read is ever executed.
+"""Saving and loading exits, gates and semantic tokens: safetensors for the weights, JSON for the plan.
 
-The files are those of the PyTorch adapter, which reads what this one wrote, and the other way round. The parameters of
-the network are yours and are not saved; nor is a final head that you gave.
+Nothing read is ever executed. The files are those of the PyTorch adapter, which reads what this one wrote, and the
+other way round. The parameters of the network are yours and are not saved; nor is a final head that you gave.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
@@ -17,19 +17,25 @@ from safetensors.flax import save_file
 
 from tokenexit import TokenExitError, manifest
 from tokenexit.errors import require
-from tokenexit.manifest import Manifest
+from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
+from tokenexit_jax._layers import Weights
 from tokenexit_jax.gating import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
 from tokenexit_jax.running import ExitingModel, fitting, shapes_of
-from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates
+from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers
+from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic
 
-__all__ = ["load", "load_gates", "save", "save_gates"]
+__all__ = ["load", "load_gates", "load_semantic", "save", "save_gates", "save_semantic"]
 
 _PLAN = "exits.json"
 _WEIGHTS = "exits.safetensors"
 _GATE_PLAN = "gates.json"
 _GATE_WEIGHTS = "gates.safetensors"
+_SEMANTIC_PLAN = "semantic.json"
+_SEMANTIC_WEIGHTS = "semantic.safetensors"
+
+Plan = TypeVar("Plan", Manifest, SemanticManifest)
 
 
 def save(model: ExitingModel, heads: Heads, folder: str | Path, /) -> None:
@@ -79,7 +85,7 @@ def load(
             were modules of your own.
     """
     folder = Path(folder)
-    plan = _read_plan(folder, _PLAN, _WEIGHTS)
+    plan = _read_plan(folder, _PLAN, _WEIGHTS, manifest.from_json)
     given = "None" if head is None else repr(head)
     rule = "be given exactly if the exits were saved without a final head"
     require((head is None) == plan.built_head, "head", rule, given)
@@ -142,7 +148,7 @@ def load_gates(
             of your own.
     """
     folder = Path(folder)
-    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS)
+    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS, manifest.from_json)
     require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
     if plan.plan is None:
         raise TokenExitError("`folder` must hold gates built from a plan, got modules of another framework's own")
@@ -152,16 +158,64 @@ def load_gates(
     return model.retuned(plan.schedule), read["gates"]
 
 
-def _read_plan(folder: Path, plan: str, weights: str) -> Manifest:
+def save_semantic(model: SemanticModel, layers: Weights, folder: str | Path, /) -> None:
+    """Write the layers of a model on semantic tokens: `semantic.json` and `semantic.safetensors`.
+
+    Args:
+        model: The model on semantic tokens. The parameters of the network are yours, and are not saved.
+        layers: Weights of the layers that were put in.
+        folder: Where to; made if it is not there.
+
+    Raises:
+        TokenExitError: If `model` is not on semantic tokens, or the weights are not of its layers.
+    """
+    rule = "be on semantic tokens, as `wrap_semantic` gives"
+    require(isinstance(model, SemanticModel), "model", rule, type(model).__name__)
+    block, _ = model.tokens.blocks
+    plan = SemanticManifest(
+        model.plan, model.after, model.until, heads=block.heads, hidden=block.inside, epsilon=block.epsilon,
+        width=model.network.width, depth=model.depth,
+    )  # fmt: skip
+    weights = {name: jnp.asarray(value) for name, value in fitting_layers(model, layers).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / _SEMANTIC_WEIGHTS)
+    (folder / _SEMANTIC_PLAN).write_text(manifest.semantic_to_json(plan), encoding="utf-8")
+
+
+def load_semantic(folder: str | Path, network: Network, /) -> tuple[SemanticModel, dict[str, Array]]:
+    """Let blocks of a network run on semantic tokens, with layers that were saved, here or by the PyTorch adapter.
+
+    Args:
+        folder: Where they were written.
+        network: The network to wrap, as for `wrap_semantic`.
+
+    Returns:
+        The model on semantic tokens, and the weights of its layers.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, or the layers are of another network.
+    """
+    folder = Path(folder)
+    plan = _read_plan(folder, _SEMANTIC_PLAN, _SEMANTIC_WEIGHTS, manifest.semantic_from_json)
+    _require_fits(plan, network, "layers")
+    model = wrap_semantic(
+        network, plan.plan,
+        after=plan.after, until=plan.until, heads=plan.heads, hidden=plan.hidden, epsilon=plan.epsilon,
+    )  # fmt: skip
+    return model, _read(folder / _SEMANTIC_WEIGHTS, shapes_of_layers(model), _SEMANTIC_PLAN)
+
+
+def _read_plan(folder: Path, plan: str, weights: str, read: Callable[[str], Plan]) -> Plan:
     for name in (plan, weights):
         require((folder / name).is_file(), "folder", f"hold the files {plan} and {weights}", folder)
     try:
-        return manifest.from_json((folder / plan).read_text(encoding="utf-8"))
+        return read((folder / plan).read_text(encoding="utf-8"))
     except (TokenExitError, UnicodeDecodeError) as error:
         raise TokenExitError(f"`folder` must hold a valid {plan}, got {folder / plan}: {error}") from error
 
 
-def _require_fits(plan: Manifest, network: Network, what: str) -> None:
+def _require_fits(plan: Manifest | SemanticManifest, network: Network, what: str) -> None:
     for name, found in (("width", network.width), ("depth", network.depth)):
         wanted = getattr(plan, name)
         require(found == wanted, "network", f"have {name} {wanted}, as the saved {what}", found)

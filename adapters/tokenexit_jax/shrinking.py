@@ -122,9 +122,7 @@ class SemanticModel:
         Returns:
             The weights by the names that they have in PyTorch's model: `tokens.first.q.weight` and so on, float32.
         """
-        of_tokens, of_recovery = jax.random.split(key)
-        new = named(self.tokens.init(of_tokens), "tokens")
-        return new if self.recovery is None else new | named(self.recovery.init(of_recovery), "recovery")
+        return _new_layers(self.tokens, self.recovery, key)
 
     def adopt(self, layers: Weights, blocks: Mapping[str, Any], /) -> Adopted:
         """Start layers from the weights of the blocks whose place they take, where the shapes allow.
@@ -233,9 +231,13 @@ def shapes_of_layers(model: SemanticModel) -> dict[str, Any]:
 
 @lru_cache
 def _shapes(tokens: SemanticTokens, recovery: Recovery | None) -> dict[str, Any]:
-    key = jax.random.key(0)
-    found = named(jax.eval_shape(tokens.init, key), "tokens")
-    return found if recovery is None else found | named(jax.eval_shape(recovery.init, key), "recovery")
+    return jax.eval_shape(lambda: _new_layers(tokens, recovery, jax.random.key(0)))
+
+
+def _new_layers(tokens: SemanticTokens, recovery: Recovery | None, key: Array) -> dict[str, Array]:
+    of_tokens, of_recovery = jax.random.split(key)
+    new = named(tokens.init(of_tokens), "tokens")
+    return new if recovery is None else new | named(recovery.init(of_recovery), "recovery")
 
 
 def _put_in(model: SemanticModel, layers: Weights) -> list[tuple[str, Weights]]:

@@ -1,0 +1,230 @@
+"""Swin on semantic tokens in JAX: the numbers of PyTorch, on its weights; any image, and padding that nobody sees."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from jax import numpy as jnp
+
+import tokenexit_jax as tej
+import tokenexit_torch as tet
+from tests.jax.networks import images_of
+from tests.jax.parity import from_torch, numbers, same
+from tests.torch import models
+from tests.torch.test_swin import PLANS, PUBLISHED
+from tokenexit import TokenExitError, semantic
+from tokenexit_jax._counting import multiply_adds
+from tokenexit_jax._layers import STATISTICS
+
+SMALL = {"width": 4, "depths": (1, 2, 6, 1), "heads": (1, 1, 2, 2)}
+
+
+@functools.cache
+def theirs(plan, window=(7, 7), drop_path=0.0):
+    """A narrow network with weights of which everything is seen, and statistics that are not those at first."""
+    torch.manual_seed(3)
+    swin = tet.Swin(**SMALL, window=window, plan=plan, drop_path=drop_path)
+    with torch.no_grad():
+        for name, value in swin.state_dict().items():
+            if "scale" in name:
+                value.fill_(0.5)
+            elif value.ndim == 2:
+                value.mul_(6)
+            elif "running" in name:
+                value.copy_(0.5 + torch.rand_like(value))
+    return swin.eval()
+
+
+def ours(plan, window=(7, 7), drop_path=0.0):
+    return tej.Swin(**SMALL, window=window, plan=plan, drop_path=drop_path)
+
+
+def array(values):
+    return jnp.asarray(values.numpy())
+
+
+def check(found, wanted, within=1e-4):
+    """The four maps, where they are of the image."""
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.valid is None) == (other.valid is None)
+        if other.valid is not None:
+            same(one.valid, other.valid)
+        seen = slice(None) if other.valid is None else numbers(other.valid)
+        same(numbers(one.features)[seen], numbers(other.features)[seen], within)
+        assert jnp.isfinite(one.features).all()
+
+
+def marks(size):
+    valid = torch.ones(1, *size, dtype=torch.bool)
+    valid[:, :, 150:] = False
+    return valid
+
+
+SIZES = [
+    ((192, 192), 7, "dense"), ((192, 192), 8, "classification"),
+    ((224, 224), 7, "classification"), ((224, 224), 8, "dense"),
+    ((256, 256), 7, "dense"), ((256, 256), 8, "classification"),
+    ((288, 288), 7, "classification"), ((288, 288), 8, "dense"),
+    ((384, 384), 7, "classification"), ((448, 448), 8, "classification"),
+    ((512, 512), 7, "dense"), ((480, 352), 8, "classification"), ((480, 352), 7, "Swin"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "side", "kind"), SIZES, ids=str)
+@torch.no_grad()
+def test_usual_sizes_are_those_of_pytorch(size, side, kind):
+    """One image is marked, and holds what is no number beyond the mark; half of the cases are not marked."""
+    window = (side, side)
+    plan = {"classification": semantic.stvit_r, "dense": semantic.stvit_r_dense}.get(kind, lambda _: None)(window)
+    images, valid = models.images(1, size), marks(size) if side == 7 else None
+    network, weights = theirs(plan, window), from_torch(theirs(plan, window))
+    wanted = network(images, valid=valid)
+    if valid is None:
+        check(jax.jit(ours(plan, window))(weights, images_of(images)), wanted)
+    else:
+        images = torch.where(valid[:, None], images, torch.nan)
+        check(jax.jit(ours(plan, window))(weights, images_of(images), valid=array(valid)), wanted)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@torch.no_grad()
+def test_what_goes_on_from_the_maps_is_that_of_pytorch(plan):
+    """Odd sides, windows of 3 x 5, and a batch of images of two sizes; what padding holds changes nothing."""
+    window, size = (3, 5), (45, 67)
+    plan = None if plan is None else replace(plan, window=window)
+    swin, images = theirs(plan, window), models.images(2, size)
+    valid = torch.ones(2, *size, dtype=torch.bool)
+    valid[0, 30:] = False
+    valid[0, :, 33:] = False
+    torch.manual_seed(5)
+    classifier, backbone = tet.SwinClassifier(swin, classes=4).eval(), tet.SwinBackbone(swin).eval()
+    norms = {name: value for name, value in from_torch(backbone).items() if name.startswith("norms.")}
+    weights = from_torch(classifier) | norms
+
+    @jax.jit
+    def both(images):
+        network, marked = ours(plan, window), {"valid": array(valid)}
+        return tej.SwinClassifier(network, classes=4)(weights, images, **marked), tej.SwinBackbone(network)(
+            weights, images, **marked
+        )
+
+    scores, maps = both(images_of(images))
+    same(scores, classifier(images, valid=valid), 1e-4)
+    for found, wanted in zip(maps, backbone(images, valid=valid), strict=True):
+        same(found, np.moveaxis(wanted.numpy(), 1, -1), 1e-4)
+    for content in (1e9, np.nan, -np.inf):
+        again = both(images_of(torch.where(valid[:, None], images, content)))
+        jax.tree.map(np.testing.assert_array_equal, again, (scores, maps))
+
+
+@pytest.mark.parametrize("plan", [semantic.stvit_r((3, 3)), None], ids=["semantic tokens", "Swin"])
+def test_training_is_that_of_pytorch(plan):
+    """Scores, gradients, and what the batch norms have learned."""
+    swin, images, labels = theirs(plan, (3, 3)), models.images(3, (24, 40)), torch.tensor([0, 2, 1])
+    torch.manual_seed(5)
+    classifier = tet.SwinClassifier(swin, classes=3)
+    weights, layer = from_torch(classifier), tej.SwinClassifier(ours(plan, (3, 3)), classes=3)
+    learned, fixed = tej.split(weights)
+    assert {name.rpartition(".")[2] for name in fixed} == set(STATISTICS)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(learned):
+        scores, _ = layer.in_training(learned | fixed, images_of(images))
+        return -jax.nn.log_softmax(scores)[jnp.arange(3), array(labels)].mean()
+
+    value, slopes = loss(learned)
+    statistics = jax.jit(lambda weights: layer.in_training(weights, images_of(images))[1])(weights)
+    wanted = torch.nn.functional.cross_entropy(classifier.train()(images), labels)
+    classifier.zero_grad()
+    wanted.backward()
+    same(value, wanted)
+    for name, parameter in classifier.named_parameters():
+        same(slopes[name], parameter.grad, 2e-4)
+    after = classifier.eval().state_dict()
+    theirs.cache_clear()  # this one has learned
+    assert statistics.keys() == fixed.keys()
+    for name, found in statistics.items():
+        same(found, after[name])
+        assert jnp.abs(found - weights[name]).max() > 0
+
+
+def test_padding_counts_in_statistics_as_zeros_do():
+    swin, images = theirs(None), models.images(2, (16, 16))
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[:, 9:] = False
+    weights = from_torch(swin)
+    _, found = jax.jit(ours(None).in_training)(weights, images_of(images), valid=array(valid))
+    with torch.no_grad():
+        swin.train()(images, valid=valid)
+    after = swin.eval().state_dict()
+    theirs.cache_clear()
+    for name, value in found.items():
+        same(value, after[name])
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_weights_have_the_names_and_shapes_of_pytorch(plan):
+    for kind, options in (("SwinClassifier", {"classes": 5}), ("SwinBackbone", {})):
+        made = jax.eval_shape(getattr(tej, kind)(ours(plan, (3, 5)), **options).init, jax.random.key(0))
+        wanted = getattr(tet, kind)(theirs(plan, (3, 5)), **options).state_dict()
+        assert {name: value.shape for name, value in made.items()} == {
+            name: tuple(value.shape) for name, value in wanted.items()
+        }
+
+
+def test_new_weights_are_drawn_as_those_of_pytorch():
+    sizes = {"width": 16, "depths": (1, 1, 6, 1), "heads": (1, 1, 2, 2), "plan": semantic.stvit_r((3, 3))}
+    found = jax.jit(tej.Swin(**sizes).init)(jax.random.key(0))
+    torch.manual_seed(0)
+    for name, value in tet.Swin(**sizes).state_dict().items():
+        mean, spread = (float(of(found[name].astype(jnp.float32))) for of in (jnp.mean, jnp.std))
+        assert mean == pytest.approx(value.float().mean().item(), abs=3e-2 if "stem" in name else 5e-3), name
+        assert spread == pytest.approx(value.float().std(unbiased=False).item(), rel=0.2), name
+
+
+@pytest.mark.parametrize("build", ["swin_small", "swin_base"])
+def test_parameters_and_multiply_adds_are_the_published_ones(build):
+    parameters, wanted = next(numbers for known, numbers in PUBLISHED.items() if known.__name__ == build)
+    layer = tej.SwinClassifier(getattr(tej, build)(), classes=1000)
+    weights = jax.eval_shape(layer.init, jax.random.key(0))
+    learned = [value for name, value in weights.items() if name.rpartition(".")[2] not in STATISTICS]
+    assert sum(value.size for value in learned) == pytest.approx(parameters * 1e6, rel=1e-4)
+    found = multiply_adds(layer.__call__, weights, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+    assert found == pytest.approx(wanted * 1e9, rel=5e-3)
+
+
+def test_layers_are_dropped_by_the_rates_of_pytorch_and_only_with_a_key():
+    for plan in PLANS.values():
+        network = tej.Swin(plan=plan, drop_path=0.5)
+        found = [rate for stage in network.stages for layer in stage for rate in np.ravel(layer.drop_path)]
+        assert found == pytest.approx([0.5 * number / 23 for number in range(24)])
+    network, weights, images = (
+        ours(None, drop_path=0.9),
+        from_torch(theirs(None)),
+        images_of(models.images(4, (16, 16))),
+    )
+    run = jax.jit(network)
+    one, other, plain = (run(weights, images, key=key) for key in (jax.random.key(0), jax.random.key(1), None))
+    assert not jnp.array_equal(one[-1].features, other[-1].features)
+    same(plain[-1].features, jax.jit(ours(None))(weights, images)[-1].features)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_named():
+    weights = from_torch(theirs(None))
+    for call, message in (
+        (lambda: tej.Swin(depths=(2, 2, 8, 2)), "`depths` must have a multiple of 6 blocks in the third stage"),
+        (lambda: tej.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
+        (lambda: tej.Swin(heads=(3, 6, 12, 25)), "`heads` must divide the width, 768, got 25"),
+        (lambda: tej.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (
+            lambda: ours(None)(weights, jnp.zeros((1, 3, 32, 32))),
+            r"`images` must have shape \(images, height, width, 3\), got shape \(1, 3, 32, 32\)",
+        ),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            call()
