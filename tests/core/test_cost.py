@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, cost, heads
 from tokenexit.cost import HeadCost
+from tokenexit.semantic import SemanticPlan, stvit
 
 PARTS = cost.Cost(
     embed=7,
@@ -383,3 +385,40 @@ def test_fewer_gates_cost_and_move_less_at_the_same_rates():
     assert nine.network == three.network < whole.waiting({}, patches=660, gate=gate).total
     assert nine.gates == 3 * three.gates == 9 * 661 * 9312
     assert nine.moving == 3 * three.moving == 9 * 10 * 192 * (2 * 331 + 661)
+
+
+def of_semantic(queries, keys, width, hidden):
+    """A layer, step by step: projections, two products of attention, the MLP."""
+    projections = queries * width * width + keys * width * 2 * width + queries * width * width
+    return projections + 2 * queries * keys * width + queries * 2 * width * hidden
+
+
+@pytest.mark.parametrize("until", [None, 5, 6])
+def test_blocks_on_semantic_tokens_cost_what_they_run(until):
+    """4 x 6 patches and one more token; 2 x 3 semantic tokens of all, or in windows that hang over the edge."""
+    parts = cost.Cost(7, (100, 200, 300, 400, 500, 600), width=8, prefix=1, exit_heads={}, head=HeadCost(9))
+    blocks = [lambda tokens, one=one: tokens * one + 2 * 8 * tokens * tokens for one in parts.blocks]
+    layer = functools.partial(of_semantic, width=8, hidden=20)
+    asked = {"after": 1, "until": until, "hidden": 20}
+
+    def wanted(few, making, recovery):
+        last = 6 if until is None else until - 1
+        total = 24 * 7 + blocks[0](25) + making + sum(blocks[index](few) for index in range(3, last))
+        return total if until is None else total + recovery + sum(blocks[index](25) for index in range(until, 6))
+
+    found = parts.semantic(stvit((2, 3)), (4, 6), **asked)
+    assert found == wanted(7, 2 * layer(7, 31), layer(24, 7))
+    around = SemanticPlan((3, 4), (2, 3), (5, 5), (9, 9), (3, 3), "inside", own_keys=False)
+    found = parts.semantic(around, (4, 6), **asked)
+    assert found == wanted(25, 4 * (layer(6, 20) + layer(6, 24)), 4 * layer(12, 9))
+    found = parts.semantic(dataclasses.replace(around, edges="beyond", own_keys=True), (4, 6), **asked)
+    assert found == wanted(25, 4 * (layer(6, 31) + layer(6, 87)), 4 * layer(12, 9))
+
+
+def test_blocks_must_leave_room_for_semantic_tokens():
+    for asked, message in (
+        ({"after": 2, "until": None}, "`after` must be a block from 0 to 1, for 3 blocks"),
+        ({"after": 0, "until": 2}, "`until` must be a block from 3 to 3"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            PARTS.semantic(stvit(), (4, 6), hidden=8, **asked)
