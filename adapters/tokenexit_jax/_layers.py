@@ -1,6 +1,7 @@
 """Layers as functions of weights in one flat dictionary, under the names and in the layouts of PyTorch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax import Array
@@ -14,7 +15,7 @@ _MOMENTUM = 0.1  # how far a batch moves the running statistics; these as in PyT
 _EPSILON = 1e-5
 
 
-def part(weights: Weights, name: str) -> Weights:
+def part(weights: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The weights of one layer of several, under its own names."""
     start = f"{name}."
     return {whole.removeprefix(start): value for whole, value in weights.items() if whole.startswith(start)}
