@@ -1,4 +1,4 @@
-"""Trains a ViT-Tiny on CamVid, from ImageNet or with exits from a dense checkpoint, and saves a run folder.
+"""Trains a ViT-Tiny on CamVid, from ImageNet or for fewer tokens from a dense checkpoint, and saves a run folder.
 
     python -m examples.camvid.train --data CAMVID --weights deit_tiny_patch16_224.npz --out RUN
     python -m examples.camvid.train --data CAMVID --init camvid_vit_tiny_p16.npz --method neighbours --out RUN
@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenexit_torch as tet
 from examples import checkpoints, metrics, runs, shell
-from examples.camvid import common, data, gated, methods
+from examples.camvid import common, data, gated, methods, shrunk
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
@@ -89,9 +89,9 @@ def arguments() -> argparse.Namespace:
     start.add_argument("--init", type=Path, help="dense checkpoint, a .npz file with timm key names and heads.B.*")
     parser.add_argument(
         "--method",
-        choices=[*methods.METHODS, *gated.VARIANTS],
+        choices=[*methods.METHODS, *gated.VARIANTS, *shrunk.VARIANTS],
         default="dense",
-        help="exits to train with, from --init",
+        help="exits, gates or semantic tokens to train with, from --init",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
     parser.add_argument("--epochs", type=int, help=f"{Recipe.epochs} by default, {WITH_EXITS.epochs} from --init")
@@ -107,11 +107,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-Model = tet.ExitingModel | tet.GatedModel
+Model = tet.ExitingModel | tet.GatedModel | runs.Segmenter
 
 
 def new_model(source: Path, recipe: Recipe) -> Model:
-    """The network with fresh exit heads, of which nothing leaves, or with fresh gates.
+    """The network with fresh exit heads, of which nothing leaves, with fresh gates, or on semantic tokens.
 
     Raises:
         UsageError: If the file does not hold what the recipe starts from.
@@ -123,6 +123,8 @@ def new_model(source: Path, recipe: Recipe) -> Model:
     vit, final, _ = common.ready_model(source, data.SIZE)
     if recipe.method in gated.VARIANTS:
         return gated.new_model(vit, final, gated.VARIANTS[recipe.method])
+    if recipe.method in shrunk.VARIANTS:
+        return shrunk.new_model(vit, final, shrunk.VARIANTS[recipe.method])
     plan = schedule.dense(after=methods.METHODS[recipe.method].after)
     # All heads of one plan, which the checkpoint's final head has as well, so that the run folder holds it.
     model = tet.wrap(vit, plan, num_classes=len(data.CLASSES), exit_heads=MLP())
@@ -246,7 +248,7 @@ def run_epoch(
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
             with torch.no_grad():
-                wish = None if teacher is None else teacher(images, schedule=schedule.dense()).logits
+                wish = None if teacher is None else whole(teacher, images)
             value = step_loss(model, images, criterion(labels, wish, recipe), recipe, step=step, steps=steps)
         training.optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -267,20 +269,31 @@ def step_loss(
     step: int,
     steps: int,
 ) -> Float[Tensor, ""]:
-    """The loss of one step, under the exits or gates of the method."""
+    """The loss of one step, under the exits, gates or semantic tokens of the method."""
+    if isinstance(model, runs.Segmenter):
+        return criterion(model(images))
     if isinstance(model, tet.GatedModel):
         return gated.loss(model, images, criterion, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
     plan = methods.METHODS[recipe.method].training(step, steps, recipe.seed)
     return tet.Staged(model)(images, schedule=plan).loss(criterion, auxiliary=recipe.auxiliary)
 
 
+def whole(model: Model, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes grid_h grid_w"]:
+    """Class scores of the network that nothing leaves; one on semantic tokens is what it was before."""
+    if isinstance(model, runs.Segmenter):
+        return model.dense(images)
+    logits = model(images, schedule=schedule.dense()).logits
+    assert logits is not None  # they have heads
+    return logits
+
+
 @torch.inference_mode()
-def dense_miou(model: Model, batches: data.Batches, device: torch.device) -> float:
-    """Data-set mIoU of the whole network in float32, as a fraction, logits upsampled to the labels."""
+def validated(model: Model, batches: data.Batches, device: torch.device) -> float:
+    """Data-set mIoU in float32, as a fraction, logits upsampled to the labels: dense, or on semantic tokens."""
     model.eval()
     confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     for images, labels in shell.progress(batches, desc="val"):
-        logits = model(images.to(device), schedule=schedule.dense()).logits
+        logits = model(images.to(device)) if isinstance(model, runs.Segmenter) else whole(model, images.to(device))
         full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         confusion += metrics.confusion_matrix(
             full.argmax(1).cpu(), labels, classes=len(data.CLASSES), ignore=data.IGNORE
@@ -350,7 +363,7 @@ def train(
         loss = run_epoch(training, teacher, bar, recipe, first=epoch * batches, steps=steps, device=device)
         entry = {"loss": loss, "seconds": time.perf_counter() - started}
         if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
-            entry["val_miou"] = dense_miou(training.result, validation, device)
+            entry["val_miou"] = validated(training.result, validation, device)
         history.append(entry)
         checkpoints.save(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
         print(_line(len(history), recipe.epochs, entry), flush=True)
@@ -378,7 +391,7 @@ def finish(
     device: torch.device,
 ) -> None:
     """Save the run; gates are calibrated before."""
-    patch = int(model.model.get_parameter("patch_embed.proj.weight").shape[-1])
+    patch = int(model.host.module.get_parameter("patch_embed.proj.weight").shape[-1])
     config = {"model_name": common.VIT, **common.vit_config(patch, data.SIZE)}
     about = runs.About(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
@@ -390,17 +403,19 @@ def finish(
         gated.write_plans(out, plans)
         model.retune(plans[gated.TRAINED])
         runs.save_gated(out, model, about)
+    elif isinstance(model, runs.Segmenter):
+        runs.save_semantic(out, model, about)
     else:
         model.retune(_PLAN if recipe.start == "weights" else methods.METHODS[recipe.method].saved)
         runs.save(out, model, about)
     (out / "history.json").write_text(json.dumps({"recipe": asdict(recipe), "epochs": history}, indent=1) + "\n")
-    print(f"dense val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
+    print(f"val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
 
 
 def _line(epoch: int, epochs: int, entry: Mapping[str, float]) -> str:
     parts = [f"epoch {epoch}/{epochs}", f"loss {entry['loss']:.4f}", f"{entry['seconds']:.0f} s"]
     if "val_miou" in entry:
-        parts.append(f"dense val mIoU {100 * entry['val_miou']:.2f}")
+        parts.append(f"val mIoU {100 * entry['val_miou']:.2f}")
     return "  ".join(parts)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from examples import metrics, runs, shell, timing
-from examples.camvid import common, data, evaluate, gated, insights, methods, report, search, train
+from examples.camvid import common, data, evaluate, gated, insights, methods, report, search, shrunk, train
 from tokenexit import schedule
 from tokenexit.search import Found
 
@@ -211,7 +211,7 @@ RUNS = {
     "from ImageNet": (train.Recipe(epochs=2, batch=2, limit=3, fit_steps=3), DEIT),
     **{
         method: (dataclasses.replace(train.WITH_EXITS, method=method, epochs=2, batch=2, limit=3, fit_steps=3), READY)
-        for method in (*methods.METHODS, "svit", "svit-discarded")
+        for method in (*methods.METHODS, "svit", "svit-discarded", "stvit")
     },
 }
 
@@ -244,6 +244,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         files = ["host.safetensors", "gates.safetensors", "head.safetensors", "gates.json"]
         plans = gated.read_plans(tmp_path / "straight")
         assert runs.load_gated(tmp_path / "straight")[0].schedule == plans[gated.TRAINED]
+    elif recipe.method in shrunk.VARIANTS:
+        files = ["host.safetensors", "semantic.safetensors", "head.safetensors", "semantic.json"]
+        assert runs.load_semantic(tmp_path / "straight")[0].model.until == shrunk.VARIANTS[recipe.method].until
     elif recipe.start == "init":
         assert runs.load(tmp_path / "straight")[0].schedule == methods.METHODS[recipe.method].saved
     for file in files:
