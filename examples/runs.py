@@ -95,17 +95,19 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images classes rows columns"]:
         """Class scores of the patches."""
-        out = self.model(images)
-        return rearrange(self.head(out.tokens[:, out.prefix :]), "i (h w) c -> i c h w", h=out.grid[0])
+        return self.read(self.model(images).map)
 
-    def dense(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images classes rows columns"]:
-        """Class scores of the network as it was wrapped, every block on all tokens."""
+    def read(self, map: Float[Tensor, "images width rows columns"]) -> Float[Tensor, "images classes rows columns"]:
+        """Class scores of a map."""
+        return rearrange(self.head(rearrange(map, "i c h w -> i h w c")), "i h w c -> i c h w")
+
+    def dense(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images width rows columns"]:
+        """The map of the network as it was wrapped, every block on all tokens."""
         embedded = self.host.embed(images)
         row = embedded.tokens
         for block in range(self.model.depth):
             row = self.host.run(block, row, None)
-        scores = self.head(self.host.finish(row)[:, embedded.prefix :])
-        return rearrange(scores, "i (h w) c -> i c h w", h=embedded.grid[0])
+        return rearrange(self.host.finish(row)[:, embedded.prefix :], "i (h w) c -> i c h w", h=embedded.grid[0])
 
     def multiply_adds(self, grid: tuple[int, int], /, *, prefix: int) -> int:
         """Multiply-adds of an image with so many patches down and across, and so many other tokens."""

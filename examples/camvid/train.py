@@ -79,6 +79,9 @@ class Recipe:
 WITH_EXITS = Recipe(start="init", epochs=8, body_rate=1e-4, head_rate=3e-4, auxiliary=0.5, teacher=1.0, average=0.99)
 """What `--init` starts from: a checkpoint that needs small steps, and knows what it wants to say."""
 
+SHRUNK = replace(WITH_EXITS, epochs=12, body_rate=2e-4, head_rate=1e-3)
+"""For semantic tokens: its blocks have to learn to do without most of the tokens."""
+
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
@@ -94,7 +97,7 @@ def arguments() -> argparse.Namespace:
         help="exits, gates or semantic tokens to train with, from --init",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
-    parser.add_argument("--epochs", type=int, help=f"{Recipe.epochs} by default, {WITH_EXITS.epochs} from --init")
+    parser.add_argument("--epochs", type=int, help="as the recipe says by default: 24, or from --init 8 or 12")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--limit", type=int, help="use only this many train and val images")
@@ -247,9 +250,7 @@ def run_epoch(
     for step, (images, labels) in enumerate(batches, start=first):
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            with torch.no_grad():
-                wish = None if teacher is None else whole(teacher, images)
-            value = step_loss(model, images, criterion(labels, wish, recipe), recipe, step=step, steps=steps)
+            value = step_loss(model, teacher, images, labels, recipe, step=step, steps=steps)
         training.optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -262,8 +263,9 @@ def run_epoch(
 
 def step_loss(
     model: Model,
+    teacher: Model | None,
     images: Float[Tensor, "batch 3 height width"],
-    criterion: Callable[[Tensor], Float[Tensor, ""]],
+    labels: Int64[Tensor, "batch height width"],
     recipe: Recipe,
     *,
     step: int,
@@ -271,20 +273,22 @@ def step_loss(
 ) -> Float[Tensor, ""]:
     """The loss of one step, under the exits, gates or semantic tokens of the method."""
     if isinstance(model, runs.Segmenter):
-        return criterion(model(images))
+        assert teacher is None or isinstance(teacher, runs.Segmenter)
+        return shrunk.loss(model, teacher, images, lambda wish: criterion(labels, wish, recipe))
+    with torch.no_grad():
+        wish = None if teacher is None else scores(teacher, images)
+    aim = criterion(labels, wish, recipe)
     if isinstance(model, tet.GatedModel):
-        return gated.loss(model, images, criterion, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
+        return gated.loss(model, images, aim, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
     plan = methods.METHODS[recipe.method].training(step, steps, recipe.seed)
-    return tet.Staged(model)(images, schedule=plan).loss(criterion, auxiliary=recipe.auxiliary)
+    return tet.Staged(model)(images, schedule=plan).loss(aim, auxiliary=recipe.auxiliary)
 
 
-def whole(model: Model, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes grid_h grid_w"]:
-    """Class scores of the network that nothing leaves; one on semantic tokens is what it was before."""
-    if isinstance(model, runs.Segmenter):
-        return model.dense(images)
-    logits = model(images, schedule=schedule.dense()).logits
-    assert logits is not None  # they have heads
-    return logits
+def scores(model: Model, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes grid_h grid_w"]:
+    """Class scores of a network that nothing leaves, or that is on semantic tokens."""
+    found = model(images) if isinstance(model, runs.Segmenter) else model(images, schedule=schedule.dense()).logits
+    assert found is not None  # they have heads
+    return found
 
 
 @torch.inference_mode()
@@ -293,8 +297,9 @@ def validated(model: Model, batches: data.Batches, device: torch.device) -> floa
     model.eval()
     confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     for images, labels in shell.progress(batches, desc="val"):
-        logits = model(images.to(device)) if isinstance(model, runs.Segmenter) else whole(model, images.to(device))
-        full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        full = functional.interpolate(
+            scores(model, images.to(device)), size=labels.shape[-2:], mode="bilinear", align_corners=False
+        )
         confusion += metrics.confusion_matrix(
             full.argmax(1).cpu(), labels, classes=len(data.CLASSES), ignore=data.IGNORE
         )
@@ -426,7 +431,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.validate_every < 1:
         raise shell.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
-    base = Recipe() if given.init is None else WITH_EXITS
+    base = Recipe() if given.init is None else SHRUNK if given.method in shrunk.VARIANTS else WITH_EXITS
     source = given.weights if given.init is None else given.init
     if base.start == "weights" and given.method != "dense":
         raise shell.UsageError(f"`--method` must be dense with --weights, got {given.method!r}: exits need --init")
