@@ -15,6 +15,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +30,26 @@ Contenders = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def of_vit(size: str, *, after: int, until: int, place: Mapping) -> Contenders:
-    """DeiT, and what is made of it; weights are shared where they are the same."""
+    """DeiT, and what is made of it."""
     vit = import_timm().create_model(f"deit_{size}_patch16_224").eval().to(**place)
     short = tet.wrap_semantic(vit, semantic.stvit(), after=after, until=None)
     recovered = tet.wrap_semantic(vit, semantic.stvit(), after=after, until=until)
     one = torch.zeros(1, 3, 224, 224, **place)
     wanted = multiply_adds(lambda: vit.forward_head(short(one).tokens))
-    cuts = [cut_short(vit, depth) for depth in range(1, len(vit.blocks))]
-    truncated = min(cuts, key=lambda cut: abs(multiply_adds(lambda: cut(one)) - wanted))
+    cuts = {depth: cut_short(vit, depth) for depth in range(1, len(vit.blocks))}
+    depth, truncated = min(cuts.items(), key=lambda cut: abs(multiply_adds(lambda: cut[1](one)) - wanted))
     return {
         "dense": vit,
         "16 semantic tokens": lambda images: vit.forward_head(short(images).tokens),
         f"recovered after block {until}": lambda images: vit.forward_head(recovered(images).tokens),
-        f"truncated after block {len(truncated.get_submodule('blocks'))}": truncated,
+        f"truncated after block {depth}": truncated,
     }
 
 
-def cut_short(vit: nn.Module, depth: int) -> nn.Module:
+def cut_short(vit: Any, depth: int) -> nn.Module:
     """The same network with its first blocks alone."""
-    cut = copy.copy(vit)
-    cut._modules = vit._modules | {"blocks": vit.get_submodule("blocks")[:depth]}
+    cut = copy.deepcopy(vit)
+    cut.blocks = cut.blocks[:depth]
     return cut
 
 
