@@ -110,7 +110,7 @@ class SwinBlock(nn.Module):
         padded = functional.pad(map, (0, 0, 0, wide, 0, high)) if high or wide else map
         whole = Windows(padded.shape[1], padded.shape[2], self.window)
         back = (-shift[0], -shift[1])
-        side = _seams(whole, shift).to(map.device)
+        side = _seams(whole, shift, map.device)
         sides = semantic.split(side[None], whole)[0]
         allowed = sides[..., :, None] == sides[..., None, :]
         if valid is not None or windows.padding != (0, 0):
@@ -413,9 +413,9 @@ def _distances(window: tuple[int, int]) -> Tensor:
     return down * (2 * window[1] - 1) + across
 
 
-def _seams(windows: Windows, shift: tuple[int, int]) -> Tensor:
+def _seams(windows: Windows, shift: tuple[int, int], device: torch.device) -> Tensor:
     """On which side of the seams every place of the rolled map is: who was apart must not meet."""
-    rows, columns = torch.arange(windows.height), torch.arange(windows.width)
+    rows, columns = (torch.arange(side, device=device) for side in (windows.height, windows.width))
     return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])
 
 
