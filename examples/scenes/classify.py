@@ -12,7 +12,7 @@ weights follow from the seed, so that the same command goes on after an interrup
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,8 +88,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "vit-stvit": plain_on_semantic_tokens,
     "swin": partial(swin, plan=None),
     "swin-stvit": partial(swin, plan=semantic.stvit_r(WINDOW)),
+    "swin-stvit-unscaled": partial(swin, plan=replace(semantic.stvit_r(WINDOW), layer_scale=None)),
 }
-"""A pair by pair: dense, then the same on semantic tokens."""
+"""Dense networks, each before the same on semantic tokens.
+
+STViT-R's layer-scale of 1e-5 is made for hundreds of epochs; the last has none, as the dense Swin.
+"""
 
 
 @dataclass(frozen=True)
@@ -333,7 +337,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             continue
         each = " | ".join(f"{100 * np.mean([one['ap'][kind] for one in row]):.1f}" for kind in names)
         cells = [name, _spread([one["map"] for one in row]), each, _spread([one["accuracy"] for one in row])]
-        dense = rows.get(name.removesuffix("-stvit"))
+        dense = rows.get(name.partition("-")[0])
         count = row[0].get("multiply_adds")
         cells += ["", ""] if count is None else [f"{count / 1e6:.0f}", ""]
         if count is not None and dense:

@@ -124,7 +124,7 @@ def test_the_table_has_a_row_for_each_network():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"network": "resnet"}, "`--network` must be one of vit, vit-stvit, swin, swin-stvit, got resnet"),
+    ({"network": "resnet"}, "`--network` must be one of vit, vit-stvit, swin, swin-stvit, swin-stvit-unscaled, got resnet"),
     ({"steps": 0}, "`--steps` must be at least 1, got 0"),
     ({"test_scenes": 0}, "`--test-scenes` must be at least 1, got 0"),
     ({"scenes": 1}, "`--scenes` must be at least a batch, 2, got 1"),
