@@ -45,6 +45,43 @@ def load(path: Path, /) -> dict[str, Any]:
         raise shell.UsageError(f"`--out` must hold a checkpoint of this script, got {str(path)!r}: {error}") from error
 
 
+def keep(path: Path, recipe: Mapping[str, Any], parts: Mapping[str, Any], /, *, done: int) -> None:
+    """Write a checkpoint of a training under way.
+
+    Args:
+        path: The file.
+        recipe: Everything that decides the result.
+        parts: What has a state, by name: the model, optimisers, schedules of rates.
+        done: How many steps, or epochs, are done.
+    """
+    save(path, {"recipe": dict(recipe), "done": done, **{name: part.state_dict() for name, part in parts.items()}})
+
+
+def resume(path: Path, recipe: Mapping[str, Any], parts: Mapping[str, Any], /) -> int:
+    """Take up what `keep` wrote, if there is anything.
+
+    Args:
+        path: The file.
+        recipe: Everything that decides the result.
+        parts: What takes its state from the checkpoint, by name.
+
+    Returns:
+        How many steps, or epochs, are done.
+
+    Raises:
+        UsageError: If it is of another recipe.
+    """
+    if not path.is_file():
+        return 0
+    state = load(path)
+    if state["recipe"] != recipe:
+        other = {name: value for name, value in state["recipe"].items() if recipe.get(name) != value}
+        raise shell.UsageError(f"`--out` must be new or a run with the same settings, got {path.parent} with {other}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["done"]
+
+
 def _plain(value: Any, tensors: dict[str, torch.Tensor]) -> list[Any]:
     """A value as JSON can hold it, `[kind, value]`; tensors go to `tensors` and leave their name."""
     match value:

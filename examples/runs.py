@@ -6,7 +6,9 @@
     exits.safetensors
     gates.json           instead of exits, the plan and the gates (tokenexit_torch.save_gates)
     gates.safetensors
-    head.safetensors     and its final head's weights, which gates do not hold
+    semantic.json        instead of these, the plan and the layers of semantic tokens (tokenexit_torch.save_semantic)
+    semantic.safetensors
+    head.safetensors     the final head's weights, which gates and semantic tokens do not hold
 
 Names are looked up in a closed registry; nothing read from a file is executed.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,6 +34,7 @@ from examples.about import read as read_about
 from examples.scenes.vit import Config, PlainHost, ViT
 from examples.timm_import import import_timm
 from tokenexit import TokenExitError
+from tokenexit.cost import of_head
 from tokenexit.heads import MLP
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import host_of
@@ -38,6 +42,7 @@ from tokenexit_torch.hosts import host_of
 _WEIGHTS = "host.safetensors"
 _HEAD = "head.safetensors"
 _GATES = "gates.json"
+_SEMANTIC = "semantic.json"
 
 
 def normalised(
@@ -71,6 +76,45 @@ def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype:
     (folder / FILE).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 
+class Segmenter(nn.Module):
+    """A network on semantic tokens with a final head that reads the recovered map.
+
+    Attributes:
+        model: The network on semantic tokens.
+        head: The final head, which reads each token by itself.
+    """
+
+    def __init__(self, model: tet.SemanticModel, head: nn.Module) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    @property
+    def host(self) -> tet.Host:
+        """The host of the network before it had semantic tokens."""
+        return self.model.host
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images classes rows columns"]:
+        """Class scores of the patches."""
+        return self.read(self.model(images).map)
+
+    def read(self, map: Float[Tensor, "images width rows columns"]) -> Float[Tensor, "images classes rows columns"]:
+        """Class scores of a map."""
+        return rearrange(self.head(rearrange(map, "i c h w -> i h w c")), "i h w c -> i c h w")
+
+    def dense(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images width rows columns"]:
+        """The map of the network as it was wrapped, every block on all tokens."""
+        embedded = self.host.embed(images)
+        row = embedded.tokens
+        for block in range(self.model.depth):
+            row = self.host.run(block, row, None)
+        return rearrange(self.host.finish(row)[:, embedded.prefix :], "i (h w) c -> i c h w", h=embedded.grid[0])
+
+    def multiply_adds(self, grid: tuple[int, int], /, *, prefix: int) -> int:
+        """Multiply-adds of an image with so many patches down and across, and so many other tokens."""
+        head = of_head(MLP(), width=self.host.width, classes=self.head.get_parameter("3.bias").numel())
+        return self.model.multiply_adds(grid, prefix=prefix) + head.per_token * grid[0] * grid[1]
+
+
 def segmentation_head(*, width: int, classes: int) -> nn.Module:
     """The final head that a run with gates has, in the layout of `heads.MLP`."""
     return build(MLP(), width=width, classes=classes)
@@ -91,7 +135,24 @@ def save_gated(folder: str | Path, model: tet.GatedModel, about: About, /) -> No
         raise TokenExitError("`model` must have a final head, got None")
     folder = Path(folder)
     tet.save_gates(model, folder)
-    for file, module in ((_WEIGHTS, model.model), (_HEAD, model.head)):
+    _save_host(folder, model.host, model.head, about)
+
+
+def save_semantic(folder: str | Path, model: Segmenter, about: About, /) -> None:
+    """Write a run folder of a network on semantic tokens, in float32.
+
+    Args:
+        folder: Where to; made if it is not there.
+        model: The network; its final head is a `segmentation_head`.
+        about: What to say of it.
+    """
+    folder = Path(folder)
+    tet.save_semantic(model.model, folder)
+    _save_host(folder, model.host, model.head, about)
+
+
+def _save_host(folder: Path, host: tet.Host, head: nn.Module, about: About) -> None:
+    for file, module in ((_WEIGHTS, host.module), (_HEAD, head)):
         save_file({name: value.float().contiguous() for name, value in module.state_dict().items()}, folder / file)
     (folder / FILE).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
@@ -99,6 +160,11 @@ def save_gated(folder: str | Path, model: tet.GatedModel, about: About, /) -> No
 def is_gated(folder: str | Path, /) -> bool:
     """Whether a run folder holds a network with gates."""
     return (Path(folder) / _GATES).is_file()
+
+
+def is_semantic(folder: str | Path, /) -> bool:
+    """Whether a run folder holds a network on semantic tokens."""
+    return (Path(folder) / _SEMANTIC).is_file()
 
 
 def load_gated(folder: str | Path, /) -> tuple[tet.GatedModel, About]:
@@ -114,13 +180,23 @@ def load_gated(folder: str | Path, /) -> tuple[tet.GatedModel, About]:
         TokenExitError: If a file is missing or not what it should be.
     """
     host, about = _host(Path(folder))
-    width = host_of(host).width
-    head = segmentation_head(width=width, classes=len(about.classes))
-    try:
-        head.load_state_dict(load_file(Path(folder) / _HEAD))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise TokenExitError(f"`folder` must hold a final head in {_HEAD}, got {folder}: {error}") from error
-    return tet.load_gates(folder, host, head=head).eval(), about
+    return tet.load_gates(folder, host, head=_head(Path(folder), host, about)).eval(), about
+
+
+def load_semantic(folder: str | Path, /) -> tuple[Segmenter, About]:
+    """Read a run folder of a network on semantic tokens.
+
+    Args:
+        folder: Where `save_semantic` wrote it.
+
+    Returns:
+        The network in evaluation mode, float32, and what the folder says of it.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be.
+    """
+    host, about = _host(Path(folder))
+    return Segmenter(tet.load_semantic(folder, host), _head(Path(folder), host, about)).eval(), about
 
 
 def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
@@ -150,6 +226,15 @@ def _host(folder: Path) -> tuple[Any, About]:
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise TokenExitError(f"`folder` must hold a network as {FILE} says, got {folder}: {error}") from error
     return host, about
+
+
+def _head(folder: Path, host: Any, about: About) -> nn.Module:
+    head = segmentation_head(width=host_of(host).width, classes=len(about.classes))
+    try:
+        head.load_state_dict(load_file(folder / _HEAD))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TokenExitError(f"`folder` must hold a final head in {_HEAD}, got {folder}: {error}") from error
+    return head
 
 
 @torch.inference_mode()

@@ -453,14 +453,15 @@ def _cells(size: int, side: int, to: int, like: Array) -> _Line:
     """Pieces that are cells of the windows of an axis."""
     xp = array_namespace(like)
     count = -(-size // side)
-    reach = max(_stop(cell, side, to) - cell * side // to for cell in range(to))
-    if side % to == 0 and size == count * side:
+    spans = [_stop(cell, side, to) - cell * side // to for cell in range(to)]
+    reach, whole = max(spans), size == count * side
+    if side % to == 0 and whole:
         return _Line(None, None, count * to, reach)
     piece = counting(count * to, like)
     origin, cell = piece // to * side, piece % to
     start, stop = origin + cell * side // to, origin - (-(cell + 1) * side // to)
     place = start[:, None] + counting(reach, like)
-    there = (place < stop[:, None]) & (place < size)
+    there = None if whole and min(spans) == reach else (place < stop[:, None]) & (place < size)
     filled = (count - 1) * side + (to - 1) * side // to < size
     return _Line(_flat(xp.clip(place, 0, size - 1)), there, count * to, reach, filled)
 

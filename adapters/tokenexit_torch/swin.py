@@ -107,10 +107,10 @@ class SwinBlock(nn.Module):
     def _shifted(self, map: Tensor, windows: Windows, valid: Tensor | None, shift: tuple[int, int]) -> Tensor:
         """Windows of the map that is rolled over its edges, each side of a seam by itself."""
         high, wide = windows.padding
-        padded = functional.pad(map, (0, 0, 0, wide, 0, high))
+        padded = functional.pad(map, (0, 0, 0, wide, 0, high)) if high or wide else map
         whole = Windows(padded.shape[1], padded.shape[2], self.window)
         back = (-shift[0], -shift[1])
-        side = _seams(whole, shift).to(map.device)
+        side = _seams(whole, shift, map.device)
         sides = semantic.split(side[None], whole)[0]
         allowed = sides[..., :, None] == sides[..., None, :]
         if valid is not None or windows.padding != (0, 0):
@@ -123,18 +123,18 @@ class SwinBlock(nn.Module):
 
     def _attend(self, places: Tensor, allowed: Tensor | None) -> Tensor:
         """Attention within each window; `allowed` says who attends to whom, for queries that are allowed anyone."""
-        images, windows, size, _ = places.shape
+        windows = places.shape[1]
         q, k, v = rearrange(
-            self.qkv(places), "i w n (three heads d) -> three (i w) heads n d", three=3, heads=self.heads
+            self.qkv(places), "i w n (three heads d) -> three i (w heads) n d", three=3, heads=self.heads
         )
-        bias = rearrange(self.bias[self._apart], "n m heads -> heads n m").to(q.dtype)
-        if allowed is None:
-            bias = bias[None]
-        else:
+        bias = rearrange(self.bias[self._apart], "n m heads -> 1 1 heads n m").to(q.dtype)
+        if allowed is not None:
             allowed = (allowed | ~allowed.any(dim=-1, keepdim=True))[:, :, None]
-            bias = torch.where(allowed, bias, -torch.inf).expand(images, windows, self.heads, size, size).flatten(0, 1)
+            bias = torch.where(allowed, bias, -torch.inf)
+        # Windows lie beside heads, so that all images share one mask where they may.
+        bias = bias.expand(-1, windows, -1, -1, -1).flatten(1, 2)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(rearrange(mixed, "(i w) heads n d -> i w n (heads d)", i=images))
+        return self.proj(rearrange(mixed, "i (w heads) n d -> i w n (heads d)", heads=self.heads))
 
 
 class _Merging(nn.Module):
@@ -413,9 +413,9 @@ def _distances(window: tuple[int, int]) -> Tensor:
     return down * (2 * window[1] - 1) + across
 
 
-def _seams(windows: Windows, shift: tuple[int, int]) -> Tensor:
+def _seams(windows: Windows, shift: tuple[int, int], device: torch.device) -> Tensor:
     """On which side of the seams every place of the rolled map is: who was apart must not meet."""
-    rows, columns = torch.arange(windows.height), torch.arange(windows.width)
+    rows, columns = (torch.arange(side, device=device) for side in (windows.height, windows.width))
     return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])
 
 

@@ -1,4 +1,4 @@
-"""Trains a ViT-Tiny on CamVid, from ImageNet or with exits from a dense checkpoint, and saves a run folder.
+"""Trains a ViT-Tiny on CamVid, from ImageNet or for fewer tokens from a dense checkpoint, and saves a run folder.
 
     python -m examples.camvid.train --data CAMVID --weights deit_tiny_patch16_224.npz --out RUN
     python -m examples.camvid.train --data CAMVID --init camvid_vit_tiny_p16.npz --method neighbours --out RUN
@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenexit_torch as tet
 from examples import checkpoints, metrics, runs, shell
-from examples.camvid import common, data, gated, methods
+from examples.camvid import common, data, gated, methods, shrunk
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
@@ -79,6 +79,9 @@ class Recipe:
 WITH_EXITS = Recipe(start="init", epochs=8, body_rate=1e-4, head_rate=3e-4, auxiliary=0.5, teacher=1.0, average=0.99)
 """What `--init` starts from: a checkpoint that needs small steps, and knows what it wants to say."""
 
+SHRUNK = replace(WITH_EXITS, epochs=12, body_rate=2e-4, head_rate=1e-3)
+"""For semantic tokens: its blocks have to learn to do without most of the tokens."""
+
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
@@ -89,12 +92,12 @@ def arguments() -> argparse.Namespace:
     start.add_argument("--init", type=Path, help="dense checkpoint, a .npz file with timm key names and heads.B.*")
     parser.add_argument(
         "--method",
-        choices=[*methods.METHODS, *gated.VARIANTS],
+        choices=[*methods.METHODS, *gated.VARIANTS, *shrunk.VARIANTS],
         default="dense",
-        help="exits to train with, from --init",
+        help="exits, gates or semantic tokens to train with, from --init",
     )
     parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
-    parser.add_argument("--epochs", type=int, help=f"{Recipe.epochs} by default, {WITH_EXITS.epochs} from --init")
+    parser.add_argument("--epochs", type=int, help="as the recipe says by default: 24, or from --init 8 or 12")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--limit", type=int, help="use only this many train and val images")
@@ -107,11 +110,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-Model = tet.ExitingModel | tet.GatedModel
+Model = tet.ExitingModel | tet.GatedModel | runs.Segmenter
 
 
 def new_model(source: Path, recipe: Recipe) -> Model:
-    """The network with fresh exit heads, of which nothing leaves, or with fresh gates.
+    """The network with fresh exit heads, of which nothing leaves, with fresh gates, or on semantic tokens.
 
     Raises:
         UsageError: If the file does not hold what the recipe starts from.
@@ -123,6 +126,8 @@ def new_model(source: Path, recipe: Recipe) -> Model:
     vit, final, _ = common.ready_model(source, data.SIZE)
     if recipe.method in gated.VARIANTS:
         return gated.new_model(vit, final, gated.VARIANTS[recipe.method])
+    if recipe.method in shrunk.VARIANTS:
+        return shrunk.new_model(vit, final, shrunk.VARIANTS[recipe.method])
     plan = schedule.dense(after=methods.METHODS[recipe.method].after)
     # All heads of one plan, which the checkpoint's final head has as well, so that the run folder holds it.
     model = tet.wrap(vit, plan, num_classes=len(data.CLASSES), exit_heads=MLP())
@@ -245,9 +250,7 @@ def run_epoch(
     for step, (images, labels) in enumerate(batches, start=first):
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            with torch.no_grad():
-                wish = None if teacher is None else teacher(images, schedule=schedule.dense()).logits
-            value = step_loss(model, images, criterion(labels, wish, recipe), recipe, step=step, steps=steps)
+            value = step_loss(model, teacher, images, labels, recipe, step=step, steps=steps)
         training.optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -260,28 +263,43 @@ def run_epoch(
 
 def step_loss(
     model: Model,
+    teacher: Model | None,
     images: Float[Tensor, "batch 3 height width"],
-    criterion: Callable[[Tensor], Float[Tensor, ""]],
+    labels: Int64[Tensor, "batch height width"],
     recipe: Recipe,
     *,
     step: int,
     steps: int,
 ) -> Float[Tensor, ""]:
-    """The loss of one step, under the exits or gates of the method."""
+    """The loss of one step, under the exits, gates or semantic tokens of the method."""
+    if isinstance(model, runs.Segmenter):
+        assert teacher is None or isinstance(teacher, runs.Segmenter)
+        return shrunk.loss(model, teacher, images, lambda wish: criterion(labels, wish, recipe))
+    with torch.no_grad():
+        wish = None if teacher is None else scores(teacher, images)
+    aim = criterion(labels, wish, recipe)
     if isinstance(model, tet.GatedModel):
-        return gated.loss(model, images, criterion, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
+        return gated.loss(model, images, aim, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
     plan = methods.METHODS[recipe.method].training(step, steps, recipe.seed)
-    return tet.Staged(model)(images, schedule=plan).loss(criterion, auxiliary=recipe.auxiliary)
+    return tet.Staged(model)(images, schedule=plan).loss(aim, auxiliary=recipe.auxiliary)
+
+
+def scores(model: Model, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes grid_h grid_w"]:
+    """Class scores of a network that nothing leaves, or that is on semantic tokens."""
+    found = model(images) if isinstance(model, runs.Segmenter) else model(images, schedule=schedule.dense()).logits
+    assert found is not None  # they have heads
+    return found
 
 
 @torch.inference_mode()
-def dense_miou(model: Model, batches: data.Batches, device: torch.device) -> float:
-    """Data-set mIoU of the whole network in float32, as a fraction, logits upsampled to the labels."""
+def validated(model: Model, batches: data.Batches, device: torch.device) -> float:
+    """Data-set mIoU in float32, as a fraction, logits upsampled to the labels: dense, or on semantic tokens."""
     model.eval()
     confusion = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     for images, labels in shell.progress(batches, desc="val"):
-        logits = model(images.to(device), schedule=schedule.dense()).logits
-        full = functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        full = functional.interpolate(
+            scores(model, images.to(device)), size=labels.shape[-2:], mode="bilinear", align_corners=False
+        )
         confusion += metrics.confusion_matrix(
             full.argmax(1).cpu(), labels, classes=len(data.CLASSES), ignore=data.IGNORE
         )
@@ -350,7 +368,7 @@ def train(
         loss = run_epoch(training, teacher, bar, recipe, first=epoch * batches, steps=steps, device=device)
         entry = {"loss": loss, "seconds": time.perf_counter() - started}
         if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
-            entry["val_miou"] = dense_miou(training.result, validation, device)
+            entry["val_miou"] = validated(training.result, validation, device)
         history.append(entry)
         checkpoints.save(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
         print(_line(len(history), recipe.epochs, entry), flush=True)
@@ -378,7 +396,7 @@ def finish(
     device: torch.device,
 ) -> None:
     """Save the run; gates are calibrated before."""
-    patch = int(model.model.get_parameter("patch_embed.proj.weight").shape[-1])
+    patch = int(model.host.module.get_parameter("patch_embed.proj.weight").shape[-1])
     config = {"model_name": common.VIT, **common.vit_config(patch, data.SIZE)}
     about = runs.About(
         host="timm", config=config, classes=data.CLASSES, palette=data.PALETTE, mean=data.MEAN, std=data.STD,
@@ -390,17 +408,19 @@ def finish(
         gated.write_plans(out, plans)
         model.retune(plans[gated.TRAINED])
         runs.save_gated(out, model, about)
+    elif isinstance(model, runs.Segmenter):
+        runs.save_semantic(out, model, about)
     else:
         model.retune(_PLAN if recipe.start == "weights" else methods.METHODS[recipe.method].saved)
         runs.save(out, model, about)
     (out / "history.json").write_text(json.dumps({"recipe": asdict(recipe), "epochs": history}, indent=1) + "\n")
-    print(f"dense val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
+    print(f"val mIoU {100 * history[-1]['val_miou']:.2f}; run saved in {out}", flush=True)
 
 
 def _line(epoch: int, epochs: int, entry: Mapping[str, float]) -> str:
     parts = [f"epoch {epoch}/{epochs}", f"loss {entry['loss']:.4f}", f"{entry['seconds']:.0f} s"]
     if "val_miou" in entry:
-        parts.append(f"dense val mIoU {100 * entry['val_miou']:.2f}")
+        parts.append(f"val mIoU {100 * entry['val_miou']:.2f}")
     return "  ".join(parts)
 
 
@@ -411,7 +431,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.validate_every < 1:
         raise shell.UsageError(f"`--validate-every` must be at least 1, got {given.validate_every}")
-    base = Recipe() if given.init is None else WITH_EXITS
+    base = Recipe() if given.init is None else SHRUNK if given.method in shrunk.VARIANTS else WITH_EXITS
     source = given.weights if given.init is None else given.init
     if base.start == "weights" and given.method != "dense":
         raise shell.UsageError(f"`--method` must be dense with --weights, got {given.method!r}: exits need --init")

@@ -23,15 +23,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import tokenexit_torch as tet
 from examples import checkpoints, runs, shell
+from examples.counting import multiply_adds
 from examples.precision import Precision, average_precision, require_coco
 from examples.scenes.canvas import CAR, CLASSES, PERSON
 from examples.scenes.detection import Boxes, Detector, Raw, Targets, decoded, detection_loss, targets
 from examples.scenes.draw import Scene, draw
+from examples.scenes.train import share_of_rate
 from tokenexit import gates, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Schedule
@@ -184,14 +185,6 @@ def groups(network: Network, recipe: Recipe, phase: str) -> list[dict[str, Any]]
     ]
 
 
-def share_of_rate(step: int, *, steps: int) -> float:
-    """Linear warm-up over a twentieth of the steps to 1, then half a cosine down to zero."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def train(network: Network, recipe: Recipe, phase: str, out: Path) -> None:
     """Train in place, from the phase's checkpoint if there is one, leaving one after each epoch.
 
@@ -205,7 +198,7 @@ def train(network: Network, recipe: Recipe, phase: str, out: Path) -> None:
     parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
     path = out / f"{phase.replace(', ', '_').replace(' ', '_')}.safetensors"
     identity = identity_of(recipe, phase)
-    done = restore(path, identity, parts)
+    done = checkpoints.resume(path, identity, parts)
     forward = dense_step
     if phase == "gated":
         sampled = tet.Sampled(network.backbone, rates=recipe.rate_of_gate, random=recipe.random)
@@ -225,8 +218,7 @@ def train(network: Network, recipe: Recipe, phase: str, out: Path) -> None:
             scheduler.step()
             losses.append(value.item())
             bar.set_postfix_str(_progress(losses, kept))
-        state = {"recipe": identity, "epoch": epoch + 1}
-        checkpoints.save(path, state | {name: part.state_dict() for name, part in parts.items()})
+        checkpoints.keep(path, identity, parts, done=epoch + 1)
         tqdm.write(f"{phase}, epoch {epoch + 1} of {epochs}: {_progress(losses, kept)}")
 
 
@@ -249,23 +241,6 @@ def identity_of(recipe: Recipe, phase: str) -> dict[str, Any]:
     if phase == "dense":
         ignored |= {"tuning", "tuning_rate"}
     return {name: value for name, value in asdict(recipe).items() if name not in ignored}
-
-
-def restore(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Any]) -> int:
-    """Take up a checkpoint of the same recipe, if there is one, and return how many epochs it had done.
-
-    Raises:
-        UsageError: If it is of another recipe.
-    """
-    if not path.is_file():
-        return 0
-    state = checkpoints.load(path)
-    if state["recipe"] != identity:
-        other = {name: value for name, value in state["recipe"].items() if identity.get(name) != value}
-        raise shell.UsageError(f"`--out` must be new or a run with the same settings, got {path.parent} with {other}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["epoch"]
 
 
 def batches(network: Network, recipe: Recipe, stream: str, count: int) -> Iterator[tuple[list[Scene], Tensor]]:
@@ -326,9 +301,7 @@ def detector_multiply_adds(network: Network, recipe: Recipe) -> float:
     """What neck and head execute for one image, whoever has waited in the network."""
     height, width = (side // network.backbone.host.image_shape[-2] * 4 for side in recipe.size)
     maps = {tap: torch.zeros(1, network.backbone.host.width, height, width) for tap in TAPS}
-    with FlopCounterMode(display=False) as counter:
-        network.detector.eval()(maps)
-    return counter.get_total_flops() / 2
+    return multiply_adds(lambda: network.detector.eval()(maps))
 
 
 def run(recipe: Recipe, out: Path) -> dict[str, Any]:

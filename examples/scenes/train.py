@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -156,21 +155,22 @@ def new_optimizers(model: tet.ExitingModel, recipe: Recipe) -> tuple[torch.optim
     )
 
 
-def share_of_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up to 1, then half a cosine down to zero."""
-    warmup = max(1, round(recipe.warmup * recipe.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+def share_of_rate(step: int, *, steps: int, warmup: float = 0.05) -> float:
+    """Linear warm-up over a share of the steps to 1, then half a cosine down to zero."""
+    first = max(1, round(warmup * steps))
+    if step < first:
+        return (step + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
 
 
 def train(model: tet.ExitingModel, recipe: Recipe, out: Path, every: int) -> None:
     """Trains the model in place, from the checkpoint in `out` if there is one, leaving one every so many steps."""
     optimizers = new_optimizers(model, recipe)
-    rates = [torch.optim.lr_scheduler.LambdaLR(each, partial(share_of_rate, recipe=recipe)) for each in optimizers]
+    share = partial(share_of_rate, steps=recipe.steps, warmup=recipe.warmup)
+    rates = [torch.optim.lr_scheduler.LambdaLR(each, share) for each in optimizers]
     parts = {"model": model, **{f"optimizer{i}": each for i, each in enumerate(optimizers)}}
     parts |= {f"rate{i}": each for i, each in enumerate(rates)}
-    start = restore(out / CHECKPOINT, recipe, parts)
+    start = checkpoints.resume(out / CHECKPOINT, asdict(recipe), parts)
     normalised = partial(runs.normalised, about(recipe))
     # One worker draws the next scenes while this process trains; a step's scenes do not depend on who draws them.
     left = range(start, recipe.steps)
@@ -189,7 +189,8 @@ def train(model: tet.ExitingModel, recipe: Recipe, out: Path, every: int) -> Non
         if step % 20 == 0:
             bar.set_postfix_str(progress(value, exits, label))
         if step % every == 0 or step == recipe.steps:
-            save_checkpoint(out / CHECKPOINT, recipe, parts, step)
+            # Nothing in a step is random but its scenes, so no generator is kept.
+            checkpoints.keep(out / CHECKPOINT, asdict(recipe), parts, done=step)
             tqdm.write(f"step {step}: {progress(value, exits, label)}")
 
 
@@ -200,29 +201,6 @@ def progress(value: Tensor, exits: Mapping[int, Tensor], label: UInt8[Tensor, "b
         for block in (min(exits), max(exits))
     )
     return f"loss {value.item():.3f}, pixel accuracy {first:.1f} % (first head), {last:.1f} % (last)"
-
-
-def save_checkpoint(path: Path, recipe: Recipe, parts: Mapping[str, Any], step: int) -> None:
-    """Writes a checkpoint whole or not at all; nothing in a step is random but its scenes, so no generator is kept."""
-    state = {"recipe": asdict(recipe), "step": step, **{name: part.state_dict() for name, part in parts.items()}}
-    checkpoints.save(path, state)
-
-
-def restore(path: Path, recipe: Recipe, parts: Mapping[str, Any]) -> int:
-    """Takes up the checkpoint of the same recipe, if there is one, and returns how many steps it had done.
-
-    Raises:
-        UsageError: If the folder holds a run of another recipe.
-    """
-    if not path.is_file():
-        return 0
-    state = checkpoints.load(path)
-    if state["recipe"] != asdict(recipe):
-        other = {name: value for name, value in state["recipe"].items() if asdict(recipe).get(name) != value}
-        raise shell.UsageError(f"`--out` must be new or a run with the same settings, got {path.parent} with {other}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"]
 
 
 def fit(model: tet.ExitingModel, recipe: Recipe) -> tet.FitReport:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from examples import metrics, runs, shell, timing
-from examples.camvid import common, data, evaluate, gated, insights, methods, report, search, train
+from examples.camvid import common, compare, data, evaluate, gated, insights, methods, report, search, shrunk, train
 from tokenexit import schedule
 from tokenexit.search import Found
 
@@ -211,7 +212,7 @@ RUNS = {
     "from ImageNet": (train.Recipe(epochs=2, batch=2, limit=3, fit_steps=3), DEIT),
     **{
         method: (dataclasses.replace(train.WITH_EXITS, method=method, epochs=2, batch=2, limit=3, fit_steps=3), READY)
-        for method in (*methods.METHODS, "svit", "svit-discarded")
+        for method in (*methods.METHODS, "svit", "svit-discarded", "stvit")
     },
 }
 
@@ -244,6 +245,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         files = ["host.safetensors", "gates.safetensors", "head.safetensors", "gates.json"]
         plans = gated.read_plans(tmp_path / "straight")
         assert runs.load_gated(tmp_path / "straight")[0].schedule == plans[gated.TRAINED]
+    elif recipe.method in shrunk.VARIANTS:
+        files = ["host.safetensors", "semantic.safetensors", "head.safetensors", "semantic.json"]
+        assert runs.load_semantic(tmp_path / "straight")[0].model.until == shrunk.VARIANTS[recipe.method].until
     elif recipe.start == "init":
         assert runs.load(tmp_path / "straight")[0].schedule == methods.METHODS[recipe.method].saved
     for file in files:
@@ -359,6 +363,22 @@ def test_budgets_of_gates_are_kept_on_the_images_that_they_are_calibrated_on(nam
 
 
 @needs_data
+@pytest.mark.parametrize("name", gated.VARIANTS)
+def test_every_variant_of_gates_learns(name: str) -> None:
+    variant = gated.VARIANTS[name]
+    model = gated.new_model(*common.ready_model(READY, data.SIZE)[:2], variant)
+    images, labels = next(iter(data.Batches(data.frames(CAMVID, "train", 1), 1)))
+    step = functools.partial(gated.loss, model, images, variant=variant, seed=1)
+    losses = [step(train.criterion(labels, None, train.WITH_EXITS), step=at) for at in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+    losses[0].backward()
+    assert {int(after) for after in model.gates} == set(variant.rate)
+    for gate in model.gates.values():
+        assert all(one.grad is not None and one.grad.isfinite().all() for one in gate.parameters())
+        assert any(one.grad is not None and one.grad.any() for one in gate.parameters())
+
+
+@needs_data
 def test_insights_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = {name: recipe for name, (recipe, _) in RUNS.items() if name in ("svit", "dtop")}
     for name, recipe in recipes.items():
@@ -390,6 +410,44 @@ def test_insights_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given.budget = 0.5
     with pytest.raises(shell.UsageError, match=r"`--json` must hold results of"):
         insights.run(given)
+
+
+@needs_data
+def test_networks_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / name for name in ("stvit", "svit", "dtop")]
+    for folder in folders:
+        run_train(dataclasses.replace(RUNS[folder.name][0], epochs=1), READY, folder)
+    given = argparse.Namespace(
+        data=CAMVID, init=READY, runs=folders, json=tmp_path / "found.json", only=None, split="val", limit=2,
+        batches=[2], rounds=1, timing_images=2, accuracy_batch=2, threads=None, device="cpu",
+    )  # fmt: skip
+    results = compare.compare(given)
+    settings = results["settings"]
+    exits = [f"dtop: dtop, {way}" for way in ("dense", *(f"cut short after {after}" for after in (4, 6, 8)), "exits")]
+    gates = [f"svit: svit, {way}" for way in ("dense", *(f"gates {budget:.2f}" for budget in sorted(gated.BUDGETS)))]
+    assert [*settings] == [compare.BASELINE, "stvit: stvit", *gates, *exits]
+    whole = settings[compare.BASELINE]["multiply_adds"]
+    assert settings["stvit: stvit"]["multiply_adds"] / whole == pytest.approx(0.521, abs=1e-3)
+    assert settings["dtop: dtop, cut short after 6"]["multiply_adds"] / whole == pytest.approx(0.51, abs=5e-3)
+    assert settings["dtop: dtop, dense"]["multiply_adds"] == pytest.approx(whole, rel=1e-6)
+    assert all(0 < one["miou"] < 1 for one in settings.values())
+    assert [*results["timing"]["2"]["settings"]] == [*settings]
+    rows = compare.table(results).splitlines()
+    assert len(rows) == 2 + len(settings)
+    assert all(row.count("|") == 7 for row in rows)
+
+    def measured_again(*_args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(compare, "accuracy", measured_again)
+    monkeypatch.setattr(compare.timing, "interleaved", measured_again)
+    assert compare.compare(given) == results
+    given.only = ["stvit", "after 4"]
+    given.rounds = 0
+    assert compare.compare(given) == results
+    given.limit = 1
+    with pytest.raises(shell.UsageError, match=r"`--json` must hold results of"):
+        compare.compare(given)
 
 
 def test_ranks_correlate() -> None:

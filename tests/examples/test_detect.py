@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from examples import shell
 from examples.precision import average_precision
@@ -178,6 +179,22 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(tmp_pat
     assert "AP50 with gates, less that of the dense network trained as long" in lines[7]
     with pytest.raises(shell.UsageError, match="`--out` must be new or a run with the same settings"):
         detect.run(tiny(seed=5), tmp_path / "b")
+
+
+def test_the_last_block_is_dense_and_coins_decide_where_that_is_asked_for(tmp_path):
+    options = {"epochs": 1, "tuning": 1}
+    usual, other = (
+        detect.run(tiny(**options | more), tmp_path / name)
+        for name, more in (("usual", {}), ("other", {"last": "dense", "random": 0.5}))
+    )
+    work = [one["rows"]["gated"]["multiply_adds"] for one in (usual, other)]
+    assert work[0] < work[1] < usual["rows"]["dense"]["multiply_adds"]
+    plan = json.loads((tmp_path / "other" / "gates" / "gates.json").read_text())["schedule"]
+    assert plan["carry"]["before"] == "last block"
+    weights = [
+        load_file(tmp_path / name / "gates" / "gates.safetensors")["gates.4.1.weight"] for name in ("usual", "other")
+    ]
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

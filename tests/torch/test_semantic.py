@@ -465,3 +465,22 @@ def test_a_unit_learns_from_what_it_recovers():
 
     before, after = learned(nn.ModuleList([made, head]), predict)
     assert after < 0.3 * before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"second": (8, 8), "recovery": (18, 18), "edges": "beyond", "own_keys": False}]
+)
+def test_a_windowed_unit_learns_what_a_place_cannot_know_by_itself(options):
+    """One place of a map holds a sign, and all places shall tell it: whoever does not look has a loss of 1."""
+    torch.manual_seed(0)
+    plan = SemanticPlan(window=(4, 4), neighbourhood=(6, 6), residual=True, layer_scale=None, **options)
+    unit = tet.SemanticUnit(plan, width=16, heads=2)
+    optimizer = torch.optim.AdamW(unit.parameters(), lr=5e-3)
+    for _ in range(120):
+        map, word, each = 0.1 * torch.randn(16, 10, 9, 16), torch.randn(16).sign(), torch.arange(16)
+        map[each, torch.randint(10, (16,)), torch.randint(9, (16,)), :2] = 3 * torch.stack([word.abs(), word], dim=1)
+        loss = (unit(map)[..., 2] - word[:, None, None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
