@@ -320,12 +320,14 @@ class Cost:
             hidden: Channels inside the MLPs of these layers.
 
         Returns:
-            Multiply-adds, the patch embedding included, heads and decoder not.
+            Multiply-adds, the patch embedding included, heads and decoder not. Norms of these layers are not counted,
+            even where those of the blocks are.
 
         Raises:
-            TokenExitError: If the blocks do not leave room for the layers.
+            TokenExitError: If the blocks do not leave room for the layers, or `hidden` or the grid is less than 1.
         """
         require_room(after, until, depth=len(self.blocks))
+        _require_sizes(hidden=hidden)
         windows, width = plan.windows(*grid), self.width
         places, patches = windows.window[0] * windows.window[1], grid[0] * grid[1]
         each = plan.tokens[0] * plan.tokens[1]

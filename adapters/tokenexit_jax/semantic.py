@@ -281,8 +281,8 @@ class SemanticTokens:
         """
         plan, (first, second), (of_first, of_second) = self.plan, self.blocks, keys_of(key, 2)
         windows = plan.windows(*map.shape[1:3])
-        map = cleared(map, valid)
         tokens, held = semantic.pool(map, windows, to=plan.tokens, by=plan.pool, valid=valid)
+        map = cleared(map, valid)
         found = Semantic(tokens, held, windows.pooled(plan.tokens), prefix)
         onto = found if plan.residual else replace(found, tokens=jnp.zeros_like(tokens))
         given = part(weights, "first"), found, onto, map, valid, windows, plan.neighbourhood

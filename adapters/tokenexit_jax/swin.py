@@ -21,6 +21,7 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import semantic
+from tokenexit._array import require_marks
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_jax._layers import (
@@ -73,7 +74,8 @@ class SwinBlock:
         drop_path: Stochastic depth, for each image.
 
     Raises:
-        TokenExitError: If heads do not divide the width, or `drop_path` is no share.
+        TokenExitError: If heads do not divide the width, `window` are not whole numbers from 1 up, or `drop_path` is no
+            share.
     """
 
     width: int
@@ -85,6 +87,7 @@ class SwinBlock:
     def __post_init__(self) -> None:
         require_heads(self.heads, self.width)
         require_share(self.drop_path)
+        Windows(1, 1, self.window)  # raises if `window` is none
 
     def init(self, key: Array, /) -> dict[str, Array]:
         """New weights, as ViTs start them.
@@ -174,7 +177,7 @@ class SwinBlock:
             allowed = jnp.broadcast_to(allowed, (images, windows, *allowed.shape[2:]))
             allowed = rearrange(allowed, "i w n m -> (i w) 1 n m")
         mixed = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=allowed)
-        return linear(weights, "proj", rearrange(mixed, "(i w) n heads d -> i w n (heads d)", i=images))
+        return linear(weights, "proj", mixed.reshape(places.shape))
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,8 @@ class Swin:
         channels: Of an image.
 
     Raises:
-        TokenExitError: If units do not divide the third stage, heads do not divide a width, or `drop_path` is no share.
+        TokenExitError: If units do not divide the third stage, heads do not divide a width, `window` are not whole
+            numbers from 1 up, or `drop_path` is no share.
     """
 
     width: int = field(default=96, kw_only=True)
@@ -209,6 +213,7 @@ class Swin:
 
     def __post_init__(self) -> None:
         require_share(self.drop_path)
+        Windows(1, 1, self.window)  # raises if `window` is none
         units = self.plan is None or self.depths[2] % _UNIT == 0
         require(units, "depths", f"have a multiple of {_UNIT} blocks in the third stage", self.depths)
         for heads, width in zip(self.heads, self.widths, strict=True):
@@ -293,7 +298,8 @@ class Swin:
             up. They are not normed.
 
         Raises:
-            TokenExitError: If the images have not so many channels, or not last.
+            TokenExitError: If the images have not so many channels, or not last, or `valid` is not of their size, or
+                not boolean.
         """
         return self._run(weights, images, valid, key, _as_learned)[0]
 
@@ -319,7 +325,8 @@ class Swin:
             `weights | statistics` is what comes next.
 
         Raises:
-            TokenExitError: If the images have not so many channels, or not last.
+            TokenExitError: If the images have not so many channels, or not last, or `valid` is not of their size, or
+                not boolean.
         """
         return self._run(weights, images, valid, key, _learning)
 
@@ -328,6 +335,9 @@ class Swin:
     ) -> tuple[tuple[SwinMap, ...], dict[str, Array]]:
         shape = f"have shape (images, height, width, {self.channels})"
         require(images.ndim == 4 and images.shape[-1] == self.channels, "images", shape, f"shape {images.shape}")
+        if valid is not None:
+            require_marks(valid, "valid")
+            require(valid.shape == images.shape[:3], "valid", f"have shape {images.shape[:3]}", f"shape {valid.shape}")
         stage, statistics = _stem(part(weights, "stem"), images, valid, norm)
         stages, maps = self.stages, []
         keys = iter(keys_of(key, sum(len(layers) for layers in stages)))

@@ -6,7 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DropPath", "evaluating", "linear_weights", "mlp", "start_anew"]
+from tokenexit._plain import is_whole
+from tokenexit.errors import require
+
+__all__ = ["DropPath", "evaluating", "linear_weights", "mlp", "require_heads", "start_anew"]
 
 
 @contextmanager
@@ -51,6 +54,11 @@ class DropPath(nn.Module):
 def mlp(width: int, hidden: int) -> nn.Sequential:
     """The MLP of a block."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def require_heads(heads: int, width: int) -> None:
+    """Raise a `TokenExitError` unless heads divide the width."""
+    require(is_whole(heads, least=1) and width % heads == 0, "heads", f"divide the width, {width}", heads)
 
 
 def start_anew(module: nn.Module) -> None:

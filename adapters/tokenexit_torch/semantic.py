@@ -19,7 +19,7 @@ from torch.nn import functional
 from tokenexit import semantic
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
-from tokenexit_torch._modules import DropPath, mlp, start_anew
+from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
 
 __all__ = ["CrossBlock", "Recovery", "Semantic", "SemanticMixing", "SemanticTokens", "SemanticUnit"]
 
@@ -105,7 +105,7 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, *, hidden: int | None = None, layer_scale: float | None = 1e-5) -> None:
         super().__init__()
-        require(heads >= 1 and width % heads == 0, "heads", f"divide the width, {width}", heads)
+        require_heads(heads, width)
         self.heads, self.hidden = heads, 4 * width if hidden is None else hidden
         self.norm1 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width)
@@ -201,8 +201,8 @@ class SemanticTokens(nn.Module):
         """
         plan = self.plan
         windows = plan.windows(*map.shape[1:3])
-        map = _cleared(map, valid)
         tokens, held = semantic.pool(map, windows, to=plan.tokens, by=plan.pool, valid=valid)
+        map = _cleared(map, valid)
         found = Semantic(tokens, held, windows.pooled(plan.tokens), prefix)
         onto = found if plan.residual else replace(found, tokens=torch.zeros_like(tokens))
         found = self._look(self.first, found, onto, map, valid, windows, plan.neighbourhood)
@@ -266,7 +266,7 @@ class SemanticMixing(nn.Module):
         layer_scale: float | None = 1e-5,
     ) -> None:
         super().__init__()
-        require(within in ("window", "map"), "within", "be 'window' or 'map'", repr(within))
+        _require_within(within, "within")
         self.within = within
         self.block = CrossBlock(width, heads, hidden=hidden, layer_scale=layer_scale)
 
@@ -362,9 +362,11 @@ class SemanticUnit(nn.Module):
         mixing: Iterable[Literal["window", "map"]] = ("window", "map"),
     ) -> None:
         super().__init__()
+        chosen, scale = tuple(mixing), plan.layer_scale
+        for within in chosen:
+            _require_within(within, "mixing")
         self.tokens = SemanticTokens(plan, width=width, heads=heads)
-        scale = plan.layer_scale
-        self.mixing = nn.ModuleList(SemanticMixing(width, heads, within=one, layer_scale=scale) for one in mixing)
+        self.mixing = nn.ModuleList(SemanticMixing(width, heads, within=one, layer_scale=scale) for one in chosen)
         self.recovery = Recovery(plan, width=width, heads=heads)
 
     def forward(
@@ -386,6 +388,10 @@ class SemanticUnit(nn.Module):
         for layer in self.mixing:
             found = layer(found)
         return self.recovery(_cleared(map, valid), found)
+
+
+def _require_within(within: object, argument: str) -> None:
+    require(within in ("window", "map"), argument, "be 'window' or 'map'", repr(within))
 
 
 def _scaled(added: Tensor, scale: Tensor | None) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import semantic
+from tokenexit._array import require_marks
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
-from tokenexit_torch._modules import DropPath, mlp, start_anew
+from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
 from tokenexit_torch.semantic import CrossBlock, SemanticUnit
 
 __all__ = ["Swin", "SwinBackbone", "SwinBlock", "SwinClassifier", "SwinMap", "swin_base", "swin_small"]
@@ -56,7 +57,7 @@ class SwinBlock(nn.Module):
         shift: By how many rows and columns windows are shifted; along an axis that has one window alone, by none.
 
     Raises:
-        TokenExitError: If heads do not divide the width.
+        TokenExitError: If heads do not divide the width, or `window` are not whole numbers from 1 up.
     """
 
     _apart: Tensor
@@ -65,7 +66,8 @@ class SwinBlock(nn.Module):
         self, width: int, heads: int, *, window: tuple[int, int] = (7, 7), shift: tuple[int, int] = (0, 0)
     ) -> None:
         super().__init__()
-        require(heads >= 1 and width % heads == 0, "heads", f"divide the width, {width}", heads)
+        require_heads(heads, width)
+        Windows(1, 1, window)  # raises if `window` is none
         self.heads, self.window, self.shift = heads, window, shift
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -208,7 +210,8 @@ class Swin(nn.Module):
         channels: Of an image.
 
     Raises:
-        TokenExitError: If units do not divide the third stage, heads do not divide a width, or `drop_path` is no share.
+        TokenExitError: If units do not divide the third stage, heads do not divide a width, `window` are not whole
+            numbers from 1 up, or `drop_path` is no share.
     """
 
     def __init__(
@@ -224,6 +227,7 @@ class Swin(nn.Module):
     ) -> None:
         super().__init__()
         require(0 <= drop_path < 1, "drop_path", "be a share in [0, 1)", drop_path)
+        Windows(1, 1, window)  # raises if `window` is none
         units = plan is None or depths[2] % _UNIT == 0
         require(units, "depths", f"have a multiple of {_UNIT} blocks in the third stage", depths)
         self.width, self.window, self.plan = width, window, plan
@@ -259,7 +263,14 @@ class Swin(nn.Module):
         Returns:
             The maps of the four stages, at a quarter, an eighth, a sixteenth and a thirty-second of the size, rounded
             up. They are not normed.
+
+        Raises:
+            TokenExitError: If `valid` is not of the size of the images, or not boolean.
         """
+        if valid is not None:
+            require_marks(valid, "valid")
+            wanted = (len(images), *images.shape[2:])
+            require(tuple(valid.shape) == wanted, "valid", f"have shape {wanted}", f"shape {tuple(valid.shape)}")
         stage = self.stem(images, valid)
         maps = []
         for number, layers in enumerate(self.stages):

@@ -422,3 +422,5 @@ def test_blocks_must_leave_room_for_semantic_tokens():
     ):
         with pytest.raises(TokenExitError, match=message):
             PARTS.semantic(stvit(), (4, 6), hidden=8, **asked)
+    with pytest.raises(TokenExitError, match="`hidden` must be at least 1, got 0"):
+        PARTS.semantic(stvit(), (4, 6), after=0, until=None, hidden=0)

@@ -205,7 +205,7 @@ def test_an_empty_batch_is_one(backend):
     empty = backend.array(np.zeros((0, 5, 4, 2), np.float32))
     assert tuple(semantic.pool(empty, windows, to=(2, 2))[0].shape) == (0, 4, 4, 2)
     values, marks = semantic.split(empty, windows)
-    assert tuple(values.shape), tuple(marks.shape) == ((0, 4, 9, 2), (0, 4, 9))
+    assert (tuple(values.shape), tuple(marks.shape)) == ((0, 4, 9, 2), (0, 4, 9))
     assert tuple(semantic.join(values, windows).shape) == (0, 5, 4, 2)
 
 

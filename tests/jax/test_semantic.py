@@ -352,6 +352,9 @@ def test_what_does_not_fit_is_named():
     layers = jax.eval_shape(model.init, jax.random.key(0))
     scaled = from_torch(models.timm_vit(depth=DEPTH, size=SIZE, init_values=0.1))
     placed = tej.wrap_semantic(networks.plain_network(placed=True), after=1, until=5, heads=2)
+    unit = tej.SemanticUnit(width=8, heads=2)
+    weights, map = jax.eval_shape(unit.init, jax.random.key(0)), jnp.zeros((2, 5, 6, 8))
+    marks = jnp.ones((2, 5, 5), dtype=bool)
 
     def wrapped(**changes):
         return tej.wrap_semantic(network, **{"after": 1, "until": 5, "heads": 3} | changes)
@@ -362,6 +365,8 @@ def test_what_does_not_fit_is_named():
         (lambda: tej.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
         (lambda: tej.SemanticUnit(width=8, heads=2, mixing=("image",)), "`mixing` must be 'window' or 'map'"),
         (lambda: tej.SemanticUnit(width=8, heads=2, drop_path=(0.1,)), "`drop_path` must have 5 shares"),
+        (lambda: unit(weights, map, valid=marks), r"`valid` must have shape \(2, 5, 6\), got shape \(2, 5, 5\)"),
+        (lambda: unit(weights, map, valid=map[..., 0]), "`valid` must be boolean, got dtype float32"),
         (lambda: tej.wrap_semantic("vit", after=1, until=5, heads=3), "`network` must be a tokenexit_jax.Network"),
         (lambda: tej.wrap_semantic(network, "stvit", after=1, until=5, heads=3), "`plan` must be a tokenexit.semantic"),
         (lambda: wrapped(after=5), "`after` must be a block from 0 to 4, for 6 blocks"),

@@ -215,6 +215,14 @@ def test_images_are_dropped_whole_and_only_with_a_key():
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_an_empty_batch_is_one():
+    block = tej.SwinBlock(8, 2, window=(3, 3), shift=(1, 1))
+    weights = block.init(jax.random.key(0))
+    for size in ((3, 3), (4, 5)):
+        assert block(weights, jnp.zeros((0, *size, 8))).shape == (0, *size, 8)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_named():
     weights = from_torch(theirs(None))
     for call, message in (
@@ -222,6 +230,15 @@ def test_what_does_not_fit_is_named():
         (lambda: tej.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
         (lambda: tej.Swin(heads=(3, 6, 12, 25)), "`heads` must divide the width, 768, got 25"),
         (lambda: tej.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (
+            lambda: tej.SwinBlock(8, 2, window=7),
+            "`window` must be two whole numbers from 1 up, rows and columns, got 7",
+        ),
+        (lambda: tej.Swin(window=(0, 7)), r"`window` must be two whole numbers .*, got \(0, 7\)"),
+        (
+            lambda: ours(None)(weights, jnp.zeros((1, 32, 48, 3)), valid=jnp.ones((1, 48, 32), bool)),
+            r"`valid` must have shape \(1, 32, 48\), got shape \(1, 48, 32\)",
+        ),
         (
             lambda: ours(None)(weights, jnp.zeros((1, 3, 32, 32))),
             r"`images` must have shape \(images, height, width, 3\), got shape \(1, 3, 32, 32\)",

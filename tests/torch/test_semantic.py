@@ -425,10 +425,16 @@ def test_the_plan_of_detection_runs_on_maps_smaller_than_its_neighbourhoods():
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_named():
+    map, marks = torch.zeros(2, 5, 6, WIDTH), torch.ones(2, 5, 5, dtype=torch.bool)
     for call, message in (
         (lambda: tet.CrossBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tet.CrossBlock(8, 2.0), "`heads` must divide the width, 8, got 2.0"),
         (lambda: tet.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
+        (lambda: tet.SemanticUnit(width=8, heads=2, mixing=("image",)), "`mixing` must be 'window' or 'map'"),
+        (lambda: unit(stvit_r())(map, valid=marks), r"`valid` must have shape \(2, 5, 6\), got shape \(2, 5, 5\)"),
+        (lambda: unit(stvit_r())(map, valid=map[..., 0]), "`valid` must be boolean, got dtype torch.float32"),
     ):
         with pytest.raises(TokenExitError, match=message):
             call()

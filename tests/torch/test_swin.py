@@ -238,11 +238,20 @@ def test_layers_are_dropped_in_training_alone():
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_named():
+    pair = "two whole numbers from 1 up, rows and columns"
+    swin = tet.Swin(width=8, depths=(1, 1, 6, 1), heads=(1, 1, 1, 1), window=(3, 3))
+    images, marks = torch.zeros(2, 3, 33, 40), torch.ones(2, 40, 33, dtype=torch.bool)
     for call, message in (
         (lambda: tet.Swin(depths=(2, 2, 8, 2)), "`depths` must have a multiple of 6 blocks in the third stage"),
         (lambda: tet.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
         (lambda: tet.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tet.SwinBlock(8, 2, window=7), f"`window` must be {pair}, got 7"),
+        (lambda: tet.Swin(window=7, plan=None), f"`window` must be {pair}, got 7"),
+        (lambda: tet.Swin(window=(0, 7)), rf"`window` must be {pair}, got \(0, 7\)"),
+        (lambda: swin(images, valid=marks), r"`valid` must have shape \(2, 33, 40\), got shape \(2, 40, 33\)"),
+        (lambda: swin(images, valid=images[:, 0]), "`valid` must be boolean, got dtype torch.float32"),
     ):
         with pytest.raises(TokenExitError, match=message):
             call()
