@@ -9,7 +9,7 @@ put in start from the weights of the blocks whose place they take, as far as tho
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -31,6 +31,14 @@ TIMM_NAMES = {
     "norm2": "norm2", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2", "scale2": "ls2.gamma",
 }  # fmt: skip
 """Where a timm block keeps the weights of a `CrossBlock`. It is no part of the public API."""
+
+
+def timm_names(block: Any, /) -> dict[str, str]:
+    """Those of them that a block has; an MLP only if it does what that of a `CrossBlock` does. Not public."""
+    there = {name for name, _ in (*block.named_modules(), *block.named_parameters())}
+    act = dict(block.mlp.named_modules()).get("act")
+    alike = type(block.mlp).__name__ == "Mlp" and isinstance(act, nn.GELU) and act.approximate == "none"
+    return {own: name for own, name in TIMM_NAMES.items() if name in there and (alike or not own.startswith("mlp"))}
 
 
 class SemanticOutput(NamedTuple):

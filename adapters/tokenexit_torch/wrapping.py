@@ -21,7 +21,7 @@ from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host, TimmViT, host_of
 from tokenexit_torch.masks import MaskHead, Masks
 from tokenexit_torch.running import ExitingModel
-from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks
+from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
 __all__ = ["wrap", "wrap_gates", "wrap_semantic"]
 
@@ -179,27 +179,33 @@ def wrap_semantic(
             semantic tokens, as for classification.
         heads: Attention heads of the new layers; those of the replaced blocks if left out, for a timm model.
         names: Where the blocks of a model of yours keep the weights of a `CrossBlock`, by its names: layers `norm1`,
-            `qkv`, `proj`, `norm2`, `mlp.0` and `mlp.2`, and parameters `scale1` and `scale2`. For a timm model they are
-            known; without any, all weights of the layers are new.
+            `qkv`, `proj`, `norm2`, `mlp.0` and `mlp.2`, and parameters `scale1` and `scale2`. The MLP must be two
+            layers with an exact GELU between them, as the new layers have; otherwise leave it out. For a timm model all
+            are known, and an MLP of another kind is left out; without any, all weights of the layers are new.
 
     Returns:
         The model on semantic tokens, in the training mode of `model`.
 
     Raises:
         TokenExitError: If the model is not supported or already wrapped, the blocks do not leave room for the layers,
-            heads are missing or do not divide the width, `names` names anything else, or the self-check fails.
+            heads are missing or do not divide the width, `names` names what is not there, or the self-check fails.
     """
     require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
     host = unwrapped_host(model)
     require_room(after, until, depth=len(host.blocks))
+    block: Any = host.blocks[after]
     if isinstance(host, TimmViT):
-        own: Any = host.blocks[after]
-        heads, names = own.attn.num_heads if heads is None else heads, TIMM_NAMES if names is None else names
+        heads = block.attn.num_heads if heads is None else heads
     whole = isinstance(heads, int) and not isinstance(heads, bool)
     require(whole, "heads", "be given for a model that is not of timm", repr(heads))
-    known = isinstance(names or {}, Mapping) and set(names or {}) <= set(TIMM_NAMES)
+    if names is None:
+        names = timm_names(block) if isinstance(host, TimmViT) else {}
+    known = isinstance(names, Mapping) and set(names) <= set(TIMM_NAMES)
     require(known, "names", f"have keys among {', '.join(TIMM_NAMES)}", repr(names))
-    sizes = {"heads": int(heads or 0), "names": names or {}}
+    there = {name for name, _ in (*block.named_modules(), *block.named_parameters())}
+    unknown = {own: name for own, name in names.items() if name not in there}
+    require(not unknown, "names", f"name layers and parameters of block {after}", repr(unknown))
+    sizes = {"heads": int(heads or 0), "names": names}
     return ready(in_place_of_blocks(host, plan, after=after, until=until, **sizes))
 
 

@@ -237,6 +237,28 @@ def test_what_is_new_and_what_is_left_is_named():
     assert every == {*model.kept, *model.new}
 
 
+@pytest.mark.parametrize(
+    "options", [{"act_layer": "quick_gelu"}, {"act_layer": "gelu_tanh"}, {"mlp_layer": "SwiGLUPacked"}]
+)
+def test_an_mlp_that_does_something_else_is_not_taken_over(options):
+    if "mlp_layer" in options:
+        options = {"mlp_layer": getattr(import_timm().layers, options["mlp_layer"])}
+    model = shrunk(models.timm_vit(**options))
+    assert {name for name in model.new if ".mlp." not in name} == set()
+    assert len(model.new) == 3 * 4
+    assert {name.split(".")[2] for name in model.left} == {"mlp"}
+    assert model.tokens.first.hidden == 4 * model.host.width
+    assert model(models.images(2)).tokens.isfinite().all()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("names", [{"qkv": "atn.qkv"}, {"qkv": 3}, {"norm1": "attention.qkv.wight"}])
+def test_a_name_of_nothing_is_refused(names):
+    message = r"`names` must name layers and parameters of block 1, got \{'" + next(iter(names))
+    with pytest.raises(TokenExitError, match=message):
+        shrunk(models.plain_host(), names=names)
+
+
 @each_host
 @each_end
 @each_shape
