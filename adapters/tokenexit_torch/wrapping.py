@@ -18,8 +18,10 @@ from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import Host, TimmViT, host_of
+from tokenexit_torch.hosts import Host
+from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
+from tokenexit_torch.registry import host_of
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks
 
