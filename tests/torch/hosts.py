@@ -1,10 +1,12 @@
 """Models of other libraries, small and with random weights, and how their own code runs them, for the tests of hosts."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +82,31 @@ def eva_tables(model: Any, images: Tensor, patches: Tensor, index: int) -> dict[
     return {"rope": table[index][:, patches] if table.ndim == 4 else table[patches]}
 
 
+def transformers_model(kind: str, name: str, **options: Any) -> nn.Module:
+    """A model of transformers; in its tests, an installed timm makes sure that torchvision can be imported."""
+    models.import_timm()
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    source = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    configs = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
+    config = getattr(configs, f"{name.removesuffix('Model')}Config")
+    sizes = {"image_size": SIZE[0], "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH}
+    return lively(getattr(source, name)(config(**sizes, num_attention_heads=HEADS, **options)))
+
+
+def dinov3_tables(model: Any, images: Tensor, patches: Tensor, _: int) -> dict[str, Any]:
+    cos, sin = model.rope_embeddings(images)
+    return {"position_embeddings": (cos[patches], sin[patches])}
+
+
+def _states(model: Any, images: Tensor) -> Tensor:
+    own = tuple(images.shape[-2:]) == SIZE or "Dino" in type(model).__name__ or "DINO" in type(model).__name__
+    return model(images, **({} if own else {"interpolate_pos_encoding": True})).last_hidden_state
+
+
+def _maskless(*_: Any) -> dict[str, Any]:
+    return {"attention_mask": None}
+
+
 def _blocks(model: Any) -> Any:
     return model.blocks
 
@@ -103,5 +130,41 @@ FOREIGN = {
         partial(eva, **_ROTARY, attn_type="rope", rope_type="mixed", class_token=False, use_abs_pos_emb=False),
         0,
         **_EVA,
+    ),
+    "transformers ViT": Foreign(
+        partial(transformers_model, "vit", "ViTModel", intermediate_size=64), 1, _states, lambda model: model.layers
+    ),
+    "transformers DINOv2": Foreign(
+        partial(transformers_model, "dinov2", "Dinov2Model", use_swiglu_ffn=True),
+        1,
+        _states,
+        lambda model: model.encoder.layer,
+    ),
+    "transformers DINOv2 with registers": Foreign(
+        partial(transformers_model, "dinov2_with_registers", "Dinov2WithRegistersModel", num_register_tokens=3),
+        4,
+        _states,
+        lambda model: model.encoder.layer,
+    ),
+    "transformers DINOv3": Foreign(
+        partial(transformers_model, "dinov3_vit", "DINOv3ViTModel", intermediate_size=64, num_register_tokens=2),
+        3,
+        _states,
+        lambda model: model.model.layer,
+        dinov3_tables,
+    ),
+    "transformers SigLIP": Foreign(
+        partial(transformers_model, "siglip", "SiglipVisionModel", intermediate_size=64),
+        0,
+        _states,
+        lambda model: model.encoder.layers,
+        _maskless,
+    ),
+    "transformers CLIP": Foreign(
+        partial(transformers_model, "clip", "CLIPVisionModel", intermediate_size=64),
+        1,
+        _states,
+        lambda model: model.encoder.layers,
+        _maskless,
     ),
 }
