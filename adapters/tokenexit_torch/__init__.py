@@ -14,6 +14,7 @@ from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host
 from tokenexit_torch.hosts_timm import TimmEva, TimmViT
+from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
@@ -57,6 +58,7 @@ __all__ = [
     "SwinMap",
     "TimmEva",
     "TimmViT",
+    "TorchvisionViT",
     "Trace",
     "TransformersViT",
     "attending_per_image",

@@ -11,6 +11,7 @@ from torch import nn
 from tokenexit import TokenExitError
 from tokenexit_torch.hosts import Host, full_name
 from tokenexit_torch.hosts_timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
+from tokenexit_torch.hosts_torchvision import TORCHVISION_VIT, TorchvisionViT
 from tokenexit_torch.hosts_transformers import PARTS, TransformersViT
 
 __all__ = ["host_of"]
@@ -18,10 +19,11 @@ __all__ = ["host_of"]
 _HOSTS: Mapping[str, Callable[[Any], Host]] = {
     **dict.fromkeys(TIMM_VITS, TimmViT),
     TIMM_EVA: TimmEva,
+    TORCHVISION_VIT: TorchvisionViT,
     **dict.fromkeys(PARTS, TransformersViT),
 }
 
-_TAKEN = "a timm VisionTransformer or Eva, a ViT of transformers without a head"
+_TAKEN = "a timm VisionTransformer or Eva, torchvision's VisionTransformer, a ViT of transformers without a head"
 
 _WINDOWS = "its blocks need the dense grid: they attend within windows of it, and stages merge its patches"
 _CONVOLUTIONS = "its blocks need the dense grid: they convolve over it, and stages merge its patches"

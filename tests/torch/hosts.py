@@ -93,6 +93,22 @@ def transformers_model(kind: str, name: str, **options: Any) -> nn.Module:
     return lively(getattr(source, name)(config(**sizes, num_attention_heads=HEADS, **options)))
 
 
+def torchvision_vit(**options: Any) -> nn.Module:
+    models.import_timm()
+    source = importlib.import_module("torchvision.models.vision_transformer")
+    sizes = {"image_size": SIZE[0], "patch_size": PATCH, "hidden_dim": WIDTH, "num_layers": DEPTH}
+    return lively(source.VisionTransformer(**sizes, num_heads=HEADS, mlp_dim=64, **options))
+
+
+def encoded(model: Any, images: Tensor) -> Tensor:
+    """What its encoder gives in its own forward."""
+    seen = []
+    hook = model.encoder.register_forward_hook(lambda _, __, given: seen.append(given))
+    model(images)
+    hook.remove()
+    return seen[0]
+
+
 def dinov3_tables(model: Any, images: Tensor, patches: Tensor, _: int) -> dict[str, Any]:
     cos, sin = model.rope_embeddings(images)
     return {"position_embeddings": (cos[patches], sin[patches])}
@@ -131,6 +147,7 @@ FOREIGN = {
         0,
         **_EVA,
     ),
+    "torchvision": Foreign(torchvision_vit, 1, encoded, lambda model: model.encoder.layers),
     "transformers ViT": Foreign(
         partial(transformers_model, "vit", "ViTModel", intermediate_size=64), 1, _states, lambda model: model.layers
     ),

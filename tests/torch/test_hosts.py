@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.hosts import DEPTH, FOREIGN, GRID, SIZE, WIDTH, eva
+from tests.torch.hosts import DEPTH, FOREIGN, GRID, PATCH, SIZE, WIDTH, eva, torchvision_vit
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
@@ -216,6 +216,11 @@ def test_rotary_positions_in_half_precision(name):
     assert exiting(model)(images, schedule=plan).logits.isfinite().all()
 
 
+def stem():
+    models.import_timm()
+    return importlib.import_module("torchvision.models.vision_transformer").ConvStemConfig(8, 3, PATCH)
+
+
 def unfused():
     model = eva(use_rot_pos_emb=True)
     model.blocks[2].attn.fused_attn = False
@@ -246,6 +251,10 @@ def of_transformers(change):
         (
             lambda: of_transformers(lambda model: model.gradient_checkpointing_enable()),
             r"`model` must not checkpoint its gradients, got activation checkpointing switched on",
+        ),
+        (
+            lambda: torchvision_vit(conv_stem_configs=[stem()]),
+            "`model` must embed its patches by one convolution, got one with conv_stem_configs",
         ),
         (unfused, r"`model.blocks\[2\]` must call .*scaled_dot_product_attention once, got 0 calls"),
         (checkpointed, r"`model` must not checkpoint its gradients, got set_grad_checkpointing\(\)"),
