@@ -71,7 +71,9 @@ def host_of(model: object, /) -> Host:
     """The host for a model.
 
     Args:
-        model: A model of a class that is known, or an object that follows `Host`.
+        model: A timm `VisionTransformer`, also distilled, or `Eva`; a torchvision `VisionTransformer`; a `ViTModel`,
+            `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`, `SiglipVisionModel` or `CLIPVisionModel` of
+            transformers; or an object that follows `Host`. Exactly these classes, and none that derives from them.
 
     Returns:
         The host; the object itself if it is one.
@@ -89,4 +91,8 @@ def host_of(model: object, /) -> Host:
             return _HOSTS[full_name(model)](model)
     elif isinstance(model, Host):
         return model
-    raise TokenExitError(f"`model` must be {_TAKEN} or a plain object that follows Host, got {full_name(model)}")
+    got = full_name(model)
+    if isinstance(model, nn.Module):
+        inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]
+        got += f", whose part `{inside[0]}` is one" if inside else ""
+    raise TokenExitError(f"`model` must be {_TAKEN} or a plain object that follows Host, got {got}")

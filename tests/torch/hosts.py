@@ -88,7 +88,7 @@ def transformers_model(kind: str, name: str, **options: Any) -> nn.Module:
     pytest.importorskip("transformers", reason="transformers is not installed")
     source = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     configs = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
-    config = getattr(configs, f"{name.removesuffix('Model')}Config")
+    config = getattr(configs, f"{name.partition('Model')[0].partition('For')[0]}Config")
     sizes = {"image_size": SIZE[0], "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH}
     return lively(getattr(source, name)(config(**sizes, num_attention_heads=HEADS, **options)))
 

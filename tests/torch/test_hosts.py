@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.hosts import DEPTH, FOREIGN, GRID, PATCH, SIZE, WIDTH, eva, torchvision_vit
+from tests.torch.hosts import DEPTH, FOREIGN, GRID, HEADS, PATCH, SIZE, WIDTH, eva, torchvision_vit, transformers_model
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
+from tokenexit.semantic import SemanticPlan
 from tokenexit_torch.registry import REFUSED
 
 AFTER = (1, 2)
@@ -264,6 +265,26 @@ def of_transformers(change):
 def test_what_would_go_wrong_is_named(make, message):
     with pytest.raises(TokenExitError, match=message):
         exiting(make())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part"),
+    [("vit", "ViTForImageClassification", "vit"), ("dinov2", "Dinov2ForImageClassification", "dinov2")],
+)
+def test_a_model_with_a_head_is_told_which_part_to_give(kind, name, part):
+    model = transformers_model(kind, name)
+    with pytest.raises(TokenExitError, match=f"`model` must be .*, got .*{name}, whose part `{part}` is one"):
+        exiting(model)
+    assert exiting(getattr(model, part)).depth == DEPTH
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm distilled", "torchvision", "transformers ViT", "transformers SigLIP"])
+def test_semantic_tokens(name):
+    foreign, images = FOREIGN[name], models.images(2, SIZE)
+    model = foreign.make()
+    wrapped = tet.wrap_semantic(model, SemanticPlan((2, 2), (2, 2), (2, 2)), after=0, until=3, heads=HEADS)
+    assert wrapped(images).map.shape == (2, WIDTH, *GRID)
 
 
 def test_rotary_positions_are_asked_for_in_place_of_semantic_tokens():
