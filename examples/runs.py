@@ -37,7 +37,7 @@ from tokenexit import TokenExitError
 from tokenexit.cost import of_head
 from tokenexit.heads import MLP
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import host_of
+from tokenexit_torch.registry import host_of
 
 _WEIGHTS = "host.safetensors"
 _HEAD = "head.safetensors"

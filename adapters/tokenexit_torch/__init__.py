@@ -12,7 +12,10 @@ from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
-from tokenexit_torch.hosts import Embedded, Host, TimmViT
+from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts_timm import TimmEva, TimmViT
+from tokenexit_torch.hosts_torchvision import TorchvisionViT
+from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled
@@ -53,8 +56,11 @@ __all__ = [
     "SwinBlock",
     "SwinClassifier",
     "SwinMap",
+    "TimmEva",
     "TimmViT",
+    "TorchvisionViT",
     "Trace",
+    "TransformersViT",
     "attending_per_image",
     "distillation",
     "fit_exits",

@@ -26,8 +26,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def linear_weights(module: nn.Module) -> int:
     """Weights of the linear layers and 1 x 1 convolutions inside: the multiply-adds of one token."""
-    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d))
-    return sum(layer.weight.numel() for layer in layers)
+    inside = list(module.modules())
+    weights = [layer.weight for layer in inside if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    # Its projections in are a bare parameter; that out is a linear layer, and counted above.
+    for layer in inside:
+        if isinstance(layer, nn.MultiheadAttention):
+            weights += [layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+    return sum(weight.numel() for weight in weights if weight is not None)
 
 
 class DropPath(nn.Module):

@@ -211,6 +211,33 @@ class _Beside(_Attending):
         return torch.cat(results, dim=2)
 
 
+@contextmanager
+def turning(turn: Callable[[Tensor], Tensor], /) -> Iterator["_Turned"]:
+    """Within this context, queries and keys are turned before attention, by rotary positions that are not the block's.
+
+    What takes attention over around it finds them turned.
+
+    Args:
+        turn: Turns queries or keys, `(images, heads, tokens, width)`.
+
+    Yields:
+        An object whose `calls` counts the attention calls.
+    """
+    mode = _Turned(turn)
+    with mode:
+        yield mode
+
+
+class _Turned(_Attending):
+    def __init__(self, turn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._turn = turn
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        query, key = self._turn(query).type_as(value), self._turn(key).type_as(value)
+        return functional.scaled_dot_product_attention(query, key, value, *args, **options)
+
+
 def _require_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise TokenExitError("`attn_mask` must be absent where tokens have left, got a mask or is_causal=True")

@@ -366,7 +366,8 @@ class PackedRun(_Run):
             return
         self.row, self.positions = self._gathered(self.packing)
         self.lengths = self.packing.lengths.tolist()
-        if self.carry.keys == "all":
+        # Where nobody waits there are no other keys, and not every block can run on no tokens.
+        if self.carry.keys == "all" and sum(self.lengths) < running.numel():
             self.waiting = tokens.pack(~running)
 
     def run(self, block: int) -> None:

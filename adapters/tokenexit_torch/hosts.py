@@ -1,13 +1,12 @@
 """Hosts: a vision transformer, seen as the parts between which tokens can leave.
 
-A host declares what it has; nothing is guessed from a shape. `wrap` takes a timm `VisionTransformer` as it is, and any
-object that follows `Host`: a handful of lines for a ViT of your own.
+A host declares what it has; nothing is guessed from a shape. `registry` knows the models that are taken as they are.
+For a ViT of your own, any object that follows `Host` will do: a handful of lines.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from tokenexit import TokenExitError
 from tokenexit.errors import require
 
-__all__ = ["Embedded", "Host", "TimmViT", "host_of"]
+__all__ = ["Embedded", "Host"]
 
 
 @dataclass(frozen=True)
@@ -77,77 +76,6 @@ class Host(Protocol):
         ...
 
 
-class TimmViT:
-    """A timm `VisionTransformer`: any size and patch, any prefix tokens, fixed or dynamic image size.
-
-    Args:
-        model: The model. It is not changed.
-
-    Raises:
-        TokenExitError: If the model is another class, or drops patches at random in training.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        timm_vit = sys.modules.get("timm.models.vision_transformer")
-        if timm_vit is None or type(model) is not timm_vit.VisionTransformer:
-            raise TokenExitError(f"`model` must be a timm VisionTransformer, got {_name(model)}")
-        vit: Any = model
-        if not isinstance(vit.patch_drop, nn.Identity):
-            raise TokenExitError("`model` must keep all its patches, got one with patch_drop_rate > 0")
-        self._vit = vit
-        self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = vit.blocks
-        self.width: int = vit.embed_dim
-        size = vit.patch_embed.img_size or tuple(4 * side for side in vit.patch_embed.patch_size)
-        self.image_shape: tuple[int, int, int] = (vit.patch_embed.proj.in_channels, *size)
-
-    def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
-        """See `Host.embed`."""
-        vit = self._vit
-        if vit.grad_checkpointing:
-            # What is computed again in the backward pass would not know which tokens belong to which image.
-            raise TokenExitError("`model` must not checkpoint its gradients, got set_grad_checkpointing()")
-        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-        return Embedded(tokens, vit.num_prefix_tokens, tuple(vit.patch_embed.dynamic_feat_size(images.shape[-2:])))
-
-    def run(self, index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
-        """See `Host.run`."""
-        return self._vit.blocks[index](tokens)
-
-    def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
-        """See `Host.finish`."""
-        return self._vit.norm(tokens)
-
-    def dense(
-        self, images: Float[Tensor, "images channels height width"], /
-    ) -> Float[Tensor, "images slots channels_out"]:
-        """See `Host.dense`."""
-        return self._vit.forward_features(images)
-
-
-def host_of(model: object, /) -> Host:
-    """The host for a model.
-
-    Args:
-        model: A timm `VisionTransformer`, or an object that follows `Host`.
-
-    Returns:
-        The host; the object itself if it is one.
-
-    Raises:
-        TokenExitError: If there is no host for this model.
-    """
-    if isinstance(model, nn.Module):
-        timm_vit = sys.modules.get("timm.models.vision_transformer")
-        if timm_vit is not None and type(model) is timm_vit.VisionTransformer:
-            return TimmViT(model)
-    elif isinstance(model, Host):
-        return model
-    raise TokenExitError(
-        f"`model` must be a timm VisionTransformer or a plain object that follows Host, got {_name(model)}"
-    )
-
-
 def embedded_by(host: Host, images: Tensor) -> Embedded:
     """What a host makes of images, after a check that it can take them. It is no part of the public API.
 
@@ -183,5 +111,6 @@ def embedding_weights(host: Host) -> int:
     return sum(layer.weight.numel() for layer in outside if isinstance(layer, nn.Conv2d))
 
 
-def _name(model: object) -> str:
+def full_name(model: object) -> str:
+    """Module and name of a model's class. It is no part of the public API."""
     return f"{type(model).__module__}.{type(model).__qualname__}"

@@ -21,7 +21,8 @@ from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import Host, host_of
+from tokenexit_torch.hosts import Host
+from tokenexit_torch.registry import host_of
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import SemanticModel, new_layers, together
 from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_gates

@@ -18,8 +18,10 @@ from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import Host, TimmViT, host_of
+from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
+from tokenexit_torch.registry import host_of
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
@@ -41,7 +43,7 @@ def wrap(
     random weights; train them, or fit them to the final head with `fit_exits`.
 
     Args:
-        model: A timm `VisionTransformer`, or an object that follows `Host`.
+        model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
         schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
             exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
@@ -112,7 +114,7 @@ def wrap_gates(
     them with `Sampled`, then find their thresholds with `gate_thresholds`.
 
     Args:
-        model: A timm `VisionTransformer`, or an object that follows `Host`.
+        model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
         schedule: After which blocks there is a gate, and who waits; `schedule.svit()` if left out. Any policy that
             looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head, from finished tokens `(..., width)` to `(..., classes)`, each token by itself. None: maps
@@ -172,7 +174,7 @@ def wrap_semantic(
     and `left` of the result say which. The result must be trained, also where no weight is new.
 
     Args:
-        model: A timm `VisionTransformer`, or an object that follows `Host`.
+        model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
         plan: How semantic tokens come about; `tokenexit.semantic.stvit()` if left out, 16 for an image.
         after: After how many blocks there are semantic tokens; the next two blocks are replaced.
         until: After how many blocks all tokens are there again; the block before is replaced. None: the network ends on
@@ -330,6 +332,7 @@ def _check(host: Host, like: Tensor) -> None:
             f"give {embedded.prefix} prefix tokens and a grid of {height} x {across}",
             f"{slots} tokens",
         )
+        _check_places(host, embedded, images[:1])
         dense = host.dense(images[:1])
         shape = tuple(dense.shape)
         wanted = (1, slots, width)
@@ -348,6 +351,20 @@ def _check(host: Host, like: Tensor) -> None:
         packed, alone = host.finish(row), host.finish(alone)
         _require_close(packed[:, :slots], dense, "give the same tokens packed as in its own dense forward")
         _require_close(packed[:, slots:], alone, "give the same tokens packed as alone")
+
+
+def _check_places(host: Host, embedded: Embedded, image: Tensor) -> None:
+    """Change the top right cell of an image: its token must change most, or one beside it where patches overlap."""
+    height, across = embedded.grid
+    changed = image.clone()
+    rows, columns = (max(1, side // cells) for side, cells in zip(image.shape[2:], embedded.grid, strict=True))
+    changed[..., :rows, -columns:].neg_()
+    gap = (host.embed(changed).tokens - embedded.tokens[:1]).double().square().sum(dim=(0, 2))
+    slot = int(gap.argmax())
+    row, column = divmod(slot - embedded.prefix, across)
+    there = slot >= embedded.prefix and row <= 1 and column >= across - 2
+    count = f"{embedded.prefix} prefix tokens, then a grid of {height} x {across}, row by row"
+    require(there, "model.embed", f"give {count}", f"token {slot} for the patch in the top right corner")
 
 
 def _require_close(packed: Tensor, reference: Tensor, rule: str) -> None:

@@ -109,6 +109,36 @@ def test_the_self_check_finds_what_is_wrong_with_a_host(wrong, message):
         tet.wrap(Crooked(**wrong), schedule.dense(), num_classes=2)
 
 
+class Misdeclared:
+    """A ViT with a class token and 4 x 6 patches, under another name for its slots."""
+
+    def __init__(self, prefix, grid, order="row by row"):
+        self.model = tet.TimmViT(models.timm_vit())
+        self.module, self.blocks, self.width = self.model.module, self.model.blocks, self.model.width
+        self.image_shape, self.run, self.finish = self.model.image_shape, self.model.run, self.model.finish
+        self.prefix, self.grid = prefix, grid
+        by_column = [0, *(1 + torch.arange(24).reshape(4, 6).T.flatten()).tolist()]
+        self.order = list(range(25)) if order == "row by row" else by_column
+
+    def embed(self, images):
+        return tet.Embedded(self.model.embed(images).tokens[:, self.order], self.prefix, self.grid)
+
+    def dense(self, images):
+        return self.model.dense(images)[:, self.order]
+
+
+@pytest.mark.parametrize(
+    ("declared", "slot"),
+    [((0, (5, 5)), 6), ((1, (6, 4)), 6), ((1, (3, 8)), 6), ((3, (2, 11)), 6), ((1, (4, 6), "column by column"), 21)],
+)
+def test_the_self_check_finds_patches_that_are_not_where_they_are_declared(declared, slot):
+    prefix, (height, width), *_ = declared
+    message = f"`model.embed` must give {prefix} prefix tokens, then a grid of {height} x {width}, row by row, got token {slot}"
+    with pytest.raises(TokenExitError, match=message):
+        tet.wrap(Misdeclared(*declared), PLAN, num_classes=5)
+    assert tet.wrap(Misdeclared(1, (4, 6)), PLAN, num_classes=5).depth == 6
+
+
 @pytest.mark.parametrize("calls", [1, 2])
 def test_the_self_check_accepts_the_same_host_put_right(calls):
     model = tet.wrap(Crooked(calls=calls), schedule.dense(), num_classes=2)

@@ -1,0 +1,98 @@
+"""Which models are taken as they are, and which are refused, and why: two closed tables by the names of classes.
+
+Names are compared, so that no framework is imported for a question about one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tokenexit import TokenExitError
+from tokenexit_torch.hosts import Host, full_name
+from tokenexit_torch.hosts_timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
+from tokenexit_torch.hosts_torchvision import TORCHVISION_VIT, TorchvisionViT
+from tokenexit_torch.hosts_transformers import PARTS, TransformersViT
+
+__all__ = ["host_of"]
+
+_HOSTS: Mapping[str, Callable[[Any], Host]] = {
+    **dict.fromkeys(TIMM_VITS, TimmViT),
+    TIMM_EVA: TimmEva,
+    TORCHVISION_VIT: TorchvisionViT,
+    **dict.fromkeys(PARTS, TransformersViT),
+}
+
+_TAKEN = "a timm VisionTransformer or Eva, torchvision's VisionTransformer, a ViT of transformers without a head"
+
+_WINDOWS = "its blocks need the dense grid: they attend within windows of it, and stages merge its patches"
+_CONVOLUTIONS = "its blocks need the dense grid: they convolve over it, and stages merge its patches"
+_POOLING = "its blocks need the dense grid: they pool queries and keys over it"
+_PAIRS = "its attention adds a bias for each pair of places of the dense grid"
+_PAIRS_AND_STAGES = "its attention adds a bias for each pair of places, and its stages need the dense grid to shrink it"
+_PAIRS_AND_WINDOWS = (
+    "its blocks need the dense grid: they attend within windows of it, with a bias for each pair of places"
+)
+_CLASS_ATTENTION = (
+    "its attention mixes heads between all pairs of tokens, and its last blocks run on the class token alone"
+)
+
+REFUSED = {
+    "timm.models.swin_transformer.SwinTransformer": _WINDOWS,
+    "timm.models.swin_transformer_v2.SwinTransformerV2": _WINDOWS,
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr": _WINDOWS,
+    "timm.models.hiera.Hiera": _POOLING,
+    "timm.models.hieradet_sam2.HieraDet": _POOLING,
+    "timm.models.mvitv2.MultiScaleVit": _POOLING,
+    "timm.models.levit.Levit": _PAIRS_AND_STAGES,
+    "timm.models.cait.Cait": _CLASS_ATTENTION,
+    "timm.models.vision_transformer_sam.VisionTransformerSAM": _PAIRS_AND_WINDOWS,
+    "timm.models.beit.Beit": _PAIRS,
+    "timm.models.vision_transformer_relpos.VisionTransformerRelPos": _PAIRS,
+    "torchvision.models.swin_transformer.SwinTransformer": _WINDOWS,
+    "torchvision.models.video.mvit.MViT": _POOLING,
+    "transformers.models.swin.modeling_swin.SwinPreTrainedModel": _WINDOWS,
+    "transformers.models.swinv2.modeling_swinv2.Swinv2PreTrainedModel": _WINDOWS,
+    "transformers.models.segformer.modeling_segformer.SegformerPreTrainedModel": _CONVOLUTIONS,
+    "transformers.models.hiera.modeling_hiera.HieraPreTrainedModel": _POOLING,
+    "transformers.models.levit.modeling_levit.LevitPreTrainedModel": _PAIRS_AND_STAGES,
+    "transformers.models.sam.modeling_sam.SamPreTrainedModel": _PAIRS_AND_WINDOWS,
+    "transformers.models.sam2.modeling_sam2.Sam2PreTrainedModel": _POOLING,
+    "transformers.models.vitdet.modeling_vitdet.VitDetPreTrainedModel": _PAIRS_AND_WINDOWS,
+    "transformers.models.beit.modeling_beit.BeitPreTrainedModel": _PAIRS,
+    "tokenexit_torch.swin.Swin": _WINDOWS,
+    "tokenexit_torch.swin.SwinBackbone": _WINDOWS,
+    "tokenexit_torch.swin.SwinClassifier": _WINDOWS,
+}
+"""Why a class, and all that derive from it, cannot be a host. It is no part of the public API."""
+
+
+def host_of(model: object, /) -> Host:
+    """The host for a model.
+
+    Args:
+        model: A timm `VisionTransformer`, also distilled, or `Eva`; a torchvision `VisionTransformer`; a `ViTModel`,
+            `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`, `SiglipVisionModel` or `CLIPVisionModel` of
+            transformers; or an object that follows `Host`. Exactly these classes, and none that derives from them.
+
+    Returns:
+        The host; the object itself if it is one.
+
+    Raises:
+        TokenExitError: If there is no host for this model; where it is known why, the error says so.
+    """
+    if isinstance(model, nn.Module):
+        for ancestor in type(model).__mro__:
+            reason = REFUSED.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+            if reason is not None:
+                rule = "`model` must have blocks that run on any tokens"
+                raise TokenExitError(f"{rule}, got {full_name(model)}: {reason}")
+        if full_name(model) in _HOSTS:
+            return _HOSTS[full_name(model)](model)
+    elif isinstance(model, Host):
+        return model
+    got = full_name(model)
+    if isinstance(model, nn.Module):
+        inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]
+        got += f", whose part `{inside[0]}` is one" if inside else ""
+    raise TokenExitError(f"`model` must be {_TAKEN} or a plain object that follows Host, got {got}")

@@ -1,0 +1,320 @@
+"""Models of other libraries as hosts: what their own code computes, on the tokens that are left.
+
+References call the blocks as their own library does, one image at a time, on a plain batch of the tokens that run.
+"""
+
+import importlib
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tokenexit_torch as tet
+from tests.torch import models
+from tests.torch.hosts import DEPTH, FOREIGN, GRID, HEADS, PATCH, SIZE, WIDTH, eva, torchvision_vit, transformers_model
+from tokenexit import TokenExitError, policies, schedule
+from tokenexit.carries import Preserved
+from tokenexit.schedule import Exit, Schedule
+from tokenexit.semantic import SemanticPlan
+from tokenexit_torch.registry import REFUSED
+
+AFTER = (1, 2)
+PATCHES = GRID[0] * GRID[1]
+each = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
+
+
+class Told(policies.Policy):
+    """Lets go those that it is told to, by image and place."""
+
+    def __init__(self, leave):
+        self.leave = leave
+
+    def leaves(self, evidence):
+        return self.leave[evidence.image, evidence.position.clamp(min=0)]
+
+
+def told(images, *, seed=0, carry=None):
+    """After each of two blocks, other tokens leave: few of the first image, many of the last."""
+    shares = torch.linspace(0.2, 0.7, images)[:, None]
+    random = torch.Generator().manual_seed(seed)
+    masks = [torch.rand(images, PATCHES, generator=random) < shares for _ in AFTER]
+    exits = tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True))
+    return Schedule(exits) if carry is None else Schedule(exits, carry)
+
+
+def exiting(model):
+    """Its heads hand the tokens out as they are."""
+    heads = {after: nn.Identity() for after in AFTER}
+    return tet.wrap(model, schedule.dense(after=AFTER), head=nn.Identity(), exit_heads=heads)
+
+
+def gated(model, carry):
+    return tet.wrap_gates(model, schedule.svit(after=AFTER, carry=carry))
+
+
+def as_map(tokens):
+    return tokens.mT.unflatten(2, GRID)
+
+
+def finished(foreign, model, images):
+    """The final norm alone, by the model's own forward: its last block is made to give these tokens."""
+
+    def given(tokens):
+        hook = foreign.blocks(model)[-1].register_forward_hook(lambda *_: tokens)
+        found = foreign.dense(model, images)
+        hook.remove()
+        return found
+
+    return given
+
+
+def slow(foreign, model, images, plan):
+    """Each token as it was when it left, or finished; one image at a time, without those that have left."""
+    found = []
+    for number in range(len(images)):
+        image = images[number : number + 1]
+        row, prefix = foreign.embedded(model, image), foreign.prefix
+        outcome, here = torch.zeros(PATCHES, WIDTH), torch.arange(PATCHES)
+        for block in range(DEPTH):
+            if prefix + len(here):  # some blocks cannot reshape nothing
+                row = foreign.run(model, block, row, image, here)
+            if block + 1 in AFTER:
+                leave = plan.exits[block].policy.leave[number, here]
+                outcome[here[leave]] = row[0, prefix:][leave]
+                row, here = torch.cat([row[:, :prefix], row[:, prefix:][:, ~leave]], dim=1), here[~leave]
+        outcome[here] = finished(foreign, model, image)(row)[0, prefix:]
+        found.append(outcome)
+    return as_map(torch.stack(found))
+
+
+def slow_gates(foreign, model, images, plan):
+    """Those that wait keep their feature; if they are keys, the block runs on all, and they are put back."""
+    found, prefix = [], foreign.prefix
+    for number in range(len(images)):
+        image = images[number : number + 1]
+        every, run = foreign.embedded(model, image), torch.ones(PATCHES, dtype=torch.bool)
+        for block in range(DEPTH):
+            if block in AFTER:
+                skip = plan.exits[AFTER.index(block)].policy.leave[number]
+                run = run & ~skip if plan.carry.returning == "never" and block > AFTER[0] else ~skip
+            rows = torch.cat([torch.ones(prefix, dtype=torch.bool), run])
+            if not rows.any():
+                continue
+            if plan.carry.keys == "all":
+                after = foreign.run(model, block, every, image, torch.arange(PATCHES))[:, rows]
+            else:
+                after = foreign.run(model, block, every[:, rows], image, run.nonzero()[:, 0])
+            every = every.clone()
+            every[:, rows] = after
+        found.append(finished(foreign, model, image)(every)[0, prefix:])
+    return as_map(torch.stack(found))
+
+
+@torch.no_grad()
+@each
+def test_nothing_leaves_is_the_models_own_output(foreign):
+    model, images = foreign.make(), models.images(3, SIZE)
+    wrapped, own = exiting(model), as_map(foreign.dense(model, images)[:, foreign.prefix :])
+    stay = torch.zeros(3, PATCHES, dtype=torch.bool)
+    packed = Schedule(tuple(Exit(after, Told(stay)) for after in AFTER))
+    for plan in (schedule.dense(), packed):
+        out = wrapped(images, schedule=plan)
+        torch.testing.assert_close(out.logits, own, atol=1e-5, rtol=1e-5)
+        assert out.tokens_per_block.eq(PATCHES + foreign.prefix).all()
+    for carry in (Preserved(), Preserved(keys="all")):
+        out = gated(model, carry)(images, schedule=Schedule(packed.exits, carry))
+        torch.testing.assert_close(out.maps[DEPTH], own, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@each
+def test_tokens_keep_their_places_when_others_leave(foreign):
+    model, images, plan = foreign.make(), models.images(3, SIZE), told(3)
+    out = exiting(model)(images, schedule=plan)
+    assert out.exit_depth.unique().tolist() == [1, 2, DEPTH]
+    torch.testing.assert_close(out.logits, slow(foreign, model, images, plan), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@each
+def test_an_image_does_not_depend_on_its_batch(foreign):
+    wrapped, images, plan = exiting(foreign.make()), models.images(3, SIZE), told(3)
+    together = wrapped(images, schedule=plan)
+    for number in range(3):
+        own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
+        alone = wrapped(images[number : number + 1], schedule=Schedule(own))
+        torch.testing.assert_close(together.logits[number], alone.logits[0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(together.tokens_per_block[number], alone.tokens_per_block[0])
+
+
+@torch.no_grad()
+@each
+def test_tokens_keep_their_places_when_others_wait(foreign):
+    model, images = foreign.make(), models.images(3, SIZE)
+    for returning, keys in itertools.product(("every gate", "never"), ("running", "all")):
+        plan = told(3, carry=Preserved(returning, keys))
+        wrapped = gated(model, plan.carry)
+        wanted = slow_gates(foreign, model, images, plan)
+        for call in (wrapped, wrapped.masked):
+            torch.testing.assert_close(call(images, schedule=plan).maps[DEPTH], wanted, atol=2e-5, rtol=1e-5)
+
+
+@each
+def test_gradients_are_the_models_own_and_finite_when_tokens_leave(foreign):
+    model, images = foreign.make(), models.images(2, SIZE)
+    wrapped, weights = exiting(model), torch.randn(2, WIDTH, *GRID, generator=torch.Generator().manual_seed(3))
+    stay = torch.zeros(2, PATCHES, dtype=torch.bool)
+    calls = [
+        lambda: as_map(foreign.dense(model, images)[:, foreign.prefix :]),
+        lambda: wrapped(images, schedule=Schedule(tuple(Exit(after, Told(stay)) for after in AFTER))).logits,
+        lambda: wrapped(images, schedule=told(2)).logits,
+    ]
+    found = []
+    for call in calls:
+        model.zero_grad()
+        (call() * weights).sum().backward()
+        found.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    own, packed, left = found
+    assert own.keys() == packed.keys() == left.keys()
+    for name, gradient in own.items():
+        near = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(packed[name], gradient, atol=max(near, 1e-5), rtol=1e-4, msg=name)
+        assert left[name].isfinite().all()
+    assert any(not torch.allclose(left[name], own[name]) for name in own)
+
+
+@torch.no_grad()
+@each
+def test_multiply_adds_are_those_of_torchs_own_counter(foreign):
+    wrapped, images = exiting(foreign.make()), models.images(2, SIZE)
+    for plan in (schedule.dense(), told(2)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            out = wrapped(images, schedule=plan)
+        assert int(wrapped.multiply_adds(out).sum()) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm DINOv3", *(name for name in FOREIGN if name.startswith("transformers"))])
+def test_images_of_another_size(name):
+    foreign, images = FOREIGN[name], models.images(2, (48, 40))
+    model = foreign.make()
+    wrapped, own = exiting(model), foreign.dense(model, images)[:, foreign.prefix :]
+    torch.testing.assert_close(wrapped(images).logits, own.mT.unflatten(2, (6, 5)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm EVA-02", "timm DINOv3", "transformers DINOv3"])
+def test_rotary_positions_in_half_precision(name):
+    foreign = FOREIGN[name]
+    model, images, plan = foreign.make().bfloat16(), models.images(2, SIZE).bfloat16(), told(2)
+    own = as_map(foreign.dense(model, images)[:, foreign.prefix :])
+    out = exiting(model)(images, schedule=schedule.dense())
+    torch.testing.assert_close(out.logits, own, atol=0.05, rtol=0.05)
+    assert exiting(model)(images, schedule=plan).logits.isfinite().all()
+
+
+def stem():
+    models.import_timm()
+    return importlib.import_module("torchvision.models.vision_transformer").ConvStemConfig(8, 3, PATCH)
+
+
+def unfused():
+    model = eva(use_rot_pos_emb=True)
+    model.blocks[2].attn.fused_attn = False
+    return model
+
+
+def checkpointed():
+    model = eva()
+    model.set_grad_checkpointing()
+    return model
+
+
+def of_transformers(change):
+    model = FOREIGN["transformers DINOv2"].make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # an older release knows no newer name
+        change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: of_transformers(lambda model: model.set_attn_implementation("eager")),
+            r"`model` must attend by \"sdpa\": call model.set_attn_implementation\(\"sdpa\"\), got 'eager'",
+        ),
+        (
+            lambda: of_transformers(lambda model: model.gradient_checkpointing_enable()),
+            r"`model` must not checkpoint its gradients, got activation checkpointing switched on",
+        ),
+        (
+            lambda: torchvision_vit(conv_stem_configs=[stem()]),
+            "`model` must embed its patches by one convolution, got one with conv_stem_configs",
+        ),
+        (unfused, r"`model.blocks\[2\]` must call .*scaled_dot_product_attention once, got 0 calls"),
+        (checkpointed, r"`model` must not checkpoint its gradients, got set_grad_checkpointing\(\)"),
+        (lambda: eva(patch_drop_rate=0.5), "`model` must keep all its patches, got one with patch_drop_rate > 0"),
+    ],
+)
+def test_what_would_go_wrong_is_named(make, message):
+    with pytest.raises(TokenExitError, match=message):
+        exiting(make())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part"),
+    [("vit", "ViTForImageClassification", "vit"), ("dinov2", "Dinov2ForImageClassification", "dinov2")],
+)
+def test_a_model_with_a_head_is_told_which_part_to_give(kind, name, part):
+    model = transformers_model(kind, name)
+    with pytest.raises(TokenExitError, match=f"`model` must be .*, got .*{name}, whose part `{part}` is one"):
+        exiting(model)
+    assert exiting(getattr(model, part)).depth == DEPTH
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm distilled", "torchvision", "transformers ViT", "transformers SigLIP"])
+def test_semantic_tokens(name):
+    foreign, images = FOREIGN[name], models.images(2, SIZE)
+    model = foreign.make()
+    wrapped = tet.wrap_semantic(model, SemanticPlan((2, 2), (2, 2), (2, 2)), after=0, until=3, heads=HEADS)
+    assert wrapped(images).map.shape == (2, WIDTH, *GRID)
+
+
+def test_rotary_positions_are_asked_for_in_place_of_semantic_tokens():
+    with pytest.raises(TokenExitError, match="`model.embed` must give no positions"):
+        tet.wrap_semantic(eva(use_rot_pos_emb=True), after=0, until=None, heads=2)
+
+
+def hollow(name):
+    """A model of a class, and of one that derives from it if there is one, that holds nothing."""
+    models.import_timm()
+    module, _, kind = name.rpartition(".")
+    pytest.importorskip(module.partition(".")[0], reason="its library is not installed")
+    source = importlib.import_module(module)
+    kind = getattr(source, kind)
+    kinds = [one for one in vars(source).values() if isinstance(one, type) and issubclass(one, kind)]
+    for one in {kind, kinds[-1]}:
+        model = one.__new__(one)
+        nn.Module.__init__(model)
+        yield model
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_need_the_dense_grid_are_refused_by_name_and_with_the_reason(name):
+    wraps = (
+        lambda model: tet.wrap(model, num_classes=2),
+        tet.wrap_gates,
+        lambda model: tet.wrap_semantic(model, after=1, until=None),
+    )
+    for model, wrap in itertools.product(hollow(name), wraps):
+        with pytest.raises(TokenExitError) as caught:
+            wrap(model)
+        rule = "`model` must have blocks that run on any tokens, got "
+        assert str(caught.value) == f"{rule}{type(model).__module__}.{type(model).__name__}: {REFUSED[name]}"
