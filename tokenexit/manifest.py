@@ -13,7 +13,7 @@ from tokenexit._plain import is_whole
 from tokenexit.errors import TokenExitError, require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
-from tokenexit.semantic import SemanticPlan
+from tokenexit.semantic import SemanticPlan, require_room
 
 __all__ = ["Manifest", "SemanticManifest", "from_json", "semantic_from_json", "semantic_to_json", "to_json"]
 
@@ -146,12 +146,8 @@ def semantic_from_json(text: str, /) -> SemanticManifest:
     data = _read(text, {"schema", *(field.name for field in fields(SemanticManifest))})
     for name in ("heads", "hidden", "width", "depth"):
         require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
-    after, until, depth, heads = (data[name] for name in ("after", "until", "depth", "heads"))
-    fits = is_whole(after) and after <= depth - 2
-    require(fits, "after", f"be a block from 0 to {depth - 2}", repr(after))
-    fits = until is None or (_is_count(until) and after + 3 <= until <= depth)
-    require(fits, "until", f"be null, or a block from {after + 3} to {depth}", repr(until))
-    require(data["width"] % heads == 0, "heads", f"divide the width, {data['width']}", heads)
+    require_room(data["after"], data["until"], depth=data["depth"])
+    require(data["width"] % data["heads"] == 0, "heads", f"divide the width, {data['width']}", data["heads"])
     epsilon = data["epsilon"]
     positive = isinstance(epsilon, float) and 0 < epsilon < math.inf
     require(positive, "epsilon", "be a positive number", repr(epsilon))
