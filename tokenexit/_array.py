@@ -1,8 +1,9 @@
 """What the core needs to know of arrays, beside the standard itself."""
 
+import sys
 from typing import Any
 
-from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
+import array_api_compat
 
 from tokenexit.errors import require
 
@@ -15,6 +16,7 @@ __all__ = [
     "filled",
     "first_k",
     "is_array",
+    "is_jax_array",
     "is_traced",
     "like_numbers",
     "on_host",
@@ -25,6 +27,34 @@ __all__ = [
 
 Array = Any
 """An array of any library that follows the array API standard: NumPy, PyTorch, JAX, array-api-strict, CuPy."""
+
+
+def _is_torch(value: Any) -> bool:
+    """Whether `value` is a tensor of PyTorch, which is not imported for the question.
+
+    It is asked first, and not last as array-api-compat does: whose way there is long, and warns when it is compiled.
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def array_namespace(*arrays: Array) -> Any:
+    """The library of some arrays, with the functions of the standard."""
+    if all(map(_is_torch, arrays)):
+        import array_api_compat.torch
+
+        return array_api_compat.torch
+    return array_api_compat.array_namespace(*arrays)
+
+
+def device(value: Array, /) -> Any:
+    """The device on which an array lies."""
+    return value.device if _is_torch(value) else array_api_compat.device(value)
+
+
+def is_jax_array(value: Any, /) -> bool:
+    """Whether `value` is an array of JAX, traced or not."""
+    return not _is_torch(value) and array_api_compat.is_jax_array(value)
 
 
 def counting(count: int, like: Array, /) -> Array:
@@ -72,7 +102,7 @@ def first_k(value: Array, k: int, /) -> tuple[Array, Array]:
 
 def is_array(value: Any, /) -> bool:
     """Whether `value` is an array of any library."""
-    return is_array_api_obj(value)
+    return _is_torch(value) or array_api_compat.is_array_api_obj(value)
 
 
 def is_traced(value: Any, /) -> bool:

@@ -7,7 +7,7 @@ run unmodified: within `attending_per_image` that call works image by image.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
 from tokenexit import TokenExitError
@@ -25,7 +26,7 @@ __all__ = ["attending_per_image"]
 @contextmanager
 def attending_per_image(
     lengths: Sequence[int], *, stands_for: Float[Tensor, "tokens"] | None = None
-) -> Iterator["_PerImage"]:
+) -> Iterator["PerImage"]:
     """Within this context, attention over a packed row stays within each image.
 
     Args:
@@ -39,7 +40,7 @@ def attending_per_image(
     Raises:
         TokenExitError: From the attention call, if it carries a mask, is causal, or is not over that row.
     """
-    mode = _PerImage(lengths, stands_for)
+    mode = PerImage(lengths, stands_for=stands_for)
     with mode:
         yield mode
 
@@ -61,15 +62,12 @@ class _Attending(TorchFunctionMode):
         raise NotImplementedError
 
 
-class _PerImage(_Attending):
-    def __init__(self, lengths: Sequence[int], stands_for: Tensor | None) -> None:
+class _OverRow(_Attending):
+    """Attention over a packed row, image by image."""
+
+    def __init__(self, total: int) -> None:
         super().__init__()
-        # A key that counts n times has n times the weight: log n more in the exponent.
-        self._bias = None if stands_for is None else stands_for.log()
-        self._total = sum(lengths)
-        # Neighbouring images with equally many tokens share one call: (images, tokens of each).
-        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-        self._runs = [(images, length) for length, images in runs if length]
+        self._total = total
 
     def _attend(
         self,
@@ -87,7 +85,49 @@ class _PerImage(_Attending):
             if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != self._total:
                 rule = f"have shape (1, heads, {self._total}, width) in a packed row"
                 raise TokenExitError(f"`{name}` must {rule}, got {tuple(tensor.shape)}")
-        options["dropout_p"] = dropout_p
+        if has_varlen(query, key, value, options, dropout_p):
+            return self._varlen(query, key, value)
+        return self._each(query, key, value, {**options, "dropout_p": dropout_p})
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """By one kernel for images of all lengths."""
+        raise NotImplementedError
+
+    def _each(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """By the kernels that plain batches have."""
+        raise NotImplementedError
+
+
+class PerImage(_OverRow):
+    """Attention over a packed row of images that have any number of tokens each. It is no part of the public API.
+
+    Args:
+        lengths: How many tokens of the row belong to each image, in order.
+        offsets: Where each image begins in the row, and where the last one ends, on the device of the row; computed
+            of the lengths if left out, for which an accelerator is waited for.
+        stands_for: How many tokens each of the row stands for; once each if left out.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], offsets: Tensor | None = None, stands_for: Tensor | None = None
+    ) -> None:
+        super().__init__(sum(lengths))
+        # A key that counts n times has n times the weight: log n more in the exponent.
+        self._bias = None if stands_for is None else stands_for.log()
+        self._offsets = offsets
+        self._lengths = list(lengths)
+        # Neighbouring images with equally many tokens share one call: (images, tokens of each).
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        self._runs = [(images, length) for length, images in runs if length]
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._bias is not None:
+            return self._each(query, key, value, {})
+        if self._offsets is None:
+            self._offsets = torch.tensor([0, *accumulate(self._lengths)], device=query.device)
+        return varlen(query, key, value, self._offsets, longest=max(self._lengths))
+
+    def _each(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         if self._bias is None and len(self._runs) == 1 and self._runs[0][0] == 1:
             return functional.scaled_dot_product_attention(query, key, value, **options)
         results = []
@@ -103,6 +143,71 @@ class _PerImage(_Attending):
             results.append(rearrange(attended, "images heads tokens width -> 1 (images tokens) heads width"))
             start = stop
         return rearrange(torch.cat(results, dim=1), "1 tokens heads width -> 1 heads tokens width")
+
+
+class Padded(_OverRow):
+    """Attention over a row with as many entries for each image, of which some hold no token. Not public.
+
+    All shapes are known beforehand, and nothing waits for an accelerator.
+
+    Args:
+        valid: Which entries hold a token; in every image they come first. Those that do not are attended to by none
+            that do; of an image without any, all are, for a softmax must be over something.
+        stands_for: How many tokens each entry stands for, in one row; once each if left out.
+    """
+
+    def __init__(self, valid: Bool[Tensor, "images capacity"], stands_for: Tensor | None = None) -> None:
+        super().__init__(valid.numel())
+        self._valid = valid
+        self._stands_for = stands_for
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._stands_for is not None:
+            return self._each(query, key, value, {})
+        # What holds no token is an image of its own: so each entry is written, and finite.
+        images, capacity = self._valid.shape
+        starts = torch.arange(images, device=query.device) * capacity
+        both = torch.stack([starts, starts + self._valid.sum(dim=1)], dim=1).flatten()
+        offsets = functional.pad(both, (0, 1), value=images * capacity)
+        return varlen(query, key, value, offsets, longest=capacity)
+
+    def _each(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        images, capacity = self._valid.shape
+        q, k, v = (_apart(tensor, images) for tensor in (query, key, value))
+        keys = (self._valid | ~self._valid.any(dim=1, keepdim=True))[:, None, None, :]
+        mask = keys
+        if self._stands_for is not None:
+            weight = self._stands_for.log().to(query.dtype).view(images, 1, 1, capacity)
+            mask = torch.where(keys, weight, -torch.inf)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        return rearrange(attended, "images heads entries width -> 1 heads (images entries) width")
+
+
+def has_varlen(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], dropout: float) -> bool:
+    """Whether the kernel for images of all lengths takes this call. It is no part of the public API."""
+    width = query.shape[3]
+    fits = width == value.shape[3] and width % 8 == 0 and width <= 256 and key.shape[1] == query.shape[1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and fits and dropout == 0.0 and options.get("scale") in (None, width**-0.5)
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longest: int) -> Tensor:
+    """Attention between offsets, by PyTorch's kernel for images of all lengths. It is no part of the public API.
+
+    Args:
+        query: Of the row, `(1, heads, tokens, width)`; `key` and `value` likewise.
+        key: Keys.
+        value: Values.
+        offsets: Where the images begin, and the end of the last.
+        longest: No image has more tokens.
+
+    Returns:
+        What they attended to, of the same shape.
+    """
+    q, k, v = (rearrange(tensor, "1 heads tokens width -> tokens heads width") for tensor in (query, key, value))
+    bounds = offsets.to(torch.int32)
+    mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    return rearrange(mixed, "tokens heads width -> 1 heads tokens width")
 
 
 @contextmanager

@@ -160,23 +160,23 @@ class _StagedRun(Run):
             )
             for after, patches in self._stages.items()
         }
-        if self.packing is None:  # all tokens reached the final head, or rejoined before it
+        if self.receipt is None:  # all tokens reached the final head, or rejoined before it
             stages[self.model.depth] = output.logits
             if self.masks is not None:
                 self._mask_stages[self.model.depth] = as_maps(self.masks, self.embedded.grid)
         return Stages(output, stages, self._mask_stages if self.model.gives_masks else None)
 
-    def _settle(self, after: int, leave: Tensor, reading: Reading) -> None:
+    def _settle(self, after: int, leave: Tensor, reading: Reading, confidence: Tensor) -> None:
         assert self.ledger is not None
-        assert self.packing is not None
+        assert self.receipt is not None
         prefix = self.embedded.prefix
-        everyone = tokens.scatter(reading.logits, self.packing, into=self.ledger.logits)
+        everyone = tokens.scatter(reading.logits, self.receipt, into=self.ledger.logits)
         if reading.masks is not None:
             mask_logits, presence_logits = self._joined(reading.masks)
             self._mask_stages[after] = as_maps(Masks(mask_logits[:, prefix:], presence_logits), self.embedded.grid)
             everyone = log_scores(mask_logits, presence_logits[:, None]) if self.reweighs else everyone
         self._stages[after] = everyone[:, prefix:]
-        super()._settle(after, leave, reading.detach())
+        super()._settle(after, leave, reading.detach(), confidence)
 
 
 def pixel_cross_entropy(
