@@ -9,6 +9,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.exporting import ONNX_OUTPUTS, export_onnx
 from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
@@ -17,11 +18,13 @@ from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
-from tokenexit_torch.running import ExitingModel, Output
+from tokenexit_torch.outputs import Output, StaticOutput
+from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
+from tokenexit_torch.static import StaticModel, needed_capacity
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
@@ -40,6 +43,7 @@ __all__ = [
     "MaskHead",
     "MaskMaps",
     "Masks",
+    "ONNX_OUTPUTS",
     "Output",
     "Recovery",
     "Sampled",
@@ -51,6 +55,8 @@ __all__ = [
     "SemanticUnit",
     "Staged",
     "Stages",
+    "StaticModel",
+    "StaticOutput",
     "Swin",
     "SwinBackbone",
     "SwinBlock",
@@ -63,12 +69,14 @@ __all__ = [
     "TransformersViT",
     "attending_per_image",
     "distillation",
+    "export_onnx",
     "fit_exits",
     "gate_thresholds",
     "load",
     "load_gates",
     "load_semantic",
     "mask_loss",
+    "needed_capacity",
     "pixel_cross_entropy",
     "save",
     "save_gates",

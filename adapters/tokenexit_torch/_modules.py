@@ -1,7 +1,8 @@
 """What can be asked of any module."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 
-__all__ = ["DropPath", "evaluating", "linear_weights", "mlp", "require_heads", "start_anew"]
+__all__ = ["DropPath", "evaluating", "kept_eager", "linear_weights", "mlp", "require_heads", "start_anew"]
 
 
 @contextmanager
@@ -22,6 +23,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, was in before:
             part.training = was
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kept_eager(function: Function) -> Function:
+    """A function that `torch.compile` leaves as it is, with all that it calls."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -81,13 +81,24 @@ class _OverRow(_Attending):
     ) -> Float[Tensor, "1 heads tokens value_width"]:
         if attn_mask is not None or is_causal:
             raise TokenExitError("`attn_mask` must be absent in a packed row, got a mask or is_causal=True")
+        options["dropout_p"] = dropout_p
+        if torch.compiler.is_compiling():
+            return self._compiled(query, key, value, options)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != self._total:
                 rule = f"have shape (1, heads, {self._total}, width) in a packed row"
                 raise TokenExitError(f"`{name}` must {rule}, got {tuple(tensor.shape)}")
-        if has_varlen(query, key, value, options, dropout_p):
+        return self.over(query, key, value, options)
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """Attention within each image, by the kernel that suits."""
+        if has_varlen(query, key, value, options):
             return self._varlen(query, key, value)
-        return self._each(query, key, value, {**options, "dropout_p": dropout_p})
+        return self._each(query, key, value, options)
+
+    def _compiled(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """As a part of a program that `torch.compile` makes."""
+        return self.over(query, key, value, options)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """By one kernel for images of all lengths."""
@@ -108,17 +119,26 @@ class PerImage(_OverRow):
         stands_for: How many tokens each of the row stands for; once each if left out.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], offsets: Tensor | None = None, stands_for: Tensor | None = None
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], offsets: Tensor | None = None, stands_for: Tensor | None = None) -> None:
         super().__init__(sum(lengths))
         # A key that counts n times has n times the weight: log n more in the exponent.
         self._bias = None if stands_for is None else stands_for.log()
+        self._stands_for = stands_for
         self._offsets = offsets
         self._lengths = list(lengths)
+        # On the host, so that reading it back is no wait.
+        self._counts = torch.tensor(self._lengths, dtype=torch.int64)
         # Neighbouring images with equally many tokens share one call: (images, tokens of each).
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         self._runs = [(images, length) for length, images in runs if length]
+
+    def _compiled(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        # One operator, whose shapes are those of the row: otherwise each batch would be a program of its own.
+        known = options.get("dropout_p", 0.0) == 0.0 and set(options) <= {"dropout_p", "scale"}
+        if not known:
+            raise TokenExitError(f"`options` must be a scale alone where attention is compiled, got {options}")
+        mixed = per_image(query, key, value, self._counts, self._offsets, self._stands_for, options.get("scale"))
+        return rearrange(mixed, "1 tokens heads width -> 1 heads tokens width")
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._bias is not None:
@@ -183,12 +203,18 @@ class Padded(_OverRow):
         return rearrange(attended, "images heads entries width -> 1 heads (images entries) width")
 
 
-def has_varlen(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], dropout: float) -> bool:
+def has_varlen(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether the kernel for images of all lengths takes this call. It is no part of the public API."""
     width = query.shape[3]
     fits = width == value.shape[3] and width % 8 == 0 and width <= 256 and key.shape[1] == query.shape[1]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and fits and dropout == 0.0 and options.get("scale") in (None, width**-0.5)
+    return (
+        query.is_cuda
+        and half
+        and fits
+        and options.get("dropout_p", 0.0) == 0.0
+        and options.get("scale") in (None, width**-0.5)
+    )
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longest: int) -> Tensor:
@@ -207,7 +233,84 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longes
     q, k, v = (rearrange(tensor, "1 heads tokens width -> tokens heads width") for tensor in (query, key, value))
     bounds = offsets.to(torch.int32)
     mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    assert isinstance(mixed, Tensor)
     return rearrange(mixed, "tokens heads width -> 1 heads tokens width")
+
+
+@torch.library.custom_op("tokenexit::per_image", mutates_args=())
+def per_image(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    offsets: Tensor | None,
+    stands_for: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """`PerImage` as one operator of a compiled program. It is no part of the public API.
+
+    Args:
+        query: Of the row, `(1, heads, tokens, width)`; `key` and `value` likewise.
+        key: Keys.
+        value: Values.
+        lengths: How many tokens of the row belong to each image, in the memory of the host.
+        offsets: As for `PerImage`.
+        stands_for: As for `PerImage`.
+        scale: Of the products; one over the root of the width if None.
+
+    Returns:
+        What they attended to, `(1, tokens, heads, width)`.
+    """
+    attention = PerImage(lengths.tolist(), offsets, stands_for)
+    mixed = attention.over(query, key, value, {} if scale is None else {"scale": scale})
+    return rearrange(mixed, "1 heads tokens width -> 1 tokens heads width").clone(memory_format=torch.contiguous_format)
+
+
+@per_image.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    del key
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@torch.library.custom_op("tokenexit::per_image_backward", mutates_args=())
+def per_image_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    offsets: Tensor | None,
+    stands_for: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `per_image`, which is computed again for them."""
+    own = tuple(tensor.detach().requires_grad_() for tensor in (query, key, value))
+    attention = PerImage(lengths.tolist(), offsets, stands_for)
+    with torch.enable_grad():
+        mixed = attention.over(own[0], own[1], own[2], {} if scale is None else {"scale": scale})
+        turned = rearrange(mixed, "1 heads tokens width -> 1 tokens heads width")
+    dq, dk, dv = torch.autograd.grad(turned, own, gradient)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@per_image_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del gradient
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    query, key, value, lengths, offsets, stands_for, scale = inputs
+    ctx.save_for_backward(query, key, value, lengths, offsets, stands_for)
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*per_image_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None, None)
+
+
+per_image.register_autograd(_backward, setup_context=_keep)
 
 
 @contextmanager

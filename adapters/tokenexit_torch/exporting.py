@@ -72,71 +72,70 @@ class _Arrays(nn.Module):
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What stands for the operators that the exporter does not know."""
+    """What stands for the operators that the exporter does not know, or onnxruntime."""
     try:
         import onnx  # noqa: F401  # asked for here, so that the message names it
-        from onnxscript import ir
-        from onnxscript import opset20 as op
+        from onnxscript import opset20
     except ImportError as error:
         raise TokenExitError(f"`onnx` and `onnxscript` must be installed to export, got: {error}") from error
+    op: Any = opset20
 
-    def whole(value: int) -> Any:
-        return op.Constant(value_ints=[value])
+    def searchsorted(sorted_sequence: Any, self: Any, **_: Any) -> Any:
+        return _before(op, sorted_sequence, self, op.Less)
 
-    def halved(ascending: Any, wanted: Any, before: Callable[[Any, Any], Any], length: int) -> Any:
-        """How many of some sorted values come before each of the wanted ones, along the last axis."""
-        low = op.Sub(op.Shape(wanted), op.Shape(wanted))
-        low = op.Expand(whole(0), op.Shape(wanted))
-        high = op.Expand(whole(length), op.Shape(wanted))
-        for _ in range(length.bit_length()):
-            middle = op.Div(op.Add(low, high), whole(2))
-            value = op.GatherElements(ascending, op.Min(middle, whole(length - 1)), axis=-1)
-            later = op.And(op.Less(low, high), before(value, wanted))
-            low, high = op.Where(later, op.Add(middle, whole(1)), low), op.Where(later, high, middle)
-        return low
-
-    def searchsorted(
-        sorted_sequence: Any, self: Any, out_int32: bool = False, right: bool = False, side: Any = None, sorter: Any = None
-    ) -> Any:
-        return halved(sorted_sequence, self, op.Less, int(sorted_sequence.shape[-1]))
-
-    def sort(self: Any, stable: Any = True, dim: int = -1, descending: bool = False) -> Any:
-        length = int(self.shape[dim])
-        starts = range(0, length, MOST_IN_TOPK)
-        parts = []
-        for start in starts:
-            stop = min(start + MOST_IN_TOPK, length)
-            part = self if len(starts) == 1 else op.Slice(self, whole(start), whole(stop), whole(dim))
-            value, index = op.TopK(part, whole(stop - start), axis=dim, largest=int(descending), sorted=1)
-            parts.append((value, op.Add(index, whole(start)), stop - start))
-        if len(parts) == 1:
-            return parts[0][:2]
-        ahead, level = (op.Greater, op.GreaterOrEqual) if descending else (op.Less, op.LessOrEqual)
-        places = []
-        for own, (value, _, many) in enumerate(parts):
-            # Equal ones of an earlier part come first, those of a later one after.
-            others = [
-                halved(other, value, level if number < own else ahead, length_)
-                for number, (other, _, length_) in enumerate(parts)
-                if number != own
-            ]
-            place = op.Add(op.Expand(op.Range(op.Constant(value_int=0), op.Constant(value_int=many), op.Constant(value_int=1)), op.Shape(value)), others[0])
-            for other in others[1:]:
-                place = op.Add(place, other)
-            places.append(place)
-        place = op.Concat(*places, axis=-1)
-        values = op.Concat(*(value for value, _, _ in parts), axis=-1)
-        indices = op.Concat(*(index for _, index, _ in parts), axis=-1)
-        return op.ScatterElements(values, place, values, axis=-1), op.ScatterElements(indices, place, indices, axis=-1)
+    def sort(self: Any, dim: int = -1, descending: bool = False, **_: Any) -> Any:
+        # The core sorts along the last axis alone.
+        return _merged(op, _sorted_parts(op, self, dim, descending), descending)
 
     def where(condition: Any, self: Any, other: Any) -> Any:
-        if self.dtype != ir.DataType.BOOL:
+        if self.dtype.name != "BOOL":
             return op.Where(condition, self, other)
         # onnxruntime has no Where of booleans.
         return op.Or(op.And(condition, self), op.And(op.Not(condition), other))
 
-    return {
-        torch.ops.aten.searchsorted.Tensor: searchsorted,
-        torch.ops.aten.sort.stable: sort,
-        torch.ops.aten.where.self: where,
-    }
+    aten = torch.ops.aten
+    return {aten.searchsorted.Tensor: searchsorted, aten.sort.stable: sort, aten.where.self: where}
+
+
+def _before(op: Any, ascending: Any, wanted: Any, before: Callable[[Any, Any], Any]) -> Any:
+    """How many of some sorted values come before each of the wanted ones, along the last axis: by halving."""
+    length = int(ascending.shape[-1])
+    low, high = (op.Expand(_whole(op, bound), op.Shape(wanted)) for bound in (0, length))
+    for _ in range(length.bit_length()):
+        middle = op.Div(op.Add(low, high), _whole(op, 2))
+        value = op.GatherElements(ascending, op.Min(middle, _whole(op, length - 1)), axis=-1)
+        later = op.And(op.Less(low, high), before(value, wanted))
+        low, high = op.Where(later, op.Add(middle, _whole(op, 1)), low), op.Where(later, high, middle)
+    return low
+
+
+def _sorted_parts(op: Any, values: Any, axis: int, descending: bool) -> list[tuple[Any, Any]]:
+    """Parts of a row that TopK takes, sorted: values, and where they were. Equal ones keep their order."""
+    length, parts = int(values.shape[axis]), []
+    for start in range(0, length, MOST_IN_TOPK):
+        stop = min(start + MOST_IN_TOPK, length)
+        whole = (start, stop) == (0, length)
+        part = values if whole else op.Slice(values, _whole(op, start), _whole(op, stop), _whole(op, axis))
+        value, index = op.TopK(part, _whole(op, stop - start), axis=axis, largest=int(descending), sorted=1)
+        parts.append((value, index if start == 0 else op.Add(index, _whole(op, start))))
+    return parts
+
+
+def _merged(op: Any, parts: list[tuple[Any, Any]], descending: bool) -> Any:
+    """Sorted parts as one. A place is how many come before, in its own part and in each other."""
+    if len(parts) == 1:
+        return parts[0]
+    ahead, level = (op.Greater, op.GreaterOrEqual) if descending else (op.Less, op.LessOrEqual)
+    places = []
+    for own, (value, _) in enumerate(parts):
+        place = op.Constant(value_ints=list(range(int(value.shape[-1]))))
+        for number, (other, _) in enumerate(parts):
+            if number != own:  # equal ones of an earlier part come first, those of a later one after
+                place = op.Add(place, _before(op, other, value, level if number < own else ahead))
+        places.append(place)
+    place, value, index = (op.Concat(*one, axis=-1) for one in (places, *zip(*parts, strict=True)))
+    return op.ScatterElements(value, place, value, axis=-1), op.ScatterElements(index, place, index, axis=-1)
+
+
+def _whole(op: Any, value: int) -> Any:
+    return op.Constant(value_ints=[value])

@@ -6,57 +6,23 @@ depends on the data but the data. What an exit would keep beyond that leaves as 
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tokenexit import tokens
 from tokenexit.errors import require
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Receipt, Selection
+from tokenexit_torch._passing import Move, Run
 from tokenexit_torch.attention import Padded
-from tokenexit_torch.running import ExitingModel, Move, Output, Run
+from tokenexit_torch.outputs import Output, StaticOutput
+from tokenexit_torch.running import ExitingModel
 
-__all__ = ["StaticModel", "StaticOutput", "needed_capacity"]
-
-
-class StaticOutput(NamedTuple):
-    """What a static model returns.
-
-    Attributes:
-        logits: Class scores of every patch, from the head at which it left; from the final head if features rejoined.
-        exit_depth: After how many blocks every patch left; all of them if it never did.
-        tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
-        capacity_per_block: How many entries each block worked on for each image, with a token or without. What is more
-            than `tokens_per_block` was wasted.
-        overflow: How many tokens of each image left only because there was no room for them.
-        exits: The blocks after which an exit head ran.
-        head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
-    """
-
-    logits: Float[Tensor, "images classes grid_height grid_width"]
-    exit_depth: Int[Tensor, "images grid_height grid_width"]
-    tokens_per_block: Int[Tensor, "images blocks"]
-    capacity_per_block: Int[Tensor, "images blocks"]
-    overflow: Int[Tensor, "images"]
-    exits: tuple[int, ...]
-    head_on: Literal["running", "all"]
-
-    def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly.
-
-        Args:
-            size: Height and width, in pixels.
-
-        Returns:
-            The interpolated logits.
-        """
-        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+__all__ = ["StaticModel", "needed_capacity"]
 
 
 class StaticModel(nn.Module):

@@ -20,7 +20,8 @@ from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.hosts import Embedded
-from tokenexit_torch.running import ExitingModel, Output
+from tokenexit_torch.outputs import Output
+from tokenexit_torch.running import ExitingModel
 
 __all__ = ["Trace", "trace"]
 

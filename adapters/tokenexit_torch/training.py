@@ -26,8 +26,10 @@ from tokenexit import TokenExitError, tokens
 from tokenexit.auxiliary import loss_weights
 from tokenexit.errors import require
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_torch._passing import PackedRun, Reading
 from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores
-from tokenexit_torch.running import ExitingModel, Output, Reading, Run
+from tokenexit_torch.outputs import Output
+from tokenexit_torch.running import ExitingModel
 
 __all__ = ["Staged", "Stages", "distillation", "mask_loss", "pixel_cross_entropy"]
 
@@ -141,7 +143,7 @@ class Staged(nn.Module):
         return _StagedRun(self.model, images, schedule).staged()
 
 
-class _StagedRun(Run):
+class _StagedRun(PackedRun):
     def __init__(self, model: ExitingModel, images: Tensor, schedule: Schedule | None) -> None:
         super().__init__(model, images, schedule)
         self._stages: dict[int, Tensor] = {}
