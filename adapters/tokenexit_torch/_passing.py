@@ -270,6 +270,12 @@ class Run:
                 self.positions = self.positions.repeat(self.images, *[1] * (self.positions.ndim - 1))
         return self.receipt
 
+    def unpack(self) -> None:
+        """A plain batch again, if the row holds all tokens of all images."""
+        if self.receipt is not None and self.row.shape[1] == self.images * self.slots:
+            self.row = rearrange(self.row, "1 (images slots) width -> images slots width", images=self.images)
+            self.receipt, self.positions, self.stands_for = None, self.embedded.positions, None
+
     def _rejoin(self) -> None:
         """All tokens of all images run again, as a plain batch."""
         if self.receipt is not None:

@@ -4,7 +4,7 @@ The tokens run as a plain batch until the first exit point, then as one packed r
 that still run, attention works image by image. At each exit point there is one gather.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
+from tokenexit_torch._mixing import MixedRun
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch._passing import Reading, checked, packed, read_batch
 from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
@@ -116,6 +117,26 @@ class ExitingModel(nn.Module):
             TokenExitError: If the images do not fit the model, or an exit of the plan has no head.
         """
         return packed(self, images, schedule).through()
+
+    def mixed(
+        self, images: Sequence[Float[Tensor, "channels height width"]], *, schedule: Schedule | None = None
+    ) -> tuple[Output, ...]:
+        """Segment images of any sizes that the wrapped model takes, in one packed row.
+
+        Linear layers see the tokens of all images at once, as if they were of one size. An image's result is that of a
+        call with it alone; under `policies.BatchBudget` images trade with those of their own size.
+
+        Args:
+            images: The images.
+            schedule: A plan for this call only; the model's own if left out.
+
+        Returns:
+            What a call returns, for each image by itself, in their order.
+
+        Raises:
+            TokenExitError: If an image does not fit the model, or an exit of the plan has no head.
+        """
+        return MixedRun(self, images, schedule).through()
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
