@@ -17,6 +17,7 @@ from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
+from tokenexit_torch.predictor import Predictor
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
@@ -25,6 +26,7 @@ from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
+from tokenexit_torch.windows import WindowedOutput, Windows, sliding
 from tokenexit_torch.wrapping import wrap, wrap_gates, wrap_semantic
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "MaskMaps",
     "Masks",
     "Output",
+    "Predictor",
     "Recovery",
     "Sampled",
     "Semantic",
@@ -61,6 +64,8 @@ __all__ = [
     "TorchvisionViT",
     "Trace",
     "TransformersViT",
+    "WindowedOutput",
+    "Windows",
     "attending_per_image",
     "distillation",
     "fit_exits",
@@ -73,6 +78,7 @@ __all__ = [
     "save",
     "save_gates",
     "save_semantic",
+    "sliding",
     "swin_base",
     "swin_small",
     "trace",
