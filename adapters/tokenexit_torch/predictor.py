@@ -267,7 +267,7 @@ def _alike(images: Sequence[Any], *, channels: int) -> list[list[int]]:
         dtype, shape = (image.dtype, image.shape) if array else (None, ())
         axis = {np.dtype(np.uint8): -1, np.dtype(np.float32): 0}.get(dtype)
         fits = len(shape) == 3 and axis is not None and shape[axis] == channels
-        rule = f"be arrays of uint8 (height, width, {channels}) or float32 ({channels}, height, width)"
+        rule = f"be an array of uint8 (height, width, {channels}) or float32 ({channels}, height, width)"
         require(fits, f"{_IMAGES}[{number}]", rule, f"{dtype} {shape}" if array else type(image).__name__)
         groups.setdefault((dtype, shape), []).append(number)
     return list(groups.values())

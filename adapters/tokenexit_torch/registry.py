@@ -118,9 +118,7 @@ def _require_bare(model: object) -> None:
         if reason is not None:
             got = f"{full_name(part)}, compiled" if compiled else full_name(part)
             where = f" at `{path}`" if path else ""
-            raise TokenExitError(
-                f"`model` must be wrapped as it is, with nothing around it, got {got}{where}: {reason}"
-            )
+            raise TokenExitError(f"`model` must have nothing around it or its parts, got {got}{where}: {reason}")
 
 
 def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:

@@ -140,7 +140,9 @@ def _said(
     places = [(image, top, left) for image in range(len(images)) for top, left in corners]
     parts = []
     for start in range(0, max(1, len(places)), windows.batch):
-        crops = [_under(images[image], top, left, windows) for image, top, left in places[start : start + windows.batch]]
+        crops = [
+            _under(images[image], top, left, windows) for image, top, left in places[start : start + windows.batch]
+        ]
         shown = torch.stack(crops) if crops else _under(images, 0, 0, windows)
         parts.append(_asked(model, shown, schedule))
     return _joined(parts)

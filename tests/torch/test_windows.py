@@ -1,5 +1,7 @@
 """Sliding windows: where they lie, how they share in a pixel, and that each is an image like any other."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -82,7 +84,7 @@ def test_windows_lie_inside_cover_every_pixel_and_end_at_the_edge(windows, heigh
         starts = sorted({corner[axis] for corner in corners})
         assert starts[0] == 0
         assert starts[-1] == max(0, side - window)
-        assert all(0 < after - before <= stride for before, after in zip(starts, starts[1:], strict=False))
+        assert all(0 < after - before <= stride for before, after in itertools.pairwise(starts))
         assert all(start % stride == 0 for start in starts[:-1])
         covered = {pixel for start in starts for pixel in range(start, start + window)}
         assert covered >= set(range(side))
@@ -170,7 +172,9 @@ def test_an_image_smaller_than_a_window_is_padded_with_zeros_and_cut_back():
 
 
 def test_no_images():
-    out = tet.sliding(models.wrapped(models.timm_vit(), PLAN), models.images(0, (60, 60)), tet.Windows((32, 48), (9, 9)))
+    out = tet.sliding(
+        models.wrapped(models.timm_vit(), PLAN), models.images(0, (60, 60)), tet.Windows((32, 48), (9, 9))
+    )
     assert out.logits.shape == (0, models.CLASSES, 60, 60)
     assert out.windows.tokens_per_block.shape == (0, 6)
 
