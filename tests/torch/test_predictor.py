@@ -111,6 +111,15 @@ def test_pictures_of_different_sizes_keep_their_order(folder, model):
             same({name: values[number] for name, values in found.items()}, {name: one[name][0] for name in found})
 
 
+def test_pictures_of_one_size_and_type_run_together(folder):
+    sizes = [SIZE, (24, 16), SIZE, (24, 16), SIZE]
+    mixed = [pictures(1, size)[0] for size in sizes] + [models.images(1, SIZE)[0].numpy()]
+    given, seen = predictor(folder), []
+    given.load().register_forward_pre_hook(lambda _, images: seen.append(tuple(images[0].shape)))
+    given({"image": mixed})
+    assert seen == [(3, 3, *SIZE), (2, 3, 24, 16), (1, 3, *SIZE)]
+
+
 def test_pictures_of_one_size_come_back_as_one_array_also_from_a_list(folder):
     images = pictures(3)
     same(predictor(folder)({"image": list(images)}), predictor(folder)({"image": images}))

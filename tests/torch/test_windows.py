@@ -126,6 +126,16 @@ def test_windows_run_together_whichever_image_they_are_of(batch, count):
     assert model.seen == [batch] * full + [rest] * (rest > 0)
 
 
+def test_exits_are_those_of_all_batches():
+    saying, ran = Saying(), iter([(2,), (1, 2), ()])
+    out = tet.sliding(
+        lambda images, schedule: saying(images, schedule=schedule)._replace(exits=next(ran)),
+        models.images(3, (8, 8)),
+        tet.Windows((8, 8), (8, 8), batch=1),
+    )
+    assert out.windows.exits == (1, 2)
+
+
 @torch.inference_mode()
 def test_the_size_of_a_batch_does_not_change_the_result():
     model, images = models.wrapped(models.timm_vit(), PLAN), models.images(2, (50, 70))
