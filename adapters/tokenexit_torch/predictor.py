@@ -179,15 +179,17 @@ class Predictor:
 
     def _columns(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         said: list[dict[str, np.ndarray]] = [{}] * len(images)
-        for numbers in _alike(images, channels=len(self.mean)):
-            for number, told in zip(numbers, self._told(np.stack([images[one] for one in numbers])), strict=True):
+        groups = _alike(images, channels=len(self.mean))
+        model = self.load()  # not in inference mode, which its weights would never leave
+        for numbers in groups:
+            some = np.stack([images[one] for one in numbers])
+            for number, told in zip(numbers, self._told(model, some), strict=True):
                 said[number] = told
         return {name: _column([told[name] for told in said]) for name in self.outputs}
 
     @torch.inference_mode()
-    def _told(self, images: np.ndarray) -> list[dict[str, np.ndarray]]:
+    def _told(self, model: ExitingModel, images: np.ndarray) -> list[dict[str, np.ndarray]]:
         """What is told of pictures of one size, one by one: scores of pixels need more memory than all else."""
-        model = self.load()
         size = images.shape[1:3] if images.dtype == np.uint8 else images.shape[2:]
         prepared = self._prepared(torch.from_numpy(images).to(self.device)).to(next(model.parameters()).dtype)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):

@@ -171,6 +171,9 @@ def test_autocast_and_evaluation_mode_are_its_own(folder):
     built = predictor(folder)
     assert not built.load().training
     assert built.load() is built.load()
+    called_first = predictor(folder)
+    called_first({"image": images})
+    assert not any(weight.is_inference() for weight in called_first.load().parameters())
 
 
 def test_what_travels_is_a_recipe_and_no_weights(folder):
