@@ -19,6 +19,7 @@ from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.outputs import Output, StaticOutput
+from tokenexit_torch.predictor import Predictor
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
@@ -28,6 +29,7 @@ from tokenexit_torch.static import StaticModel, needed_capacity
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
+from tokenexit_torch.windows import WindowedOutput, Windows, sliding
 from tokenexit_torch.wrapping import wrap, wrap_gates, wrap_semantic
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Masks",
     "ONNX_OUTPUTS",
     "Output",
+    "Predictor",
     "Recovery",
     "Sampled",
     "Semantic",
@@ -67,6 +70,8 @@ __all__ = [
     "TorchvisionViT",
     "Trace",
     "TransformersViT",
+    "WindowedOutput",
+    "Windows",
     "attending_per_image",
     "distillation",
     "export_onnx",
@@ -81,6 +86,7 @@ __all__ = [
     "save",
     "save_gates",
     "save_semantic",
+    "sliding",
     "swin_base",
     "swin_small",
     "trace",

@@ -1,16 +1,34 @@
-"""What can be asked of any module."""
+"""What can be asked of any module, and small modules that several files need."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 
-__all__ = ["DropPath", "evaluating", "kept_eager", "linear_weights", "mlp", "require_heads", "start_anew"]
+__all__ = [
+    "DropPath",
+    "Undivided",
+    "evaluating",
+    "kept_eager",
+    "linear_weights",
+    "mlp",
+    "require_heads",
+    "start_anew",
+]
+
+
+class Undivided(nn.Module):
+    """A module of which `nn.DataParallel` must not make copies: its host would still be that of the original."""
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        rule = "not be in nn.DataParallel: its copies would run the weights of one device, so use a process for each"
+        raise TokenExitError(f"`model` must {rule}, got a copy of it")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
-from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._modules import Undivided, linear_weights
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
 
@@ -69,7 +69,7 @@ class GatedOutput(NamedTuple):
         return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
 
 
-class GatedModel(nn.Module):
+class GatedModel(Undivided):
     """A vision transformer with gates; made by `wrap_gates`.
 
     A call never samples: a token runs unless the policy of its gate, on the probability that it is kept, lets it wait.

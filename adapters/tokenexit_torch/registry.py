@@ -3,7 +3,7 @@
 Names are compared, so that no framework is imported for a question about one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -66,6 +66,16 @@ REFUSED = {
 }
 """Why a class, and all that derive from it, cannot be a host. It is no part of the public API."""
 
+_COMPILED = "its parts are called one by one: wrap it first, then compile what `wrap` returns"
+
+AROUND = {
+    "torch._dynamo.eval_frame.OptimizedModule": _COMPILED,
+    "torch.nn.parallel.data_parallel.DataParallel": "it runs copies of its parts: use one process for each device",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "its own forward is never called: put it around what"
+    " `wrap` returns",
+}
+"""Why modules that go around others must not be inside of a host. It is no part of the public API."""
+
 
 def host_of(model: object, /) -> Host:
     """The host for a model.
@@ -73,7 +83,8 @@ def host_of(model: object, /) -> Host:
     Args:
         model: A timm `VisionTransformer`, also distilled, or `Eva`; a torchvision `VisionTransformer`; a `ViTModel`,
             `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`, `SiglipVisionModel` or `CLIPVisionModel` of
-            transformers; or an object that follows `Host`. Exactly these classes, and none that derives from them.
+            transformers; or an object that follows `Host`. Exactly these classes, and none that derives from them;
+            not compiled, and not in `DataParallel`.
 
     Returns:
         The host; the object itself if it is one.
@@ -81,6 +92,7 @@ def host_of(model: object, /) -> Host:
     Raises:
         TokenExitError: If there is no host for this model; where it is known why, the error says so.
     """
+    _require_bare(model)
     if isinstance(model, nn.Module):
         for ancestor in type(model).__mro__:
             reason = REFUSED.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
@@ -96,3 +108,24 @@ def host_of(model: object, /) -> Host:
         inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]
         got += f", whose part `{inside[0]}` is one" if inside else ""
     raise TokenExitError(f"`model` must be {_TAKEN} or a plain object that follows Host, got {got}")
+
+
+def _require_bare(model: object) -> None:
+    """Nothing may go around a model or a part of it: its parts are called one by one, as they are."""
+    for path, part in _parts(model):
+        compiled = part._compiled_call_impl is not None
+        reason = AROUND.get(full_name(part), _COMPILED if compiled else None)
+        if reason is not None:
+            got = f"{full_name(part)}, compiled" if compiled else full_name(part)
+            where = f" at `{path}`" if path else ""
+            raise TokenExitError(f"`model` must have nothing around it or its parts, got {got}{where}: {reason}")
+
+
+def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
+    """Parts of a model, by their paths; of a host also its blocks, which need not lie inside its module."""
+    if isinstance(model, nn.Module):
+        yield from model.named_modules()
+    elif isinstance(model, Host):
+        yield from model.module.named_modules()
+        for index, block in enumerate(model.blocks):
+            yield from block.named_modules(prefix=f"blocks[{index}]")

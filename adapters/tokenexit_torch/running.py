@@ -16,7 +16,7 @@ from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit_torch._mixing import MixedRun
-from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._modules import Undivided, linear_weights
 from tokenexit_torch._passing import Reading, checked, packed, read_batch
 from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
 from tokenexit_torch.masks import MaskHead, MaskMaps, as_maps
@@ -25,7 +25,7 @@ from tokenexit_torch.outputs import Output
 __all__ = ["ExitingModel"]
 
 
-class ExitingModel(nn.Module):
+class ExitingModel(Undivided):
     """A vision transformer whose tokens leave early; made by `wrap`.
 
     Attributes:
@@ -119,7 +119,7 @@ class ExitingModel(nn.Module):
         return packed(self, images, schedule).through()
 
     def mixed(
-        self, images: Sequence[Float[Tensor, "channels height width"]], *, schedule: Schedule | None = None
+        self, images: Sequence[Float[Tensor, "channels _ _"]], *, schedule: Schedule | None = None
     ) -> tuple[Output, ...]:
         """Segment images of any sizes that the wrapped model takes, in one packed row.
 

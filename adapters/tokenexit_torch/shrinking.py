@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan
-from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._modules import Undivided, linear_weights
 from tokenexit_torch.attention import attending_to
 from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
 from tokenexit_torch.semantic import CrossBlock, Recovery, SemanticTokens
@@ -64,7 +64,7 @@ class SemanticOutput(NamedTuple):
         return rearrange(self.tokens[:, self.prefix :], "i (h w) c -> i c h w", h=self.grid[0])
 
 
-class SemanticModel(nn.Module):
+class SemanticModel(Undivided):
     """A vision transformer on semantic tokens; made by `wrap_semantic`.
 
     Attributes:

@@ -91,7 +91,10 @@ def test_gradients_are_those_of_one_by_one():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([torch.zeros(3, 32, 48), torch.zeros(1, 3, 32, 48)], r"`images\[1\]` must be a tensor of shape .* got shape \(1"),
+        (
+            [torch.zeros(3, 32, 48), torch.zeros(1, 3, 32, 48)],
+            r"`images\[1\]` must be a tensor of shape .* got shape \(1",
+        ),
         ([1], r"`images\[0\]` must be a tensor of shape \(channels, height, width\), got int"),
         ([torch.zeros(3, 32, 41)], "`images` must have a size that the model takes"),
         ([torch.zeros(3, 32, 48), torch.zeros(4, 32, 48)], r"`images` must have shape \(images, 3"),

@@ -141,7 +141,7 @@ def test_any_grid_any_batch_any_room(grid, count, threshold, capacity, seed):
 
 @torch.no_grad()
 def test_a_nan_image_and_one_that_is_done_harm_nobody():
-    model, static = pair(models.timm_vit, schedule.dtop(after=(2,), threshold=0.0, per_class=0), capacities=0.5)
+    _, static = pair(models.timm_vit, schedule.dtop(after=(2,), threshold=0.0, per_class=0), capacities=0.5)
     images = models.images(3).double()
     images[1] = float("nan")
     out = static(images)
@@ -232,8 +232,14 @@ def test_it_follows_the_plan_of_its_model():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: tet.StaticModel(m.model, capacities=0.5), "`model` must be wrapped by `wrap`, got VisionTransformer"),
-        (lambda m: tet.StaticModel(m, capacities=0.0), r"`capacities\[2\]` must be greater than 0 and at most 1, got 0.0"),
+        (
+            lambda m: tet.StaticModel(m.model, capacities=0.5),
+            "`model` must be wrapped by `wrap`, got VisionTransformer",
+        ),
+        (
+            lambda m: tet.StaticModel(m, capacities=0.0),
+            r"`capacities\[2\]` must be greater than 0 and at most 1, got 0.0",
+        ),
         (lambda m: tet.StaticModel(m, capacities={2: 0.5}), r"`capacities` must be a fraction .* blocks \[2, 3, 4\]"),
         (lambda m: tet.StaticModel(m, capacities={2: 0.5, 3: True, 4: 1.0}), r"`capacities\[3\]` must be .* got True"),
         (lambda m: tet.StaticModel(m, capacities=0.5)([1]), "`images` must be a torch.Tensor, got list"),
