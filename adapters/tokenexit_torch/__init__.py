@@ -9,7 +9,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.exporting import ONNX_OUTPUTS, export_onnx
+from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
 from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
@@ -36,6 +36,7 @@ __all__ = [
     "AttentionToMask",
     "CrossBlock",
     "Drawing",
+    "EXPORTED",
     "Embedded",
     "ExitingModel",
     "FitReport",
@@ -45,7 +46,6 @@ __all__ = [
     "MaskHead",
     "MaskMaps",
     "Masks",
-    "ONNX_OUTPUTS",
     "Output",
     "Predictor",
     "Recovery",
@@ -75,6 +75,7 @@ __all__ = [
     "attending_per_image",
     "distillation",
     "export_onnx",
+    "export_program",
     "fit_exits",
     "gate_thresholds",
     "load",

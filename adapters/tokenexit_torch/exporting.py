@@ -1,4 +1,4 @@
-"""A static model as ONNX.
+"""A static model as an exported program, and as ONNX.
 
 PyTorch's exporter knows no stable sort and no `searchsorted`, which the bookkeeping is made of. Here is what stands for
 them. A sort is a TopK of all elements, of which equal ones come in the order of their indices; TensorRT takes at most
@@ -17,10 +17,10 @@ from tokenexit.errors import TokenExitError, require
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.static import StaticModel
 
-__all__ = ["ONNX_OUTPUTS", "export_onnx"]
+__all__ = ["EXPORTED", "export_onnx", "export_program"]
 
-ONNX_OUTPUTS = ("logits", "exit_depth", "tokens_per_block", "overflow")
-"""Names of the outputs of an exported model, in order: the fields of `StaticOutput` of these names."""
+EXPORTED = ("logits", "exit_depth", "tokens_per_block", "overflow")
+"""What an exported model gives, in order: the fields of `StaticOutput` of these names."""
 
 MOST_IN_TOPK = 3840
 """TensorRT's limit."""
@@ -28,10 +28,32 @@ MOST_IN_TOPK = 3840
 OPSET = 20
 
 
+def export_program(
+    static: StaticModel, images: Float[Tensor, "images channels height width"], /
+) -> torch.export.ExportedProgram:
+    """A static model as a program of `torch.export`, which can be saved, loaded, and run without this library.
+
+    Batch, image size, dtype, device, plan and thresholds are those of now, for good.
+
+    Args:
+        static: The static model; it is exported in evaluation mode.
+        images: Images of the shape and dtype that the program is to take.
+
+    Returns:
+        The program: from images to the arrays that `EXPORTED` names, in that order.
+
+    Raises:
+        TokenExitError: If the model is not static.
+    """
+    require(isinstance(static, StaticModel), "static", "be a StaticModel", type(static).__name__)
+    with torch.no_grad(), evaluating(static):
+        return torch.export.export(_Arrays(static), (images,))
+
+
 def export_onnx(
     static: StaticModel, images: Float[Tensor, "images channels height width"], file: str | Path, /
 ) -> None:
-    """Write a static model as ONNX: one input, `images`, and the outputs `ONNX_OUTPUTS`.
+    """Write a static model as ONNX: one input, `images`, and the outputs that `EXPORTED` names.
 
     It needs `onnx` and `onnxscript`. Batch, image size, dtype, plan and thresholds are those of now, for good.
 
@@ -43,16 +65,13 @@ def export_onnx(
     Raises:
         TokenExitError: If the model is not static, its folder is not there, or `onnx` or `onnxscript` is not installed.
     """
-    require(isinstance(static, StaticModel), "static", "be a StaticModel", type(static).__name__)
     file = Path(file)
     require(file.parent.is_dir(), "file", "lie in a folder that is there", str(file))
     table = _translations()
-    with torch.no_grad(), evaluating(static):
-        program = torch.export.export(_Arrays(static), (images,))
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False,
-            input_names=["images"], output_names=list(ONNX_OUTPUTS),
-        )  # fmt: skip
+    exported = torch.onnx.export(
+        export_program(static, images), dynamo=True, opset_version=OPSET, custom_translation_table=table,
+        input_names=["images"], output_names=list(EXPORTED), verbose=False,
+    )  # fmt: skip
     assert exported is not None
     exported.save(file)
 
@@ -81,7 +100,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     op: Any = opset20
 
     def searchsorted(sorted_sequence: Any, self: Any, **_: Any) -> Any:
-        return _before(op, sorted_sequence, self, op.Less)
+        return _before(op, sorted_sequence, int(sorted_sequence.shape[-1]), self, op.Less)
 
     def sort(self: Any, dim: int = -1, descending: bool = False, **_: Any) -> Any:
         # The core sorts along the last axis alone.
@@ -97,43 +116,43 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {aten.searchsorted.Tensor: searchsorted, aten.sort.stable: sort, aten.where.self: where}
 
 
-def _before(op: Any, ascending: Any, wanted: Any, before: Callable[[Any, Any], Any]) -> Any:
+def _before(op: Any, ordered: Any, length: int, wanted: Any, before: Callable[[Any, Any], Any]) -> Any:
     """How many of some sorted values come before each of the wanted ones, along the last axis: by halving."""
-    length = int(ascending.shape[-1])
     low, high = (op.Expand(_whole(op, bound), op.Shape(wanted)) for bound in (0, length))
     for _ in range(length.bit_length()):
         middle = op.Div(op.Add(low, high), _whole(op, 2))
-        value = op.GatherElements(ascending, op.Min(middle, _whole(op, length - 1)), axis=-1)
+        value = op.GatherElements(ordered, op.Min(middle, _whole(op, length - 1)), axis=-1)
         later = op.And(op.Less(low, high), before(value, wanted))
         low, high = op.Where(later, op.Add(middle, _whole(op, 1)), low), op.Where(later, high, middle)
     return low
 
 
-def _sorted_parts(op: Any, values: Any, axis: int, descending: bool) -> list[tuple[Any, Any]]:
-    """Parts of a row that TopK takes, sorted: values, and where they were. Equal ones keep their order."""
+def _sorted_parts(op: Any, values: Any, axis: int, descending: bool) -> list[tuple[Any, Any, int]]:
+    """Parts of a row that TopK takes, sorted: values, where they were, how many. Equal ones keep their order."""
     length, parts = int(values.shape[axis]), []
     for start in range(0, length, MOST_IN_TOPK):
         stop = min(start + MOST_IN_TOPK, length)
         whole = (start, stop) == (0, length)
         part = values if whole else op.Slice(values, _whole(op, start), _whole(op, stop), _whole(op, axis))
         value, index = op.TopK(part, _whole(op, stop - start), axis=axis, largest=int(descending), sorted=1)
-        parts.append((value, index if start == 0 else op.Add(index, _whole(op, start))))
+        parts.append((value, index if start == 0 else op.Add(index, _whole(op, start)), stop - start))
     return parts
 
 
-def _merged(op: Any, parts: list[tuple[Any, Any]], descending: bool) -> Any:
+def _merged(op: Any, parts: list[tuple[Any, Any, int]], descending: bool) -> Any:
     """Sorted parts as one. A place is how many come before, in its own part and in each other."""
     if len(parts) == 1:
-        return parts[0]
+        return parts[0][:2]
     ahead, level = (op.Greater, op.GreaterOrEqual) if descending else (op.Less, op.LessOrEqual)
     places = []
-    for own, (value, _) in enumerate(parts):
-        place = op.Constant(value_ints=list(range(int(value.shape[-1]))))
-        for number, (other, _) in enumerate(parts):
+    for own, (value, _, length) in enumerate(parts):
+        place = op.Expand(op.Constant(value_ints=list(range(length))), op.Shape(value))
+        for number, (other, _, many) in enumerate(parts):
             if number != own:  # equal ones of an earlier part come first, those of a later one after
-                place = op.Add(place, _before(op, other, value, level if number < own else ahead))
+                place = op.Add(place, _before(op, other, many, value, level if number < own else ahead))
         places.append(place)
-    place, value, index = (op.Concat(*one, axis=-1) for one in (places, *zip(*parts, strict=True)))
+    values, indices, _ = zip(*parts, strict=True)
+    place, value, index = (op.Concat(*one, axis=-1) for one in (places, values, indices))
     return op.ScatterElements(value, place, value, axis=-1), op.ScatterElements(index, place, index, axis=-1)
 
 

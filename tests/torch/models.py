@@ -57,10 +57,15 @@ class Placed:
 
 def wrapped(model, plan, **options) -> tet.ExitingModel:
     """The model with exits after blocks 2, 3 and 4 whose confidences spread over (0, 1)."""
+    return wrapped_after(model, plan, after=(2, 3, 4), **options)
+
+
+def wrapped_after(model, plan, *, after, **options) -> tet.ExitingModel:
+    """The model with exits after some blocks whose confidences spread over (0, 1)."""
     from tokenexit import schedule
 
     torch.manual_seed(1)
-    exiting = tet.wrap(model, schedule.dense(after=(2, 3, 4)), num_classes=CLASSES, exit_heads=MLP(), **options).eval()
+    exiting = tet.wrap(model, schedule.dense(after=after), num_classes=CLASSES, exit_heads=MLP(), **options).eval()
     with torch.no_grad():
         for head in [*exiting.exit_heads.values(), exiting.head]:
             head[-1].weight.mul_(12)
