@@ -283,14 +283,25 @@ def per_image_backward(
     stands_for: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `per_image`, which is computed again for them."""
-    own = tuple(tensor.detach().requires_grad_() for tensor in (query, key, value))
-    attention = PerImage(lengths.tolist(), offsets, stands_for)
-    with torch.enable_grad():
-        mixed = attention.over(own[0], own[1], own[2], {} if scale is None else {"scale": scale})
-        turned = rearrange(mixed, "1 heads tokens width -> 1 tokens heads width")
-    dq, dk, dv = torch.autograd.grad(turned, own, gradient)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    """Gradients of `per_image`, by the products that they are made of: weights are computed again, image by image."""
+    del offsets  # autograd is not there inside an operator, and no kernel's gradients are asked
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    found = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
+    bias = None if stands_for is None else stands_for.log().to(wide)
+    start = 0
+    for length in lengths.tolist():
+        own = slice(start, start + length)
+        q, k, v = (tensor[:, :, own].to(wide) for tensor in (query, key, value))
+        wished = rearrange(gradient[:, own].to(wide), "1 tokens heads width -> 1 heads tokens width")
+        product = q @ k.mT * scale
+        weight = (product if bias is None else product + bias[own]).softmax(dim=-1)
+        of_weight = wished @ v.mT
+        of_product = weight * (of_weight - (of_weight * weight).sum(dim=-1, keepdim=True)) * scale
+        for result, one in zip(found, (of_product @ k, of_product.mT @ q, weight.mT @ wished), strict=True):
+            result[:, :, own] = one.to(result.dtype)
+        start += length
+    return found[0], found[1], found[2]
 
 
 @per_image_backward.register_fake
