@@ -21,6 +21,7 @@ __all__ = [
     "require_marks",
     "searchsorted",
     "take_or",
+    "with_doubles",
 ]
 
 Array = Any
@@ -132,3 +133,12 @@ def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:
         return other
     taken = xp.take(values, xp.where(found, rows, xp.zeros_like(rows)), axis=0)
     return xp.where(xp.reshape(found, (*found.shape, *[1] * (values.ndim - 1))), taken, other)
+
+
+def with_doubles(values: Array, /) -> Array:
+    """The same array in a library that has double precision: NumPy in the place of JAX, which needs a switch for it."""
+    if not is_jax_array(values):
+        return values
+    import numpy as np
+
+    return np.asarray(values)
