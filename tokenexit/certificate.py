@@ -25,8 +25,8 @@ __all__ = ["ASSUMPTIONS", "Certificate", "Fingerprints", "from_json", "require_m
 SCHEMA = 1
 
 ASSUMPTIONS = (
-    "The calibration images are independent draws from what the model will see: no frames of one video, no tiles of one "
-    "picture.",
+    "The calibration images are independent draws from what the model will see: no frames of one video, no tiles of "
+    "one picture.",
     "The weights, the preprocessing, the resolution and the dtype are those of the calibration.",
     "The settings, their order, the test and the level were fixed before the losses of these images were seen; no "
     "threshold was searched on them.",
@@ -128,8 +128,8 @@ class Certificate:
     def __str__(self) -> str:
         """What is certified, and what that rests on."""
         claim = (
-            f"mean {self.risk} over images at most {100 * self.at_most:g} %, with {100 * self.confidence:g} % confidence "
-            f"({self.test} test, {self.images} images)"
+            f"mean {self.risk} over images at most {100 * self.at_most:g} %, with {100 * self.confidence:g} % "
+            f"confidence ({self.test} test, {self.images} images)"
         )
         return "\n".join([f"Certified: {claim}.", "This holds if:", *(f"- {one}" for one in self.assumptions)])
 
@@ -164,8 +164,8 @@ def from_json(text: str, /) -> Certificate:
         The certificate. Whether it is for the model at hand, `require_matches` says.
 
     Raises:
-        TokenExitError: If it is cut off or no JSON, a key is missing or unknown, the schema is another one, the checksum
-            is not that of the content, or a value is of the wrong type or range.
+        TokenExitError: If it is cut off or no JSON, a key is missing or unknown, the schema is another one, the
+            checksum is not that of the content, or a value is of the wrong type or range.
     """
     data = _read(text)
     names = {field.name for field in fields(Certificate)}

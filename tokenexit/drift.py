@@ -5,9 +5,9 @@
     if found.drifted: print(found)
 
 Tokens of an image depend on each other, so the image is the unit here as well: each gives one number for each
-statistic, the mean confidence of its outcome and the share of its patches that left at each exit. Two samples of images
-are compared by the two-sample Kolmogorov-Smirnov test, with its exact distribution, and Bonferroni's correction over the
-statistics. A drift that leaves these numbers as they are is not seen.
+statistic, the mean confidence of its outcome and the share of its patches that left at each exit. Two samples of
+images are compared by the two-sample Kolmogorov-Smirnov test, with its exact distribution, and Bonferroni's correction
+over the statistics. A drift that leaves these numbers as they are is not seen.
 """
 
 import math
@@ -192,8 +192,8 @@ def sample(
 def compare(before: Sample, now: Sample, /, *, false_alarms: float = 0.01) -> Drift:
     """Whether two samples of images differ in any statistic.
 
-    The rate of false alarms is that of one comparison: whoever compares every day has an alarm now and then. The time it
-    takes grows with the product of the two numbers of images: some hundred of each are plenty.
+    The rate of false alarms is that of one comparison: whoever compares every day has an alarm now and then. The time
+    it takes grows with the product of the two numbers of images: some hundred of each are plenty.
 
     Args:
         before: The sample of the calibration.

@@ -116,7 +116,7 @@ def per_class(
     require(is_whole(least, least=1), "least", "be a whole number from 1 up", repr(least))
     require(0 <= level <= 1, "level", "be a number in [0, 1]", repr(level))
     once = sorted(set(thresholds), reverse=True)
-    inside = len(once) > 0 and 0 <= once[-1] and once[0] <= 1
+    inside = len(once) > 0 and once[-1] >= 0 and once[0] <= 1
     require(inside, "thresholds", "be numbers in [0, 1], at least one", once)
     leaving, failing = _counts(label, confidence, wrong, classes, once)
     return PerClass(tuple(_lowest(once, *row, level, least) for row in zip(leaving, failing, strict=True)))
