@@ -1,5 +1,6 @@
 """What the core needs to know of arrays, beside the standard itself."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array
@@ -18,6 +19,7 @@ __all__ = [
     "is_traced",
     "like_numbers",
     "on_host",
+    "plain",
     "require_marks",
     "searchsorted",
     "take_or",
@@ -96,6 +98,12 @@ def like_numbers(values: tuple[float | Array, ...], like: Array, /) -> Array:
 def on_host(values: Array, /) -> bool:
     """Whether an array lies in the memory of the CPU, so that its values are there without waiting."""
     return "cpu" in str(device(values)).lower()
+
+
+def plain(row: Sequence[float] | Array, /) -> list[float]:
+    """Numbers, which may be an array with one axis, as a list."""
+    count = row.shape[0] if is_array(row) else len(row)
+    return [float(row[at]) for at in range(count)]
 
 
 def require_marks(marks: Array, argument: str, /) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from tokenexit._array import Array, array_namespace, with_doubles
+from tokenexit._array import Array, array_namespace, device, plain, with_doubles
 from tokenexit.bounds import Test, images_needed, p_values, upper_bounds
 from tokenexit.certificate import ASSUMPTIONS, Certificate, Fingerprints
 from tokenexit.errors import TokenExitError, require
@@ -34,7 +34,9 @@ class Point:
     Attributes:
         schedule: The setting.
         loss: Mean over the calibration images; with classes, that of the worst.
-        bound: Upper bound of the mean for this setting by itself, with the confidence of the report.
+        bound: Upper bound of the mean. Those of all settings hold together, with the confidence of the report: so it
+            holds for the one that is chosen, too. It is another promise than the level of the report, and may be above
+            it.
         p_value: How well the losses go together with a mean above the level.
         cost: What it costs on average; the dense network costs 1.
         certified: Whether it, and every setting before it, has passed.
@@ -152,7 +154,9 @@ class Report:
 
     def _choice(self, chosen: Point) -> list[str]:
         place = f"setting {self.curve.index(chosen) + 1} of {len(self.curve)}"
-        measured = f"{_percent(chosen.loss)} measured, at most {_percent(chosen.bound)} for this setting by itself"
+        measured = (
+            f"{_percent(chosen.loss)} measured, {_percent(chosen.bound)} at most by a bound on all settings at once"
+        )
         lines = [
             f"Chosen: {place}, which saves {_percent(self.saving)} of the dense network's cost.",
             f"Certified: {self._level}. ({measured}.)",
@@ -202,7 +206,7 @@ def certify(
             setting once, or there are fewer images than the test needs if all losses are 0.
     """
     require(0 < confidence < 1, "confidence", "lie between 0 and 1", confidence)
-    costs = [float(cost) for cost in costs]
+    costs = plain(costs)
     chains = [range(len(settings))] if chains is None else chains
     _require_fit(settings, losses, costs, chains)
     delta = (1 - confidence) / len(chains)
@@ -212,7 +216,8 @@ def certify(
     require(images >= needed, "losses", rule, f"{images} images")
     shuffled = _shuffled(losses, seed)
     p = _worst(p_values(shuffled, at_most=at_most, delta=delta, test=test))
-    bound = _worst(upper_bounds(shuffled, delta=1 - confidence, test=test))
+    # A bound of each setting by itself would not hold for the one that is chosen: it is chosen by its losses.
+    bound = _worst(upper_bounds(shuffled, delta=(1 - confidence) / len(settings), test=test))
     xp = array_namespace(shuffled)
     mean = _worst(xp.mean(xp.astype(shuffled, xp.float64), axis=0))
     passed = {place for chain in chains for place in chain[: fixed_sequence([p[at] for at in chain], delta=delta)]}
@@ -224,7 +229,7 @@ def certify(
     return Report(risk, at_most, confidence, images, test, seed, curve, chosen)
 
 
-def fixed_sequence(p_values: Sequence[float], /, *, delta: float = 0.05) -> int:
+def fixed_sequence(p_values: Sequence[float] | Float[Array, "hypotheses"], /, *, delta: float = 0.05) -> int:
     """How many hypotheses, from the first on, are rejected before the first that is not.
 
     Each is tested at the full level, since the next is looked at only if the last one was rejected: the probability
@@ -237,8 +242,8 @@ def fixed_sequence(p_values: Sequence[float], /, *, delta: float = 0.05) -> int:
     Returns:
         How many; 0 if the first is not rejected.
     """
-    passed = (at for at, p in enumerate(p_values) if not float(p) <= delta)
-    return next(passed, len(p_values))
+    row = plain(p_values)
+    return next((at for at, p in enumerate(row) if not p <= delta), len(row))
 
 
 def conformal(losses: Float[Array, "images settings"], /, *, at_most: float) -> int:
@@ -271,7 +276,7 @@ def conformal(losses: Float[Array, "images settings"], /, *, at_most: float) -> 
         message = f"the loss falls along the ladder in {falling} of {images} images: conformal promises nothing here"
         warnings.warn(message, UserWarning, stacklevel=2)
     risk = (xp.sum(xp.astype(losses, xp.float64), axis=0) + 1) / (images + 1)
-    return fixed_sequence([float(risk[at]) for at in range(losses.shape[1])], delta=at_most)
+    return fixed_sequence(risk, delta=at_most)
 
 
 def _require_fit(
@@ -296,13 +301,12 @@ def _shuffled(losses: Array, seed: int) -> Array:
     order = sorted(range(len(keys)), key=keys.__getitem__)
     losses = with_doubles(losses)
     xp = array_namespace(losses)
-    return xp.take(losses, xp.asarray(order, device=losses.device), axis=0)
+    return xp.take(losses, xp.asarray(order, device=device(losses)), axis=0)
 
 
 def _worst(table: Array) -> list[float]:
     """Of each setting, the greatest over the classes, if there are any."""
-    worst = table if table.ndim == 1 else array_namespace(table).max(table, axis=1)
-    return [float(worst[at]) for at in range(worst.shape[0])]
+    return plain(table if table.ndim == 1 else array_namespace(table).max(table, axis=1))
 
 
 def _percent(share: float) -> str:

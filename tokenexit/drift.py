@@ -19,7 +19,7 @@ from typing import Any
 from jaxtyping import Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace
+from tokenexit._array import Array, array_namespace, plain
 from tokenexit._plain import require_keys
 from tokenexit.errors import TokenExitError, require
 
@@ -252,4 +252,4 @@ def _means(values: Array) -> tuple[float, ...]:
     """The mean of every image."""
     xp = array_namespace(values)
     means = xp.mean(xp.reshape(values, (values.shape[0], math.prod(values.shape[1:]))), axis=1)
-    return tuple(float(means[image]) for image in range(means.shape[0]))
+    return tuple(plain(means))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxtyping import Bool, Float, Int
 
-from tokenexit._array import Array, array_namespace, counting, device, with_doubles
+from tokenexit._array import Array, array_namespace, counting, device, plain, with_doubles
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.policies import PerClass
@@ -70,7 +70,7 @@ def largest_that_saves(
         TokenExitError: If there is not one cost for each threshold, or none saves that much; the message says how much
             the boldest does.
     """
-    numbers = [float(cost) for cost in costs]
+    numbers = plain(costs)
     fits = len(numbers) == len(thresholds) > 0
     require(fits, "costs", f"be one for each of the {len(thresholds)} thresholds, at least one", len(numbers))
     enough = [threshold for threshold, cost in zip(thresholds, numbers, strict=True) if 1 - cost >= saving]

@@ -35,9 +35,9 @@ def disagreement(
     Raises:
         TokenExitError: If the maps are not of one shape.
     """
-    exiting, dense = _rows(exiting, "exiting"), _rows(dense, "dense", like=exiting)
     xp = array_namespace(exiting)
-    counts = xp.ones_like(exiting, dtype=xp.bool) if valid is None else _rows(valid, "valid", like=exiting)
+    valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
+    exiting, dense, counts = _rows(exiting=exiting, dense=dense, valid=valid)
     return _share((exiting != dense) & counts, counts)
 
 
@@ -66,8 +66,7 @@ def error_increase(
     Raises:
         TokenExitError: If the maps are not of one shape.
     """
-    exiting = _rows(exiting, "exiting")
-    dense, truth = _rows(dense, "dense", like=exiting), _rows(truth, "truth", like=exiting)
+    exiting, dense, truth = _rows(exiting=exiting, dense=dense, truth=truth)
     xp = array_namespace(exiting)
     counts = xp.ones_like(truth, dtype=xp.bool) if ignore is None else truth != ignore
     more = _share((exiting != truth) & counts, counts) - _share((dense != truth) & counts, counts)
@@ -107,9 +106,9 @@ def iou_loss(
         TokenExitError: If the maps are not of one shape, or `at_least` is not between 0 and 1.
     """
     require(0 < at_least < 1, "at_least", "lie between 0 and 1", at_least)
-    exiting, reference = _rows(exiting, "exiting"), _rows(reference, "reference", like=exiting)
     xp = array_namespace(exiting)
-    counts = xp.ones_like(exiting, dtype=xp.bool) if valid is None else _rows(valid, "valid", like=exiting)
+    valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
+    exiting, reference, counts = _rows(exiting=exiting, reference=reference, valid=valid)
     label = counting(classes, exiting)[None, :, None]
     one, other = exiting[:, None, :] == label, reference[:, None, :] == label
     counts = counts[:, None, :]
@@ -117,13 +116,13 @@ def iou_loss(
     return xp.clip(loss, 0.0, 1.0)  # rounding alone leads beyond
 
 
-def _rows(map: Array, argument: str, /, *, like: Array | None = None) -> Array:
-    """A map as one row of pixels for each image."""
-    expected = None if like is None else like.shape[0] * like.shape[1]
-    size = math.prod(map.shape[1:])
-    fits = map.ndim >= 1 and (like is None or (map.shape[0] == like.shape[0] and map.shape[0] * size == expected))
-    require(fits, argument, "be of one shape with `exiting`", f"shape {tuple(map.shape)}")
-    return array_namespace(map).reshape(map, (map.shape[0], size))
+def _rows(**maps: Array) -> list[Array]:
+    """Maps of one shape, each as one row of pixels for each image."""
+    first = tuple(next(iter(maps.values())).shape)
+    for name, map in maps.items():
+        fits = map.ndim >= 1 and tuple(map.shape) == first
+        require(fits, name, "be of one shape with `exiting`", f"shape {tuple(map.shape)}")
+    return [array_namespace(map).reshape(map, (first[0], math.prod(first[1:]))) for map in maps.values()]
 
 
 def _share(marked: Array, counts: Array, /) -> Array:
