@@ -205,7 +205,7 @@ def require_matches(certificate: Certificate, fingerprints: Fingerprints, /) -> 
     require(not others, "fingerprints", "be those of the model that was certified", "; ".join(others))
 
 
-def _read(text: str) -> dict[str, Any]:
+def _read(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ MAPS = SHAPE.flatmap(lambda shape: st.tuples(*[hnp.arrays(np.int64, shape, eleme
 @each_backend
 @given(maps=MAPS, data=st.data())
 def test_losses_are_those_of_a_walk_over_the_pixels(backend, maps, data):
-    exiting, dense, truth = maps
+    exiting, *_ = maps
     valid = data.draw(hnp.arrays(np.bool_, exiting.shape))
     here = [backend.array(x) for x in maps]
     apart = backend.numpy(risks.disagreement(*here[:2], valid=backend.array(valid)))
