@@ -102,7 +102,7 @@ def on_host(values: Array, /) -> bool:
 
 def plain(row: Sequence[float] | Array, /) -> list[float]:
     """Numbers, which may be an array with one axis, as a list."""
-    count = row.shape[0] if is_array(row) else len(row)
+    count = len(row) if isinstance(row, Sequence) else row.shape[0]
     return [float(row[at]) for at in range(count)]
 
 

@@ -111,7 +111,8 @@ class Compared:
     Attributes:
         statistic: Its name.
         distance: The greatest difference of the two distribution functions (Kolmogorov-Smirnov), from 0 to 1.
-        p_value: Probability of so great a distance where nothing has changed, or more.
+        p_value: Probability of so great a distance, or more, where nothing has changed; exact to within 1e-12, so that
+            less than that is 0.
         before: Mean over the images of the calibration.
         now: Mean over the images in use.
     """
@@ -245,7 +246,7 @@ def _p_value(gap: int, one: int, other: int) -> float:
         for at in range(low, high + 1):
             here = (row * above[at] + at * here) / (row + at)
             inside[at] = here
-    return 1.0 - inside[other]
+    return max(0.0, 1.0 - inside[other])
 
 
 def _means(values: Array) -> tuple[float, ...]:
