@@ -1,7 +1,9 @@
 """Drift: two samples of images."""
 
+import itertools
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,17 +14,37 @@ from tests.core.backends import each_backend
 from tokenexit import TokenExitError, drift
 from tokenexit.drift import Sample, compare, sample
 
+FEW = st.lists(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1, width=16), min_size=1, max_size=5).map(tuple)
 ROW = st.lists(st.floats(0, 1, width=16), min_size=1, max_size=30).map(tuple)
 
 
-@given(one=ROW, other=ROW)
-def test_distance_and_p_value_are_those_of_scipy(one, other):
-    stats = pytest.importorskip("scipy.stats")
+def distance(one, other):
+    """The greatest difference of two distribution functions, as a fraction."""
+    values = {*one, *other}
+    shares = ([Fraction(sum(x <= value for x in row), len(row)) for value in values] for row in (one, other))
+    return max(abs(a - b) for a, b in zip(*shares, strict=True))
+
+
+@given(one=FEW, other=FEW)
+def test_the_p_value_is_the_share_of_all_orders_that_are_as_far_apart(one, other):
     (found,) = compare(Sample({"x": one}), Sample({"x": other})).compared
-    expected = stats.ks_2samp(one, other, method="exact")
-    assert found.distance == pytest.approx(expected.statistic)
-    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-9)
+    places = range(len(one) + len(other))
+    orders = [(row, [at for at in places if at not in row]) for row in itertools.combinations(places, len(one))]
+    apart = [distance(*order) >= distance(one, other) for order in orders]
+    assert found.distance == pytest.approx(float(distance(one, other)))
+    assert found.p_value == pytest.approx(sum(apart) / len(orders), abs=1e-12)
     assert (found.before, found.now) == (pytest.approx(np.mean(one)), pytest.approx(np.mean(other)))
+
+
+@pytest.mark.parametrize(("one", "other"), [(3, 5), (40, 60), (100, 100), (300, 171)])
+def test_larger_samples_are_compared_as_scipy_does(one, other):
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=one), draw.normal(size=other) + 0.2
+    (found,) = compare(*(Sample({"x": tuple(row.tolist())}) for row in rows)).compared
+    expected = stats.ks_2samp(*rows, method="exact")
+    assert found.distance == pytest.approx(expected.statistic)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-10)
 
 
 def test_false_alarms_are_no_more_frequent_than_was_said():
