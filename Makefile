@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo demo-jax test properties lint types docs wheel-test clean
+.PHONY: demo demo-jax test properties coverage-study lint types docs wheel-test clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -19,6 +19,10 @@ test: .venv/dev
 # Thousands of examples for each property; half an hour and more.
 properties: .venv/dev
 	HYPOTHESIS_PROFILE=thorough $(RUN) pytest tests/core tests/torch
+
+# Calibrations by the thousand: whether what they promise holds. Some minutes.
+coverage-study: .venv/dev
+	$(RUN) tests.core.coverage
 
 lint: .venv/dev
 	$(RUN) ruff check .

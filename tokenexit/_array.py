@@ -1,6 +1,7 @@
 """What the core needs to know of arrays, beside the standard itself."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
@@ -20,9 +21,11 @@ __all__ = [
     "is_traced",
     "like_numbers",
     "on_host",
+    "plain",
     "require_marks",
     "searchsorted",
     "take_or",
+    "with_doubles",
 ]
 
 Array = Any
@@ -127,6 +130,12 @@ def on_host(values: Array, /) -> bool:
     return "cpu" in str(device(values)).lower()
 
 
+def plain(row: Sequence[float] | Array, /) -> list[float]:
+    """Numbers, which may be an array with one axis, as a list."""
+    count = len(row) if isinstance(row, Sequence) else row.shape[0]
+    return [float(row[at]) for at in range(count)]
+
+
 def require_marks(marks: Array, argument: str, /) -> None:
     """Raise a `TokenExitError` unless an array is boolean."""
     boolean = array_namespace(marks).isdtype(marks.dtype, "bool")
@@ -162,3 +171,12 @@ def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:
         return other
     taken = xp.take(values, xp.where(found, rows, xp.zeros_like(rows)), axis=0)
     return xp.where(xp.reshape(found, (*found.shape, *[1] * (values.ndim - 1))), taken, other)
+
+
+def with_doubles(values: Array, /) -> Array:
+    """The same array in a library that has double precision: NumPy in the place of JAX, which needs a switch for it."""
+    if not is_jax_array(values):
+        return values
+    import numpy as np
+
+    return np.asarray(values)

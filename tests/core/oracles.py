@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,30 @@ def _neighbours_agree(plan, facts) -> list[bool]:
         and neighbours_agree(label_map, confident_map, facts.image[i], facts.position[i], facts.grid, plan["radius"])
         for i in range(len(facts.label))
     ]
+
+
+def betting(losses, at_most, delta):
+    """The p-value of the betting test: image by image, with the formulas of the paper."""
+    n = len(losses)
+    seen, squares, variance, wealth, best = 0.5, 0.25, 0.25, 1.0, 1.0
+    for t, x in enumerate(losses, start=1):
+        bet = min(1.0, math.sqrt(2 * math.log(1 / delta) / (n * variance)))
+        wealth *= 1 - bet * (x - at_most)
+        best = max(best, wealth)
+        seen += x
+        squares += (x - seen / (t + 1)) ** 2
+        variance = squares / (t + 1)
+    return 1 / best
+
+
+def hoeffding_bentkus(losses, at_most):
+    """The p-value of the other one, the binomial tail in whole numbers."""
+    n, total = len(losses), math.fsum(losses)
+    a = min(total / n, at_most)
+    first = a * math.log(a / at_most) if a > 0 else 0.0
+    hoeffding = math.exp(-n * (first + (1 - a) * math.log((1 - a) / (1 - at_most))))
+    chance = Fraction(at_most)
+    tail = sum(
+        math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(min(n, math.ceil(np.sum(losses))) + 1)
+    )
+    return min(hoeffding, math.e * float(tail))

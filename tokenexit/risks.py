@@ -1,0 +1,133 @@
+"""What an exit costs, image by image: losses in [0, 1] over label maps.
+
+The image is the unit of sampling, never the pixel: the pixels of an image depend on each other, and a test that takes
+them for so many observations promises what it cannot hold. So every function returns one number for each image (and
+class), to be put side by side, setting by setting, and given to `calibration.certify`.
+"""
+
+import math
+
+from jaxtyping import Bool, Float, Int
+
+from tokenexit._array import Array, array_namespace, counting
+from tokenexit.errors import require
+
+__all__ = ["disagreement", "error_increase", "iou_loss"]
+
+
+def disagreement(
+    exiting: Int[Array, "images *place"],
+    dense: Int[Array, "images *place"],
+    /,
+    *,
+    valid: Bool[Array, "images *place"] | None = None,
+) -> Float[Array, "images"]:
+    """Share of an image's pixels whose class is another one than in the dense run. It needs no labels.
+
+    Args:
+        exiting: Predicted class of every pixel, or patch, with exits.
+        dense: The same without exits.
+        valid: Which pixels count; all, if left out.
+
+    Returns:
+        For each image, from 0 to 1, as float32; 0 for an image of which no pixel counts.
+
+    Raises:
+        TokenExitError: If the maps are not of one shape.
+    """
+    xp = array_namespace(exiting)
+    valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
+    exiting, dense, counts = _rows(exiting=exiting, dense=dense, valid=valid)
+    return _share((exiting != dense) & counts, counts)
+
+
+def error_increase(
+    exiting: Int[Array, "images *place"],
+    dense: Int[Array, "images *place"],
+    truth: Int[Array, "images *place"],
+    /,
+    *,
+    ignore: int | None = None,
+) -> Float[Array, "images"]:
+    """By how much more of an image's pixels are wrong with exits than without, by labels; 0 if no more are.
+
+    What one image gains does not make up for what another loses, so that a bound on the mean of this is one on the
+    difference of the two error rates as well.
+
+    Args:
+        exiting: Predicted class of every pixel with exits.
+        dense: The same without exits.
+        truth: The labels.
+        ignore: Label of pixels that do not count.
+
+    Returns:
+        For each image, from 0 to 1, as float32; 0 for an image of which no pixel counts.
+
+    Raises:
+        TokenExitError: If the maps are not of one shape.
+    """
+    exiting, dense, truth = _rows(exiting=exiting, dense=dense, truth=truth)
+    xp = array_namespace(exiting)
+    counts = xp.ones_like(truth, dtype=xp.bool) if ignore is None else truth != ignore
+    more = _share((exiting != truth) & counts, counts) - _share((dense != truth) & counts, counts)
+    return xp.where(more > 0, more, 0.0)
+
+
+def iou_loss(
+    exiting: Int[Array, "images *place"],
+    reference: Int[Array, "images *place"],
+    /,
+    *,
+    classes: int,
+    at_least: float,
+    valid: Bool[Array, "images *place"] | None = None,
+) -> Float[Array, "images classes"]:
+    """A loss for each class whose mean is at most `1 - at_least` exactly if the class's IoU is `at_least` or more.
+
+    IoU is a ratio of sums over all images, E[I] / E[U] (intersection and union, as shares of the image's pixels), and
+    no mean over images. But it is `at_least` or more exactly if `E[at_least * U - I] <= 0`, which is a mean; it is
+    shifted by `1 - at_least` into [0, 1]. This is conservative, and the rarer the class the more so: where a class
+    covers little of the images, all losses lie close to `1 - at_least`, and many images are needed.
+
+    Certify with `at_most=1 - at_least`; every class must pass. A class that no image has can never pass: leave such
+    columns out, and decide that before you look at the calibration images.
+
+    Args:
+        exiting: Predicted class of every pixel with exits.
+        reference: The classes to compare with: those of the dense run, or labels.
+        classes: How many classes there are.
+        at_least: IoU to reach, between 0 and 1.
+        valid: Which pixels count; all, if left out. Those whose label is void do not.
+
+    Returns:
+        For each image and class, from 0 to 1, as float32.
+
+    Raises:
+        TokenExitError: If the maps are not of one shape, or `at_least` is not between 0 and 1.
+    """
+    require(0 < at_least < 1, "at_least", "lie between 0 and 1", at_least)
+    xp = array_namespace(exiting)
+    valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
+    exiting, reference, counts = _rows(exiting=exiting, reference=reference, valid=valid)
+    label = counting(classes, exiting)[None, :, None]
+    one, other = exiting[:, None, :] == label, reference[:, None, :] == label
+    counts = counts[:, None, :]
+    loss = at_least * _share((one | other) & counts, counts) - _share(one & other & counts, counts) + (1 - at_least)
+    return xp.clip(loss, 0.0, 1.0)  # rounding alone leads beyond
+
+
+def _rows(**maps: Array) -> list[Array]:
+    """Maps of one shape, each as one row of pixels for each image."""
+    first = tuple(next(iter(maps.values())).shape)
+    for name, map in maps.items():
+        fits = map.ndim >= 1 and tuple(map.shape) == first
+        require(fits, name, "be of one shape with `exiting`", f"shape {tuple(map.shape)}")
+    return [array_namespace(map).reshape(map, (first[0], math.prod(first[1:]))) for map in maps.values()]
+
+
+def _share(marked: Array, counts: Array, /) -> Array:
+    """Marked pixels as a share of those that count, on the last axis."""
+    xp = array_namespace(marked)
+    found = xp.astype(xp.sum(xp.astype(marked, xp.int32), axis=-1), xp.float32)
+    of = xp.astype(xp.sum(xp.astype(counts, xp.int32), axis=-1), xp.float32)
+    return found / xp.where(of > 0, of, 1.0)
