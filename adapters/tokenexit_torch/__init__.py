@@ -9,27 +9,33 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
+from tokenexit_torch.hosts_transformers_decoding import TransformersDPT, TransformersEoMT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled
-from tokenexit_torch.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
-from tokenexit_torch.wrapping import wrap, wrap_gates, wrap_semantic
+from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semantic
 
 __all__ = [
     "AttentionToMask",
     "CrossBlock",
+    "DecodedOutput",
+    "DecodingHost",
+    "DecodingModel",
     "Drawing",
     "Embedded",
     "ExitingModel",
@@ -60,12 +66,15 @@ __all__ = [
     "TimmViT",
     "TorchvisionViT",
     "Trace",
+    "TransformersDPT",
+    "TransformersEoMT",
     "TransformersViT",
     "attending_per_image",
     "distillation",
     "fit_exits",
     "gate_thresholds",
     "load",
+    "load_decoder",
     "load_gates",
     "load_semantic",
     "mask_loss",
@@ -77,6 +86,7 @@ __all__ = [
     "swin_small",
     "trace",
     "wrap",
+    "wrap_decoder",
     "wrap_gates",
     "wrap_semantic",
 ]

@@ -310,6 +310,10 @@ class Run:
         return plan.active
 
     def through(self) -> Output:
+        self._run_blocks()
+        return self._output()
+
+    def _run_blocks(self) -> None:
         last = self.model.depth - 1
         for block in range(self.model.depth):
             if block == last and self.feature is not None and self.feature.before == "last block":
@@ -319,7 +323,10 @@ class Run:
                 self._block(block)
                 if block + 1 in self.policy:
                     self._exit(block + 1, self.policy[block + 1])
-        return self._output()
+            self._passed(block + 1)
+
+    def _passed(self, after: int) -> None:
+        """So many blocks are done with, and the exit after them."""
 
     def _block(self, block: int) -> None:
         running = sum(length > 0 for length in self.lengths)
@@ -421,11 +428,17 @@ class Run:
         if self.cell is not None:
             self.stands_for = cells.stands_for(self.packing, grid=self.embedded.grid, side=self.cell)
 
+    def _whole(self) -> Tensor:
+        """All tokens of all images as a plain batch, those that have left as they left; the run goes on as it is."""
+        if self.packing is None:
+            return self.row
+        assert self.ledger is not None
+        return ledger.rejoin(self.ledger, self.packing, self.row[0])
+
     def _rejoin(self) -> None:
         """All tokens of all images run again, as a plain batch."""
         if self.packing is not None:
-            assert self.ledger is not None
-            self.row = ledger.rejoin(self.ledger, self.packing, self.row[0])
+            self.row = self._whole()
             self.packing, self.positions, self.stands_for = None, self.embedded.positions, None
             self.lengths = [self.slots] * self.images
 
