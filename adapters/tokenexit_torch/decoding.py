@@ -18,9 +18,9 @@ from tokenexit.carries import Feature
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
-from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule, require_fits
+from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating, linear_weights
+from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Embedded, embedded_by
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.running import Run
@@ -45,7 +45,7 @@ class DecodedOutput(NamedTuple):
     exits: tuple[int, ...]
 
 
-class DecodingModel(nn.Module):
+class DecodingModel(WithExits):
     """A model with exits, and a decoder of its own on all tokens; made by `wrap_decoder`.
 
     Attributes:
@@ -54,15 +54,9 @@ class DecodingModel(nn.Module):
         exit_heads: The exit heads, by the block they follow, as a string.
         classes: How many classes the exit heads tell apart.
         head_plan: The plan that built the exit heads; None if they were given as modules.
-        gives_masks: Whether the exit heads are mask heads: they are not.
     """
 
     host: DecodingHost
-    model: nn.Module
-    exit_heads: nn.ModuleDict
-    classes: int
-    head_plan: HeadPlan | None
-    gives_masks: bool
 
     def __init__(
         self,
@@ -72,45 +66,16 @@ class DecodingModel(nn.Module):
         classes: int,
         head_plan: HeadPlan | None,
     ) -> None:
-        super().__init__()
-        self.host = host
-        self.model = host.module
-        self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
-        self.classes = classes
-        self.head_plan = head_plan
-        self.gives_masks = False
-        self._schedule = _checked(self, schedule)
+        super().__init__(host, exit_heads, classes, head_plan)
+        self._schedule = self.checked(schedule)
 
-    @property
-    def depth(self) -> int:
-        """How many blocks there are in which tokens may leave; after them the decoder has all tokens."""
-        return len(self.host.blocks)
-
-    @property
-    def schedule(self) -> Schedule:
-        """The plan in use; `retune` exchanges it."""
-        return self._schedule
-
-    def retune(
-        self,
-        schedule: Schedule | None = None,
-        /,
-        *,
-        threshold: Threshold | Mapping[int, Threshold] | None = None,
-    ) -> None:
-        """Exchange the plan or its thresholds; the weights stay as they are.
-
-        Args:
-            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
-            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
-
-        Raises:
-            TokenExitError: If neither is given, an exit has no head, features are not carried, or a threshold does not
-                fit.
-        """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self._schedule if schedule is None else schedule
-        self._schedule = _checked(self, plan if threshold is None else plan.with_threshold(threshold))
+    def checked(self, schedule: Schedule, /) -> Schedule:
+        """A plan, after a check that the model can follow it: leavers carry features. Not public."""
+        super().checked(schedule)
+        rejoin = not schedule.active or isinstance(schedule.carry, Feature)
+        rule = "carry features, which rejoin for the decoder: dataclasses.replace(schedule, carry=carries.Feature())"
+        require(rejoin, "schedule", rule, repr(schedule.carry))
+        return schedule
 
     def forward(
         self,
@@ -132,7 +97,7 @@ class DecodingModel(nn.Module):
         Raises:
             TokenExitError: If the images do not fit the model, or the plan does not.
         """
-        return _DecodingRun(self, images, self._schedule if schedule is None else schedule).decoded(inputs)
+        return _DecodingRun(self, images, schedule).decoded(inputs)
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
@@ -232,9 +197,8 @@ class DecodingModel(nn.Module):
 class _DecodingRun(Run):
     """A run that restores the grid at every tap, and ends in the decoder."""
 
-    def __init__(self, model: DecodingModel, images: Tensor, schedule: Schedule) -> None:
-        exiting: Any = model  # a run asks of it what both kinds of models have
-        super().__init__(exiting, images, _checked(model, schedule))
+    def __init__(self, model: DecodingModel, images: Tensor, schedule: Schedule | None) -> None:
+        super().__init__(model, images, schedule)
         self._host = model.host
         self._images = images
         self._taken: dict[int, Tensor] = {}
@@ -268,12 +232,3 @@ def pooled(scores: Float[Tensor, "images classes height width"], grid: tuple[int
     """Logits of a map, averaged to patches as probabilities, and back to logits. It is no part of the public API."""
     probability = functional.adaptive_avg_pool2d(scores.float().softmax(dim=1), grid)
     return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
-
-
-def _checked(model: DecodingModel, schedule: Schedule) -> Schedule:
-    after = [int(block) for block in model.exit_heads]
-    require_fits(schedule, depth=model.depth, after=after, gives_masks=model.gives_masks)
-    rejoin = not schedule.active or isinstance(schedule.carry, Feature)
-    rule = "carry features, which rejoin for the decoder: dataclasses.replace(schedule, carry=carries.Feature())"
-    require(rejoin, "schedule", rule, repr(schedule.carry))
-    return schedule

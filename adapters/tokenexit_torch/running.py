@@ -20,11 +20,11 @@ from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.ledger import Ledger
-from tokenexit.policies import Threshold
-from tokenexit.schedule import Exit, Schedule, require_fits
+from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
 from tokenexit_torch.masks import MaskHead, MaskMaps, Masks, as_maps, log_scores, patch_rows, widened
 
@@ -61,7 +61,7 @@ class Output(NamedTuple):
         return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
 
 
-class ExitingModel(nn.Module):
+class ExitingModel(WithExits):
     """A vision transformer whose tokens leave early; made by `wrap`.
 
     Attributes:
@@ -74,12 +74,7 @@ class ExitingModel(nn.Module):
         built_head: Whether `wrap` built the final head, rather than being given it.
     """
 
-    host: Host
-    model: nn.Module
     head: nn.Module
-    exit_heads: nn.ModuleDict
-    classes: int
-    head_plan: HeadPlan | None
     built_head: bool
 
     def __init__(
@@ -92,50 +87,15 @@ class ExitingModel(nn.Module):
         head_plan: HeadPlan | None,
         built_head: bool,
     ) -> None:
-        super().__init__()
-        self.host = host
-        self.model = host.module
+        super().__init__(host, exit_heads, classes, head_plan)
         self.head = head
-        self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
-        self.classes = classes
-        self.head_plan = head_plan
         self.built_head = built_head
-        self._schedule = _checked(self, schedule)
-
-    @property
-    def depth(self) -> int:
-        """How many blocks the network has."""
-        return len(self.host.blocks)
+        self._schedule = self.checked(schedule)
 
     @property
     def gives_masks(self) -> bool:
         """Whether the heads are mask heads: `wrap` sees to it that all are, or none."""
         return isinstance(self.head, MaskHead)
-
-    @property
-    def schedule(self) -> Schedule:
-        """The plan in use; `retune` exchanges it."""
-        return self._schedule
-
-    def retune(
-        self,
-        schedule: Schedule | None = None,
-        /,
-        *,
-        threshold: Threshold | Mapping[int, Threshold] | None = None,
-    ) -> None:
-        """Exchange the plan or its thresholds; the weights stay as they are.
-
-        Args:
-            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
-            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
-
-        Raises:
-            TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
-        """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self._schedule if schedule is None else schedule
-        self._schedule = _checked(self, plan if threshold is None else plan.with_threshold(threshold))
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
@@ -273,8 +233,8 @@ class Reading(NamedTuple):
 class Run:
     """One forward pass: the state between two exit points. It lives for one call, and is no part of the public API."""
 
-    def __init__(self, model: ExitingModel, images: Tensor, schedule: Schedule | None) -> None:
-        plan = model.schedule if schedule is None else _checked(model, schedule)
+    def __init__(self, model: WithExits, images: Tensor, schedule: Schedule | None) -> None:
+        plan = model.schedule if schedule is None else model.checked(schedule)
         embedded = embedded_by(model.host, images)
         self.model = model
         self.embedded = embedded
@@ -450,6 +410,7 @@ class Run:
 
     def _output(self) -> Output:
         model, prefix = self.model, self.embedded.prefix
+        assert isinstance(model, ExitingModel)
         settled = self.ledger
         if self.feature is not None:
             self._rejoin()
@@ -493,9 +454,3 @@ def _read_batch(head: nn.Module, patches: Tensor) -> Reading:
 
 def _head_cost(head: nn.Module) -> HeadCost:
     return head.cost if isinstance(head, MaskHead) else HeadCost(linear_weights(head))
-
-
-def _checked(model: ExitingModel, schedule: Schedule) -> Schedule:
-    after = [int(block) for block in model.exit_heads]
-    require_fits(schedule, depth=model.depth, after=after, gives_masks=model.gives_masks)
-    return schedule
