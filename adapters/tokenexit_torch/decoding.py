@@ -45,7 +45,7 @@ class DecodedOutput(NamedTuple):
     exits: tuple[int, ...]
 
 
-class DecodingModel(WithExits):
+class DecodingModel(WithExits[DecodingHost]):
     """A model with exits, and a decoder of its own on all tokens; made by `wrap_decoder`.
 
     Attributes:
@@ -55,8 +55,6 @@ class DecodingModel(WithExits):
         classes: How many classes the exit heads tell apart.
         head_plan: The plan that built the exit heads; None if they were given as modules.
     """
-
-    host: DecodingHost
 
     def __init__(
         self,
@@ -124,7 +122,7 @@ class DecodingModel(WithExits):
 
     def patches_and_output(
         self, images: Float[Tensor, "images channels height width"]
-    ) -> tuple[dict[int, Float[Tensor, "images patches width"]], Any, tuple[int, int]]:
+    ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, tuple[int, int]]:
         """Patches by exit, the model's own output and the grid, in one run in which nothing leaves. Not public."""
         embedded = embedded_by(self.host, images)
         patches, taken = self._trace(embedded)

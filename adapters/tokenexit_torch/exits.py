@@ -1,6 +1,7 @@
 """What all models with exits have in common, whatever reads the tokens in the end."""
 
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -12,8 +13,10 @@ from tokenexit_torch.hosts import Host
 
 __all__: list[str] = []
 
+AnyHost = TypeVar("AnyHost", bound=Host)
 
-class WithExits(nn.Module):
+
+class WithExits(nn.Module, Generic[AnyHost]):
     """Exit heads on a host, and the plan by which they are used. It is no part of the public API.
 
     Attributes:
@@ -24,14 +27,14 @@ class WithExits(nn.Module):
         head_plan: The plan that built the exit heads; None if they were given as modules.
     """
 
-    host: Host
+    host: AnyHost
     model: nn.Module
     exit_heads: nn.ModuleDict
     classes: int
     head_plan: HeadPlan | None
 
     def __init__(
-        self, host: Host, exit_heads: Mapping[int, nn.Module], classes: int, head_plan: HeadPlan | None
+        self, host: AnyHost, exit_heads: Mapping[int, nn.Module], classes: int, head_plan: HeadPlan | None
     ) -> None:
         super().__init__()
         self.host = host

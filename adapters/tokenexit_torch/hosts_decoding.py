@@ -48,7 +48,7 @@ class DecodingHost(Host, Protocol):
 
     def decode(
         self,
-        taken: Mapping[int, Float[Tensor, "images slots width"]],
+        taken: Mapping[int, Float[Tensor, "images slots channels_out"]],
         embedded: Embedded,
         images: Float[Tensor, "images channels height width"],
         /,

@@ -84,7 +84,9 @@ class TransformersEoMT:
         """The tokens: the norm that follows belongs to the decoder."""
         return tokens
 
-    def dense(self, images: Float[Tensor, "images channels height width"], /) -> Float[Tensor, "images slots width"]:
+    def dense(
+        self, images: Float[Tensor, "images channels height width"], /
+    ) -> Float[Tensor, "images slots channels_out"]:
         """See `Host.dense`."""
         early = len(self.blocks)
         watched = Watched(self.blocks[-1])
@@ -182,7 +184,9 @@ class TransformersDPT:
         """The tokens: the norm that follows, if any does, belongs to the decoder."""
         return tokens
 
-    def dense(self, images: Float[Tensor, "images channels height width"], /) -> Float[Tensor, "images slots width"]:
+    def dense(
+        self, images: Float[Tensor, "images channels height width"], /
+    ) -> Float[Tensor, "images slots channels_out"]:
         """See `Host.dense`."""
         return self._vit(images, output_hidden_states=True, return_dict=True).hidden_states[self.taps[-1]]
 
@@ -213,5 +217,4 @@ class TransformersDPT:
 
 def _require_nothing_asked(config: Any) -> None:
     """Blocks run in two parts, so that nobody sees all of their states."""
-    asked = [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name)]
-    require(not asked, "model.config", "ask for no hidden states or attentions", ", ".join(asked))
+    require(not config.output_hidden_states, "model.config", "ask for no hidden states", "output_hidden_states=True")

@@ -6,7 +6,7 @@ that still run, attention works image by image. At each exit point there is one 
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -61,7 +61,7 @@ class Output(NamedTuple):
         return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
 
 
-class ExitingModel(WithExits):
+class ExitingModel(WithExits[Host]):
     """A vision transformer whose tokens leave early; made by `wrap`.
 
     Attributes:
@@ -233,7 +233,7 @@ class Reading(NamedTuple):
 class Run:
     """One forward pass: the state between two exit points. It lives for one call, and is no part of the public API."""
 
-    def __init__(self, model: WithExits, images: Tensor, schedule: Schedule | None) -> None:
+    def __init__(self, model: WithExits[Any], images: Tensor, schedule: Schedule | None) -> None:
         plan = model.schedule if schedule is None else model.checked(schedule)
         embedded = embedded_by(model.host, images)
         self.model = model

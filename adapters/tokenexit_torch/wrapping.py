@@ -137,23 +137,21 @@ def wrap_decoder(
     _require_unwrapped(model)
     host = decoding_host_of(model)
     like, mode = next(host.module.parameters()), host.module.training
-    classes = host.classes if num_classes is None else num_classes
-    whole = _is_block(classes) and int(classes or 0) >= 1
+    classes: Any = host.classes if num_classes is None else num_classes
     rule = "be a whole number from 1 up" + (", for the model has no classes" if host.classes is None else "")
-    require(whole, "num_classes", rule, repr(num_classes))
+    require(_is_block(classes) and classes >= 1, "num_classes", rule, repr(num_classes))
     plan = None if isinstance(exit_heads, Mapping) else exit_heads
     if isinstance(exit_heads, Mapping):
-        for after, head in exit_heads.items():
-            require(not isinstance(head, MaskHead), f"exit_heads[{after}]", "treat each token by itself", repr(head))
-        depth = len(host.blocks)
-        chosen = _given_heads(exit_heads, "exit_heads", depth, int(classes or 0), "classes", host.width, like)
+        each = not any(isinstance(head, MaskHead) for head in exit_heads.values())
+        require(each, "exit_heads", "treat each token by itself", "a mask head")
+        chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, "classes", host.width, like)
     else:
         each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
         require(each, "exit_heads", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
-        new = {after: build(exit_heads, width=host.width, classes=int(classes or 0)) for after in schedule.after}
+        new = {after: build(exit_heads, width=host.width, classes=classes) for after in schedule.after}
         chosen = {after: head.to(like).train(mode) for after, head in new.items()}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
-    wrapped = DecodingModel(host, schedule, chosen, int(classes or 0), plan)
+    wrapped = DecodingModel(host, schedule, chosen, classes, plan)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
     _check(host, like)

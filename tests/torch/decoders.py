@@ -74,14 +74,23 @@ def eomt(name: str, *, masks: float = 1.0, **options: Any) -> nn.Module:
 def dpt(name: str, **options: Any) -> nn.Module:
     """A DPT on a ViT of its own, whose last block feeds no map."""
     vit = {"intermediate_size": 64, "backbone_out_indices": [0, 1, 2, 3], "num_labels": CLASSES}
-    return lively(made(name, **_VIT, **_NECK, **vit, **options))
+    return _deep(lively(made(name, **_VIT, **_NECK, **vit, **options)))
 
 
 def on_backbone(name: str, backbone: Any = None, **options: Any) -> nn.Module:
     """A DPT or Depth Anything on a backbone."""
     backbone = dinov2() if backbone is None else backbone
     more = {"reassemble_hidden_size": WIDTH, "head_hidden_size": 8} if name.startswith("DepthAnything") else {}
-    return lively(made(name, backbone_config=backbone, patch_size=PATCH, **_NECK, **more, **options))
+    return _deep(lively(made(name, backbone_config=backbone, patch_size=PATCH, **_NECK, **more, **options)))
+
+
+def _deep(model: nn.Module) -> nn.Module:
+    """Depths above zero, where the last activation cuts them off."""
+    if "Depth" in type(model).__name__:
+        *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.out_channels == 1)
+        with torch.no_grad():
+            last.bias.fill_(3.0)
+    return model
 
 
 def dinov2(kind: str = "Dinov2", **options: Any) -> Any:

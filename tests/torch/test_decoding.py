@@ -165,19 +165,6 @@ def test_multiply_adds_are_those_of_torchs_own_counter(decoder):
 
 
 @torch.no_grad()
-@each
-def test_an_empty_batch(decoder):
-    model, images = decoder.make(), models.images(0, SIZE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wanted = {name: value.shape for name, value in model(images).items()}
-        out = exiting(model)(images, schedule=told(0))
-    assert {name: value.shape for name, value in out.decoded.items()} == wanted
-    assert out.exit_depth.shape == (0, *GRID)
-    assert out.tokens_per_block.shape == (0, max(decoder.taps))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(("name", "size"), [("DPT, segmentation", (48, 48)), ("Depth Anything", (48, 40))])
 def test_images_of_another_size(name, size):
     model, images = DECODERS[name].make(), models.images(2, size)
@@ -245,15 +232,16 @@ def test_threads_may_run_one_model_at_a_time_each_with_its_own_plan(decoder):
 @each
 def test_the_model_is_left_as_it_is(decoder):
     model, images = decoder.make(), models.images(2, SIZE)
-    before = list(model.named_modules())
-    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for _, part in before]
+    model(images)  # the library puts hooks of its own on blocks when it first asks for their states
+
+    def state():
+        return [
+            (name, part, len(part._forward_hooks), len(part._forward_pre_hooks)) for name, part in model.named_modules()
+        ]
+
+    before = state()
     exiting(model)(images, schedule=told(2))
-    assert list(model.named_modules()) == before
-    # The library puts hooks of its own on blocks when states are first asked for.
-    model(images)
-    exiting(model)(images, schedule=told(2))
-    again = [len(part._forward_hooks) + len(part._forward_pre_hooks) for _, part in before]
-    assert all(now - then in (0, 1, 2) for now, then in zip(again, hooks, strict=True))
+    assert state() == before
 
 
 @torch.no_grad()
@@ -281,20 +269,20 @@ def test_features_fold_into_the_first_prefix_token():
 
 @pytest.mark.parametrize("name", ["EoMT", "DPT, segmentation"])
 def test_exits_are_fitted_to_the_decoder_without_labels(name):
-    model, images = DECODERS[name].make(), models.images(24, SIZE)
+    model, images = DECODERS[name].make(), models.images(6, SIZE)
     plan = dataclasses.replace(schedule.neighbours(radius={1: 0, 2: 0}, threshold=0.4), carry=Feature())
     wrapped = tet.wrap_decoder(model, plan).eval()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    report = tet.fit_exits(wrapped, images, steps=150, patches_per_step=256, progress=iter)
-    assert report.patches == 24 * PATCHES
+    report = tet.fit_exits(wrapped, images, steps=400, patches_per_step=96, progress=iter)
+    assert report.patches == 6 * PATCHES
     with torch.no_grad():
         scores = wrapped.host.class_scores(model(images)).softmax(dim=1)
-        pooled = nn.functional.adaptive_avg_pool2d(scores, GRID)
-        says = {after: logits.argmax(dim=1) for after, logits in wrapped.every_exit(images).items()}
-    most = pooled.argmax(dim=1).flatten().bincount(minlength=CLASSES).max() / report.patches
+        wanted, every = nn.functional.adaptive_avg_pool2d(scores, GRID), wrapped.every_exit(images)
+    constant = (wanted - wanted.mean(dim=(0, 2, 3), keepdim=True)).abs().mean()
     for after, agreement in report.agreement.items():
-        assert agreement == pytest.approx((says[after] == pooled.argmax(dim=1)).float().mean().item())
-        assert agreement > most + 0.02  # better than the commonest class
+        found = every[after]
+        assert agreement == pytest.approx((found.argmax(dim=1) == wanted.argmax(dim=1)).float().mean().item())
+        assert (found.softmax(dim=1) - wanted).abs().mean() < 0.8 * constant  # much better than saying always the same
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert wrapped(images[:2]).exit_depth.min() < wrapped.depth
 
@@ -492,7 +480,10 @@ PLAN = schedule.paumer(keep={1: 0.5})
             {"exit_heads": heads.ATM()},
             "`exit_heads` must be a plan of tokenexit.heads that treats each token by itself",
         ),
-        ({"exit_heads": {1: tet.AttentionToMask(WIDTH, 3)}}, r"`exit_heads\[1\]` must treat each token by itself"),
+        (
+            {"exit_heads": {1: tet.AttentionToMask(WIDTH, 3)}},
+            "`exit_heads` must treat each token by itself, got a mask head",
+        ),
         ({"exit_heads": {1: nn.Linear(WIDTH, 4)}}, r"`exit_heads\[1\]` must give 3 classes, got 4"),
         ({"exit_heads": {3: nn.Linear(WIDTH, 3)}}, "`exit_heads` must have blocks from 1 to 2 as keys, for 3 blocks"),
         ({"num_classes": 0}, "`num_classes` must be a whole number from 1 up, got 0"),
@@ -560,12 +551,8 @@ def on_swin():
             "`model` must not checkpoint its gradients",
         ),
         (
-            lambda: changed("DPT, depth", lambda model: setattr(model.config, "output_attentions", True)),
-            "`model.config` must ask for no hidden states or attentions, got output_attentions",
-        ),
-        (
             lambda: changed("Depth Anything", lambda model: setattr(model.config, "output_hidden_states", True)),
-            "`model.config` must ask for no hidden states or attentions, got output_hidden_states",
+            "`model.config` must ask for no hidden states, got output_hidden_states=True",
         ),
         (
             lambda: made("EomtForUniversalSegmentation", num_hidden_layers=2, num_blocks=2, hidden_size=8, image_size=32,
@@ -616,9 +603,12 @@ def test_images_of_a_size_that_the_model_cannot_take_are_refused(name, size, mes
         wrapped(models.images(1, size))
 
 
-def test_the_blocks_behind_the_last_tap_are_not_run():
+@torch.no_grad()
+def test_blocks_behind_the_last_tap_are_not_run():
     model = DECODERS["DPT, depth"].make()
-    assert exiting(model).depth == DEPTH - 1
-    model.dpt.encoder.layer[-1] = nn.Identity()
-    model.dpt.encoder.layer[-1].forward = None
-    assert exiting(model)(models.images(1, SIZE), schedule=told(1)).decoded.predicted_depth.isfinite().all()
+    wrapped, ran = exiting(model), []
+    assert wrapped.depth == DEPTH - 1
+    for index, block in enumerate(model.dpt.encoder.layer):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    wrapped(models.images(1, SIZE), schedule=told(1))
+    assert ran == [*range(DEPTH - 1)]
