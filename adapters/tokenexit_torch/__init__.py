@@ -15,10 +15,10 @@ from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host
 from tokenexit_torch.hosts_decoding import DecodingHost
+from tokenexit_torch.hosts_eomt_dpt import TransformersDPT, TransformersEoMT
 from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
-from tokenexit_torch.hosts_transformers_decoding import TransformersDPT, TransformersEoMT
 from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.running import ExitingModel, Output
 from tokenexit_torch.sampling import Drawing, Sampled

@@ -11,10 +11,10 @@ from torch import nn
 from tokenexit import TokenExitError
 from tokenexit_torch.hosts import Host, full_name
 from tokenexit_torch.hosts_decoding import DecodingHost
+from tokenexit_torch.hosts_eomt_dpt import DPTS, EOMTS, TransformersDPT, TransformersEoMT
 from tokenexit_torch.hosts_timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TORCHVISION_VIT, TorchvisionViT
 from tokenexit_torch.hosts_transformers import PARTS, TransformersViT
-from tokenexit_torch.hosts_transformers_decoding import DPTS, EOMTS, TransformersDPT, TransformersEoMT
 
 __all__ = ["decoding_host_of", "host_of"]
 
