@@ -65,6 +65,7 @@ class Decoder:
 def eomt(name: str, *, masks: float = 1.0, **options: Any) -> nn.Module:
     """An EoMT; `masks` is what its training anneals: how probably queries attend within their masks."""
     sizes = {"num_blocks": 2, "num_queries": 6, "num_register_tokens": 2, "num_upscale_blocks": 1}
+    sizes["hidden_dropout_prob"] = 0.2  # in training
     model: Any = lively(made(name, **_VIT, **sizes, num_labels=CLASSES, **options))
     with torch.no_grad():
         model.attn_mask_probs.fill_(masks)

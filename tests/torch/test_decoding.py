@@ -177,7 +177,7 @@ def test_images_of_another_size(name, size):
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name.startswith("EoMT")])
 def test_training_draws_what_the_model_itself_draws(name):
-    """Rotary positions are jittered once for all blocks, and queries drawn as they are in the model's own forward."""
+    """Dropout once, rotary positions jittered once for all blocks, and queries drawn as in the model's own forward."""
     model, images = DECODERS[name].make(), models.images(2, SIZE)
     model.attn_mask_probs.fill_(0.5)
     wrapped = exiting(model).train()
@@ -187,6 +187,15 @@ def test_training_draws_what_the_model_itself_draws(name):
     assert_same(wrapped(images, schedule=schedule.dense()).decoded, dict(own))
     torch.manual_seed(5)
     assert wrapped(images, schedule=told(2)).decoded.masks_queries_logits.isfinite().all()
+
+
+def test_a_decoder_that_draws_in_evaluation_is_taken_and_the_random_state_left_alone():
+    model = DECODERS["EoMT"].make()
+    model.attn_mask_probs.fill_(0.5)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    tet.wrap_decoder(model, schedule.dense())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_labels_give_the_models_own_loss():
@@ -569,6 +578,15 @@ def test_what_cannot_be_decoded_is_refused_with_the_reason(make, message):
         model = make()
     with pytest.raises(TokenExitError, match=message):
         tet.wrap_decoder(model, PLAN, num_classes=3)
+
+
+@pytest.mark.parametrize("name", ["EoMT", "Depth Anything"])
+def test_attention_that_is_changed_after_wrapping_is_refused_in_a_call(name):
+    model = DECODERS[name].make()
+    wrapped = exiting(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(TokenExitError, match=r"`model` must attend by \"sdpa\""):
+        wrapped(models.images(1, SIZE))
 
 
 def test_the_other_wraps_say_which_takes_it_and_nothing_is_wrapped_twice():
