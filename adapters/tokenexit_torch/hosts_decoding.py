@@ -5,7 +5,7 @@ hand out the tokens that blocks have made already.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -112,15 +112,21 @@ class Passing(nn.Module):
         return tokens
 
 
-class Watched(nn.Module):
-    """A block that remembers what it gave. It is no part of the public API."""
+class Last(nn.Module):
+    """A block that nothing runs after: it raises `Reached`. It is no part of the public API."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block = block
-        self.gave: Tensor | None = None
+        self._block = block
 
-    def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        """What the block gives."""
-        gave = self.gave = self.block(*args, **inputs)
-        return gave
+    def forward(self, *args: Any, **inputs: Any) -> NoReturn:
+        """Run the block, and no further."""
+        raise Reached(self._block(*args, **inputs))
+
+
+class Reached(Exception):
+    """Not an error: it carries tokens out of a forward, past all that would still be computed. Not public."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens

@@ -10,7 +10,7 @@ from torch import Tensor, finfo, nn
 
 from tokenexit.errors import require
 from tokenexit_torch.hosts import Embedded, full_name
-from tokenexit_torch.hosts_decoding import Given, Passing, Watched, view
+from tokenexit_torch.hosts_decoding import Given, Last, Passing, Reached, view
 from tokenexit_torch.hosts_transformers import pair, require_interceptable, with_prefix
 
 __all__ = ["TransformersDPT", "TransformersEoMT"]
@@ -88,12 +88,12 @@ class TransformersEoMT:
         self, images: Float[Tensor, "images channels height width"], /
     ) -> Float[Tensor, "images slots channels_out"]:
         """See `Host.dense`."""
-        early = len(self.blocks)
-        watched = Watched(self.blocks[-1])
-        layers = nn.ModuleList([*self._eomt.layers[: early - 1], watched, *self._eomt.layers[early:]])
-        view(self._eomt, layers=layers)(images)
-        assert watched.gave is not None
-        return watched.gave
+        layers = nn.ModuleList([*self.blocks[:-1], Last(self.blocks[-1])])
+        try:
+            view(self._eomt, layers=layers)(images)
+        except Reached as reached:
+            return reached.tokens
+        raise AssertionError("the last of the layers raises")
 
     def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """See `DecodingHost.own`."""
