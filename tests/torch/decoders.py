@@ -65,7 +65,7 @@ class Decoder:
 def eomt(name: str, *, masks: float = 1.0, **options: Any) -> nn.Module:
     """An EoMT; `masks` is what its training anneals: how probably queries attend within their masks."""
     sizes = {"num_blocks": 2, "num_queries": 6, "num_register_tokens": 2, "num_upscale_blocks": 1}
-    sizes["hidden_dropout_prob"] = 0.2  # in training
+    options = {"hidden_dropout_prob": 0.2} | options  # in training
     model: Any = lively(made(name, **_VIT, **sizes, num_labels=CLASSES, **options))
     with torch.no_grad():
         model.attn_mask_probs.fill_(masks)
@@ -85,12 +85,12 @@ def on_backbone(name: str, backbone: Any = None, **options: Any) -> nn.Module:
     return _deep(lively(made(name, backbone_config=backbone, patch_size=PATCH, **_NECK, **more, **options)))
 
 
-def _deep(model: nn.Module) -> nn.Module:
+def _deep(model: Any) -> nn.Module:
     """Depths above zero, where the last activation cuts them off."""
     if "Depth" in type(model).__name__:
-        *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.out_channels == 1)
+        *_, bias = (one for one in model.head.parameters() if one.shape == (1,))
         with torch.no_grad():
-            last.bias.fill_(3.0)
+            bias.fill_(3.0)
     return model
 
 
