@@ -449,9 +449,8 @@ def _check_decoder(host: DecodingHost, like: Tensor) -> None:
 
 @contextmanager
 def _drawing_alike(device: torch.device) -> Iterator[None]:
-    """A decoder may draw random numbers, also in evaluation; the global random state is left alone."""
+    """A decoder may draw random numbers, also in evaluation: the same ones in the next such context."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
         yield
 
 

@@ -22,6 +22,7 @@ from tests.torch.test_hosts import Told
 from tokenexit import TokenExitError, heads, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_torch.decoding import pooled
 from tokenexit_torch.registry import decoding_host_of
 
 AFTER = (1, 2)
@@ -175,18 +176,18 @@ def test_images_of_another_size(name, size):
     assert wrapped.decoder_multiply_adds(size) > wrapped.decoder_multiply_adds()
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name.startswith("EoMT")])
-def test_training_draws_what_the_model_itself_draws(name):
+@each
+def test_training_draws_what_the_model_itself_draws(decoder):
     """Dropout once, rotary positions jittered once for all blocks, and queries drawn as in the model's own forward."""
-    model, images = DECODERS[name].make(), models.images(2, SIZE)
-    model.attn_mask_probs.fill_(0.5)
+    model, images = decoder.make(), models.images(2, SIZE)
+    if "Eomt" in type(model).__name__:
+        model.attn_mask_probs.fill_(0.5)
     wrapped = exiting(model).train()
     torch.manual_seed(5)
     own = model(images)
     torch.manual_seed(5)
     assert_same(wrapped(images, schedule=schedule.dense()).decoded, dict(own))
-    torch.manual_seed(5)
-    assert wrapped(images, schedule=told(2)).decoded.masks_queries_logits.isfinite().all()
+    assert all(value.isfinite().all() for value in wrapped(images, schedule=told(2)).decoded.values())
 
 
 def test_a_decoder_that_draws_in_evaluation_is_taken_and_the_random_state_left_alone():
@@ -294,6 +295,12 @@ def test_exits_are_fitted_to_the_decoder_without_labels(name):
         assert (found.softmax(dim=1) - wanted).abs().mean() < 0.8 * constant  # much better than saying always the same
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert wrapped(images[:2]).exit_depth.min() < wrapped.depth
+
+
+def test_targets_are_averaged_as_probabilities():
+    logits = torch.tensor([[0.0, 9.0], [4.0, 0.0]]).reshape(1, 2, 1, 2)  # of two classes, in two pixels of one patch
+    probability = pooled(logits, (1, 1)).softmax(dim=1).flatten()
+    torch.testing.assert_close(probability, logits.softmax(dim=1).mean(dim=(2, 3)).flatten())
 
 
 def test_eomts_classes_are_those_of_its_semantic_segmentation():
