@@ -9,11 +9,14 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
 from tokenexit_torch.fitting import FitReport, fit_exits
 from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts_decoding import DecodingHost
+from tokenexit_torch.hosts_eomt_dpt import TransformersDPT, TransformersEoMT
 from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
@@ -22,7 +25,7 @@ from tokenexit_torch.outputs import Output, StaticOutput
 from tokenexit_torch.predictor import Predictor
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.sampling import Drawing, Sampled
-from tokenexit_torch.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.static import StaticModel, needed_capacity
@@ -30,11 +33,14 @@ from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, 
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 from tokenexit_torch.windows import WindowedOutput, Windows, sliding
-from tokenexit_torch.wrapping import wrap, wrap_gates, wrap_semantic
+from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semantic
 
 __all__ = [
     "AttentionToMask",
     "CrossBlock",
+    "DecodedOutput",
+    "DecodingHost",
+    "DecodingModel",
     "Drawing",
     "EXPORTED",
     "Embedded",
@@ -69,6 +75,8 @@ __all__ = [
     "TimmViT",
     "TorchvisionViT",
     "Trace",
+    "TransformersDPT",
+    "TransformersEoMT",
     "TransformersViT",
     "WindowedOutput",
     "Windows",
@@ -79,6 +87,7 @@ __all__ = [
     "fit_exits",
     "gate_thresholds",
     "load",
+    "load_decoder",
     "load_gates",
     "load_semantic",
     "mask_loss",
@@ -92,6 +101,7 @@ __all__ = [
     "swin_small",
     "trace",
     "wrap",
+    "wrap_decoder",
     "wrap_gates",
     "wrap_semantic",
 ]

@@ -4,7 +4,7 @@ It is no part of the public API.
 """
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -15,10 +15,11 @@ from tokenexit import cells, ledger, policies, scores, tokens
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
 from tokenexit.ledger import Ledger
-from tokenexit.schedule import Exit, Schedule, require_fits
+from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing, Receipt, Selection
 from tokenexit_torch._modules import kept_eager
 from tokenexit_torch.attention import Padded, PerImage
+from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Host, embedded_by
 from tokenexit_torch.masks import MaskHead, Masks, log_scores, patch_rows, widened
 from tokenexit_torch.outputs import Output
@@ -26,7 +27,7 @@ from tokenexit_torch.outputs import Output
 if TYPE_CHECKING:
     from tokenexit_torch.running import ExitingModel
 
-__all__ = ["Move", "PackedRun", "Reading", "Run", "checked", "packed", "read_batch", "run_blocks"]
+__all__ = ["Move", "PackedRun", "Reading", "Run", "packed", "read_batch", "run_blocks"]
 
 
 class Reading(NamedTuple):
@@ -73,8 +74,8 @@ class Run:
     The tokens that run are a plain batch up to the first exit point, and one row from then on.
     """
 
-    def __init__(self, model: "ExitingModel", images: Tensor, schedule: Schedule | None) -> None:
-        plan = model.schedule if schedule is None else checked(model, schedule)
+    def __init__(self, model: WithExits[Any], images: Tensor, schedule: Schedule | None) -> None:
+        plan = model.schedule if schedule is None else model.checked(schedule)
         embedded = embedded_by(model.host, images)
         self.model = model
         self.embedded = embedded
@@ -118,6 +119,12 @@ class Run:
         return sorted({*self.policy, depth, *([depth - 1] if rejoins else [])})
 
     def through(self) -> Output:
+        """The whole pass."""
+        self.run()
+        return self.output()
+
+    def run(self) -> None:
+        """All blocks, and what happens between them."""
         start = 0
         for stop in self.stops:
             self.counted(start, stop)
@@ -125,7 +132,6 @@ class Run:
                 self.row = run_blocks(self.model.host, start, stop, self.row, self.positions, self.attention())
             self.pause(stop)
             start = stop
-        return self.output()
 
     def counted(self, start: int, stop: int) -> None:
         """Write down that some blocks are run on the tokens that there are."""
@@ -276,11 +282,17 @@ class Run:
             self.row = rearrange(self.row, "1 (images slots) width -> images slots width", images=self.images)
             self.receipt, self.positions, self.stands_for = None, self.embedded.positions, None
 
+    def whole(self) -> Tensor:
+        """All tokens of all images as a plain batch, those that have left as they left; the run goes on as it is."""
+        if self.receipt is None:
+            return self.row
+        assert self.ledger is not None
+        return ledger.rejoin(self.ledger, self.receipt, self.laid(self.row[0]))
+
     def _rejoin(self) -> None:
         """All tokens of all images run again, as a plain batch."""
         if self.receipt is not None:
-            assert self.ledger is not None
-            self.row = ledger.rejoin(self.ledger, self.receipt, self.laid(self.row[0]))
+            self.row = self.whole()
             self.receipt, self.positions, self.stands_for = None, self.embedded.positions, None
             self.lengths = [self.slots] * self.images
 
@@ -292,7 +304,8 @@ class Run:
 
     def output(self) -> Output:
         """What comes of it."""
-        model, prefix = self.model, self.embedded.prefix
+        prefix = self.embedded.prefix
+        model = cast("ExitingModel", self.model)  # a decoder has an output of its own
         settled = self.ledger
         if self.feature is not None:
             self._rejoin()
@@ -330,7 +343,7 @@ class PackedRun(Run):
     two exit points.
     """
 
-    def __init__(self, model: "ExitingModel", images: Tensor, schedule: Schedule | None) -> None:
+    def __init__(self, model: WithExits[Any], images: Tensor, schedule: Schedule | None) -> None:
         super().__init__(model, images, schedule)
         self.counts: list[list[int]] = []
 
@@ -396,10 +409,3 @@ def read_batch(head: nn.Module, patches: Tensor) -> Reading:
     mask_logits = found.mask_logits.reshape(images, places, found.mask_logits.shape[1])
     presence = found.presence_logits
     return Reading(log_scores(mask_logits, presence[:, None]), masks=Masks(mask_logits, presence))
-
-
-def checked(model: "ExitingModel", schedule: Schedule) -> Schedule:
-    """The plan, if the model can follow it."""
-    after = [int(block) for block in model.exit_heads]
-    require_fits(schedule, depth=model.depth, after=after, gives_masks=model.gives_masks)
-    return schedule

@@ -285,7 +285,7 @@ def per_image_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `per_image`, by the products that they are made of: weights are computed again, image by image."""
     del offsets  # autograd is not there inside an operator, and no kernel's gradients are asked
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    factor = query.shape[3] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
     found = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
     bias = None if stands_for is None else stands_for.log().to(wide)
@@ -294,10 +294,10 @@ def per_image_backward(
         own = slice(start, start + length)
         q, k, v = (tensor[:, :, own].to(wide) for tensor in (query, key, value))
         wished = rearrange(gradient[:, own].to(wide), "1 tokens heads width -> 1 heads tokens width")
-        product = q @ k.mT * scale
+        product = q @ k.mT * factor
         weight = (product if bias is None else product + bias[own]).softmax(dim=-1)
         of_weight = wished @ v.mT
-        of_product = weight * (of_weight - (of_weight * weight).sum(dim=-1, keepdim=True)) * scale
+        of_product = weight * (of_weight - (of_weight * weight).sum(dim=-1, keepdim=True)) * factor
         for result, one in zip(found, (of_product @ k, of_product.mT @ q, weight.mT @ wished), strict=True):
             result[:, :, own] = one.to(result.dtype)
         start += length

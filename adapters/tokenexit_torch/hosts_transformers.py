@@ -1,6 +1,6 @@
 """Vision transformers of Hugging Face's transformers as hosts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class TransformersViT:
         self.module: nn.Module = model
         self.blocks: Sequence[nn.Module] = vit.get_submodule(self._parts.blocks)
         self.width: int = vit.config.hidden_size
-        self.image_shape: tuple[int, int, int] = (vit.config.num_channels, *_pair(vit.config.image_size))
+        self.image_shape: tuple[int, int, int] = (vit.config.num_channels, *pair(vit.config.image_size))
         self._require_interceptable()
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
@@ -93,14 +93,11 @@ class TransformersViT:
             tokens = vit.get_submodule(parts.before)(tokens)
         prefix = parts.cls + (vit.config.num_register_tokens if parts.registers else 0)
         height, width = (
-            side // patch for side, patch in zip(images.shape[-2:], _pair(vit.config.patch_size), strict=True)
+            side // patch for side, patch in zip(images.shape[-2:], pair(vit.config.patch_size), strict=True)
         )
         positions = None
         if parts.rotary is not None:
-            cos, sin = vit.get_submodule(parts.rotary)(images)
-            # Prefix tokens are not turned.
-            still = torch.stack([cos.new_ones(prefix, cos.shape[1]), sin.new_zeros(prefix, sin.shape[1])], dim=1)
-            positions = torch.cat([still, torch.stack([cos, sin], dim=1)])
+            positions = with_prefix(vit.get_submodule(parts.rotary)(images), prefix)
         return Embedded(tokens, prefix, (height, width), positions)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
@@ -127,14 +124,34 @@ class TransformersViT:
         return {} if own or not self._parts.must_ask else {"interpolate_pos_encoding": True}
 
     def _require_interceptable(self) -> None:
-        """Both can be changed at any time, and attention would then run across images."""
-        attention = self._vit.config._attn_implementation
-        rule = 'attend by "sdpa": call model.set_attn_implementation("sdpa")'
-        require(attention == "sdpa", "model", rule, repr(attention))
-        checkpoints = any(block.gradient_checkpointing for block in self._vit.get_submodule(self._parts.blocks))
-        require(not checkpoints, "model", "not checkpoint its gradients", "activation checkpointing switched on")
+        require_interceptable(self._vit.config, self.blocks)
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def require_interceptable(config: Any, blocks: Iterable[Any]) -> None:
+    """Raise unless attention runs where it can be taken over. Both can be changed at any time. Not public.
+
+    Args:
+        config: What the blocks look up their attention in.
+        blocks: The blocks.
+
+    Raises:
+        TokenExitError: If attention would run across images.
+    """
+    attention = config._attn_implementation
+    rule = 'attend by "sdpa": call model.set_attn_implementation("sdpa")'
+    require(attention == "sdpa", "model", rule, repr(attention))
+    checkpoints = any(block.gradient_checkpointing for block in blocks)
+    require(not checkpoints, "model", "not checkpoint its gradients", "activation checkpointing switched on")
+
+
+def with_prefix(tables: tuple[Tensor, Tensor], prefix: int) -> Float[Tensor, "slots two width"]:
+    """Rotary tables, cosine and sine, of all slots: prefix tokens are not turned. It is no part of the public API."""
+    cos, sin = tables
+    still = torch.stack([cos.new_ones(prefix, cos.shape[1]), sin.new_zeros(prefix, sin.shape[1])], dim=1)
+    return torch.cat([still, torch.stack([cos, sin], dim=1)])
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width, where a config gives one number for both. It is no part of the public API."""
     height, width = size if isinstance(size, Sequence) else (size, size)
     return height, width

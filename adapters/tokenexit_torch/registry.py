@@ -10,11 +10,13 @@ from torch import nn
 
 from tokenexit import TokenExitError
 from tokenexit_torch.hosts import Host, full_name
+from tokenexit_torch.hosts_decoding import DecodingHost
+from tokenexit_torch.hosts_eomt_dpt import DPTS, EOMTS, TransformersDPT, TransformersEoMT
 from tokenexit_torch.hosts_timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TORCHVISION_VIT, TorchvisionViT
 from tokenexit_torch.hosts_transformers import PARTS, TransformersViT
 
-__all__ = ["host_of"]
+__all__ = ["decoding_host_of", "host_of"]
 
 _HOSTS: Mapping[str, Callable[[Any], Host]] = {
     **dict.fromkeys(TIMM_VITS, TimmViT),
@@ -23,7 +25,14 @@ _HOSTS: Mapping[str, Callable[[Any], Host]] = {
     **dict.fromkeys(PARTS, TransformersViT),
 }
 
+_DECODING_HOSTS: Mapping[str, Callable[[Any], DecodingHost]] = {
+    **dict.fromkeys(EOMTS, TransformersEoMT),
+    **dict.fromkeys(DPTS, TransformersDPT),
+}
+
 _TAKEN = "a timm VisionTransformer or Eva, torchvision's VisionTransformer, a ViT of transformers without a head"
+
+_TAKEN_WITH_DECODER = "an EoMT, DPT or Depth Anything of transformers"
 
 _WINDOWS = "its blocks need the dense grid: they attend within windows of it, and stages merge its patches"
 _CONVOLUTIONS = "its blocks need the dense grid: they convolve over it, and stages merge its patches"
@@ -60,6 +69,7 @@ REFUSED = {
     "transformers.models.sam2.modeling_sam2.Sam2PreTrainedModel": _POOLING,
     "transformers.models.vitdet.modeling_vitdet.VitDetPreTrainedModel": _PAIRS_AND_WINDOWS,
     "transformers.models.beit.modeling_beit.BeitPreTrainedModel": _PAIRS,
+    "transformers.models.bit.modeling_bit.BitPreTrainedModel": "it is a convolutional network, which has no tokens",
     "tokenexit_torch.swin.Swin": _WINDOWS,
     "tokenexit_torch.swin.SwinBackbone": _WINDOWS,
     "tokenexit_torch.swin.SwinClassifier": _WINDOWS,
@@ -94,16 +104,15 @@ def host_of(model: object, /) -> Host:
     """
     _require_bare(model)
     if isinstance(model, nn.Module):
-        for ancestor in type(model).__mro__:
-            reason = REFUSED.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
-            if reason is not None:
-                rule = "`model` must have blocks that run on any tokens"
-                raise TokenExitError(f"{rule}, got {full_name(model)}: {reason}")
+        _require_not_refused(model)
         if full_name(model) in _HOSTS:
             return _HOSTS[full_name(model)](model)
     elif isinstance(model, Host):
         return model
     got = full_name(model)
+    if got in _DECODING_HOSTS:
+        rule = "feed no decoder of its own, which `wrap_decoder` takes"
+        raise TokenExitError(f"`model` must {rule}, got {got}")
     if isinstance(model, nn.Module):
         inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]
         got += f", whose part `{inside[0]}` is one" if inside else ""
@@ -129,3 +138,38 @@ def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
         yield from model.module.named_modules()
         for index, block in enumerate(model.blocks):
             yield from block.named_modules(prefix=f"blocks[{index}]")
+
+
+def decoding_host_of(model: object, /) -> DecodingHost:
+    """The host for a model whose vision transformer feeds a decoder of its own.
+
+    Args:
+        model: An `EomtForUniversalSegmentation`, `EomtDinov3ForUniversalSegmentation`, `DPTForSemanticSegmentation`,
+            `DPTForDepthEstimation` or `DepthAnythingForDepthEstimation` of transformers, the latter two on a ViT; or an
+            object that follows `DecodingHost`. Exactly these classes, and none that derives from them.
+
+    Returns:
+        The host; the object itself if it is one.
+
+    Raises:
+        TokenExitError: If there is no host for this model; where it is known why, the error says so.
+    """
+    _require_bare(model)
+    if isinstance(model, nn.Module):
+        for part in model.modules():  # the model itself comes first
+            _require_not_refused(part, of=model)
+        if full_name(model) in _DECODING_HOSTS:
+            return _DECODING_HOSTS[full_name(model)](model)
+    elif isinstance(model, DecodingHost):
+        return model
+    rule = f"be {_TAKEN_WITH_DECODER}, or a plain object that follows DecodingHost"
+    raise TokenExitError(f"`model` must {rule}, got {full_name(model)}")
+
+
+def _require_not_refused(part: nn.Module, *, of: nn.Module | None = None) -> None:
+    """Raise if a class, or one that it derives from, is known to be no host."""
+    for ancestor in type(part).__mro__:
+        reason = REFUSED.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        if reason is not None:
+            got = full_name(part) if of is None or of is part else f"{full_name(of)} on {full_name(part)}"
+            raise TokenExitError(f"`model` must have blocks that run on any tokens, got {got}: {reason}")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
-from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit_torch._mixing import MixedRun
-from tokenexit_torch._modules import Undivided, linear_weights
-from tokenexit_torch._passing import Reading, checked, packed, read_batch
+from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._passing import Reading, packed, read_batch
+from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
 from tokenexit_torch.masks import MaskHead, MaskMaps, as_maps
 from tokenexit_torch.outputs import Output
@@ -25,7 +25,7 @@ from tokenexit_torch.outputs import Output
 __all__ = ["ExitingModel"]
 
 
-class ExitingModel(Undivided):
+class ExitingModel(WithExits[Host]):
     """A vision transformer whose tokens leave early; made by `wrap`.
 
     Attributes:
@@ -38,12 +38,7 @@ class ExitingModel(Undivided):
         built_head: Whether `wrap` built the final head, rather than being given it.
     """
 
-    host: Host
-    model: nn.Module
     head: nn.Module
-    exit_heads: nn.ModuleDict
-    classes: int
-    head_plan: HeadPlan | None
     built_head: bool
 
     def __init__(
@@ -56,50 +51,15 @@ class ExitingModel(Undivided):
         head_plan: HeadPlan | None,
         built_head: bool,
     ) -> None:
-        super().__init__()
-        self.host = host
-        self.model = host.module
+        super().__init__(host, exit_heads, classes, head_plan)
         self.head = head
-        self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
-        self.classes = classes
-        self.head_plan = head_plan
         self.built_head = built_head
-        self._schedule = checked(self, schedule)
-
-    @property
-    def depth(self) -> int:
-        """How many blocks the network has."""
-        return len(self.host.blocks)
+        self._schedule = self.checked(schedule)
 
     @property
     def gives_masks(self) -> bool:
         """Whether the heads are mask heads: `wrap` sees to it that all are, or none."""
         return isinstance(self.head, MaskHead)
-
-    @property
-    def schedule(self) -> Schedule:
-        """The plan in use; `retune` exchanges it."""
-        return self._schedule
-
-    def retune(
-        self,
-        schedule: Schedule | None = None,
-        /,
-        *,
-        threshold: Threshold | Mapping[int, Threshold] | None = None,
-    ) -> None:
-        """Exchange the plan or its thresholds; the weights stay as they are.
-
-        Args:
-            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
-            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
-
-        Raises:
-            TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
-        """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self._schedule if schedule is None else schedule
-        self._schedule = checked(self, plan if threshold is None else plan.with_threshold(threshold))
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None

@@ -19,15 +19,16 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
+from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host
-from tokenexit_torch.registry import host_of
+from tokenexit_torch.registry import decoding_host_of, host_of
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import SemanticModel, new_layers, together
-from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_gates
+from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, wrap_gates
 
-__all__ = ["load", "load_gates", "load_semantic", "save", "save_gates", "save_semantic"]
+__all__ = ["load", "load_decoder", "load_gates", "load_semantic", "save", "save_gates", "save_semantic"]
 
 _PLAN = "exits.json"
 _WEIGHTS = "exits.safetensors"
@@ -39,17 +40,18 @@ _SEMANTIC_WEIGHTS = "semantic.safetensors"
 Plan = TypeVar("Plan", Manifest, SemanticManifest)
 
 
-def save(model: ExitingModel, folder: str | Path, /) -> None:
+def save(model: ExitingModel | DecodingModel, folder: str | Path, /) -> None:
     """Write the exits of a wrapped model: `exits.json` and `exits.safetensors`.
 
     Args:
-        model: The wrapped model.
+        model: The model, wrapped by `wrap`, or by `wrap_decoder`, whose decoder is part of the model and not saved.
         folder: Where to; made if it is not there.
 
     Raises:
         TokenExitError: If `model` is not wrapped, or its schedule has a policy that is not of the library.
     """
-    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    known = isinstance(model, ExitingModel | DecodingModel)
+    require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     text = manifest.to_json(_manifest(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,19 +91,40 @@ def load(
     )
     chosen = _chosen(plan, exit_heads, "exit_heads")
     _require_fits(plan, host_of(model), "exits")
-    shapes = _shapes_in(folder / _WEIGHTS)
-    if exit_heads is None and plan.plan is not None:
-        _require_shapes(
-            _planned_shapes(plan, plan.plan, "exit_heads"), shapes, _PLAN
-        )  # before memory is taken for what the file claims
+    _require_planned(plan, folder)
     classes = plan.classes if head is None else None
     wrapped = wrap(model, dense(after=plan.after), head=head, num_classes=classes, exit_heads=chosen)
     rule = f"give {plan.classes} classes, as the saved exits"
     require(wrapped.classes == plan.classes, "head", rule, wrapped.classes)
-    saved = _saved(wrapped)
-    _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes, _PLAN)
-    with torch.no_grad():
-        saved.load_state_dict(load_file(folder / _WEIGHTS))
+    _load_into(wrapped, folder)
+    wrapped.retune(plan.schedule)
+    return wrapped
+
+
+def load_decoder(
+    folder: str | Path, model: Any, /, *, exit_heads: Mapping[int, nn.Module] | None = None
+) -> DecodingModel:
+    """Wrap a model with a decoder of its own with exits that were saved.
+
+    Args:
+        folder: Where `save` wrote them.
+        model: The model to wrap, as for `wrap_decoder`.
+        exit_heads: Modules for the exit heads, if you gave modules then; their weights are loaded into them.
+
+    Returns:
+        The model with exits; heads that are built anew are in the dtype and on the device of `model`.
+
+    Raises:
+        TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
+    """
+    folder = Path(folder)
+    plan = _read_plan(folder, _PLAN, _WEIGHTS, manifest.from_json)
+    require(not plan.built_head, "folder", "hold exits of a model with a decoder of its own", "a final head as well")
+    chosen = _chosen(plan, exit_heads, "exit_heads")
+    _require_fits(plan, decoding_host_of(model), "exits")
+    _require_planned(plan, folder)
+    wrapped = wrap_decoder(model, dense(after=plan.after), exit_heads=chosen, num_classes=plan.classes)
+    _load_into(wrapped, folder)
     wrapped.retune(plan.schedule)
     return wrapped
 
@@ -251,22 +274,38 @@ def _chosen(plan: Manifest, given: Mapping[int, nn.Module] | None, argument: str
     return chosen
 
 
-def _manifest(model: ExitingModel) -> Manifest:
+def _manifest(model: ExitingModel | DecodingModel) -> Manifest:
     return Manifest(
         schedule=model.schedule,
         after=tuple(int(after) for after in model.exit_heads),
         plan=model.head_plan,
-        built_head=model.built_head,
+        built_head=isinstance(model, ExitingModel) and model.built_head,
         classes=model.classes,
         width=model.host.width,
         depth=model.depth,
     )
 
 
-def _saved(model: ExitingModel) -> nn.ModuleDict:
+def _saved(model: ExitingModel | DecodingModel) -> nn.ModuleDict:
     """The modules that are saved, under the names that they have in the file."""
     parts: dict[str, nn.Module] = {"exit_heads": model.exit_heads}
-    return nn.ModuleDict(parts | ({"head": model.head} if model.built_head else {}))
+    return nn.ModuleDict(parts | ({"head": model.head} if isinstance(model, ExitingModel) and model.built_head else {}))
+
+
+def _load_into(model: ExitingModel | DecodingModel, folder: Path) -> None:
+    """Put saved weights in the place of those that are there."""
+    saved = _saved(model)
+    shapes = {name: tuple(value.shape) for name, value in saved.state_dict().items()}
+    _require_shapes(shapes, _shapes_in(folder / _WEIGHTS), _PLAN)
+    with torch.no_grad():
+        saved.load_state_dict(load_file(folder / _WEIGHTS))
+
+
+def _require_planned(plan: Manifest, folder: Path) -> None:
+    """Shapes as the plan has them, if it has a plan of heads; before memory is taken for what the file claims."""
+    shapes = _shapes_in(folder / _WEIGHTS)
+    if plan.plan is not None:
+        _require_shapes(_planned_shapes(plan, plan.plan, "exit_heads"), shapes, _PLAN)
 
 
 def _planned_shapes(plan: Manifest, head: HeadPlan, of: str) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,9 @@
-"""`wrap`, `wrap_gates` and `wrap_semantic`: exits, gates or semantic tokens for a vision transformer of yours, and the
-self-check that they change nothing else.
+"""`wrap`, `wrap_decoder`, `wrap_gates` and `wrap_semantic`: exits, gates or semantic tokens for a vision transformer of
+yours, and the self-check that they change nothing else.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
-from tokenexit_torch.registry import host_of
+from tokenexit_torch.registry import decoding_host_of, host_of
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
-__all__ = ["wrap", "wrap_gates", "wrap_semantic"]
+__all__ = ["wrap", "wrap_decoder", "wrap_gates", "wrap_semantic"]
 
 
 def wrap(
@@ -96,6 +99,63 @@ def wrap(
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
     _check(host, like)
+    return wrapped
+
+
+def wrap_decoder(
+    model: Any,
+    schedule: Schedule,
+    /,
+    *,
+    exit_heads: HeadPlan | Mapping[int, nn.Module] = MLP(),
+    num_classes: int | None = None,
+) -> DecodingModel:
+    """Let tokens leave a vision transformer early that feeds a decoder of its own: EoMT, DPT, Depth Anything.
+
+    The decoder has all tokens, wherever it looks at them: leavers rejoin with the features that they left with. The
+    model itself is not changed. Exit heads only say who leaves. They start with random weights; fit them to the
+    decoder's own output with `fit_exits`.
+
+    Args:
+        model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
+        schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
+            `schedule.dovit()` and `schedule.paumer()` do. Each of its exits gets a head.
+        exit_heads: A plan for the exit heads, or the heads themselves by the block they follow, from `(tokens, width)`
+            to `(tokens, classes)`, each token by itself.
+        num_classes: How many classes the exit heads tell apart; those of the model if left out. A model without
+            classes, as of depth, needs it: bins of depth, for example.
+
+    Returns:
+        The model with exits, in the training mode of `model`.
+
+    Raises:
+        TokenExitError: If the model is not supported or already wrapped, leavers carry no features, an exit lies
+            outside of its blocks, a head does not work on each token by itself, classes are missing, or the self-check
+            finds that keeping all tokens is not the model's own output.
+    """
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
+    _require_unwrapped(model)
+    host = decoding_host_of(model)
+    like, mode = next(host.module.parameters()), host.module.training
+    classes: Any = host.classes if num_classes is None else num_classes
+    rule = "be a whole number from 1 up" + (", for the model has no classes" if host.classes is None else "")
+    require(_is_block(classes) and classes >= 1, "num_classes", rule, repr(num_classes))
+    plan = None if isinstance(exit_heads, Mapping) else exit_heads
+    if isinstance(exit_heads, Mapping):
+        each = not any(isinstance(head, MaskHead) for head in exit_heads.values())
+        require(each, "exit_heads", "treat each token by itself", "a mask head")
+        chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, "classes", host.width, like)
+    else:
+        each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
+        require(each, "exit_heads", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
+        new = {after: build(exit_heads, width=host.width, classes=classes) for after in schedule.after}
+        chosen = {after: head.to(like).train(mode) for after, head in new.items()}
+    _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
+    wrapped = DecodingModel(host, schedule, chosen, classes, plan)
+    # Not `train(mode)`, which would reach into the model and the heads that were given.
+    wrapped.training = wrapped.exit_heads.training = mode
+    _check(host, like)
+    _check_decoder(host, like)
     return wrapped
 
 
@@ -259,14 +319,18 @@ def _require_apart(heads: Mapping[str, nn.Module], model: nn.Module) -> None:
             require(shared == argument, argument, "have parameters of its own", f"some that it shares with {shared}")
 
 
-_WRAPPED = (ExitingModel, GatedModel, SemanticModel)
+_WRAPPED = (ExitingModel, DecodingModel, GatedModel, SemanticModel)
 
 
 def unwrapped_host(model: object) -> Host:
+    _require_unwrapped(model)
+    return host_of(model)
+
+
+def _require_unwrapped(model: object) -> None:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if isinstance(module, nn.Module) and any(isinstance(part, _WRAPPED) for part in module.modules()):
         raise TokenExitError("`model` must not be wrapped already, got one that is")
-    return host_of(model)
 
 
 @torch.no_grad()
@@ -351,6 +415,56 @@ def _check(host: Host, like: Tensor) -> None:
         packed, alone = host.finish(row), host.finish(alone)
         _require_close(packed[:, :slots], dense, "give the same tokens packed as in its own dense forward")
         _require_close(packed[:, slots:], alone, "give the same tokens packed as alone")
+
+
+@torch.no_grad()
+def _check_decoder(host: DecodingHost, like: Tensor) -> None:
+    """Decode the tokens of an image that has lost none, and compare with the model's own output."""
+    taps, last = tuple(host.taps), len(host.blocks)
+    fits = all(map(_is_block, taps)) and list(taps) == sorted(set(taps)) and min(taps, default=0) >= 1
+    fits = fits and taps[-1] == last
+    require(fits, "model.taps", f"be ascending numbers of blocks, from 1 up, the last {last}", repr(taps))
+    image = _drawn(1, *host.image_shape, like=like)
+    with evaluating(host.module):
+        embedded = host.embed(image)
+        row, taken = embedded.tokens, {}
+        for index in range(last):
+            row = host.run(index, row, embedded.positions)
+            taken[index + 1] = row
+        with _drawing_alike(like.device):
+            own = host.own(image)
+        with _drawing_alike(like.device):
+            decoded = host.decode({after: taken[after] for after in taps}, embedded, image)
+    found, wanted = _tensors(decoded), _tensors(own)
+    kind = {name: tuple(value.shape) for name, value in wanted.items()}
+    require(bool(kind), "model.own", "give tensors", type(own).__name__)
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    require(shapes == kind, "model.decode", f"give what the model itself gives, {kind}", repr(shapes))
+    for name, value in wanted.items():
+        if value.is_floating_point():
+            same = _is_close(found[name], value)
+            rule = "give what the model itself gives if no token leaves"
+            require(same, "model.decode", rule, f"a difference of {(found[name] - value).abs().max():.3g} in `{name}`")
+
+
+@contextmanager
+def _drawing_alike(device: torch.device) -> Iterator[None]:
+    """A decoder may draw random numbers, also in evaluation: the same ones in the next such context."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _tensors(output: Any, name: str = "output") -> dict[str, Tensor]:
+    """All tensors in what a model gives, by where they are."""
+    if isinstance(output, Tensor):
+        return {name: output}
+    if isinstance(output, Mapping):
+        inside = {f"{name}.{key}": value for key, value in output.items()}
+    elif isinstance(output, tuple | list):
+        inside = {f"{name}[{index}]": value for index, value in enumerate(output)}
+    else:
+        return {}
+    return {place: value for path, part in inside.items() for place, value in _tensors(part, path).items()}
 
 
 def _check_places(host: Host, embedded: Embedded, image: Tensor) -> None:

@@ -88,7 +88,10 @@ def test_batch_norm_heads_are_fitted_in_training_mode_and_put_back():
             "`patches_per_step` must be at least 2, got 1",
         ),
         (lambda m: tet.fit_exits(m, models.images(), steps=0), "`steps` must be at least 1, got 0"),
-        (lambda m: tet.fit_exits(m.model, models.images()), "`model` must be wrapped by `wrap`, got VisionTransformer"),
+        (
+            lambda m: tet.fit_exits(m.model, models.images()),
+            "`model` must be wrapped by `wrap` or `wrap_decoder`, got VisionTransformer",
+        ),
         (
             lambda m: tet.fit_exits(tet.wrap(models.timm_vit(), schedule.dense(), num_classes=3), models.images()),
             "`model` must have exit heads, got none",

@@ -1,0 +1,237 @@
+"""Early exit under a decoder of the model's own: leavers keep their features and rejoin wherever the decoder looks.
+
+An exit says who leaves, and nothing of the result: that is the decoder's, for every pixel, from a whole grid of tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokenexit.carries import Feature
+from tokenexit.cost import Cost, HeadCost
+from tokenexit.errors import require
+from tokenexit.heads import HeadPlan
+from tokenexit.schedule import Schedule
+from tokenexit_torch._modules import evaluating, kept_eager, linear_weights
+from tokenexit_torch._passing import PackedRun
+from tokenexit_torch.exits import WithExits
+from tokenexit_torch.hosts import Embedded, embedded_by
+from tokenexit_torch.hosts_decoding import DecodingHost
+
+__all__ = ["DecodedOutput", "DecodingModel"]
+
+
+class DecodedOutput(NamedTuple):
+    """What a model with exits and a decoder of its own returns.
+
+    Attributes:
+        decoded: The model's own output, as its class has it.
+        exit_depth: After how many blocks every patch left; `DecodingModel.depth` if it never did.
+        tokens_per_block: How many tokens of each image ran through each block before the decoder, prefix tokens
+            included.
+        exits: The blocks after which an exit head ran.
+    """
+
+    decoded: Any
+    exit_depth: Int[Tensor, "images grid_height grid_width"]
+    tokens_per_block: Int[Tensor, "images blocks"]
+    exits: tuple[int, ...]
+
+
+class DecodingModel(WithExits[DecodingHost]):
+    """A model with exits, and a decoder of its own on all tokens; made by `wrap_decoder`.
+
+    Attributes:
+        host: The host of the wrapped model.
+        model: The wrapped model itself, its weights shared.
+        exit_heads: The exit heads, by the block they follow, as a string.
+        classes: How many classes the exit heads tell apart.
+        head_plan: The plan that built the exit heads; None if they were given as modules.
+    """
+
+    def __init__(
+        self,
+        host: DecodingHost,
+        schedule: Schedule,
+        exit_heads: Mapping[int, nn.Module],
+        classes: int,
+        head_plan: HeadPlan | None,
+    ) -> None:
+        super().__init__(host, exit_heads, classes, head_plan)
+        self._schedule = self.checked(schedule)
+
+    def checked(self, schedule: Schedule, /) -> Schedule:
+        """A plan, after a check that the model can follow it: leavers carry features. Not public."""
+        super().checked(schedule)
+        rejoin = not schedule.active or isinstance(schedule.carry, Feature)
+        rule = "carry features, which rejoin for the decoder: dataclasses.replace(schedule, carry=carries.Feature())"
+        require(rejoin, "schedule", rule, repr(schedule.carry))
+        return schedule
+
+    def forward(
+        self,
+        images: Float[Tensor, "images channels height width"],
+        *,
+        schedule: Schedule | None = None,
+        **inputs: Any,
+    ) -> DecodedOutput:
+        """Run images, differentiably.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+            schedule: A plan for this call only; the model's own if left out.
+            inputs: What else the model's own forward takes, handed on to it: labels, for its own loss.
+
+        Returns:
+            The model's own output, exit depth and executed tokens.
+
+        Raises:
+            TokenExitError: If the images do not fit the model, or the plan does not.
+        """
+        return _DecodingRun(self, images, schedule).decoded(inputs)
+
+    def every_exit(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> dict[int, Float[Tensor, "images classes grid_height grid_width"]]:
+        """Class scores of every exit head on all tokens, in one run without a decoder: for auxiliary losses.
+
+        Args:
+            images: The images, as the wrapped model takes them.
+
+        Returns:
+            Logits by blocks run.
+
+        Raises:
+            TokenExitError: If the images do not fit the model.
+        """
+        embedded = embedded_by(self.host, images)
+        patches, _ = self._trace(embedded)
+        height, width = embedded.grid
+        pattern = "images (height width) classes -> images classes height width"
+        return {
+            after: rearrange(self.exit_heads[str(after)](rows), pattern, height=height, width=width)
+            for after, rows in patches.items()
+        }
+
+    def patches_and_output(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, tuple[int, int]]:
+        """Patches by exit, the model's own output and the grid, in one run in which nothing leaves. Not public."""
+        embedded = embedded_by(self.host, images)
+        patches, taken = self._trace(embedded)
+        return patches, self.host.decode(taken, embedded, images), embedded.grid
+
+    def multiply_adds(self, output: DecodedOutput) -> Int[Tensor, "images"]:
+        """Multiply-adds that a call has executed before the decoder, exit heads and patch embedding included.
+
+        The decoder runs once for every image, whoever left; `decoder_multiply_adds` counts it.
+
+        Args:
+            output: What the call returned.
+
+        Returns:
+            Multiply-adds per image.
+
+        Raises:
+            TokenExitError: If the output is of another network.
+        """
+        height, width = output.exit_depth.shape[1:]
+        slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
+        cost = Cost(
+            embed=linear_weights(self.host.embedding),
+            blocks=tuple(linear_weights(block) for block in self.host.blocks),
+            width=self.host.width,
+            prefix=slots - height * width,
+            exit_heads={int(after): HeadCost(linear_weights(head)) for after, head in self.exit_heads.items()},
+            head=HeadCost(0),
+        )
+        return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=output.exits, head_on="all")
+
+    @torch.no_grad()
+    def decoder_multiply_adds(self, size: tuple[int, int] | None = None) -> int:
+        """Multiply-adds of the decoder on one image, in evaluation, by PyTorch's own counter: it is run once for that.
+
+        Blocks after the last tap are counted here, as those of EoMT that have queries. Interpolation is not counted.
+
+        Args:
+            size: Height and width of the image; those of `host.image_shape` if left out.
+
+        Returns:
+            Multiply-adds.
+
+        Raises:
+            TokenExitError: If the model does not take images of this size.
+        """
+        channels, *own = self.host.image_shape
+        like = next(self.host.module.parameters())
+        image = torch.zeros(1, channels, *(own if size is None else size), device=like.device, dtype=like.dtype)
+        # The counter knows the products of attention only where they are written out.
+        with evaluating(self.host.module), sdpa_kernel(SDPBackend.MATH):
+            embedded = embedded_by(self.host, image)
+            taken = dict.fromkeys(self.host.taps, embedded.tokens)
+            with FlopCounterMode(display=False) as counter:
+                self.host.decode(taken, embedded, image)
+        return counter.get_total_flops() // 2
+
+    def _trace(self, embedded: Embedded) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Patches by exit, and all tokens by tap, if nothing leaves."""
+        running, patches, taken = embedded.tokens, {}, {}
+        for block in range(self.depth):
+            running = self.host.run(block, running, embedded.positions)
+            if str(block + 1) in self.exit_heads:
+                patches[block + 1] = running[:, embedded.prefix :]
+            if block + 1 in self.host.taps:
+                taken[block + 1] = running
+        return patches, taken
+
+
+class _DecodingRun(PackedRun):
+    """A run that restores the grid at every tap, and ends in the decoder."""
+
+    def __init__(self, model: DecodingModel, images: Tensor, schedule: Schedule | None) -> None:
+        super().__init__(model, images, schedule)
+        self._host = model.host
+        self._images = images
+        self._taken: dict[int, Tensor] = {}
+
+    def decoded(self, inputs: Mapping[str, Any]) -> DecodedOutput:
+        """The whole pass."""
+        self.run()
+        height, width = self.embedded.grid
+        return DecodedOutput(
+            self._host.decode(self._taken, self.embedded, self._images, **inputs),
+            self._exit_depth().unflatten(1, (height, width)),
+            self.ran(),
+            tuple(self.exits),
+        )
+
+    @property
+    def stops(self) -> list[int]:
+        return sorted({*super().stops, *self._host.taps})
+
+    @kept_eager
+    def pause(self, after: int) -> None:
+        super().pause(after)
+        if after in self._host.taps:
+            self._taken[after] = self.whole()
+
+    def _exit_depth(self) -> Tensor:
+        prefix, depth = self.embedded.prefix, self.model.depth
+        if self.ledger is None:
+            shape = (self.images, self.slots - prefix)
+            return torch.full(shape, depth, dtype=torch.int64, device=self.row.device)
+        left = self.ledger.depth[:, prefix:]
+        return torch.where(left > 0, left, depth)
+
+
+def pooled(scores: Float[Tensor, "images classes height width"], grid: tuple[int, int], /) -> Tensor:
+    """Logits of a map, averaged to patches as probabilities, and back to logits. It is no part of the public API."""
+    probability = functional.adaptive_avg_pool2d(scores.float().softmax(dim=1), grid)
+    return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()

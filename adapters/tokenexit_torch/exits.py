@@ -1,0 +1,86 @@
+"""What all models with exits have in common, whatever reads the tokens in the end."""
+
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from tokenexit.errors import require
+from tokenexit.heads import HeadPlan
+from tokenexit.policies import Threshold
+from tokenexit.schedule import Schedule, require_fits
+from tokenexit_torch._modules import Undivided
+from tokenexit_torch.hosts import Host
+
+__all__: list[str] = []
+
+AnyHost = TypeVar("AnyHost", bound=Host)
+
+
+class WithExits(Undivided, Generic[AnyHost]):
+    """Exit heads on a host, and the plan by which they are used. It is no part of the public API.
+
+    Attributes:
+        host: The host of the wrapped model.
+        model: The wrapped model itself, its weights shared.
+        exit_heads: The exit heads, by the block they follow, as a string.
+        classes: Class count.
+        head_plan: The plan that built the exit heads; None if they were given as modules.
+    """
+
+    host: AnyHost
+    model: nn.Module
+    exit_heads: nn.ModuleDict
+    classes: int
+    head_plan: HeadPlan | None
+
+    def __init__(
+        self, host: AnyHost, exit_heads: Mapping[int, nn.Module], classes: int, head_plan: HeadPlan | None
+    ) -> None:
+        super().__init__()
+        self.host = host
+        self.model = host.module
+        self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
+        self.classes = classes
+        self.head_plan = head_plan
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are in which tokens run, and may leave."""
+        return len(self.host.blocks)
+
+    @property
+    def gives_masks(self) -> bool:
+        """Whether the heads are mask heads."""
+        return False
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan in use; `retune` exchanges it."""
+        return self._schedule
+
+    def retune(
+        self,
+        schedule: Schedule | None = None,
+        /,
+        *,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
+    ) -> None:
+        """Exchange the plan or its thresholds; the weights stay as they are.
+
+        Args:
+            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
+            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
+
+        Raises:
+            TokenExitError: If neither is given, an exit has no head, or a threshold or the plan does not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self._schedule if schedule is None else schedule
+        self._schedule = self.checked(plan if threshold is None else plan.with_threshold(threshold))
+
+    def checked(self, schedule: Schedule, /) -> Schedule:
+        """A plan, after a check that the model can follow it. Not public."""
+        after = [int(block) for block in self.exit_heads]
+        require_fits(schedule, depth=self.depth, after=after, gives_masks=self.gives_masks)
+        return schedule
