@@ -41,9 +41,9 @@ def _is_torch(value: Any) -> bool:
 def array_namespace(*arrays: Array) -> Any:
     """The library of some arrays, with the functions of the standard."""
     if all(map(_is_torch, arrays)):
-        import array_api_compat.torch
+        from array_api_compat import torch as torch_namespace
 
-        return array_api_compat.torch
+        return torch_namespace
     return array_api_compat.array_namespace(*arrays)
 
 
