@@ -7,6 +7,20 @@ INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint c
 WORKERS ?= 2
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# The lower bounds of pyproject.toml; what is imported must be these.
+OLDER := timm==1.0.20 transformers==5.17.0
+define IMPORTED
+import sys, transformers
+from examples.timm_import import import_timm
+found = [f"{one.__name__}=={one.__version__}" for one in (import_timm(), transformers)]
+bounds = open("pyproject.toml").read()
+print("Older hosts:", *found)
+assert found == sys.argv[1:], sys.argv[1:]
+assert all(one.replace("==", ">=") + '"' in bounds for one in found), "the bounds of pyproject.toml"
+endef
+export IMPORTED
+HOST_TESTS := $(addprefix tests/torch/test_,hosts.py wrapping.py semantic.py saving.py)
+
 .PHONY: demo demo-jax test properties lint types docs older-hosts wheel-test clean
 
 demo: .venv/demo
@@ -33,17 +47,17 @@ types: .venv/dev
 docs: .venv/dev
 	$(RUN) mkdocs build --strict
 
-# The oldest timm and transformers that pyproject.toml allows. Their environment looks behind itself into .venv for all
-# else, so that nothing big is installed twice.
+# The oldest hosts that pyproject.toml allows, in an environment that looks into .venv for all else: nothing big is
+# installed twice. This timm scripts some of its parts by torch.jit when it is imported, which PyTorch advises against.
 older-hosts: .venv/dev
 	rm -rf .venv-older
 	$(RUN) venv .venv-older
-	set -e; python=.venv-older/bin/python; \
-	behind=$$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	own=$$($$python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	echo "import site; site.addsitedir('$$behind')" > $$own/behind.pth; \
+	set -e; python=.venv-older/bin/python; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+	behind=$$(.venv/bin/python -c "$$where"); \
+	echo "import site; site.addsitedir('$$behind')" > "$$($$python -c "$$where")/behind.pth"; \
 	$$python -m pip install --quiet --disable-pip-version-check $(OLDER); \
-	TOKENEXIT_HOSTS="$(OLDER)" $$python -m pytest -q $(SPREAD) $(HOST_TESTS)
+	$$python -W ignore -c "$$IMPORTED" $(OLDER); \
+	$$python -m pytest -q $(SPREAD) -W 'ignore:`torch.jit:DeprecationWarning' $(HOST_TESTS)
 
 # The built wheel, without any framework, must pass the core's tests in an environment of its own, away from the source.
 wheel-test: .venv/dev
@@ -58,7 +72,7 @@ wheel-test: .venv/dev
 	$$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; rm -rf $$away
 
 clean:
-	rm -rf .venv .venv-wheel build demo site
+	rm -rf .venv .venv-older .venv-wheel build demo site
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
