@@ -3,8 +3,25 @@
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# Workers take whole files, in their order: what a file has compiled is compiled once, and JAX comes last in each.
+WORKERS ?= 2
+SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-jax test properties coverage-study lint types docs wheel-test clean
+# The lower bounds of pyproject.toml; what is imported must be these.
+OLDER := timm==1.0.20 transformers==5.17.0
+define IMPORTED
+import sys, transformers
+from examples.timm_import import import_timm
+found = [f"{one.__name__}=={one.__version__}" for one in (import_timm(), transformers)]
+bounds = open("pyproject.toml").read()
+print("Older hosts:", *found)
+assert found == sys.argv[1:], sys.argv[1:]
+assert all(one.replace("==", ">=") + '"' in bounds for one in found), "the bounds of pyproject.toml"
+endef
+export IMPORTED
+HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
+
+.PHONY: demo demo-jax test properties coverage-study lint types docs older-hosts wheel-test clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -14,11 +31,11 @@ demo-jax: .venv/demo-jax
 	$(RUN) examples.jax.segment --out demo/jax
 
 test: .venv/dev
-	$(RUN) pytest
+	$(RUN) pytest $(SPREAD)
 
 # Thousands of examples for each property; half an hour and more.
 properties: .venv/dev
-	HYPOTHESIS_PROFILE=thorough $(RUN) pytest tests/core tests/torch
+	HYPOTHESIS_PROFILE=thorough $(RUN) pytest $(SPREAD) tests/core tests/torch
 
 # Calibrations by the thousand: whether what they promise holds. Some minutes.
 coverage-study: .venv/dev
@@ -34,6 +51,18 @@ types: .venv/dev
 docs: .venv/dev
 	$(RUN) mkdocs build --strict
 
+# The oldest hosts that pyproject.toml allows, in an environment that looks into .venv for all else: nothing big is
+# installed twice. This timm scripts some of its parts by torch.jit when it is imported, which PyTorch advises against.
+older-hosts: .venv/dev
+	rm -rf .venv-older
+	$(RUN) venv .venv-older
+	set -e; python=.venv-older/bin/python; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
+	behind=$$(.venv/bin/python -c "$$where"); \
+	echo "import site; site.addsitedir('$$behind')" > "$$($$python -c "$$where")/behind.pth"; \
+	$$python -m pip install --quiet --disable-pip-version-check $(OLDER); \
+	$$python -W ignore -c "$$IMPORTED" $(OLDER); \
+	$$python -m pytest -q $(SPREAD) -W 'ignore:`torch.jit:DeprecationWarning' $(HOST_TESTS)
+
 # The built wheel, without any framework, must pass the core's tests in an environment of its own, away from the source.
 wheel-test: .venv/dev
 	rm -rf build/wheel .venv-wheel
@@ -44,10 +73,10 @@ wheel-test: .venv/dev
 	set -e; python=$$PWD/.venv-wheel/bin/python; away=$$(mktemp -d); \
 	mkdir $$away/tests; cp -r tests/__init__.py tests/conftest.py tests/core $$away/tests; cd $$away; \
 	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
-	$$python -m pytest -q --import-mode=importlib -p no:cacheprovider tests; rm -rf $$away
+	$$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; rm -rf $$away
 
 clean:
-	rm -rf .venv .venv-wheel build demo site
+	rm -rf .venv .venv-older .venv-wheel build demo site
 
 .venv/pip:
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,10 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
+# One thread for each process, those that tests start included: the workers of `make test` have a core each, and threads
+# that wait for one another are slow on a machine that is busy. PyTorch reads it when it is imported, which comes later.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("quick", max_examples=60, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

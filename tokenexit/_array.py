@@ -44,9 +44,9 @@ def _is_torch(value: Any) -> bool:
 def array_namespace(*arrays: Array) -> Any:
     """The library of some arrays, with the functions of the standard."""
     if all(map(_is_torch, arrays)):
-        from array_api_compat import torch
+        from array_api_compat import torch as torch_namespace
 
-        return torch
+        return torch_namespace
     return array_api_compat.array_namespace(*arrays)
 
 

@@ -31,7 +31,8 @@ needs_data = pytest.mark.skipif(
 
 def run(module, *options):
     command = [sys.executable, "-m", module, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as the tests in this process
+    return subprocess.run(command, cwd=ROOT, env=quick, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(tmp_path):
