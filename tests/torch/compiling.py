@@ -1,0 +1,129 @@
+"""`torch.compile`: what it makes of packed and static passes is the same, and how many programs that takes.
+
+`test_compiling` runs these tests in a process without the runtime type checker, whose wrappers no compiler can trace.
+"""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tokenexit_torch as tet
+from tests.torch import models
+from tests.torch.hosts import FOREIGN, SIZE
+from tests.torch.test_running import CELLS, FEATURES, PLANS
+from tokenexit import policies
+from tokenexit.schedule import Exit, Schedule
+
+pytestmark = [
+    # array-api-compat caches what it knows of libraries; that dynamo traces its caches does no harm.
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo's own
+]
+SOME = {
+    "neighbours": PLANS["neighbours"],
+    "dovit": FEATURES["dovit"],
+    "rejoining": FEATURES["rejoining for the last block"],
+    "cells": CELLS["neighbours"],
+}
+each = pytest.mark.parametrize("plan", SOME.values(), ids=SOME.keys())
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    """Programs of other tests do not count."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@each
+def test_a_packed_pass_is_a_program_for_the_blocks_between_two_exits_whoever_leaves(plan):
+    model, programs = models.wrapped(models.timm_vit(), plan), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, dynamic=True, backend=programs)
+    stops = sorted({0, *plan.after, model.depth, *([model.depth - 1] if "last" in repr(plan.carry) else [])})
+    ran, kinds = set(), set()
+    for seed in range(4):
+        images = models.images(3, seed=seed)
+        out, wanted = compiled(images), model(images)
+        assert torch.equal(out.logits, wanted.logits)
+        assert torch.equal(out.exit_depth, wanted.exit_depth)
+        ran.add(tuple(wanted.tokens_per_block.sum(dim=0).tolist()))
+        # Where one image alone runs on, nothing need keep images apart, and that is a program of its own.
+        kinds |= {(start, int(wanted.tokens_per_block[:, start].count_nonzero()) == 1) for start in stops[:-1]}
+        assert programs.frame_count == len(kinds)
+    assert len(ran) == 4
+
+
+@torch.no_grad()
+def test_another_batch_and_another_size_need_no_other_program():
+    model, programs = models.wrapped(models.plain_host(), PLANS["neighbours"]), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, dynamic=True, backend=programs)
+    for images in (models.images(3), models.images(2), models.images(5, size=(64, 40))):
+        torch.testing.assert_close(compiled(images).logits, model(images).logits)
+    assert programs.frame_count == 4
+
+
+@torch.no_grad()
+def test_images_of_several_sizes_compile_too():
+    model = models.wrapped(models.timm_vit(dynamic_img_size=True), PLANS["neighbours"])
+    programs = CompileCounterWithBackend("eager")
+    images = [models.images(1, size=size)[0] for size in ((32, 48), (16, 64), (32, 48))]
+    wanted = model.mixed(images)
+    found = torch.compile(model.mixed, dynamic=True, backend=programs)(images)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.logits, other.logits)
+    assert programs.frame_count > 0
+
+
+@pytest.mark.parametrize("plan", [SOME["neighbours"], SOME["dovit"], SOME["cells"]])
+def test_gradients_through_a_compiled_packed_pass(plan):
+    model, images, found = models.wrapped(models.timm_vit(), plan), models.images(2), []
+    for run in (model, torch.compile(model, dynamic=True, backend="aot_eager")):
+        model.zero_grad()
+        run(images).logits.square().sum().backward()
+        found.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    own, compiled = found
+    assert own.keys() == compiled.keys()
+    for name, gradient in own.items():
+        near = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=max(near, 1e-5), msg=name)
+
+
+@torch.no_grad()
+@each
+def test_a_static_pass_is_one_program_without_a_break(plan):
+    static = tet.StaticModel(models.wrapped(models.timm_vit(), plan), capacities={2: 0.7, 3: 0.6, 4: 0.5})
+    programs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(static, fullgraph=True, backend=programs)
+    for seed in range(3):
+        images = models.images(3, seed=seed)
+        out, wanted = compiled(images), static(images)
+        torch.testing.assert_close(out.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(out.exit_depth, wanted.exit_depth)
+        assert torch.equal(out.overflow, wanted.overflow)
+    assert programs.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm DINOv3", "transformers DINOv3", "transformers SigLIP", "torchvision"])
+def test_other_hosts_compile(name):
+    heads = {after: torch.nn.Linear(32, 5) for after in (1, 2)}
+    plan = Schedule(tuple(Exit(after, policies.ConfidenceAbove(0.3)) for after in (1, 2)))
+    model = tet.wrap(FOREIGN[name].make(), plan, head=torch.nn.Linear(32, 5), exit_heads=heads).eval()
+    images = models.images(2, SIZE)
+    wanted = model(images)
+    found = torch.compile(model, dynamic=True, backend="eager")(images)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    static = tet.StaticModel(model, capacities=1.0)
+    one = torch.compile(static, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(one.logits, wanted.logits, rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_the_default_compiler_makes_the_same_of_a_packed_pass():
+    model = models.wrapped_after(models.timm_vit(depth=4), PLANS["dtop"].with_threshold(0.5), after=(2, 3))
+    compiled = torch.compile(model, dynamic=True)
+    for seed in range(2):
+        images = models.images(3, seed=seed)
+        torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-4, atol=1e-4)
