@@ -38,20 +38,23 @@ def extremes(
     xp = array_namespace(map)
     lowest = highest = map
     for axis in (1, 2):
-        lowest = _over_line(xp.minimum, lowest, radius, axis)
-        highest = _over_line(xp.maximum, highest, radius, axis)
+        reach = min(radius, map.shape[axis] - 1)
+        if reach > 0:
+            lowest = _over_line(array_namespace(map).minimum, lowest, reach, axis)
+            highest = _over_line(array_namespace(map).maximum, highest, reach, axis)
     return lowest, highest
 
 
-def _over_line(combine: Callable[[Array, Array], Array], map: Array, radius: int, axis: int) -> Array:
+def _over_line(combine: Callable[[Array, Array], Array], map: Array, reach: int, axis: int) -> Array:
     xp = array_namespace(map)
     size = map.shape[axis]
+    # Beyond the edge stands the place at the edge, which is in the square already: it changes neither extreme.
+    first, last = _part(map, axis, 0, 1), _part(map, axis, size - 1, size)
+    wide = xp.concat([*[first] * reach, map, *[last] * reach], axis=axis)
     result = map
-    for step in range(1, min(radius, size - 1) + 1):
-        # A place without a neighbour at this distance stands in for it, which changes neither extreme.
-        before = xp.concat([_part(map, axis, 0, step), _part(map, axis, 0, size - step)], axis=axis)
-        after = xp.concat([_part(map, axis, step, size), _part(map, axis, size - step, size)], axis=axis)
-        result = combine(result, combine(before, after))
+    for step in range(2 * reach + 1):
+        if step != reach:
+            result = combine(result, _part(wide, axis, step, step + size))
     return result
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, filled, require_marks
+from tokenexit._array import Array, array_namespace, filled, require_marks, take_or
 from tokenexit.errors import TokenExitError, require
 from tokenexit.tokens import Receipt, scatter
 
@@ -108,18 +108,23 @@ def record(
     kept = "features" if ledger.features is not None else "none"
     given = "features" if features is not None else "none"
     require(kept == given, "features", "be given exactly if the ledger keeps them", f"{given}, and it keeps {kept}")
+    if features is not None:
+        _require_layout(features, receipt, "features")
     xp = array_namespace(logits)
-    left = scatter(leave, receipt, into=filled((receipt.images, receipt.slots), False, leave, dtype=xp.bool))
+    batch = (receipt.images, receipt.slots)
+    left = scatter(leave, receipt, into=filled(batch, False, leave, dtype=xp.bool))
+    flat = xp.reshape(left, (receipt.images * receipt.slots,))
 
     def settle(values: Array, settled: Array) -> Array:
-        found = scatter(xp.astype(values, settled.dtype), receipt, into=settled)
-        return xp.where(xp.reshape(left, (*left.shape, *[1] * (settled.ndim - 2))), found, settled)
+        rest = tuple(settled.shape[2:])
+        rows = xp.reshape(xp.astype(values, settled.dtype), (receipt.index.shape[0], *rest))
+        return xp.reshape(take_or(rows, receipt.rank, flat, xp.reshape(settled, (*flat.shape, *rest))), settled.shape)
 
     return Ledger(
         logits=settle(logits, ledger.logits),
         label=settle(xp.astype(xp.argmax(logits, axis=-1), ledger.label.dtype), ledger.label),
         score=settle(scores.confidence(logits) if score is None else score, ledger.score),
-        depth=settle(filled(receipt.layout, depth, logits, dtype=ledger.depth.dtype), ledger.depth),
+        depth=xp.where(left, filled(batch, depth, left, dtype=ledger.depth.dtype), ledger.depth),
         features=None if ledger.features is None else settle(features, ledger.features),
     )
 

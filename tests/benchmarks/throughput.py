@@ -5,7 +5,7 @@
         --device cuda --compile
 
 The network is one of timm's, with random weights and three exits, after a quarter, half and three quarters of its
-blocks. Under `--keep` 0.5, half of its token-blocks run: who leaves is drawn by rank of confidence, and images keep
+blocks. Under `--keep` 0.5, half of its token-blocks run: who leaves is drawn beforehand, and images keep
 different shares, 30 % more or less than the mean. All else is as with the library's own rule: its exit heads
 (`heads.MLP`), `NeighboursAgree` and the retention of five tokens a class are computed at every exit, though they do not
 decide here. A call is a whole one, from images to class scores of every patch.
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import tokenexit_torch as tet
 from examples.timm_import import import_timm
 from tests.benchmarks.clock import interleaved
-from tokenexit import policies, retention
+from tokenexit import policies
 from tokenexit.policies import NeighboursAgree, Policy, always
 from tokenexit.schedule import Exit, Schedule
 
@@ -45,15 +45,14 @@ EXITS = 3
 
 
 @dataclass(frozen=True)
-class Shares(Policy):
-    """Of each image so many of the least confident patches stay, whatever their head says."""
+class Drawn(Policy):
+    """Of each image those patches leave that were drawn, whatever their head says."""
 
-    stay: Tensor
+    leave: Tensor
 
     def leaves(self, evidence: policies.Evidence, /) -> Tensor:
-        contest = torch.where(evidence.eligible, evidence.image, -1)
-        rank = retention.rank_in_group(evidence.hardness("confidence"), contest)
-        return rank >= self.stay.index_select(0, evidence.image)
+        place = evidence.position.clamp(min=0) + evidence.image * self.leave.shape[1]
+        return self.leave.flatten().index_select(0, place)
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,14 @@ class Setting:
         """Patches of an image of the mean size, in the quarters after the first."""
         return [round(counts.float().mean().item()) for counts in self.stay]
 
-    def schedule(self, after: Sequence[int]) -> Schedule:
-        """Shares decide; the library's own rule is computed all the same."""
+    def schedule(self, after: Sequence[int], *, patches: int) -> Schedule:
+        """What was drawn decides; the library's own rule is computed all the same."""
+        rank = torch.rand(len(self.stay[0]), patches, generator=torch.Generator().manual_seed(0)).argsort().argsort()
         exits = []
         for block, counts, radius in zip(after, self.stay, (2, 1, 0), strict=True):
-            own = NeighboursAgree(0.0, radius=radius).retaining(per_class=5) & ~always()
-            exits.append(Exit(block, Shares(counts) | own))
+            drawn = Drawn(rank.to(counts.device) >= counts[:, None])
+            own = NeighboursAgree(0.0, radius=radius).retaining(per_class=5)
+            exits.append(Exit(block, drawn | (own & ~always())))
         return Schedule(tuple(exits))
 
 
@@ -148,7 +149,7 @@ def contenders(given: argparse.Namespace, images: Tensor) -> tuple[dict[str, Cal
         found["dense, compiled"], known["dense, compiled"] = torch.compile(dense, **compiled), {"keep": 1.0}
     for keep in given.keep:
         one = setting(keep, patches=patches, batch=given.batch, spread=given.spread, device=images.device)
-        plan = one.schedule(after)
+        plan = one.schedule(after, patches=patches)
         output = model(images, schedule=plan)
         ran = output.tokens_per_block.double().mean().item() / (patches + prefix)
         work = int(model.multiply_adds(output).sum())
