@@ -97,6 +97,8 @@ def record(
             not keep them, or left out for one that does.
     """
     _require_layout(logits, receipt, "logits")
+    classes = ledger.logits.shape[-1]
+    require(logits.shape[-1] == classes, "logits", f"have the {classes} classes of the ledger", logits.shape[-1])
     for name, array in (("leave", leave), ("score", score)):
         require(
             array is None or tuple(array.shape) == receipt.layout,
