@@ -24,6 +24,8 @@ __all__ = [
     "plain",
     "require_marks",
     "searchsorted",
+    "take",
+    "take_along_axis",
     "take_or",
     "with_doubles",
 ]
@@ -161,6 +163,20 @@ def searchsorted(ascending: Array, wanted: Array, /) -> Array:
     return lax.fori_loop(0, 32, halve, (low, low + jnp.asarray(count, dtype=jnp.int32)))[0]
 
 
+def take(values: Array, indices: Array, /, *, axis: int = 0) -> Array:
+    """Entries of an axis by their places, from 0 up."""
+    if _is_torch(values):  # array-api-compat first looks for negative places: three more operations
+        return values.index_select(axis, indices)
+    return array_namespace(values, indices).take(values, indices, axis=axis)
+
+
+def take_along_axis(values: Array, indices: Array, /, *, axis: int = -1) -> Array:
+    """Entries of an axis by places, from 0 up, that are given for each of the other axes."""
+    if _is_torch(values):
+        return values.gather(axis, indices)
+    return array_namespace(values, indices).take_along_axis(values, indices, axis=axis)
+
+
 def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:
     """Row `rows[i]` of `values` where `found[i]`, else row `i` of `other`: a scatter, written as a gather.
 
@@ -169,7 +185,7 @@ def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:
     xp = array_namespace(values, rows)
     if values.shape[0] == 0:
         return other
-    taken = xp.take(values, xp.where(found, rows, xp.zeros_like(rows)), axis=0)
+    taken = take(values, xp.where(found, rows, xp.zeros_like(rows)), axis=0)
     return xp.where(xp.reshape(found, (*found.shape, *[1] * (values.ndim - 1))), taken, other)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jaxtyping import Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, searchsorted, take_or
+from tokenexit._array import Array, array_namespace, counting, searchsorted, take, take_or
 
 __all__ = ["extremes", "lay_out"]
 
@@ -21,11 +21,11 @@ def lay_out(
     if tokens == 0:
         return absent
     order = xp.argsort(place, stable=True)
-    taken = xp.take(place, order)
+    taken = take(place, order)
     wanted = counting(places, place)
     rank = searchsorted(taken, wanted)
     rank = xp.where(rank < tokens, rank, xp.zeros_like(rank))
-    return take_or(row, xp.take(order, rank), xp.take(taken, rank) == wanted, absent)
+    return take_or(row, take(order, rank), take(taken, rank) == wanted, absent)
 
 
 def extremes(
@@ -40,8 +40,8 @@ def extremes(
     for axis in (1, 2):
         reach = min(radius, map.shape[axis] - 1)
         if reach > 0:
-            lowest = _over_line(array_namespace(map).minimum, lowest, reach, axis)
-            highest = _over_line(array_namespace(map).maximum, highest, reach, axis)
+            lowest = _over_line(xp.minimum, lowest, reach, axis)
+            highest = _over_line(xp.maximum, highest, reach, axis)
     return lowest, highest
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from jaxtyping import Float
 
-from tokenexit._array import Array, array_namespace, counting, device, is_array, with_doubles
+from tokenexit._array import Array, array_namespace, counting, device, is_array, take, with_doubles
 from tokenexit.errors import require
 
 __all__ = ["Test", "images_needed", "p_values", "upper_bounds"]
@@ -218,5 +218,5 @@ def _log_choose(trials: int, successes: Array, /) -> Array:
     logs = xp.log(xp.astype(counting(trials, successes), xp.float64) + 1)
     factorial = xp.concat([xp.zeros_like(logs[:1]), xp.cumulative_sum(logs, axis=0)])
     chosen = xp.astype(xp.reshape(successes, (-1,)), xp.int64)
-    ways = factorial[trials] - xp.take(factorial, chosen) - xp.take(factorial, trials - chosen)
+    ways = factorial[trials] - take(factorial, chosen) - take(factorial, trials - chosen)
     return xp.reshape(ways, successes.shape)

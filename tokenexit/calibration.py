@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxtyping import Float
 
-from tokenexit._array import Array, array_namespace, device, plain, with_doubles
+from tokenexit._array import Array, array_namespace, device, plain, take, with_doubles
 from tokenexit.bounds import Test, images_needed, p_values, upper_bounds
 from tokenexit.certificate import ASSUMPTIONS, Certificate, Fingerprints
 from tokenexit.errors import TokenExitError, require
@@ -301,7 +301,7 @@ def _shuffled(losses: Array, seed: int) -> Array:
     order = sorted(range(len(keys)), key=keys.__getitem__)
     losses = with_doubles(losses)
     xp = array_namespace(losses)
-    return xp.take(losses, xp.asarray(order, device=device(losses)), axis=0)
+    return take(losses, xp.asarray(order, device=device(losses)), axis=0)
 
 
 def _worst(table: Array) -> list[float]:

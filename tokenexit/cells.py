@@ -7,7 +7,7 @@ to the end, and its attention weight counts as often as there are tokens that it
 
 from jaxtyping import Bool, Float, Int
 
-from tokenexit._array import Array, array_namespace, counting
+from tokenexit._array import Array, array_namespace, counting, take
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.tokens import Receipt
@@ -73,7 +73,7 @@ def stands_for(receipt: Receipt, /, *, grid: tuple[int, int], side: int) -> Floa
     missing = xp.reshape(missing, (receipt.images * _count(height, side) * _count(width, side),))
     if receipt.slot.shape[0] == 0 or missing.shape[0] == 0:
         return xp.reshape(xp.ones_like(xp.astype(position, xp.float32)), receipt.layout)
-    more = xp.where(middle, xp.take(missing, cell), xp.zeros_like(xp.take(missing, cell)))
+    more = xp.where(middle, take(missing, cell), xp.zeros_like(take(missing, cell)))
     return xp.reshape(1 + more, receipt.layout)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxtyping import Bool, Float, Int
 
-from tokenexit._array import Array, array_namespace, counting, device, plain, with_doubles
+from tokenexit._array import Array, array_namespace, counting, device, plain, take, with_doubles
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.policies import PerClass
@@ -147,12 +147,12 @@ def _counts(
     # NaN exceeds nothing, as in the policies.
     key = 2 * xp.astype(label, xp.float64) + xp.where(xp.isnan(confidence), 0.0, xp.clip(confidence, 0.0, 1.0))
     order = xp.argsort(key)
-    key = xp.take(key, order)
-    before = xp.cumulative_sum(xp.astype(xp.take(wrong, order), xp.int64), include_initial=True)
+    key = take(key, order)
+    before = xp.cumulative_sum(xp.astype(take(wrong, order), xp.int64), include_initial=True)
     limits = xp.asarray([*thresholds, 1.5], dtype=xp.float64, device=device(key))  # all of a class lie below 1.5
     first = 2 * xp.astype(counting(classes, key), xp.float64)[:, None]
     place = xp.searchsorted(key, xp.reshape(first + limits[None, :], (-1,)), side="right")
-    failed = xp.take(before, place)
+    failed = take(before, place)
     shape = (classes, len(thresholds) + 1)
     place, failed = xp.reshape(place, shape), xp.reshape(failed, shape)
     return _plain(place[:, -1:] - place[:, :-1]), _plain(failed[:, -1:] - failed[:, :-1])

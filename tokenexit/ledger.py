@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, filled, require_marks, take_or
+from tokenexit._array import Array, array_namespace, filled, require_marks, take, take_or
 from tokenexit.errors import TokenExitError, require
 from tokenexit.tokens import Receipt, scatter
 
@@ -196,9 +196,9 @@ def fold_leavers(
     total = xp.sum(xp.where(left[..., None], at_slot, 0.0), axis=1)
     mean = total / xp.astype(xp.where(leaving > 0, leaving, 1.0), wide)
     folded = (at_slot[:, into, :] + mean) / 2
-    folds = xp.reshape(xp.take(xp.reshape(leaving > above * others, (receipt.images,)), receipt.image), receipt.layout)
+    folds = xp.reshape(take(xp.reshape(leaving > above * others, (receipt.images,)), receipt.image), receipt.layout)
     # Only that token changes: what the others hold is theirs, to the last bit.
-    taken = xp.reshape(xp.take(folded, receipt.image, axis=0), features.shape)
+    taken = xp.reshape(take(folded, receipt.image, axis=0), features.shape)
     return xp.where((own & folds)[..., None], xp.astype(taken, features.dtype), features)
 
 

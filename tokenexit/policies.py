@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, cast
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, filled, is_array, like_numbers, take_or
+from tokenexit._array import Array, array_namespace, filled, is_array, like_numbers, take, take_or
 from tokenexit._grid import extremes, lay_out
 from tokenexit._lazy import lazy
 from tokenexit._plain import from_plain, is_whole, to_plain
@@ -300,7 +300,7 @@ class PerClass:
             given = like_numbers(given, label)
         require(given.shape[0] == classes, "thresholds", f"be one for each of the {classes} classes", given.shape[0])
         flat = xp.reshape(xp.where(label < 0, 0, label), (math.prod(label.shape),))
-        return xp.reshape(xp.take(given, flat), label.shape)
+        return xp.reshape(take(given, flat), label.shape)
 
 
 Threshold = float | Float[Array, ""] | PerClass

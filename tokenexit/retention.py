@@ -25,6 +25,8 @@ from tokenexit._array import (
     first_k,
     on_host,
     searchsorted,
+    take,
+    take_along_axis,
 )
 from tokenexit.errors import require
 
@@ -60,11 +62,11 @@ def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /)
     )
     xp = array_namespace(score, group)
     by_score = xp.argsort(-_without_nan(xp, score), stable=True)
-    by_group = xp.argsort(xp.take(group, by_score), stable=True)
-    order = xp.take(by_score, by_group)
-    sorted_group = xp.take(group, order)
+    by_group = xp.argsort(take(group, by_score), stable=True)
+    order = take(by_score, by_group)
+    sorted_group = take(group, order)
     rank = counting(score.shape[0], score) - searchsorted(sorted_group, sorted_group)
-    return xp.take(rank, xp.argsort(order))
+    return take(rank, xp.argsort(order))
 
 
 def top_k_per_group(
@@ -127,7 +129,7 @@ def _without_nan(xp: Any, score: Array) -> Array:
 def _in_order(xp: Any, score: Array, group: Array, numbers: Array, groups: int) -> tuple[Array, Array]:
     """The tokens of each row, numbered, sorted by group, and by falling score within it, and their groups."""
     tokens = score.shape[-1]
-    pick = xp.take if score.ndim == 1 else partial(xp.take_along_axis, axis=-1)
+    pick = take if score.ndim == 1 else partial(take_along_axis, axis=-1)
     by_score = xp.argsort(-score, axis=-1, stable=True)
     then = pick(group, by_score)
     bits = tokens.bit_length()
@@ -152,14 +154,14 @@ def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, g
 def _in_ragged_row(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
     numbers = counting(max(score.shape[0], groups + 2, k), score)
     limit, last, marked = _kth(xp, candidate, score, group, numbers, k, groups)
-    least = xp.take(limit, group)
+    least = take(limit, group)
     # NaN is among them, so that in no group there are fewer than are first.
     reach = candidate & ~(score < least)
     if int(xp.count_nonzero(reach)) == int(marked):
         return reach
     # Somewhere the k-th has equals behind it, or there is NaN.
     score = _without_nan(xp, score)
-    return (score > least) | ((score == least) & (numbers[: score.shape[0]] <= xp.take(last(), group)))
+    return (score > least) | ((score == least) & (numbers[: score.shape[0]] <= take(last(), group)))
 
 
 def _kth(
@@ -173,9 +175,9 @@ def _kth(
 
     def worth(place: Array, value: Array, own: Array, limit: Array, last: Array) -> tuple[Array, Array, Array]:
         """Of some candidates, those that k others of their group are not known to be ahead of."""
-        least = xp.take(limit, own)
-        (rows,) = xp.nonzero((value > least) | ((value == least) & (place <= xp.take(last, own))))
-        return xp.take(place, rows), xp.take(value, rows), xp.take(own, rows)
+        least = take(limit, own)
+        (rows,) = xp.nonzero((value > least) | ((value == least) & (place <= take(last, own))))
+        return take(place, rows), take(value, rows), take(own, rows)
 
     # As many tokens in the sample as then remain.
     stride = math.isqrt(tokens // (k * groups))
@@ -183,11 +185,11 @@ def _kth(
         place = numbers[:tokens:stride]
         own = xp.where(candidate[::stride], group[::stride], groups)
         limit, last = _bound(xp, place, _without_nan(xp, score[::stride]), own, numbers, k, groups + 1)
-        (place,) = xp.nonzero(candidate & ~(score < xp.take(limit, group)))
+        (place,) = xp.nonzero(candidate & ~(score < take(limit, group)))
     else:
         (place,) = xp.nonzero(candidate)
         limit = last = None
-    value, own = _without_nan(xp, xp.take(score, place)), xp.take(group, place)
+    value, own = _without_nan(xp, take(score, place)), take(group, place)
     if place.shape[0] > MANY_TO_SORT and last is not None:  # many share a score: the earlier ones come first
         place, value, own = worth(place, value, own, limit, last())
     if place.shape[0] > MANY_TO_SORT and k * groups < place.shape[0]:
@@ -199,9 +201,9 @@ def _kth(
     if place.shape[0] == 0:
         return filled((groups,), -xp.inf, score, dtype=score.dtype), lambda: kth, marked
     found = kth < start[1:]
-    row = xp.take(order, xp.where(found, kth, 0))
-    limit = xp.where(found, xp.take(value, row), -xp.inf)
-    return limit, lambda: xp.where(found, xp.take(place, row), xp.iinfo(place.dtype).max), marked
+    row = take(order, xp.where(found, kth, 0))
+    limit = xp.where(found, take(value, row), -xp.inf)
+    return limit, lambda: xp.where(found, take(place, row), xp.iinfo(place.dtype).max), marked
 
 
 def _bound(
@@ -222,11 +224,11 @@ def _bound(
     found = start[:-1] + k <= start[1:]
     row = xp.where(found, start[:-1], 0)[:, None] + numbers[:k]
     row = xp.reshape(xp.where(row < tokens, row, 0), (groups * k,))
-    row = xp.take(key, row) & ((1 << bits) - 1)
-    limit = xp.min(xp.reshape(xp.take(score, row), (groups, k)), axis=1)
+    row = take(key, row) & ((1 << bits) - 1)
+    limit = xp.min(xp.reshape(take(score, row), (groups, k)), axis=1)
 
     def last() -> Array:
-        places = xp.max(xp.reshape(xp.take(place, row), (groups, k)), axis=1)
+        places = xp.max(xp.reshape(take(place, row), (groups, k)), axis=1)
         return xp.where(found, places, xp.iinfo(place.dtype).max)
 
     return xp.where(found, limit, -xp.inf), last
@@ -257,14 +259,14 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
 
     def at_place(values: Array) -> Array:
         values = xp.reshape(values, (rows, chunks * chunk))
-        return xp.reshape(xp.take_along_axis(values, xp.reshape(place, flat), axis=-1), (rows, groups, finals))
+        return xp.reshape(take_along_axis(values, xp.reshape(place, flat), axis=-1), (rows, groups, finals))
 
     finalist = xp.where(at_place(label) == wanted, at_place(contending), -xp.inf)
     value, at = first_k(finalist, min(k, finals))
-    least, last = _cut(xp, value, xp.take_along_axis(place, at, axis=-1))
+    least, last = _cut(xp, value, take_along_axis(place, at, axis=-1))
     own = xp.reshape(group, (rows, tokens))
-    least = xp.reshape(xp.take_along_axis(least, own, axis=-1), score.shape)
-    last = xp.reshape(xp.take_along_axis(last, own, axis=-1), score.shape)
+    least = xp.reshape(take_along_axis(least, own, axis=-1), score.shape)
+    last = xp.reshape(take_along_axis(last, own, axis=-1), score.shape)
     return (score > least) | ((score == least) & (counting(tokens, group) <= last))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jaxtyping import Bool, Float, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, filled, require_marks
+from tokenexit._array import Array, array_namespace, counting, filled, require_marks, take
 from tokenexit._plain import is_whole, require_keys
 from tokenexit.errors import require
 
@@ -477,8 +477,8 @@ def _flat(place: Array) -> Array:
 def _cut(map: Array, down: _Line, across: _Line) -> Array:
     """`(images, pieces down, reach down, pieces across, reach across, *rest)`."""
     xp = array_namespace(map)
-    rows = map if down.place is None else xp.take(map, down.place, axis=1)
-    both = rows if across.place is None else xp.take(rows, across.place, axis=2)
+    rows = map if down.place is None else take(map, down.place, axis=1)
+    both = rows if across.place is None else take(rows, across.place, axis=2)
     return xp.reshape(both, (map.shape[0], down.pieces, down.reach, across.pieces, across.reach, *map.shape[3:]))
 
 

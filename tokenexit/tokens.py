@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, require_marks, searchsorted, take_or
+from tokenexit._array import (
+    Array,
+    array_namespace,
+    counting,
+    require_marks,
+    searchsorted,
+    take,
+    take_along_axis,
+    take_or,
+)
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
 
@@ -152,7 +161,7 @@ class Selection:
         wanted = wanted + wanted // self.slots
         rank = searchsorted(key, wanted)
         rank = xp.where(rank < entries, rank, 0)
-        return rank, xp.take(key, rank) == wanted
+        return rank, take(key, rank) == wanted
 
 
 Receipt = Packing | Selection
@@ -195,7 +204,7 @@ def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, I
     require_marks(stay, "stay")
     running = scatter(stay, packing, into=xp.zeros_like(packing.running))
     (rows,) = xp.nonzero(stay)
-    return Packing(running, xp.take(packing.index, rows)), rows
+    return Packing(running, take(packing.index, rows)), rows
 
 
 def select(
@@ -247,9 +256,8 @@ def reselect(
             f"have the layout of the selection, {selection.layout}",
             f"shape {tuple(array.shape)}",
         )
-    xp = array_namespace(stay, score)
     entry, valid, surplus, overflow = _fit(stay & selection.valid, score, capacity, "entries")
-    slot_of = xp.take_along_axis(selection.slot_of, entry, axis=1)
+    slot_of = take_along_axis(selection.slot_of, entry, axis=1)
     return Selection(slot_of, valid, selection.slots, overflow), entry, surplus
 
 
@@ -270,7 +278,7 @@ def gather(x: Shaped[Array, "images slots *rest"], receipt: Receipt, /) -> Shape
     _require_batch(x, "x", receipt)
     xp = array_namespace(x)
     flat = xp.reshape(x, (receipt.images * receipt.slots, *x.shape[2:]))
-    return xp.reshape(xp.take(flat, receipt.index, axis=0), (*receipt.layout, *x.shape[2:]))
+    return xp.reshape(take(flat, receipt.index, axis=0), (*receipt.layout, *x.shape[2:]))
 
 
 def scatter(
@@ -332,8 +340,8 @@ def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Arra
     score = xp.where(xp.isnan(score), -xp.inf, score)
     order = xp.argsort(xp.where(stay, score, xp.inf), axis=1, stable=True)
     # Counted are those that stay alone: others may lie between those that are certain without bound.
-    before = xp.cumulative_sum(xp.astype(xp.take_along_axis(stay, order, axis=1), many), axis=1)
-    rank = xp.take_along_axis(before, xp.argsort(order, axis=1), axis=1)
+    before = xp.cumulative_sum(xp.astype(take_along_axis(stay, order, axis=1), many), axis=1)
+    rank = take_along_axis(before, xp.argsort(order, axis=1), axis=1)
     room = stay & (rank <= capacity)
     number = xp.cumulative_sum(xp.astype(room, many), axis=1)
     # The j-th entry takes the first place at which j + 1 have been counted; over all images, the counts ascend.

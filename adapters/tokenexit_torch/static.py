@@ -129,10 +129,14 @@ def needed_capacity(output: Output | StaticOutput, /) -> dict[int, float]:
 
     Returns:
         Fractions in (0, 1], by the block before the exit.
+
+    Raises:
+        TokenExitError: If it was a call without images.
     """
     counts = output.tokens_per_block
-    slots = counts[:, 0].clamp(min=1)
-    return {after: max((counts[:, after] / slots).max().item(), 1 / int(slots[0])) for after in output.exits}
+    require(len(counts) > 0, "output", "be of at least one image", "none")
+    slots = int(counts[0, 0])
+    return {after: max(int(counts[:, after].max()), 1) / slots for after in output.exits}
 
 
 class StaticRun(Run):

@@ -38,7 +38,7 @@ import tokenexit_torch as tet
 from examples.timm_import import import_timm
 from tests.benchmarks.clock import interleaved
 from tokenexit import policies
-from tokenexit.policies import NeighboursAgree, Policy, always
+from tokenexit.policies import NeighboursAgree, Policy
 from tokenexit.schedule import Exit, Schedule
 
 EXITS = 3
@@ -46,11 +46,13 @@ EXITS = 3
 
 @dataclass(frozen=True)
 class Drawn(Policy):
-    """Of each image those patches leave that were drawn, whatever their head says."""
+    """Of each image those patches leave that were drawn; the library's own rule is asked all the same."""
 
     leave: Tensor
+    own: Policy
 
     def leaves(self, evidence: policies.Evidence, /) -> Tensor:
+        self.own(evidence)
         place = evidence.position.clamp(min=0) + evidence.image * self.leave.shape[1]
         return self.leave.flatten().index_select(0, place)
 
@@ -72,9 +74,8 @@ class Setting:
         rank = torch.rand(len(self.stay[0]), patches, generator=torch.Generator().manual_seed(0)).argsort().argsort()
         exits = []
         for block, counts, radius in zip(after, self.stay, (2, 1, 0), strict=True):
-            drawn = Drawn(rank.to(counts.device) >= counts[:, None])
             own = NeighboursAgree(0.0, radius=radius).retaining(per_class=5)
-            exits.append(Exit(block, drawn | (own & ~always())))
+            exits.append(Exit(block, Drawn(rank.to(counts.device) >= counts[:, None], own)))
         return Schedule(tuple(exits))
 
 

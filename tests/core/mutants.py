@@ -125,8 +125,8 @@ MUTANTS = (
     Mutant(
         "of equal tokens in a long row, the last is not kept",
         "retention.py",
-        "((score == least) & (numbers[: score.shape[0]] <= xp.take(last(), group)))",
-        "((score == least) & (numbers[: score.shape[0]] < xp.take(last(), group)))",
+        "((score == least) & (numbers[: score.shape[0]] <= take(last(), group)))",
+        "((score == least) & (numbers[: score.shape[0]] < take(last(), group)))",
         RETENTION,
     ),
     Mutant(
@@ -160,7 +160,7 @@ MUTANTS = (
     Mutant(
         "tokens that do not stay take up room",
         "tokens.py",
-        "before = xp.cumulative_sum(xp.astype(xp.take_along_axis(stay, order, axis=1), many), axis=1)",
+        "before = xp.cumulative_sum(xp.astype(take_along_axis(stay, order, axis=1), many), axis=1)",
         "before = xp.cumulative_sum(xp.astype(xp.ones_like(stay), many), axis=1)",
         TOKENS,
     ),
@@ -181,14 +181,14 @@ MUTANTS = (
     Mutant(
         "the shorter row forgets the first batch",
         "tokens.py",
-        "return Packing(running, xp.take(packing.index, rows)), rows",
+        "return Packing(running, take(packing.index, rows)), rows",
         "return Packing(running, rows), rows",
         TOKENS,
     ),
     Mutant(
         "the smaller selection forgets the first batch",
         "tokens.py",
-        "slot_of = xp.take_along_axis(selection.slot_of, entry, axis=1)",
+        "slot_of = take_along_axis(selection.slot_of, entry, axis=1)",
         "slot_of = entry",
         TOKENS,
     ),

@@ -11,7 +11,7 @@ import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
 from tests.torch.test_running import CELLS, FEATURES, PLANS
-from tokenexit import policies
+from tokenexit import policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
 pytestmark = [
@@ -50,7 +50,8 @@ def test_a_packed_pass_is_a_program_for_the_blocks_between_two_exits_whoever_lea
         assert torch.equal(out.exit_depth, wanted.exit_depth)
         ran.add(tuple(wanted.tokens_per_block.sum(dim=0).tolist()))
         # Where one image alone runs on, nothing need keep images apart, and that is a program of its own.
-        kinds |= {(start, int(wanted.tokens_per_block[:, start].count_nonzero()) == 1) for start in stops[:-1]}
+        running = wanted.tokens_per_block.count_nonzero(dim=0).tolist()
+        kinds |= {(start, running[start] == 1 and plan.cell is None) for start in stops[:-1] if running[start]}
         assert programs.frame_count == len(kinds)
     assert len(ran) == 4
 
@@ -76,7 +77,7 @@ def test_images_of_several_sizes_compile_too():
     assert programs.frame_count > 0
 
 
-@pytest.mark.parametrize("plan", [SOME["neighbours"], SOME["dovit"], SOME["cells"]])
+@pytest.mark.parametrize("plan", [SOME["dovit"], SOME["cells"]])
 def test_gradients_through_a_compiled_packed_pass(plan):
     model, images, found = models.wrapped(models.timm_vit(), plan), models.images(2), []
     for run in (model, torch.compile(model, dynamic=True, backend="aot_eager")):
@@ -91,7 +92,7 @@ def test_gradients_through_a_compiled_packed_pass(plan):
 
 
 @torch.no_grad()
-@each
+@pytest.mark.parametrize("plan", [SOME["neighbours"], SOME["rejoining"]])
 def test_a_static_pass_is_one_program_without_a_break(plan):
     static = tet.StaticModel(models.wrapped(models.timm_vit(), plan), capacities={2: 0.7, 3: 0.6, 4: 0.5})
     programs = CompileCounterWithBackend("aot_eager")
@@ -106,7 +107,7 @@ def test_a_static_pass_is_one_program_without_a_break(plan):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["timm DINOv3", "transformers DINOv3", "transformers SigLIP", "torchvision"])
+@pytest.mark.parametrize("name", ["timm DINOv3", "transformers DINOv3", "torchvision"])
 def test_other_hosts_compile(name):
     heads = {after: torch.nn.Linear(32, 5) for after in (1, 2)}
     plan = Schedule(tuple(Exit(after, policies.ConfidenceAbove(0.3)) for after in (1, 2)))
@@ -122,7 +123,8 @@ def test_other_hosts_compile(name):
 
 @torch.no_grad()
 def test_the_default_compiler_makes_the_same_of_a_packed_pass():
-    model = models.wrapped_after(models.timm_vit(depth=4), PLANS["dtop"].with_threshold(0.5), after=(2, 3))
+    plan = schedule.dtop(after=(2,), threshold=0.5, per_class=2)
+    model = models.wrapped_after(models.timm_vit(depth=3), plan, after=(2,))
     compiled = torch.compile(model, dynamic=True)
     for seed in range(2):
         images = models.images(3, seed=seed)

@@ -9,7 +9,7 @@ from tests.core import strategies
 from tests.torch import models
 from tests.torch.hosts import FOREIGN
 from tests.torch.test_hosts import exiting
-from tests.torch.test_static import ALL, fits
+from tests.torch.test_static import ALL, BARE, ONE_BY_ONE, on
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
@@ -38,13 +38,8 @@ def assert_each_alone(model, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("host", [dynamic, models.plain_host, models.Placed])
-@pytest.mark.parametrize("plan", ALL.values(), ids=ALL.keys())
+@on([(dynamic, ONE_BY_ONE), (models.Placed, {name: plan for name, plan in BARE.items() if name in ONE_BY_ONE})])
 def test_an_image_among_others_of_other_sizes_is_the_image_alone(host, plan):
-    if any(isinstance(one.policy, policies.BatchBudget) for one in plan.exits):
-        pytest.skip("under a batch budget images trade")
-    if not (host is dynamic or fits(host, plan)):
-        pytest.skip("the plan folds into a cls token, and the host has none")
     assert_each_alone(models.wrapped(host(), plan).double(), drawn(SIZES))
 
 

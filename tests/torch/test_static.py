@@ -30,13 +30,25 @@ ALL = {
     "at least": Schedule((Exit(2, policies.ConfidenceAbove(0.2).with_minimum(per_image=4)),)),
     "per class": schedule.dtop(after=(2, 4), threshold=policies.PerClass((0.3, 0.5, 0.7, 0.9, 0.4))),
 }
+BARE = {name: plan for name, plan in ALL.items() if getattr(plan.carry, "fold_above", None) is None}
+"""What a host without prefix tokens can follow: nothing is folded into one."""
+
+ONE_BY_ONE = {name: plan for name, plan in ALL.items() if name != "budget"}
+"""What decides each image by itself."""
+
 each_plan = pytest.mark.parametrize("plan", ALL.values(), ids=ALL.keys())
-hosts = pytest.mark.parametrize("host", [models.timm_vit, models.Placed], ids=["timm", "positions that travel"])
 
 
-def fits(host, plan):
-    """Whether a host has the prefix tokens that a plan asks for."""
-    return host is models.timm_vit or getattr(plan.carry, "fold_above", None) is None
+def on(hosts):
+    """Each host with each of the plans that it can follow."""
+    return pytest.mark.parametrize(
+        ("host", "plan"),
+        [
+            pytest.param(host, plan, id=f"{host.__name__}, {name}")
+            for host, plans in hosts
+            for name, plan in plans.items()
+        ],
+    )
 
 
 def pair(host, plan, capacities=1.0):
@@ -54,11 +66,8 @@ def assert_alike(static, packed):
 
 
 @torch.no_grad()
-@hosts
-@each_plan
+@on([(models.timm_vit, ALL), (models.Placed, BARE)])
 def test_with_room_for_all_it_is_what_runs_packed(host, plan):
-    if not fits(host, plan):
-        pytest.skip("the plan folds into a cls token, and the host has none")
     model, static = pair(host, plan)
     images = models.images(3).double()
     assert_alike(static(images), model(images))
@@ -80,10 +89,8 @@ def test_with_as_much_room_as_is_needed_it_is_what_runs_packed(plan):
 
 
 @torch.no_grad()
-@each_plan
+@pytest.mark.parametrize("plan", ONE_BY_ONE.values(), ids=ONE_BY_ONE.keys())
 def test_an_image_does_not_depend_on_its_batch_nor_on_room(plan):
-    if any(isinstance(one.policy, policies.BatchBudget) for one in plan.exits):
-        pytest.skip("under a batch budget images trade")
     _, static = pair(models.timm_vit, plan, capacities={2: 0.6, 3: 0.5, 4: 0.3})
     images = models.images(4).double()
     together = static(images)
