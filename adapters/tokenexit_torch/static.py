@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tokenexit import tokens
 from tokenexit.errors import require
-from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Receipt, Selection
 from tokenexit_torch._passing import Move, Run
@@ -26,11 +25,12 @@ __all__ = ["StaticModel", "needed_capacity"]
 
 
 class StaticModel(nn.Module):
-    """A wrapped model with a fixed number of entries after each exit. Its weights, and its plan, are the model's.
+    """A wrapped model with a fixed number of entries after each exit.
 
-    It gives what the model gives wherever there is room for all that stay. Where there is not, the most confident
-    surplus leaves with its present prediction; `StaticOutput.overflow` counts it. What there is room for is computed,
-    whether anyone is there or not: so capacities near what is needed make it fast (`needed_capacity`).
+    Its weights, and its plan, are the model's: `retune` that, and what was compiled compiles anew. It gives what the
+    model gives wherever there is room for all that stay. Where there is not, the most confident surplus leaves with its
+    present prediction; `StaticOutput.overflow` counts it. What there is room for is computed, whether anyone is there
+    or not: so capacities near what is needed make it fast (`needed_capacity`).
 
     It compiles as one program, `torch.compile(static, fullgraph=True)`; is safe in a CUDA graph; and can be exported,
     by `torch.export` or as ONNX (`export_onnx`). Number and size of images are then fixed.
@@ -65,24 +65,6 @@ class StaticModel(nn.Module):
             require(number, f"capacities[{block}]", "be greater than 0 and at most 1", repr(fraction))
         self.model = model
         self.capacities = {block: float(given[block]) for block in after}
-
-    def retune(
-        self,
-        schedule: Schedule | None = None,
-        /,
-        *,
-        threshold: Threshold | Mapping[int, Threshold] | None = None,
-    ) -> None:
-        """Exchange the plan of the model, or its thresholds: `ExitingModel.retune`. What was compiled compiles anew.
-
-        Args:
-            schedule: A new plan; the present one if left out.
-            threshold: New thresholds for that plan.
-
-        Raises:
-            TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
-        """
-        self.model.retune(schedule, threshold=threshold)
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None

@@ -26,9 +26,9 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +85,8 @@ def setting(keep: float, *, patches: int, batch: int, spread: float, device: tor
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if (1 + middle + middle**2 + middle**3) / 4 < keep else (low, middle)
-    of_image = torch.linspace(1 - spread, 1 + spread, batch) if batch > 1 else torch.ones(1)
+    spread = 0.0 if batch == 1 or keep == 1 else spread  # nobody keeps more than all
+    of_image = torch.linspace(1 - spread, 1 + spread, batch)
     stay = []
     for power in range(1, EXITS + 1):
         counts = (low**power * patches * of_image).round().clamp(1, patches).long()
@@ -271,7 +272,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--at-least", type=float, default=0.5, metavar="SECONDS", help="of a round (default %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
-    parser.add_argument("--json", type=argparse.FileType("w"), help="file for the figures; else they are printed")
+    parser.add_argument("--json", type=Path, help="file for the figures; else they are printed")
     return parser.parse_args(words)
 
 
@@ -285,7 +286,8 @@ def main(words: Sequence[str] | None = None) -> None:
     settings = {
         name: str(value) if name == "device" else value for name, value in vars(given).items() if name != "json"
     }
-    json.dump({"settings": settings, "machine": machine(given), "rows": rows}, given.json or sys.stdout, indent=1)
+    text = json.dumps({"settings": settings, "machine": machine(given), "rows": rows}, indent=1)
+    print(text) if given.json is None else given.json.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -228,8 +228,7 @@ def test_multiply_adds_count_entries_with_or_without_a_token():
 def test_it_follows_the_plan_of_its_model():
     model, static = pair(models.timm_vit, PLANS["dtop"])
     images = models.images(2).double()
-    static.retune(threshold=1.0)
-    assert model.schedule == PLANS["dtop"].with_threshold(1.0)
+    model.retune(threshold=1.0)
     assert static(images).exit_depth.eq(6).all()
     assert static(images, schedule=schedule.truncated(after=2)).exit_depth.eq(2).all()
     assert static(images).upsample((32, 48)).shape == (2, models.CLASSES, 32, 48)
