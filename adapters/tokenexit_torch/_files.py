@@ -30,7 +30,9 @@ def write(file: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], /
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     # Copies, for safetensors refuses tensors that share memory.
-    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    copies = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
     save_file(copies, part, metadata=dict(marks))
     os.replace(part, file)
 

@@ -254,9 +254,7 @@ def _run(fit: Fit, material: Material, file: Path | None, marks: dict[str, str],
         raise
 
 
-def _report(
-    heads: nn.ModuleDict, material: Material, steps: int, kept_step: int, *, stopped_early: bool
-) -> FitReport:
+def _report(heads: nn.ModuleDict, material: Material, steps: int, kept_step: int, *, stopped_early: bool) -> FitReport:
     fitted, held = material.images
     agreement, patches = _agreement(heads, material.fitted.chunks())
     held_out = None if material.held_out is None else HeldOut(*_agreement(heads, material.held_out.chunks()), held)

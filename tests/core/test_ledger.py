@@ -292,7 +292,9 @@ def test_features_are_given_exactly_if_they_are_kept():
         ledger.rejoin(without, packing, row)
     with pytest.raises(TokenExitError, match=r"`features` must have the layout \(2,\) and one more axis, got .*\(3,\)"):
         ledger.rejoin(keeping, packing, row[0])
-    with pytest.raises(TokenExitError, match=r"`features` must have the layout \(2,\) and one more axis, got .*\(1, 3\)"):
+    with pytest.raises(
+        TokenExitError, match=r"`features` must have the layout \(2,\) and one more axis, got .*\(1, 3\)"
+    ):
         ledger.record(keeping, packing, leave, row, depth=1, features=row[:1])
     with pytest.raises(TokenExitError, match=r"`logits` must have the 3 classes of the ledger, got 2"):
         ledger.record(without, packing, leave, row[:, :2], depth=1)
