@@ -197,7 +197,7 @@ class Streamed:
         for number in range(max(cuts, default=-1) + 1):
             batch = next(batches, None)
             rule = "give the same batches in the same order every time, if nothing is cached"
-            same = batch is not None and _print(batch) == self._prints[number]
+            same = batch is not None and _fingerprint(batch) == self._prints[number]
             require(same, "images", rule, f"another batch {number}")
             if number in cuts:
                 images, label = _parted(batch)
@@ -212,13 +212,13 @@ class Material(NamedTuple):
         fitted: Rows of the images that the heads are fitted to.
         held_out: Rows of the others; None if there are none.
         images: How many images the heads are fitted to, and how many are held out.
-        print: The fingerprint of all images, and labels, in their batches.
+        fingerprint: That of all images, and labels, in their batches.
     """
 
     fitted: Source
     held_out: Cached | None
     images: tuple[int, int]
-    print: str
+    fingerprint: str
 
 
 def gathered(
@@ -247,11 +247,11 @@ def gathered(
             is kept, and images cannot be iterated twice.
     """
     batches: Iterable[Batch] = images.split(8) if isinstance(images, Tensor) else images
-    again = cache is not None or iter(batches) is not batches
+    again = cache is not None or not isinstance(batches, Iterator)
     require(again, "images", "be a tensor or what can be iterated again, if nothing is cached", type(images).__name__)
     prints, sizes, kept = [], [], []
     for number, batch in enumerate(progress(batches)):
-        prints.append(_print(batch))
+        prints.append(_fingerprint(batch))
         sizes.append(len(_parted(batch)[0]))
         if isinstance(cache, Path):
             kept.append(_on_disk(cache / f"{number:06}.safetensors", batch, prints[-1], teacher))
@@ -261,14 +261,14 @@ def gathered(
     fitted = sum(sizes) - held
     if cache is None:
         source = Streamed(batches, teacher, prints, sizes, fitted)
-        others = source.others()
+        others = source.others() if held > 0 else []
     else:
         parts, others = _divided(kept, fitted)
         kept.clear()  # so that joining needs little more memory than the rows
         in_memory = not isinstance(cache, Path)
         source = Cached(_as_one(parts) if in_memory else parts)
     every = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    return Material(source, Cached(others) if held else None, (fitted, held), every)
+    return Material(source, Cached(others) if held > 0 else None, (fitted, held), every)
 
 
 def _held_out(images: int, share: float) -> int:
@@ -317,7 +317,7 @@ def _parted(batch: Batch) -> tuple[Tensor, Tensor | None]:
     return images, label.long()
 
 
-def _print(batch: Batch) -> str:
+def _fingerprint(batch: Batch) -> str:
     return fingerprint(part for part in _parted(batch) if part is not None)
 
 

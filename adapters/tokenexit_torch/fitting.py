@@ -30,7 +30,7 @@ __all__ = ["FitReport", "HeldOut", "fit_exits"]
 Progress = Callable[[Iterable], Iterable]
 Targets = Callable[[Any], Float[Tensor, "images classes height width"]]
 Images = Float[Tensor, "images channels height width"]
-Labels = Integer[Tensor, "images height width"]
+Labels = Integer[Tensor, "images label_height label_width"]
 
 _STATE = "fit.safetensors"
 
@@ -223,7 +223,7 @@ def _marks(fit: Fit, heads: nn.ModuleDict, teacher: Teacher, material: Material,
     return (
         teacher.marks
         | {name: str(value) for name, value in dataclasses.asdict(fit.recipe).items()}
-        | {"images": material.print, "heads": hashlib.sha256(shapes.encode()).hexdigest()}
+        | {"images": material.fingerprint, "heads": hashlib.sha256(shapes.encode()).hexdigest()}
         | {"generator": fingerprint([fit.generator.get_state()]), "cache": "None" if streamed else "kept"}
     )
 
