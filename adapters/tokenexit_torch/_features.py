@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from tokenexit import TokenExitError
 from tokenexit.errors import require
 from tokenexit_torch._files import fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
@@ -196,9 +197,9 @@ class Streamed:
         cuts, batches = self._cuts(wanted), iter(self._images)
         for number in range(max(cuts, default=-1) + 1):
             batch = next(batches, None)
-            rule = "give the same batches in the same order every time, if nothing is cached"
-            same = batch is not None and _fingerprint(batch) == self._prints[number]
-            require(same, "images", rule, f"another batch {number}")
+            if batch is None or _fingerprint(batch) != self._prints[number]:
+                rule = "give the same batches in the same order every time, if nothing is cached"
+                raise TokenExitError(f"`images` must {rule}, got another batch {number}")
             if number in cuts:
                 images, label = _parted(batch)
                 part = cuts[number]

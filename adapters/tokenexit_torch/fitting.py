@@ -29,8 +29,8 @@ __all__ = ["FitReport", "HeldOut", "fit_exits"]
 
 Progress = Callable[[Iterable], Iterable]
 Targets = Callable[[Any], Float[Tensor, "images classes height width"]]
-Images = Float[Tensor, "images channels height width"]
-Labels = Integer[Tensor, "images label_height label_width"]
+Images = Float[Tensor, "_ channels _ _"]
+Labels = Integer[Tensor, "_ _ _"]
 
 _STATE = "fit.safetensors"
 
@@ -90,7 +90,7 @@ class FitReport:
 
 def fit_exits(
     model: ExitingModel | DecodingModel,
-    images: Images | Iterable[Images | tuple[Images, Labels] | list[Tensor]],
+    images: Float[Tensor, "images channels height width"] | Iterable[Images | tuple[Images, Labels] | list[Tensor]],
     /,
     *,
     targets: Targets | None = None,

@@ -139,38 +139,34 @@ def test_a_fit_without_images_held_out_is_that_of_the_images_fitted_to():
     assert (report.steps, report.kept_step, report.stopped_early) == (20, 20, False)
 
 
+OVERFITTING = {"held_out": 0.5, "check_every": 10, "learning_rate": 0.01, "steps": 600, "patches_per_step": 96}
+
+
 def test_a_fit_stops_when_it_gets_worse_on_images_held_out_and_keeps_the_best_heads():
-    images = models.images(3)
-    options = {"held_out": 0.5, "check_every": 10, "learning_rate": 0.02}
-    model, report = fitted(images, steps=600, patience=3, **options)  # one image is learnt by heart
+    images = models.images(16)
+    model, report = fitted(images, **OVERFITTING, patience=6)
     assert report.stopped_early
-    assert report.steps == report.kept_step + 30 < 600
-    assert (report.images, report.held_out.images) == (1, 2)
-    _, longer = fitted(images, steps=600, patience=8, **options)
-    assert longer.steps >= longer.kept_step + 80
+    assert report.steps == report.kept_step + 60 < 600
+    assert (report.images, report.held_out.images) == (8, 8)
+    last, _ = fitted(images[:8], learning_rate=0.01, steps=600)  # the same fit without a stop
     with torch.no_grad():
-        rows = model.patches_and_output(images[1:])
-        wish = rows[1].softmax(dim=-1).flatten(0, 1)
+        exits, scores, _ = model.patches_and_output(images[8:])
+        wish = scores.softmax(dim=-1).flatten(0, 1)
 
-        def loss(heads):
-            return sum(
-                float(torch.nn.functional.cross_entropy(head(rows[0][int(after)]).flatten(0, 1), wish))
-                for after, head in heads.items()
-            )
+    def loss(heads):
+        said = {after: head(exits[int(after)]).flatten(0, 1) for after, head in heads.items()}
+        return sum(torch.nn.functional.cross_entropy(one, wish).item() for one in said.values())
 
-        # The last heads before the stop, of the same fit without any stop, are worse.
-        last, _ = fitted(images[:1], steps=600, learning_rate=0.02)
-        assert loss(model.exit_heads) < loss(last.exit_heads)
+    assert loss(model.exit_heads) < loss(last.exit_heads)
 
 
 def test_the_best_heads_are_those_of_the_step_that_is_reported(tmp_path):
-    images = models.images(4)
-    options = {"held_out": 0.5, "check_every": 10, "learning_rate": 0.02, "steps": 400, "patches_per_step": 96}
-    model, report = fitted(images, **options)
+    images = models.images(16)
+    model, report = fitted(images, **OVERFITTING)
     assert 0 < report.kept_step < report.steps
     again = models.wrapped(models.timm_vit(), schedule.dense())
     with pytest.raises(KeyboardInterrupt):
-        tet.fit_exits(again, images, resume=tmp_path, progress=stopping(report.kept_step), **options)
+        tet.fit_exits(again, images, resume=tmp_path, progress=stopping(report.kept_step), **OVERFITTING)
     then = load_file(tmp_path / "fit.safetensors")
     assert all(torch.equal(value, then[f"heads.{name}"]) for name, value in weights_of(model).items())
 
