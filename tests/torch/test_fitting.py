@@ -10,7 +10,7 @@ from tokenexit_torch._features import Teacher, label_share
 
 def fitted(images, **options):
     model = models.wrapped(models.timm_vit(), schedule.dense())
-    return model, tet.fit_exits(model, images, progress=iter, **{"steps": 150, "patches_per_step": 96} | options)
+    return model, tet.fit_exits(model, images, **{"steps": 150, "patches_per_step": 96, "progress": iter} | options)
 
 
 def test_heads_learn_what_the_final_head_says_and_nothing_else_changes():
@@ -213,6 +213,16 @@ def test_an_interrupt_within_a_step_costs_what_came_after_the_last_check(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             tet.fit_exits(model, images, **options)
     assert tet.fit_exits(model, images, **options) == report
+    assert same(weights_of(model), weights_of(straight))
+
+
+def test_a_fit_that_was_about_to_stop_stops_when_it_goes_on(tmp_path):
+    images = models.images(16)
+    straight, report = fitted(images, **OVERFITTING)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(images, **OVERFITTING, resume=tmp_path, progress=stopping(report.steps))
+    model, resumed = fitted(images, **OVERFITTING, resume=tmp_path)
+    assert resumed == report
     assert same(weights_of(model), weights_of(straight))
 
 
