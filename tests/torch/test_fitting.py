@@ -389,6 +389,17 @@ def test_a_report_is_read_in_words():
     assert plain.endswith("after block 3: on 90.0% of the patches fitted")
 
 
+def test_batch_norm_learns_nothing_of_images_held_out():
+    def weights(images, **options):
+        torch.manual_seed(0)
+        model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=5, exit_heads=heads.FCN(hidden=8))
+        tet.fit_exits(model, images, steps=6, patches_per_step=50, progress=iter, **options)
+        return weights_of(model)
+
+    images = models.images(4)
+    assert same(weights(images, held_out=0.5, check_every=6), weights(images[:2]))
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
