@@ -11,7 +11,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
-from tokenexit_torch.fitting import FitReport, fit_exits
+from tokenexit_torch.fitting import FitReport, HeldOut, fit_exits
 from tokenexit_torch.gate_rates import gate_thresholds
 from tokenexit_torch.gating import GatedModel, GatedOutput
 from tokenexit_torch.hosts import Embedded, Host
@@ -48,6 +48,7 @@ __all__ = [
     "FitReport",
     "GatedModel",
     "GatedOutput",
+    "HeldOut",
     "Host",
     "MaskHead",
     "MaskMaps",

@@ -1,51 +1,106 @@
-"""Fit exit heads to a frozen network, without labels.
+"""Fit exit heads to a frozen network, with or without labels.
 
-The predictions of the final head are the targets, or those of the model's own decoder.
+The predictions of the final head are the targets, or those of the model's own decoder; labels may have a say in them.
 """
 
-import copy
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
+from tokenexit._plain import is_whole
 from tokenexit.errors import require
+from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teacher, gathered
+from tokenexit_torch._files import fingerprint
+from tokenexit_torch._fit import Fit, Recipe
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.decoding import DecodingModel, pooled
 from tokenexit_torch.running import ExitingModel
 
-__all__ = ["FitReport", "fit_exits"]
+__all__ = ["FitReport", "HeldOut", "fit_exits"]
 
 Progress = Callable[[Iterable], Iterable]
 Targets = Callable[[Any], Float[Tensor, "images classes height width"]]
+Images = Float[Tensor, "_ channels _ _"]
+Labels = Integer[Tensor, "_ _ _"]
+
+_STATE = "fit.safetensors"
 
 
 @dataclass(frozen=True)
-class FitReport:
-    """How well the exit heads foretell the final head, or the decoder.
+class HeldOut:
+    """How well the exit heads do on images that they were not fitted to.
 
     Attributes:
-        agreement: Fraction of the patches seen on which the exit head and the final head, or the decoder, predict the
+        agreement: Fraction of their patches on which the exit head and the final head, or the decoder, predict the
             same class, by the block that the exit head follows.
-        patches: How many patches were seen.
+        patches: How many patches these are.
+        images: Of how many images.
     """
 
     agreement: dict[int, float]
     patches: int
+    images: int
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well the exit heads foretell the final head, or the decoder; `str(report)` says it in words.
+
+    Attributes:
+        agreement: Fraction of the patches fitted to on which the exit head and the final head, or the decoder, predict
+            the same class, by the block that the exit head follows.
+        patches: How many patches these are.
+        images: Of how many images.
+        steps: How many steps were taken.
+        kept_step: After which of them the heads were as they now are: the last, unless images were held out.
+        stopped_early: Whether the held-out loss ended the fit before its last step.
+        held_out: The same for images held out; None if there were none.
+    """
+
+    agreement: dict[int, float]
+    patches: int
+    images: int
+    steps: int
+    kept_step: int
+    stopped_early: bool
+    held_out: HeldOut | None
+
+    def __str__(self) -> str:
+        stopped = ", stopped early" if self.stopped_early else ""
+        lines = [
+            f"Fitted to {self.patches} patches of {self.images} images; held out: "
+            + ("none." if self.held_out is None else f"{self.held_out.patches} patches of {self.held_out.images}."),
+            f"{self.steps} steps{stopped}; the heads are those after step {self.kept_step}.",
+            "They predict what the final head, or the decoder, predicts:",
+        ]
+        for after, agreement in self.agreement.items():
+            held = "" if self.held_out is None else f", {self.held_out.agreement[after]:.1%} of those held out"
+            lines.append(f"  after block {after}: on {agreement:.1%} of the patches fitted{held}")
+        return "\n".join(lines)
 
 
 def fit_exits(
     model: ExitingModel | DecodingModel,
-    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "batch channels height width"]],
+    images: Float[Tensor, "images channels height width"] | Iterable[Images | tuple[Images, Labels] | list[Tensor]],
     /,
     *,
     targets: Targets | None = None,
+    label_weight: float = 0.5,
+    ignore: int = -100,
+    held_out: float = 0.0,
+    check_every: int = 50,
+    patience: int = 5,
+    cache: Literal["memory"] | Path | None = "memory",
+    resume: str | Path | None = None,
     steps: int = 1200,
     patches_per_step: int = 4096,
     learning_rate: float = 2e-3,
@@ -55,14 +110,34 @@ def fit_exits(
 ) -> FitReport:
     """Fit the exit heads to the predictions of the final head, or of the model's decoder; all else stays frozen.
 
-    Tokens after each block with an exit head are computed once and kept in memory, in the dtype of the model:
-    `images * patches * width` numbers for every exit. Patches with a NaN or an infinity are left out.
+    A patch's target is what the final head gives for it, as probabilities. With labels it is
+    `(1 - w) * probabilities + w * shares`: `shares` of the classes among the labelled pixels of the patch, and
+    `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
+
+    What the network says of the images is kept where `cache` says, in the dtype of the model. One patch takes
+    `exits * width` numbers in that dtype, and 4 bytes for each class and 4 more.
 
     Args:
-        model: The wrapped model; its exit heads are changed in place.
-        images: Images without labels: a tensor, or batches of them.
+        model: The wrapped model; its exit heads are changed in place, at the end.
+        images: A tensor; or batches, each of them a tensor or a pair of images and labels: classes of pixels, in any
+            resolution. They are gone through once, unless `cache` is None.
         targets: For a model with a decoder of its own: turns its output into class scores, logits of any resolution,
             which are averaged to patches as probabilities. The model's own classes if left out.
+        label_weight: What labels weigh in the targets, between 0 and 1. It does nothing without labels.
+        ignore: Label of pixels that do not count.
+        held_out: Share of the images, the last ones, that heads are not fitted to: at least one, unless it is 0. With
+            it, the weights that have the lowest mean loss on these images are kept, and the fit may stop early.
+        check_every: After how many steps the loss on images held out is looked at, and `resume` written.
+        patience: How many checks in a row without a lower loss end the fit.
+        cache: `"memory"`: on the device of the model. A folder: one file for every batch, written once, then read where
+            a step needs it; a later call with the same model and batches reads instead of running the network. None:
+            nowhere; every step runs the network on the next batch and draws patches of that one, so that `images` are
+            gone through again and again, and must be the same batches in the same order. Images held out are in memory
+            then.
+        resume: Folder in which an interrupted fit is found, if the same call is made again; it ends with the same
+            weights and report, on a CPU to the last bit. `fit.safetensors` is written there at checks and on an
+            interrupt, and removed at the end. Another `targets` function is not noticed, and the random numbers of
+            heads with dropout are not kept.
         steps: Optimiser steps, shared by all heads.
         patches_per_step: Patches drawn for each step.
         learning_rate: Of AdamW; falls to zero along a cosine.
@@ -75,107 +150,126 @@ def fit_exits(
 
     Raises:
         TokenExitError: If the model has no exit heads, or mask heads, which read whole images and not patches drawn
-            from many; `targets` are missing for a model without classes, or not wanted; there are no images; or a
-            number is out of range.
+            from many; `targets` are missing for a model without classes, or not wanted; there are no images; labels
+            are not classes; `cache` or `resume` hold what is of another model, of other images or options; or a number
+            is out of range.
     """
+    seen = _seen(model, targets)
+    recipe = Recipe(steps, patches_per_step, learning_rate, weight_decay, held_out, check_every, patience)
+    _require_in_range(recipe, label_weight)
+    known = cache in ("memory", None) or isinstance(cache, Path)
+    require(known, "cache", 'be "memory", a pathlib.Path or None', repr(cache))
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    with torch.inference_mode(False), torch.enable_grad():
+        teacher = Teacher(model, seen, label_weight=label_weight, ignore=ignore)
+        material = gathered(images, teacher, cache=cache, held_out=held_out, progress=progress)
+        fit = Fit(model.exit_heads, recipe, generator)
+        file = None if resume is None else Path(resume) / _STATE
+        marks = {} if file is None else _marks(fit, model.exit_heads, teacher, material, streamed=cache is None)
+        if file is not None and file.exists():
+            fit.go_on(file, marks)
+        _run(fit, material, file, marks, progress)
+    weights, kept_step = fit.kept
+    model.exit_heads.load_state_dict(weights)
+    report = _report(model.exit_heads, material, fit.step, kept_step, stopped_early=fit.step < steps)
+    if file is not None:
+        file.unlink(missing_ok=True)
+    return report
+
+
+def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
+    """What the network says of images, after a check that its exit heads can be fitted to it."""
     known = isinstance(model, ExitingModel | DecodingModel)
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     require(len(model.exit_heads) > 0, "model", "have exit heads", "none")
     rule = "have heads that treat each token by itself: `mask_loss` trains those that read whole images"
     require(not model.gives_masks, "model", rule, "mask heads")
-    seen = _of_decoder(model, targets) if isinstance(model, DecodingModel) else _of_head(model, targets)
-    require(steps >= 1, "steps", "be at least 1", steps)
-    require(patches_per_step >= 2, "patches_per_step", "be at least 2", patches_per_step)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    batches = images.split(8) if isinstance(images, Tensor) else images
-    with torch.inference_mode(False), torch.enable_grad():
-        features, target = _trace(model, seen, batches, progress)
-        # Copies in float32: half precision cannot hold the steps, and an interrupt leaves the model as it was.
-        heads = {int(after): copy.deepcopy(head).float().requires_grad_() for after, head in model.exit_heads.items()}
-        optimizer = torch.optim.AdamW(
-            [parameter for head in heads.values() for parameter in head.train().parameters()],
-            lr=learning_rate,
-            weight_decay=weight_decay,
-        )
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in progress(range(steps)):
-            drawn = torch.randint(
-                target.shape[0], (patches_per_step,), generator=generator, device=generator.device
-            ).to(target.device)
-            wish = target[drawn].softmax(dim=-1)
-            losses = [
-                functional.cross_entropy(head(features[after][drawn].float()), wish) for after, head in heads.items()
-            ]
-            optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            optimizer.step()
-            scheduler.step()
-    with torch.no_grad():
-        for after, head in heads.items():
-            model.exit_heads[str(after)].load_state_dict(head.state_dict())
-    return FitReport(_agreement(model.exit_heads, features, target), target.shape[0])
-
-
-_Seen = Callable[[Tensor], tuple[dict[int, Tensor], Tensor]]
-
-
-def _of_head(model: ExitingModel, targets: Targets | None) -> _Seen:
-    """Patches before every exit head of some images, and what the final head says of them."""
+    if isinstance(model, DecodingModel):
+        return _of_decoder(model, targets)
     require(targets is None, "targets", "be left out for a model with a final head", repr(targets))
-
-    def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-        *exits, (_, finished) = model.patches_after(images).items()
-        return dict(exits), model.head(finished)
-
-    return seen
+    return model.patches_and_output
 
 
-def _of_decoder(model: DecodingModel, targets: Targets | None) -> _Seen:
+def _of_decoder(model: DecodingModel, targets: Targets | None) -> Seen:
     """Patches before every exit head of some images, and what the decoder says of them."""
     rule = "be given for a model whose output has no classes: a function from it to class scores"
     require(targets is not None or model.host.classes is not None, "targets", rule, "None")
     scores_of = model.host.class_scores if targets is None else targets
 
-    def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+    def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor, tuple[int, int]]:
         exits, decoded, grid = model.patches_and_output(images)
         scores = scores_of(decoded)
         fits = isinstance(scores, Tensor) and scores.ndim == 4 and scores.shape[:2] == (len(images), model.classes)
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         rule = f"give class scores of shape ({len(images)}, {model.classes}, height, width)"
         require(fits, "targets", rule, got)
-        return exits, rearrange(pooled(scores, grid), "images classes height width -> images (height width) classes")
+        patches = rearrange(pooled(scores, grid), "images classes height width -> images (height width) classes")
+        return exits, patches, grid
 
     return seen
 
 
-@torch.no_grad()
-def _trace(
-    model: nn.Module, seen: _Seen, batches: Iterable[Tensor], progress: Progress
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Patches after each block with an exit head, `(patches, width)`, and logits to meet, `(patches, classes)`."""
-    features: dict[int, list[Tensor]] = {}
-    target = []
-    with evaluating(model):
-        for images in progress(batches):
-            exits, wish = seen(images)
-            for after, patches in exits.items():
-                rows = rearrange(patches, "images patches width -> (images patches) width")
-                features.setdefault(after, []).append(rows)
-            target.append(rearrange(wish, "images patches classes -> (images patches) classes").float())
-    require(sum(map(len, target)) > 0, "images", "hold at least one image", "none")
-    rows = {after: torch.cat(parts) for after, parts in features.items()}
-    wanted = torch.cat(target)
-    finite = torch.stack([part.isfinite().all(dim=1) for part in (wanted, *rows.values())]).all(dim=0)
-    require(bool(finite.any()), "images", "give finite tokens", "NaN or infinity for every patch")
-    return {after: part[finite] for after, part in rows.items()}, wanted[finite]
+def _require_in_range(recipe: Recipe, label_weight: float) -> None:
+    for name, least in (("steps", 1), ("patches_per_step", 2), ("check_every", 1), ("patience", 1)):
+        value = getattr(recipe, name)
+        require(is_whole(value, least=least), name, f"be at least {least}", value)
+    require(0 <= recipe.held_out < 1, "held_out", "be at least 0 and less than 1", recipe.held_out)
+    require(0 <= label_weight <= 1, "label_weight", "be between 0 and 1", label_weight)
+
+
+def _marks(fit: Fit, heads: nn.ModuleDict, teacher: Teacher, material: Material, *, streamed: bool) -> dict[str, str]:
+    """What the result of a fit depends on, by name, before its first step."""
+    shapes = repr([(name, tuple(value.shape)) for name, value in heads.state_dict().items()])
+    return (
+        teacher.marks
+        | {name: str(value) for name, value in dataclasses.asdict(fit.recipe).items()}
+        | {"images": material.fingerprint, "heads": hashlib.sha256(shapes.encode()).hexdigest()}
+        | {"generator": fingerprint([fit.generator.get_state()]), "cache": "None" if streamed else "kept"}
+    )
+
+
+def _run(fit: Fit, material: Material, file: Path | None, marks: dict[str, str], progress: Progress) -> None:
+    """Fit until the last step or until it is stopped, and write where it is from time to time."""
+
+    def write() -> None:
+        if file is not None:
+            fit.write(file, marks)
+
+    recipe, whole = fit.recipe, True
+    draws = material.fitted.draws(recipe.patches_per_step, fit.generator, fit.step)
+    try:
+        for _ in progress(range(fit.step, recipe.steps)):
+            if fit.stopped:
+                break
+            whole = False
+            fit.learn(next(draws))
+            if fit.due and material.held_out is not None:
+                fit.check(material.held_out)
+            whole = True
+            if fit.due:
+                write()
+    except (KeyboardInterrupt, SystemExit):
+        if whole:  # an interrupt within a step leaves what the last check has written
+            write()
+        raise
+
+
+def _report(heads: nn.ModuleDict, material: Material, steps: int, kept_step: int, *, stopped_early: bool) -> FitReport:
+    fitted, held = material.images
+    agreement, patches = _agreement(heads, material.fitted.chunks())
+    held_out = None if material.held_out is None else HeldOut(*_agreement(heads, material.held_out.chunks()), held)
+    return FitReport(agreement, patches, fitted, steps, kept_step, stopped_early, held_out)
 
 
 @torch.no_grad()
-def _agreement(heads: nn.ModuleDict, features: dict[int, Tensor], target: Tensor) -> dict[int, float]:
-    final = target.argmax(dim=-1)
-    agreement = {}
-    for after, head in heads.items():
-        with evaluating(head):
-            parts = [head(part).argmax(dim=-1) for part in features[int(after)].split(65536)]
-        agreement[int(after)] = (torch.cat(parts) == final).float().mean().item()
-    return agreement
+def _agreement(heads: nn.ModuleDict, chunks: Iterable[Rows]) -> tuple[dict[int, float], int]:
+    """On which share of the patches each head predicts the class of the final head, and how many there are."""
+    right, patches = dict.fromkeys(heads, 0), 0
+    device = next(heads.parameters()).device
+    with evaluating(heads):
+        for rows in chunks:
+            patches += len(rows[TARGET])
+            for after, head in heads.items():
+                right[after] += int((head(rows[after].to(device)).argmax(dim=-1) == rows[FINAL].to(device)).sum())
+    require(patches > 0, "images", "give finite tokens", "NaN or infinity for every patch")
+    return {int(after): count / patches for after, count in right.items()}, patches

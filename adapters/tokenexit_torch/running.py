@@ -149,6 +149,21 @@ class ExitingModel(WithExits[Host]):
         """
         return self._trace(images)[1]
 
+    def patches_and_output(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> tuple[
+        dict[int, Float[Tensor, "images patches channels_out"]],
+        Float[Tensor, "images patches classes"],
+        tuple[int, int],
+    ]:
+        """Patches by exit, the final head's class scores and the grid, in one run in which nothing leaves. Not public.
+
+        It is not for mask heads, which are told which patches are whose.
+        """
+        embedded, patches = self._trace(images)
+        finished = patches.pop(self.depth)
+        return patches, self.head(finished), embedded.grid
+
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
 

@@ -1,0 +1,166 @@
+"""Exit heads while they are being fitted, and all that makes up where the fit is."""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenexit import TokenExitError
+from tokenexit_torch._features import TARGET, Cached, Rows
+from tokenexit_torch._files import read, require_marks, write
+from tokenexit_torch._modules import evaluating
+
+__all__ = ["Fit", "Recipe"]
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_WHERE = "where"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are fitted; `fit_exits` says what the fields are."""
+
+    steps: int
+    patches_per_step: int
+    learning_rate: float
+    weight_decay: float
+    held_out: float
+    check_every: int
+    patience: int
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate: a cosine that would be zero after the last step."""
+        return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+class _Best(NamedTuple):
+    loss: float
+    step: int
+    weights: dict[str, Tensor]
+
+
+class Fit:
+    """Heads that are being fitted: copies in float32, for half precision cannot hold the steps.
+
+    Args:
+        heads: The heads as they are at first; they stay so.
+        recipe: How to fit them.
+        generator: Draws the patches.
+
+    Attributes:
+        step: How many steps have been taken.
+    """
+
+    def __init__(self, heads: nn.ModuleDict, recipe: Recipe, generator: torch.Generator) -> None:
+        self.recipe, self.generator, self.step = recipe, generator, 0
+        self._heads = copy.deepcopy(heads).float().requires_grad_().train()
+        self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=recipe.weight_decay)
+        self._best: _Best | None = None
+        self._checks_since = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the loss of the images held out has not become better for too long."""
+        return self._checks_since >= self.recipe.patience
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a check."""
+        return self.step % self.recipe.check_every == 0 or self.step == self.recipe.steps
+
+    @property
+    def kept(self) -> tuple[dict[str, Tensor], int]:
+        """The best weights, and the steps that led there; the last ones, if no image is held out."""
+        best = self._best
+        return (self._heads.state_dict(), self.step) if best is None else (best.weights, best.step)
+
+    def learn(self, rows: Rows) -> None:
+        """Take a step on some rows; if there are none, it changes nothing."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step)
+        if len(rows[TARGET]) > 0:
+            self._optimizer.zero_grad()
+            torch.stack(self._losses(rows, "mean")).sum().backward()
+            self._optimizer.step()
+        self.step += 1
+
+    @torch.no_grad()
+    def check(self, held_out: Cached) -> None:
+        """Look at the mean loss of the heads on rows held out, and keep the weights if it was never better."""
+        total, patches = 0.0, 0
+        with evaluating(self._heads):
+            for rows in held_out.chunks():
+                total += float(torch.stack(self._losses(rows, "sum")).sum())
+                patches += len(rows[TARGET])
+        loss = total / (patches * len(self._heads))
+        if loss < (math.inf if self._best is None else self._best.loss):
+            weights = {name: value.clone() for name, value in self._heads.state_dict().items()}
+            self._best, self._checks_since = _Best(loss, self.step, weights), 0
+        else:
+            self._checks_since += 1
+
+    def write(self, file: Path, marks: Mapping[str, str], /) -> None:
+        """Write where the fit is, for `go_on`."""
+        best = None if self._best is None else (self._best.loss, self._best.step)
+        where = json.dumps({"step": self.step, "checks_since": self._checks_since, "best": best})
+        write(file, self._tensors(), {**marks, _WHERE: where})
+
+    def go_on(self, file: Path, marks: Mapping[str, str], /) -> None:
+        """Be where a fit was.
+
+        Raises:
+            TokenExitError: If it was another fit, or the file is not valid.
+        """
+        tensors, found = read(file, "resume")
+        require_marks("resume", file, marks, found)
+        try:
+            # Copies, for the file is written again while these change.
+            self._restore({name: value.clone() for name, value in tensors.items()}, json.loads(found[_WHERE]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise TokenExitError(f"`resume` must hold a valid {file.name}, got {file}: {error}") from error
+
+    def _losses(self, rows: Rows, reduction: str) -> list[Tensor]:
+        device = next(self._heads.parameters()).device
+        wish = rows[TARGET].to(device)
+        return [
+            functional.cross_entropy(head(rows[after].to(device).float()), wish, reduction=reduction)
+            for after, head in self._heads.items()
+        ]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        best = {} if self._best is None else self._best.weights
+        moments = {
+            f"optimizer.{key}.{name}": value
+            for name, parameter in self._heads.named_parameters()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+        return (
+            {f"heads.{name}": value for name, value in self._heads.state_dict().items()}
+            | {f"best.{name}": value for name, value in best.items()}
+            | moments
+            | {"generator": self.generator.get_state()}
+        )
+
+    def _restore(self, tensors: Mapping[str, Tensor], where: Mapping) -> None:
+        weights = self._heads.state_dict()
+        self._heads.load_state_dict({name: tensors[f"heads.{name}"] for name in weights})
+        names = [name for name, _ in self._heads.named_parameters()]
+        moments = {
+            index: {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS}
+            for index, name in enumerate(names)
+            if f"optimizer.step.{name}" in tensors
+        }
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+        self.step, self._checks_since = int(where["step"]), int(where["checks_since"])
+        if where["best"] is not None:
+            loss, step = where["best"]
+            kept = {name: tensors[f"best.{name}"].to(value.device) for name, value in weights.items()}
+            self._best = _Best(float(loss), int(step), kept)
+        self.generator.set_state(tensors["generator"])
