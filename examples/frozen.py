@@ -1,7 +1,7 @@
 """Early exit for a frozen network, from images without labels: fit exit heads, and certify the fastest safe setting.
 
-    python -m examples.frozen --images PHOTOS --out frozen                        the shipped model on pictures of yours
-    python -m examples.frozen --init camvid_vit_tiny_p16.npz --data CAMVID --out frozen      a network on CamVid's frames
+    python -m examples.frozen --images PHOTOS --out frozen            the shipped model on pictures of yours
+    python -m examples.frozen --init camvid_vit_tiny_p16.npz --data CAMVID       a network on CamVid
 
 Some images fit the exit heads, others calibrate, and no label is looked at. Prints the report and writes it, the exits,
 the certificate if there is one, a sample for drift, and the curve. Stop it at any time: the same command goes on.
@@ -47,13 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence", help="calibrate on this video of CamVid alone, as Seq05VD")
     parser.add_argument("--every", type=int, default=1, help="calibrate on every so-manyth frame of CamVid")
     parser.add_argument("--fit-images", type=int, help="images that fit the heads; a third of a folder, all of train")
-    parser.add_argument(
-        "--alpha", type=float, default=0.02, help="pixels that may change (default %(default)s)"
-    )
+    parser.add_argument("--alpha", type=float, default=0.02, help="pixels that may change (default %(default)s)")
     parser.add_argument("--confidence", type=float, default=0.95, help="that it is no more (default %(default)s)")
-    parser.add_argument(
-        "--after", type=int, nargs="+", help="blocks with an exit; a third, half, two thirds"
-    )
+    parser.add_argument("--after", type=int, nargs="+", help="blocks with an exit; a third, half, two thirds")
     parser.add_argument("--steps", type=int, default=1200, help="of fitting (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("frozen"), help="folder of all that is written")
@@ -183,9 +179,9 @@ def frames(given: argparse.Namespace, about: About) -> Images:
             f"`--split` must be val or test, with a --sequence of {names}, got {given.split} and {given.sequence!r}"
         )
     device = torch.device(given.device)
-    parts = [data.Images(data.Batches(part, _AT_ONCE), device) for part in (fit, others)]
+    first, second = (data.Images(data.Batches(part, _AT_ONCE), device) for part in (fit, others))
     words = f"CamVid, rows {data.ROWS.start} to {data.ROWS.stop}, {_normalisation(about)}"
-    return Images(*parts, tuple(frame.image.name for frame in fit), len(others), words)
+    return Images(first, second, tuple(frame.image.name for frame in fit), len(others), words)
 
 
 def _normalisation(about: About) -> str:
@@ -224,8 +220,7 @@ def keep(out: Path, found: tet.Calibrated, agreement: Mapping[str, float]) -> li
     """Write what was found, and say which files there are now."""
     _write(out / "report.json", found.report.to_dict() | {"agreement_of_exit_heads": dict(agreement)})
     _write(out / "drift.json", found.before.to_dict())
-    with shell.replacing(out / "curve.png") as file:
-        found.plot(file)
+    found.plot(out / "curve.png")
     names = ["exits/", "report.json", "drift.json", "curve.png"]
     if found.certificate is None:
         return names

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tokenexit import TokenExitError
 from tokenexit.calibration import Point, Report
@@ -12,12 +12,12 @@ __all__ = ["draw"]
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#8a8a8a"
 
 
-def draw(report: Report, file: str | Path | BinaryIO, /) -> None:
+def draw(report: Report, file: str | Path, /) -> None:
     """Loss and upper bound of every setting that was run, by its cost, and the level.
 
     Args:
         report: The report.
-        file: A path, whose ending tells the format, or a file for a PNG.
+        file: Where to; its ending tells the format, as .png or .svg.
 
     Raises:
         TokenExitError: If matplotlib is not installed.

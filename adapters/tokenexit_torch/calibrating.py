@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Integer
@@ -65,11 +65,11 @@ class Calibrated:
     certificate: Certificate | None
     before: Sample
 
-    def plot(self, file: str | Path | BinaryIO, /) -> None:
+    def plot(self, file: str | Path, /) -> None:
         """Draw the curve: loss and upper bound of every setting that was run, by its cost. It needs `matplotlib`.
 
         Args:
-            file: A path, whose ending tells the format, or a file for a PNG.
+            file: Where to; its ending tells the format, as .png or .svg.
         """
         draw(self.report, file)
 
@@ -158,7 +158,7 @@ def calibrate(
         model, seen, plans, shown, labels, ignore, None if resume is None else Path(resume), identity, progress
     )
     report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
-    before = runs.dense if report.chosen is None else runs.setting(report.schedule)
+    before = runs.reference if report.chosen is None else runs.setting(report.schedule)
     return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
 
 
@@ -281,13 +281,13 @@ class _Runs:
     found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
-    def dense(self) -> dict[str, Tensor]:
+    def reference(self) -> dict[str, Tensor]:
         """The label maps that all others are compared with."""
         return self._kept("dense", dense(), lambda maps, _: maps)
 
     def setting(self, plan: Schedule) -> dict[str, Tensor]:
         """The losses of a setting; the dense network has run before it."""
-        reference = self.dense["found"]
+        reference = self.reference["found"]
         return self._kept(
             f"setting-{self.plans.index(plan):03d}", plan, lambda maps, rows: self._loss(maps, reference[rows], rows)
         )
@@ -295,7 +295,7 @@ class _Runs:
     def measured(self, plan: Schedule) -> tuple[Tensor, float]:
         """Losses and relative cost of a setting."""
         found = self.setting(plan)
-        work, full = (one["multiply_adds"].double().mean().item() for one in (found, self.dense))
+        work, full = (one["multiply_adds"].double().mean().item() for one in (found, self.reference))
         return found["found"], work / full
 
     def _loss(self, maps: Tensor, reference: Tensor, rows: slice) -> Tensor:
@@ -339,7 +339,7 @@ def _sample(found: Mapping[str, Tensor]) -> Sample:
 
 def _opened(folder: Path, identity: Mapping[str, Any]) -> Path:
     """A folder for what is measured, new or of this very calibration."""
-    written = json.dumps({"schema": _SCHEMA} | identity, indent=1)
+    written = json.dumps({"schema": _SCHEMA, **identity}, indent=1)
     file = folder / _IDENTITY
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocess
     """
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     weights = {name: hashed(value) for name, value in tensors.items()}
-    return Fingerprints(weights, _dtype(tensors), tuple(resolution), preprocessing)
+    return Fingerprints(weights, _dtype(tensors), resolution, preprocessing)
 
 
 def save_certificate(certified: Certificate, folder: str | Path, /) -> None:
@@ -85,7 +85,7 @@ def hashed(tensor: Tensor, /) -> str:
     """SHA-256 of a tensor's dtype, shape and numbers, wherever it lies. It is no part of the public API."""
     rows = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)} ".encode())
-    digest.update(rows.reshape(-1).view(torch.uint8).numpy())
+    digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

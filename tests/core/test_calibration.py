@@ -170,8 +170,11 @@ def test_measuring_in_turn_says_what_the_whole_table_says(means, chains, classes
                 break
     assert len(ran) == len(wanted)
     assert set(ran) == wanted
-    assert report.curve == tuple(whole.curve[place] for place in sorted(wanted))
-    assert report.chosen == whole.chosen
+    assert report.schedule == whole.schedule
+    for point, place in zip(report.curve, sorted(wanted), strict=True):
+        assert (point.schedule, point.certified) == (LADDER[place], whole.curve[place].certified)
+        for name in ("loss", "bound", "p_value", "cost"):  # sums of one column and of all round apart
+            assert getattr(point, name) == pytest.approx(getattr(whole.curve[place], name), rel=1e-9)
     assert report.unmeasured == tuple(LADDER[place] for place in range(7) if place not in wanted)
 
 

@@ -96,7 +96,9 @@ def test_an_interrupted_run_goes_on_to_the_same_report(network, pictures, tmp_pa
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr(tet, "calibrate", lambda *images, **options: whole(*images, **options | {"progress": interrupted}))
+    monkeypatch.setattr(
+        tet, "calibrate", lambda *images, **options: whole(*images, **options | {"progress": interrupted})
+    )
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, *of_folder(network, pictures, tmp_path / "stopped"))
     kept = sorted(file.name for file in (tmp_path / "stopped" / "measured").iterdir())

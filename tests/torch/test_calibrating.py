@@ -1,6 +1,5 @@
 """Calibration of a model with exits: every setting run for real, lazily, resumably, to a certificate."""
 
-import io
 import json
 import math
 
@@ -23,6 +22,7 @@ SETTINGS = (
     schedule.truncated(after=2),
 )
 CHAINS = (range(5), (5, 6))
+IMAGES = models.images(24, seed=3)
 WORDS = "drawn numbers, as they are"
 
 
@@ -30,17 +30,17 @@ def easy(plan=PLAN):
     """A model whose exits say what the final head says, more or less: the more blocks have run, the more."""
     model = models.wrapped(models.timm_vit(), plan)
     with torch.no_grad():
-        for block in model.model.blocks:  # a network that hardly changes its tokens
+        for block in model.model.blocks:  # a network that changes its tokens less
             for one in (block.attn.proj, block.mlp.fc2):
-                one.weight.mul_(0.1)
+                one.weight.mul_(0.5)
         for head in model.exit_heads.values():
             head.load_state_dict(model.head.state_dict())
     return model
 
 
 def calibrated(model=None, images=None, **options):
-    images = models.images(40, seed=3) if images is None else images
-    given = {"at_most": 0.25, "preprocessing": WORDS, "settings": SETTINGS, "chains": CHAINS, "progress": iter}
+    images = IMAGES if images is None else images
+    given = {"at_most": 0.3, "preprocessing": WORDS, "settings": SETTINGS, "chains": CHAINS, "progress": iter}
     return tet.calibrate(easy() if model is None else model, images, **given | options)
 
 
@@ -83,12 +83,12 @@ def as_expected(found, expected):
 
 
 def test_the_report_is_that_of_the_whole_table():
-    model, images = easy(), models.images(40, seed=3)
-    found = calibrated(model, images)
-    expected = certify(SETTINGS, *table(model, images, SETTINGS), at_most=0.25, chains=CHAINS)
+    model = easy()
+    found = calibrated(model)
+    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
     assert found.report.risk == "disagreement at 32 x 48 pixels"
-    assert found.report.images == 40
+    assert found.report.images == 24
     assert found.report.chosen is not None
     assert found.report.unmeasured
     assert str(found) == str(found.report)
@@ -96,19 +96,19 @@ def test_the_report_is_that_of_the_whole_table():
 
 @pytest.mark.parametrize("size", [(4, 6), (16, 17)])
 def test_label_maps_may_be_of_another_size(size):
-    model, images = easy(), models.images(40, seed=3)
-    found = calibrated(model, images, size=size)
-    expected = certify(SETTINGS, *table(model, images, SETTINGS, size=size), at_most=0.25, chains=CHAINS)
+    model = easy()
+    found = calibrated(model, size=size)
+    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, size=size), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
     assert found.report.risk == f"disagreement at {size[0]} x {size[1]} pixels"
 
 
 def test_with_labels_it_is_the_increase_of_the_error():
-    model, images = easy(), models.images(40, seed=3)
-    truth = torch.randint(0, 10, (40, 20, 30), generator=torch.Generator().manual_seed(0))
+    model = easy()
+    truth = torch.randint(0, 10, (24, 20, 30), generator=torch.Generator().manual_seed(0))
     truth[truth > models.CLASSES] = 9
-    found = calibrated(model, images, risk="error increase", labels=truth.byte(), ignore=9)
-    expected = certify(SETTINGS, *table(model, images, SETTINGS, truth, (20, 30)), at_most=0.25, chains=CHAINS)
+    found = calibrated(model, risk="error increase", labels=truth.byte(), ignore=9)
+    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, truth, (20, 30)), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
     assert found.report.risk == "error increase at 20 x 30 pixels"
 
@@ -124,15 +124,14 @@ class Counting(tuple):
 
 
 def test_what_lies_behind_a_failure_is_not_run():
-    images = Counting(models.images(40, seed=3).split(7))
+    images = Counting(IMAGES.split(8))
     report = calibrated(images=images).report
     assert images.passes == 2 + len(report.curve)  # a look, the dense network, and each setting once
     assert len(report.curve) + len(report.unmeasured) == len(SETTINGS)
 
 
 def test_batches_give_what_one_tensor_gives():
-    images = models.images(40, seed=3)
-    one, other = calibrated(images=images).report, calibrated(images=list(images.split(3))).report
+    one, other = calibrated().report, calibrated(images=list(IMAGES.split(3))).report
     as_expected(one, other)
 
 
@@ -167,7 +166,7 @@ def test_nothing_certified_means_never_exit():
     assert found.report.schedule == schedule.dense()
     assert str(found).startswith("Never exit: nothing is certified")
     assert list(found.before.statistics) == ["confidence"]
-    assert found.before.images == 40
+    assert found.before.images == 24
 
 
 def test_the_certificate_is_loaded_onto_the_model_and_onto_no_other(tmp_path):
@@ -229,7 +228,7 @@ def test_a_certificate_that_was_edited_or_cut_off_is_refused(tmp_path):
     tet.save_certificate(found, tmp_path)
     text = file.read_text()
     for damaged, message in (
-        (text.replace('"at_most": 0.25', '"at_most": 0.02').encode(), "`checksum` must be that of the content"),
+        (text.replace('"at_most": 0.3', '"at_most": 0.02').encode(), "`checksum` must be that of the content"),
         (text[:-40].encode(), "`text` must be the whole JSON"),
         (b"\xff" + text.encode(), "must hold a valid certificate.json"),
     ):
@@ -245,9 +244,11 @@ def test_fingerprints_tell_dtypes_shapes_and_autocast_apart():
     for tensor in tensors:
         holder = torch.nn.Module()
         holder.register_buffer("x", tensor)
+        holder.register_buffer("y", torch.ones(1))
         holders.append(tet.fingerprints(holder, resolution=(1, 2), preprocessing=WORDS).weights["x"])
     assert len(set(holders)) == len(tensors)
     strided = torch.nn.Module()
+    strided.register_buffer("y", torch.ones(1))
     strided.register_buffer("x", torch.stack([one, one], dim=1)[:, 0])
     assert tet.fingerprints(strided, resolution=(1, 2), preprocessing=WORDS).weights["x"] == holders[0]
     plain = tet.fingerprints(easy(), resolution=(32, 48), preprocessing=WORDS)
@@ -264,8 +265,9 @@ def test_fingerprints_tell_dtypes_shapes_and_autocast_apart():
 
 
 def test_calibration_under_autocast_is_for_autocast():
+    model = easy()
     with torch.autocast("cpu", torch.bfloat16):
-        found = calibrated().certificate
+        found = calibrated(model).certificate
     assert found is not None
     assert found.fingerprints.dtype == "float32, autocast to bfloat16"
 
@@ -283,9 +285,9 @@ def stopping(after):
     return progress
 
 
-@pytest.mark.parametrize("after", [2, 7, 12, 18, 23])
+@pytest.mark.parametrize("after", [1, 4, 7, 16])
 def test_an_interrupted_calibration_resumes_to_the_same_report(tmp_path, after):
-    images = Counting(models.images(40, seed=3).split(8))
+    images = Counting(IMAGES.split(8))
     with pytest.raises(KeyboardInterrupt):
         calibrated(images=images, resume=tmp_path / "kept", progress=stopping(after))
     resumed = calibrated(images=images, resume=tmp_path / "kept")
@@ -296,7 +298,7 @@ def test_an_interrupted_calibration_resumes_to_the_same_report(tmp_path, after):
 
 
 def test_what_is_kept_is_not_run_again(tmp_path):
-    images = Counting(models.images(40, seed=3).split(8))
+    images = Counting(IMAGES.split(8))
     first = calibrated(images=images, resume=tmp_path)
     assert images.passes == 2 + len(first.report.curve)
     images.passes = 0
@@ -306,16 +308,16 @@ def test_what_is_kept_is_not_run_again(tmp_path):
 
 def test_a_folder_of_another_calibration_is_refused(tmp_path):
     calibrated(resume=tmp_path)
-    other = models.images(40, seed=3)
+    other = IMAGES.clone()
     other[7, 0, 3, 3] += 1
     for change, words in (
-        ({"at_most": 0.3}, "with other at_most"),
+        ({"at_most": 0.4}, "with other at_most"),
         ({"confidence": 0.9}, "with other confidence"),
         ({"seed": 1}, "with other seed"),
         ({"test": "hoeffding-bentkus"}, "with other test"),
         ({"size": (4, 6)}, "with other risk"),
         ({"images": other}, "with other images"),
-        ({"images": models.images(40, seed=3).flip(0)}, "with other images"),
+        ({"images": IMAGES.flip(0)}, "with other images"),
         ({"model": changed(lambda m: m.head[-1].bias.add_(1))}, "with other fingerprints"),
         ({"preprocessing": "other"}, "with other fingerprints"),
         ({"settings": SETTINGS[:5], "chains": None}, "with other chains, settings"),
@@ -339,11 +341,11 @@ def test_options_that_are_refused_leave_no_folder_behind(tmp_path):
 
 
 def test_the_sample_for_drift_is_that_of_the_chosen_setting():
-    model, images = easy(), models.images(40, seed=3)
-    found = calibrated(model, images)
+    model = easy()
+    found = calibrated(model)
     model.retune(found.report.schedule)
     with torch.no_grad():
-        out = model(images)
+        out = model(IMAGES)
     seen = drift.sample(out.logits, out.exit_depth, after=model.schedule.after)
     assert set(seen.statistics) == set(found.before.statistics)
     for name, row in seen.statistics.items():
@@ -356,11 +358,9 @@ def test_the_curve_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     found = calibrated()
     found.plot(tmp_path / "curve.svg")
-    words = (tmp_path / "curve.svg").read_text()
-    assert words.startswith("<?xml")
-    file = io.BytesIO()
-    found.plot(file)
-    with Image.open(file) as picture:
+    found.plot(str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width > 500
 
 
@@ -378,7 +378,7 @@ class Shuffled:
         return iter(self.images[torch.randperm(len(self.images))].split(8))
 
 
-LABELS = torch.zeros(40, 32, 48, dtype=torch.uint8)
+LABELS = torch.zeros(24, 32, 48, dtype=torch.uint8)
 BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(0.5)),))
 
 
@@ -387,21 +387,21 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
     ("options", "message"),
     [
         ({"model": models.timm_vit()}, "`model` must be wrapped by `wrap`, got VisionTransformer"),
-        ({"images": models.images(13)}, "`images` must be at least 14, that 0.25 can be certified at all by this test, got 13"),
+        ({"images": models.images(13)}, "`images` must be at least 15, that 0.3 can be certified at all by this test, got 13"),
         ({"images": []}, "`images` must hold at least one image, got none"),
-        ({"images": [models.images(20), models.images(20, size=(32, 40))]}, "`images` must be of one size, for which alone a certificate holds, got [(32, 40), (32, 48)]"),
-        ({"images": list(models.images(20))}, "`images` must be of shape (images, channels, height, width), got an array of shape (3, 32, 48)"),
-        ({"images": iter(models.images(40).split(8))}, "`images` must be the same in every pass"),
-        ({"images": Shuffled(models.images(40))}, "`images` must be the same in every pass"),
-        ({"images": torch.full((40, 3, 32, 48), math.nan)}, "`model` must give class scores that are numbers, got NaN"),
+        ({"images": [models.images(16), models.images(16, size=(32, 40))]}, "`images` must be of one size, for which alone a certificate holds, got [(32, 40), (32, 48)]"),
+        ({"images": list(models.images(16))}, "`images` must be of shape (images, channels, height, width), got an array of shape (3, 32, 48)"),
+        ({"images": iter(models.images(24).split(8))}, "`images` must be the same in every pass"),
+        ({"images": Shuffled(models.images(24))}, "`images` must be the same in every pass"),
+        ({"images": torch.full((24, 3, 32, 48), math.nan)}, "`model` must give class scores that are numbers, got NaN"),
         ({"at_most": 0.0}, "`at_most` must lie between 0 and 1, got 0.0"),
         ({"confidence": 1.0}, "`confidence` must lie between 0 and 1, got 1.0"),
         ({"test": "luck"}, "`test` must be"),
         ({"risk": "luck"}, "`risk` must be one of disagreement, error increase, got 'luck'"),
         ({"risk": "error increase"}, "`labels` must be given exactly for `error increase`, got None"),
-        ({"labels": LABELS}, "`labels` must be given exactly for `error increase`, got labels of shape (40, 32, 48)"),
+        ({"labels": LABELS}, "`labels` must be given exactly for `error increase`, got labels of shape (24, 32, 48)"),
         ({"ignore": 3}, "`ignore` must be left out where there are no labels, got 3"),
-        ({"risk": "error increase", "labels": LABELS[:9]}, "`labels` must be of shape (40, height, width), got an array of shape (9, 32, 48)"),
+        ({"risk": "error increase", "labels": LABELS[:9]}, "`labels` must be of shape (24, height, width), got an array of shape (9, 32, 48)"),
         ({"risk": "error increase", "labels": LABELS, "size": (4, 6)}, "`size` must be that of `labels`, (32, 48), or left out, got (4, 6)"),
         ({"size": (4, 0)}, "`size` must be a height and a width from 1 up, in pixels, got (4, 0)"),
         ({"settings": (BUDGET,), "chains": None}, "`settings` must hold no BatchBudget, under which the images of a batch are not independent"),
