@@ -172,7 +172,8 @@ class Report:
             better = f"the network cut short after block {chosen.cut_after}"
             lines.append(f"Cutting is the better deal: this is {better}, and needs no exits that look at tokens.")
         if self.unmeasured:
-            lines.append(f"Not measured, because a setting before them failed: {len(self.unmeasured)} settings.")
+            count, of = len(self.unmeasured), len(self.curve) + len(self.unmeasured)
+            lines.append(f"Not measured, because one before them failed: {count} of {of} settings.")
         return lines
 
 

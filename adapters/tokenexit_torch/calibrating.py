@@ -333,8 +333,8 @@ def _label_maps(out: Output, size: tuple[int, int]) -> Tensor:
 
 
 def _sample(found: Mapping[str, Tensor]) -> Sample:
-    rows = {name: value for name, value in found.items() if name.startswith(_STATISTIC)}
-    return Sample({name.removeprefix(_STATISTIC): tuple(row.tolist()) for name, row in rows.items()})
+    names = sorted(name for name in found if name.startswith(_STATISTIC))  # files have them in any order
+    return Sample({name.removeprefix(_STATISTIC): tuple(found[name].tolist()) for name in names})
 
 
 def _opened(folder: Path, identity: Mapping[str, Any]) -> Path:

@@ -181,7 +181,7 @@ def test_measuring_in_turn_says_what_the_whole_table_says(means, chains, classes
 def test_the_report_says_what_was_not_run():
     report, _ = in_turn(drawn(means=(0.0, 0.001, 0.3, 0.0, 0.0, 0.4, 0.0)), chains=CHAINS)
     assert "Chosen: setting 2 of 4 measured, which saves" in str(report)
-    assert "Not measured, because a setting before them failed: 3 settings." in str(report)
+    assert "Not measured, because one before them failed: 3 of 7 settings." in str(report)
     data = json.loads(json.dumps(report.to_dict()))
     assert [schedule.Schedule.from_dict(one) for one in data["unmeasured"]] == [LADDER[3], LADDER[4], LADDER[6]]
     assert "Not measured" not in str(in_turn(drawn(means=[0.0] * 7))[0])

@@ -17,11 +17,11 @@ from tokenexit.schedule import Exit, Schedule
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
 SETTINGS = (
-    *ladders.by_threshold(PLAN, thresholds=(0.999, 0.9, 0.6, 0.3, 0.0)),
+    *ladders.by_threshold(PLAN, thresholds=(0.999, 0.6, 0.0)),
     schedule.truncated(after=4),
     schedule.truncated(after=2),
 )
-CHAINS = (range(5), (5, 6))
+CHAINS = (range(3), (3, 4))
 IMAGES = models.images(24, seed=3)
 WORDS = "drawn numbers, as they are"
 
@@ -320,7 +320,7 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
         ({"images": IMAGES.flip(0)}, "with other images"),
         ({"model": changed(lambda m: m.head[-1].bias.add_(1))}, "with other fingerprints"),
         ({"preprocessing": "other"}, "with other fingerprints"),
-        ({"settings": SETTINGS[:5], "chains": None}, "with other chains, settings"),
+        ({"settings": SETTINGS[:3], "chains": None}, "with other chains, settings"),
     ):
         with pytest.raises(TokenExitError, match="`resume` must be a new folder.*" + words):
             calibrated(resume=tmp_path, **change)
@@ -365,7 +365,7 @@ def test_the_curve_is_drawn(tmp_path):
 
 
 def test_a_truncation_that_beats_the_exits_is_chosen_and_said():
-    report = calibrated(settings=(SETTINGS[0], SETTINGS[5]), chains=((0,), (1,)), at_most=0.5).report
+    report = calibrated(settings=(SETTINGS[0], SETTINGS[3]), chains=((0,), (1,)), at_most=0.5).report
     assert report.schedule == schedule.truncated(after=4)
     assert "Cutting is the better deal: this is the network cut short after block 4" in str(report)
 
@@ -408,7 +408,7 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"settings": (schedule.truncated(after=5),), "chains": None}, "`schedule` must have exits only after blocks with an exit head"),
         ({"settings": None}, "`chains` must be left out if `settings` are"),
         ({"settings": (), "chains": None}, "`settings` must be at least one, got 0"),
-        ({"chains": ((0,),)}, "`chains` must hold every place from 0 to 6 once"),
+        ({"chains": ((0,),)}, "`chains` must hold every place from 0 to 4 once"),
         ({"preprocessing": ""}, "`preprocessing` must be a text, got ''"),
         ({"model": easy(schedule.dense()), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence"),
         ({"model": easy(Schedule((Exit(2, policies.EntropyBelow(0.3)),))), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence, of which alone there is a default ladder, got ['entropy']"),
