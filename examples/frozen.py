@@ -28,6 +28,7 @@ from examples.about import About
 from examples.camvid import common, data
 from tokenexit import schedule
 from tokenexit.bounds import images_needed
+from tokenexit_torch.registry import host_of
 
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
@@ -194,7 +195,7 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
     Raises:
         UsageError: If the output folder has exits that were fitted to something else.
     """
-    depth = len(tet.wrap(frozen.host, schedule.dense(), head=frozen.head).host.blocks)
+    depth = len(host_of(frozen.host).blocks)
     after = sorted(set(given.after or (depth // 3, depth // 2, 2 * depth // 3)))
     identity = {
         "model": common.digest(frozen.source), "after": after, "steps": given.steps, "seed": given.seed,
