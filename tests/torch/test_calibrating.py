@@ -149,7 +149,11 @@ def test_training_mode_plan_and_gradients_stay_as_they_were():
     model = easy()
     model.train()
     before = [part.training for part in model.modules()]
+    ran = []
+    model.head[0].register_forward_pre_hook(lambda part, _: ran.append(part.training))
     eager = calibrated(model).report
+    assert ran
+    assert not any(ran)
     assert [part.training for part in model.modules()] == before
     assert model.schedule == PLAN
     assert all(parameter.grad is None for parameter in model.parameters())
