@@ -65,13 +65,14 @@ def pictures(given: argparse.Namespace, size: tuple[int, int]) -> UInt8[np.ndarr
     for file in given.image:
         try:
             with Image.open(file) as picture:
-                read.append(np.asarray(_fitted(picture.convert("RGB"), size)))
+                read.append(np.asarray(fitted(picture.convert("RGB"), size)))
         except OSError as error:
             raise shell.UsageError(f"`--image` must be a picture, got {str(file)!r}: {error}") from error
     return np.stack(read)
 
 
-def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture, scaled to cover `size`, height and width, and cropped in the middle."""
     height, width = size
     scale = max(width / picture.width, height / picture.height)
     large = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))))

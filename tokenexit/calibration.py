@@ -4,6 +4,8 @@
     report = certify(ladder, losses, costs, at_most=0.02, confidence=0.95)           # losses (images, settings)
     print(report)                                                                    # what was chosen, and what holds
 
+`certify_in_turn` says the same, and measures a setting only when its turn comes: what lies behind a failure is not run.
+
 With a probability of at least `confidence`, over draws of the calibration images, the mean loss of the setting chosen
 is at most `at_most` (Angelopoulos et al., Learn then Test, 2021, with fixed-sequence testing). The losses need not rise
 along the ladder: with exits they need not, for a token that leaves is one that the others no longer see.
@@ -11,7 +13,7 @@ along the ladder: with exits they need not, for a token that leaves is one that 
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ from tokenexit.errors import TokenExitError, require
 from tokenexit.policies import always
 from tokenexit.schedule import Schedule, dense
 
-__all__ = ["Point", "Report", "certify", "conformal", "fixed_sequence"]
+__all__ = ["Point", "Report", "certify", "certify_in_turn", "conformal", "fixed_sequence"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class Report:
         images: How many calibration images there were.
         test: The test.
         seed: Of the order in which it took the images.
-        curve: All settings, in the order of the ladder.
+        curve: All settings that were measured, in the order of the ladder.
         chosen: The cheapest certified setting that is cheaper than the dense network; None for "never exit".
+        unmeasured: Settings behind one that failed, which could not have been certified and were not run.
     """
 
     risk: str
@@ -79,6 +82,7 @@ class Report:
     seed: int
     curve: tuple[Point, ...]
     chosen: Point | None
+    unmeasured: tuple[Schedule, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -128,7 +132,8 @@ class Report:
         own = {name: getattr(self, name) for name in ("risk", "at_most", "confidence", "images", "test", "seed")}
         curve = [{**vars(point), "schedule": point.schedule.to_dict()} for point in self.curve]
         chosen = None if self.chosen is None else self.curve.index(self.chosen)
-        return own | {"curve": curve, "chosen": chosen, "saving": self.saving, "assumptions": list(self.assumptions)}
+        own |= {"curve": curve, "unmeasured": [one.to_dict() for one in self.unmeasured], "chosen": chosen}
+        return own | {"saving": self.saving, "assumptions": list(self.assumptions)}
 
     def __str__(self) -> str:
         """The choice, the numbers and the assumptions."""
@@ -153,7 +158,9 @@ class Report:
         return f"Never exit: nothing is certified; {measured}. Asked for: {self._level}."
 
     def _choice(self, chosen: Point) -> list[str]:
-        place = f"setting {self.curve.index(chosen) + 1} of {len(self.curve)}"
+        place = f"setting {self.curve.index(chosen) + 1} of {len(self.curve)}" + (
+            " measured" if self.unmeasured else ""
+        )
         measured = (
             f"{_percent(chosen.loss)} measured, {_percent(chosen.bound)} at most by a bound on all settings at once"
         )
@@ -164,6 +171,9 @@ class Report:
         if chosen.cut_after is not None:
             better = f"the network cut short after block {chosen.cut_after}"
             lines.append(f"Cutting is the better deal: this is {better}, and needs no exits that look at tokens.")
+        if self.unmeasured:
+            count, of = len(self.unmeasured), len(self.curve) + len(self.unmeasured)
+            lines.append(f"Not measured, because one before them failed: {count} of {of} settings.")
         return lines
 
 
@@ -205,28 +215,64 @@ def certify(
         TokenExitError: If the shapes do not fit, a loss or a number is out of range, the chains do not hold every
             setting once, or there are fewer images than the test needs if all losses are 0.
     """
-    require(0 < confidence < 1, "confidence", "lie between 0 and 1", confidence)
+    asked = _Asked(risk, at_most, confidence, test, seed, _chains(settings, chains))
     costs = plain(costs)
-    chains = [range(len(settings))] if chains is None else chains
-    _require_fit(settings, losses, costs, chains)
-    delta = (1 - confidence) / len(chains)
-    images = losses.shape[0]
-    needed = images_needed(at_most=at_most, delta=delta, test=test)
-    rule = f"be of at least {needed} images, that {at_most:g} can be certified at all by this test"
-    require(images >= needed, "losses", rule, f"{images} images")
-    shuffled = _shuffled(losses, seed)
-    p = _worst(p_values(shuffled, at_most=at_most, delta=delta, test=test))
-    # A bound of each setting by itself would not hold for the one that is chosen: it is chosen by its losses.
-    bound = _worst(upper_bounds(shuffled, delta=(1 - confidence) / len(settings), test=test))
-    xp = array_namespace(shuffled)
-    mean = _worst(xp.mean(xp.astype(shuffled, xp.float64), axis=0))
-    passed = {place for chain in chains for place in chain[: fixed_sequence([p[at] for at in chain], delta=delta)]}
-    curve = tuple(
-        Point(setting, mean[at], bound[at], p[at], costs[at], at in passed) for at, setting in enumerate(settings)
-    )
-    worth = [point for point in curve if point.certified and point.cost < 1]
-    chosen = min(worth, key=lambda point: point.cost, default=None)
-    return Report(risk, at_most, confidence, images, test, seed, curve, chosen)
+    _require_fit(settings, losses, costs)
+    rule = f"be of at least {asked.images} images, that {at_most:g} can be certified at all by this test"
+    require(losses.shape[0] >= asked.images, "losses", rule, f"{losses.shape[0]} images")
+    return _judged(settings, range(len(settings)), losses, costs, asked)
+
+
+def certify_in_turn(
+    settings: Sequence[Schedule],
+    measure: Callable[[Schedule], tuple[Float[Array, "images *classes"], float]],
+    /,
+    *,
+    images: int,
+    at_most: float,
+    confidence: float = 0.95,
+    risk: str = "disagreement",
+    test: Test = "betting",
+    chains: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+) -> Report:
+    """What `certify` says, with each setting measured only when its turn comes: what lies behind a failure is not run.
+
+    Nothing is lost and nothing is gained by it. The order is fixed, so what is behind a failure cannot be certified
+    whatever its losses are; and the bounds are made for all settings, those that were not run included.
+
+    Args:
+        settings: As for `certify`.
+        measure: Runs a setting on all images: its losses, with classes on a second axis, and what it costs on average.
+        images: How many images there are: if too few, that is said before anything is measured.
+        at_most: The mean loss that is not to be exceeded.
+        confidence: With which confidence it is not.
+        risk: What the loss is, for the report.
+        test: Which test (`tokenexit.bounds`).
+        chains: As for `certify`; each is measured up to its first failure.
+        seed: Of the order in which the test takes the images.
+
+    Returns:
+        The report; `unmeasured` are the settings that were not run.
+
+    Raises:
+        TokenExitError: As for `certify`, or if losses are of another number of images.
+    """
+    asked = _Asked(risk, at_most, confidence, test, seed, _chains(settings, chains))
+    rule = f"be at least {asked.images}, that {at_most:g} can be certified at all by this test"
+    require(images >= asked.images, "images", rule, images)
+    measured: dict[int, tuple[Array, float]] = {}
+    for chain in asked.chains:
+        for place in chain:
+            losses, _ = measured[place] = measure(settings[place])
+            require(losses.shape[0] == images, "losses", f"be of {images} images", losses)
+            if not asked.passes(losses):
+                break
+    places = sorted(measured)
+    table = array_namespace(measured[places[0]][0]).stack([measured[place][0] for place in places], axis=1)
+    costs = plain([measured[place][1] for place in places])
+    _require_fit([settings[place] for place in places], table, costs)
+    return _judged(settings, places, table, costs, asked)
 
 
 def fixed_sequence(p_values: Sequence[float] | Float[Array, "hypotheses"], /, *, delta: float = 0.05) -> int:
@@ -279,19 +325,81 @@ def conformal(losses: Float[Array, "images settings"], /, *, at_most: float) -> 
     return fixed_sequence(risk, delta=at_most)
 
 
-def _require_fit(
-    settings: Sequence[Schedule], losses: Array, costs: list[float], chains: Sequence[Sequence[int]]
-) -> None:
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be certified, and how."""
+
+    risk: str
+    at_most: float
+    confidence: float
+    test: Test
+    seed: int
+    chains: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        require(0 < self.confidence < 1, "confidence", "lie between 0 and 1", self.confidence)
+
+    @property
+    def delta(self) -> float:
+        """The share of each chain in the probability of being wrong."""
+        return (1 - self.confidence) / len(self.chains)
+
+    @property
+    def images(self) -> int:
+        """How many are needed at the least."""
+        return images_needed(at_most=self.at_most, delta=self.delta, test=self.test)
+
+    def p_values(self, losses: Array, /) -> list[float]:
+        """Of each setting."""
+        shuffled = _shuffled(losses, self.seed)
+        return _worst(p_values(shuffled, at_most=self.at_most, delta=self.delta, test=self.test))
+
+    def passes(self, losses: Array, /) -> bool:
+        """Whether a setting by itself is certified, if all before it are."""
+        column = array_namespace(losses).expand_dims(losses, axis=1)
+        return fixed_sequence(self.p_values(column), delta=self.delta) == 1
+
+
+def _judged(
+    settings: Sequence[Schedule], places: Sequence[int], losses: Array, costs: list[float], asked: _Asked
+) -> Report:
+    """The report on all settings, of which those at some places were measured."""
+    p = dict(zip(places, asked.p_values(losses), strict=True))
+    known = [[place for place in chain if place in p] for chain in asked.chains]
+    passed = {at for row in known for at in row[: fixed_sequence([p[at] for at in row], delta=asked.delta)]}
+    shuffled = _shuffled(losses, asked.seed)
+    # A bound of each setting by itself would not hold for the one that is chosen: it is chosen by its losses.
+    bound = _worst(upper_bounds(shuffled, delta=(1 - asked.confidence) / len(settings), test=asked.test))
+    xp = array_namespace(shuffled)
+    mean = _worst(xp.mean(xp.astype(shuffled, xp.float64), axis=0))
+    rows = zip(places, mean, bound, costs, strict=True)
+    curve = tuple(Point(settings[at], loss, most, p[at], cost, at in passed) for at, loss, most, cost in rows)
+    worth = [point for point in curve if point.certified and point.cost < 1]
+    return Report(
+        asked.risk, asked.at_most, asked.confidence, losses.shape[0], asked.test, asked.seed, curve,
+        chosen=min(worth, key=lambda point: point.cost, default=None),
+        unmeasured=tuple(setting for at, setting in enumerate(settings) if at not in p),
+    )  # fmt: skip
+
+
+def _chains(settings: Sequence[Schedule], chains: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
+    """The places of the settings, chain by chain, after a check that they are settings."""
     count = len(settings)
     require(count > 0, "settings", "be at least one", count)
     strange = [one for one in settings if not isinstance(one, Schedule)]
     require(not strange, "settings", "be schedules", repr(strange[:1]))
+    found = tuple(map(tuple, [range(count)] if chains is None else chains))
+    once = sorted(place for chain in found for place in chain) == list(range(count))
+    require(once, "chains", f"hold every place from 0 to {count - 1} once", [list(chain) for chain in found])
+    return found
+
+
+def _require_fit(settings: Sequence[Schedule], losses: Array, costs: list[float]) -> None:
+    count = len(settings)
     fits = losses.ndim in (2, 3) and losses.shape[1] == count and (losses.ndim == 2 or losses.shape[2] > 0)
     require(fits, "losses", f"have shape (images, {count}), or (images, {count}, classes), for the settings", losses)
     require(len(costs) == count, "costs", f"be one for each of the {count} settings", len(costs))
     require(all(0 <= cost < float("inf") for cost in costs), "costs", "be numbers from 0 up", costs)
-    once = sorted(place for chain in chains for place in chain) == list(range(count))
-    require(once, "chains", f"hold every place from 0 to {count - 1} once", [list(chain) for chain in chains])
 
 
 def _shuffled(losses: Array, seed: int) -> Array:

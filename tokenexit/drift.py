@@ -2,7 +2,7 @@
 
     before = sample(out.logits, out.exit_depth, after=(3, 6, 8))       # at calibration, kept beside the certificate
     found = compare(before, sample(...), false_alarms=0.01)            # in use
-    if found.drifted: print(found)
+    found.warn()                                                       # or look at found.drifted
 
 Tokens of an image depend on each other, so the image is the unit here as well: each gives one number for each
 statistic, the mean confidence of its outcome and the share of its patches that left at each exit. Two samples of
@@ -11,6 +11,7 @@ over the statistics. A drift that leaves these numbers as they are is not seen.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -147,6 +148,15 @@ class Drift:
     def drifted(self) -> bool:
         """Whether any does."""
         return len(self.alarms) > 0
+
+    def warn(self) -> None:
+        """Warn if any does, in the words of `str`.
+
+        Warns:
+            UserWarning: If the images have drifted.
+        """
+        if self.drifted:
+            warnings.warn(str(self), UserWarning, stacklevel=2)
 
     def __str__(self) -> str:
         """What differs, and what that means."""

@@ -9,6 +9,8 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
+from tokenexit_torch.calibrating import Calibrated, calibrate, default_settings
+from tokenexit_torch.certifying import fingerprints, load_certificate, save_certificate
 from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
 from tokenexit_torch.fitting import FitReport, HeldOut, fit_exits
@@ -37,6 +39,7 @@ from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semant
 
 __all__ = [
     "AttentionToMask",
+    "Calibrated",
     "CrossBlock",
     "DecodedOutput",
     "DecodingHost",
@@ -82,12 +85,16 @@ __all__ = [
     "WindowedOutput",
     "Windows",
     "attending_per_image",
+    "calibrate",
+    "default_settings",
     "distillation",
     "export_onnx",
     "export_program",
+    "fingerprints",
     "fit_exits",
     "gate_thresholds",
     "load",
+    "load_certificate",
     "load_decoder",
     "load_gates",
     "load_semantic",
@@ -95,6 +102,7 @@ __all__ = [
     "needed_capacity",
     "pixel_cross_entropy",
     "save",
+    "save_certificate",
     "save_gates",
     "save_semantic",
     "sliding",

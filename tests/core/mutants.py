@@ -328,8 +328,15 @@ MUTANTS = (
     Mutant(
         "the bound of the chosen setting by itself",
         "calibration.py",
-        "delta=(1 - confidence) / len(settings), test=test",
-        "delta=1 - confidence, test=test",
+        "delta=(1 - asked.confidence) / len(settings), test=asked.test",
+        "delta=1 - asked.confidence, test=asked.test",
+        ("test_calibration",),
+    ),
+    Mutant(
+        "bounds for those settings alone that were run",
+        "calibration.py",
+        "delta=(1 - asked.confidence) / len(settings), test=asked.test",
+        "delta=(1 - asked.confidence) / len(places), test=asked.test",
         ("test_calibration",),
     ),
     Mutant(
@@ -342,8 +349,8 @@ MUTANTS = (
     Mutant(
         "chains do not share the confidence",
         "calibration.py",
-        "delta = (1 - confidence) / len(chains)",
-        "delta = 1 - confidence",
+        "return (1 - self.confidence) / len(self.chains)",
+        "return 1 - self.confidence",
         ("test_calibration",),
     ),
     Mutant(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, calibration, ladders, schedule
 from tokenexit.bounds import p_values, upper_bounds
-from tokenexit.calibration import certify, conformal, fixed_sequence
+from tokenexit.calibration import certify, certify_in_turn, conformal, fixed_sequence
 from tokenexit.certificate import ASSUMPTIONS, Fingerprints
 
 LADDER = (
@@ -140,6 +140,53 @@ def test_the_report_says_what_holds_and_what_it_rests_on():
     assert {"loss", "bound", "p_value", "cost", "certified"} < set(data["curve"][0])
 
 
+def in_turn(losses, costs=COSTS, **options):
+    """The report, and which settings were measured for it."""
+    ran = []
+
+    def measure(setting):
+        ran.append(LADDER.index(setting))
+        return losses[:, ran[-1]], costs[ran[-1]]
+
+    return certify_in_turn(LADDER, measure, images=400, at_most=0.02, **options), ran
+
+
+@given(
+    means=st.lists(st.sampled_from([0.0, 0.002, 0.01, 0.05, 0.3]), min_size=7, max_size=7),
+    chains=st.sampled_from([None, CHAINS, ((6, 2, 0), (1, 3), (5, 4)), ((3, 2, 1, 0, 4, 5, 6), ())]),
+    classes=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_measuring_in_turn_says_what_the_whole_table_says(means, chains, classes, seed):
+    losses = drawn(means, seed=seed)
+    losses = np.stack([losses, losses[::-1] / 2], axis=2) if classes else losses
+    report, ran = in_turn(losses, chains=chains, confidence=0.9, seed=seed)
+    whole = certify(LADDER, losses, COSTS, at_most=0.02, chains=chains, confidence=0.9, seed=seed)
+    wanted = set()
+    for chain in [range(7)] if chains is None else chains:
+        for place in chain:
+            wanted.add(place)
+            if not whole.curve[place].certified:
+                break
+    assert len(ran) == len(wanted)
+    assert set(ran) == wanted
+    assert report.schedule == whole.schedule
+    for point, place in zip(report.curve, sorted(wanted), strict=True):
+        assert (point.schedule, point.certified) == (LADDER[place], whole.curve[place].certified)
+        for name in ("loss", "bound", "p_value", "cost"):  # sums of one column and of all round apart
+            assert getattr(point, name) == pytest.approx(getattr(whole.curve[place], name), rel=1e-9)
+    assert report.unmeasured == tuple(LADDER[place] for place in range(7) if place not in wanted)
+
+
+def test_the_report_says_what_was_not_run():
+    report, _ = in_turn(drawn(means=(0.0, 0.001, 0.3, 0.0, 0.0, 0.4, 0.0)), chains=CHAINS)
+    assert "Chosen: setting 2 of 4 measured, which saves" in str(report)
+    assert "Not measured, because one before them failed: 3 of 7 settings." in str(report)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert [schedule.Schedule.from_dict(one) for one in data["unmeasured"]] == [LADDER[3], LADDER[4], LADDER[6]]
+    assert "Not measured" not in str(in_turn(drawn(means=[0.0] * 7))[0])
+
+
 def test_the_certificate_is_of_what_was_chosen():
     report = certify(LADDER, drawn(), COSTS, at_most=0.02, confidence=0.9, risk="error", seed=3)
     found = report.certificate(PRINTS)
@@ -206,6 +253,11 @@ OK = np.zeros((400, 7))
         (lambda: certify(LADDER, OK, COSTS, at_most=0.02, test="luck"), "`test` must be"),
         (lambda: certify(LADDER, OK, COSTS, at_most=0.02, chains=((0, 1), (1, 2))), "`chains` must hold every place from 0 to 6 once, got [[0, 1], [1, 2]]"),
         (lambda: certify(LADDER, OK, COSTS, at_most=0.02, chains=()), "`chains` must hold every place from 0 to 6 once, got []"),
+        (lambda: certify_in_turn((), lambda one: 1 / 0, images=400, at_most=0.02), "`settings` must be at least one, got 0"),
+        (lambda: certify_in_turn(LADDER, lambda one: 1 / 0, images=153, at_most=0.02), "`images` must be at least 154, that 0.02 can be certified at all by this test, got 153"),
+        (lambda: certify_in_turn(LADDER, lambda one: (OK[:9, 0], 1), images=400, at_most=0.02), "`losses` must be of 400 images, got an array of shape (9,)"),
+        (lambda: certify_in_turn(LADDER, lambda one: (OK[:, 0], -1), images=400, at_most=0.02), "`costs` must be numbers from 0 up, got"),
+        (lambda: certify_in_turn(LADDER, lambda one: 1 / 0, images=400, at_most=0.02, chains=((0, 0),)), "`chains` must hold every place from 0 to 6 once"),
         (lambda: conformal(OK[:0], at_most=0.1), "`losses` must have shape (images, settings), with at least one image"),
         (lambda: conformal(OK[:, 0], at_most=0.1), "`losses` must have shape (images, settings), with at least one image"),
         (lambda: conformal(OK + 2, at_most=0.1), "`losses` must be numbers in [0, 1]"),

@@ -69,7 +69,10 @@ def test_a_drift_is_seen_and_said():
     assert [one.statistic for one in found.alarms] == ["confidence"]
     assert str(found).startswith("The images have drifted; the certificate does not hold for them (60 images before,")
     assert "- confidence: mean 0.8" in str(found)
+    with pytest.warns(UserWarning, match="The images have drifted"):
+        found.warn()
     same = compare(Sample(before), Sample(before))
+    same.warn()
     assert not same.drifted
     assert same.images == (60, 60)
     assert [one.p_value for one in same.compared] == [1.0, 1.0]

@@ -65,6 +65,7 @@ ladder = ladders.by_threshold(schedule.neighbours(), thresholds=(0.9, 0.8))
 ladders.per_class(labels[0], logits[:3, 0], labels[0] > 0, classes=2, level=0.5, thresholds=(0.5,), least=1)
 for test in ("betting", "hoeffding-bentkus"):
     report = calibration.certify(ladder, np.zeros((200, 2)), (0.9, 0.8), at_most=0.05, test=test)
+calibration.certify_in_turn(ladder, lambda one: (np.zeros(200), 0.9), images=200, at_most=0.05)
 calibration.conformal(np.zeros((200, 2)), at_most=0.05)
 prints = certificate.Fingerprints({"a": "0" * 64}, "float32", (8, 8), "none")
 paper = certificate.from_json(certificate.to_json(report.certificate(prints)))

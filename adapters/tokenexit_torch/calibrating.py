@@ -1,0 +1,375 @@
+"""The fastest setting that is certified for a model with exits, from images alone.
+
+    found = calibrate(model, images, at_most=0.02, preprocessing="RGB, 0 to 1, ImageNet mean and std")
+    print(found)                                      # the choice, what is certified, and what it rests on
+    model.retune(found.report.schedule)
+
+Every setting is run as it will be in use. A replay of one dense pass would be faster, but does not know that tokens
+that stay no longer see those that have left, which is the loss that has to be bounded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Integer
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenexit import TokenExitError, drift, ladders, risks
+from tokenexit._plain import is_whole
+from tokenexit.bounds import Test
+from tokenexit.calibration import Report, certify_in_turn
+from tokenexit.certificate import Certificate
+from tokenexit.drift import Sample
+from tokenexit.errors import require
+from tokenexit.schedule import Schedule, dense, truncated
+from tokenexit_torch._curve import draw
+from tokenexit_torch._modules import evaluating
+from tokenexit_torch.certifying import fingerprints, hashed
+from tokenexit_torch.outputs import Output
+from tokenexit_torch.running import ExitingModel
+
+__all__ = ["Calibrated", "calibrate", "default_settings"]
+
+Progress = Callable[[Iterable], Iterable]
+Risk = Literal["disagreement", "error increase"]
+Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
+Keep = Callable[[Tensor, slice], Tensor]
+
+_SCHEMA = 1
+_IDENTITY = "calibration.json"
+_THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+_STATISTIC = "statistic "
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration gives. `str` is the report in words.
+
+    Attributes:
+        report: The choice, the curve of all settings that were run, and the assumptions.
+        certificate: What was certified, for this model; None for "never exit", which needs none.
+        before: How the chosen setting behaves on the calibration images, for `tokenexit.drift.compare`.
+    """
+
+    report: Report
+    certificate: Certificate | None
+    before: Sample
+
+    def plot(self, file: str | Path, /) -> None:
+        """Draw the curve: loss and upper bound of every setting that was run, by its cost. It needs `matplotlib`.
+
+        Args:
+            file: Where to; its ending tells the format, as .png or .svg.
+        """
+        draw(self.report, file)
+
+    def __str__(self) -> str:
+        """The report in words."""
+        return str(self.report)
+
+
+def calibrate(
+    model: ExitingModel,
+    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "batch channels height width"]],
+    /,
+    *,
+    at_most: float,
+    preprocessing: str,
+    confidence: float = 0.95,
+    risk: Risk = "disagreement",
+    labels: Integer[Tensor, "images rows columns"] | None = None,
+    ignore: int | None = None,
+    settings: Sequence[Schedule] | None = None,
+    chains: Sequence[Sequence[int]] | None = None,
+    test: Test = "betting",
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    progress: Progress = tqdm,
+) -> Calibrated:
+    """Choose the fastest setting whose loss, on average over images, is certified to be small enough.
+
+    Settings are run one after the other on all images, each chain up to the first that fails. What lies behind it
+    could not be certified whatever its losses are, and is not run. The model is left as it is: `retune` it to the
+    choice, `report.schedule`, which is `schedule.dense()` if nothing is certified.
+
+    Args:
+        model: The wrapped model, its exit heads trained or fitted. It is run in evaluation mode, and under
+            `torch.autocast` if that is active.
+        images: Images of one size that are independent draws from what the model will see, and that nothing was
+            trained, fitted or searched on: a tensor, or batches that can be gone through again and again, in the same
+            order.
+        at_most: The mean loss that is not to be exceeded, as 0.02.
+        preprocessing: What is done to images before the model sees them, in your own words, for the certificate.
+        confidence: With which confidence it is not.
+        risk: The loss of an image. `disagreement`: share of its pixels whose class is another one than in the dense
+            run, for which no labels are needed. `error increase`: share of its pixels that are wrong with exits, less
+            that in the dense run, and 0 where it is not positive.
+        labels: Class of every pixel, for `error increase`.
+        ignore: Label of pixels that do not count.
+        settings: What to choose from, each chain from the most careful to the boldest, in an order that was fixed
+            before these images were seen; `default_settings(model)` if left out.
+        chains: Settings that are tested one after another, by their places, if they are not all one ladder;
+            `1 - confidence` is shared among the chains.
+        test: Which test (`tokenexit.bounds`).
+        size: Height and width of the label maps that are compared: class scores are upsampled to it, as by
+            `Output.upsample`, before the best class is taken. That of the images if left out, and that of `labels` in
+            any case; the patch grid for what is used patch by patch, which is faster.
+        seed: Of the order in which the test takes the images.
+        resume: Folder for what has been measured. A calibration that was interrupted goes on from it, to the same
+            report.
+        progress: Wraps each pass over the images, the first of which only looks at them; `tqdm` shows a bar, `iter`
+            shows nothing.
+
+    Returns:
+        The report, the certificate, and a sample for drift.
+
+    Raises:
+        TokenExitError: If the model is not wrapped by `wrap`; there are fewer images than the test needs, were all
+            losses 0, which is found before the model is run; they differ in size or from one pass to the next; labels
+            are missing or not wanted; a setting lets images of a batch trade with each other, or does not fit the
+            model; the folder is of another calibration; class scores are NaN; or a number is out of range.
+    """
+    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    _require_labels(risk, labels, ignore)
+    plans, places = _planned(model, settings, chains)
+    seen = _look(images.split(8) if isinstance(images, Tensor) else images, progress)
+    shown = _size(size, labels, seen)
+    prints = fingerprints(model, resolution=seen.resolution, preprocessing=preprocessing)
+    options: dict[str, Any] = {
+        "at_most": at_most, "confidence": confidence, "risk": f"{risk} at {shown[0]} x {shown[1]} pixels",
+        "test": test, "chains": places, "seed": seed,
+    }  # fmt: skip
+    identity = options | {
+        "settings": [plan.to_dict() for plan in plans], "images": seen.identity, "fingerprints": asdict(prints),
+        "labels": None if labels is None else hashed(labels), "ignore": ignore,
+    }  # fmt: skip
+    runs = _Runs(
+        model, seen, plans, shown, labels, ignore, None if resume is None else Path(resume), identity, progress
+    )
+    report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
+    before = runs.reference if report.chosen is None else runs.setting(report.schedule)
+    return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
+
+
+def default_settings(model: ExitingModel, /) -> Chains:
+    """What `calibrate` chooses from, unless it is told.
+
+    Args:
+        model: The wrapped model.
+
+    Returns:
+        Settings, and two chains of their places: the model's own plan at confidences from 0.999 down to 0.5, and the
+        network cut short after each of its exit heads, the last first. What is cut short is what exits have to beat.
+
+    Raises:
+        TokenExitError: If the model's plan has no thresholds of confidence.
+    """
+    compared = set[str]().union(*(exit.policy.compared_scores for exit in model.schedule.exits))
+    rule = "be given for a plan without thresholds of confidence, of which alone there is a default ladder"
+    require(compared == {"confidence"}, "settings", rule, sorted(compared) or "a plan with none")
+    ladder = ladders.by_threshold(model.schedule, thresholds=_THRESHOLDS)
+    cut = tuple(truncated(after=after) for after in sorted(map(int, model.exit_heads), reverse=True))
+    return (*ladder, *cut), (tuple(range(len(ladder))), tuple(range(len(ladder), len(ladder) + len(cut))))
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images that were looked at once, to be gone through again.
+
+    Attributes:
+        batches: The batches.
+        digests: SHA-256 of each image.
+        resolution: Their height and width.
+    """
+
+    batches: Iterable[Tensor]
+    digests: tuple[str, ...]
+    resolution: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+    def again(self, progress: Progress) -> Iterator[tuple[slice, Tensor]]:
+        """The batches, and where their images are among all; refused if they are not those of the first pass."""
+        start = 0
+        for batch in progress(self.batches):
+            rows = slice(start, start + len(batch))
+            self._require(tuple(map(hashed, batch)) == self.digests[rows])
+            yield rows, batch
+            start += len(batch)
+        self._require(start == len(self))
+
+    def _require(self, same: bool) -> None:
+        rule = "be the same in every pass: neither shuffled, nor drawn anew, nor an iterator that ends"
+        require(same, "images", rule, "others than in the first pass")
+
+
+def _look(batches: Iterable[Tensor], progress: Progress) -> _Images:
+    digests: list[str] = []
+    sizes = set()
+    for batch in progress(batches):
+        require(batch.ndim == 4, "images", "be of shape (images, channels, height, width)", batch)
+        sizes.add((batch.shape[2], batch.shape[3]))
+        digests += map(hashed, batch)
+    require(len(digests) > 0, "images", "hold at least one image", "none")
+    require(len(sizes) == 1, "images", "be of one size, for which alone a certificate holds", sorted(sizes))
+    return _Images(batches, tuple(digests), sizes.pop())
+
+
+def _require_labels(risk: str, labels: Tensor | None, ignore: int | None) -> None:
+    require(risk in get_args(Risk), "risk", f"be one of {', '.join(get_args(Risk))}", repr(risk))
+    got = "None" if labels is None else f"labels of shape {tuple(labels.shape)}"
+    require((labels is not None) == (risk == "error increase"), "labels", "be given exactly for `error increase`", got)
+    require(ignore is None or labels is not None, "ignore", "be left out where there are no labels", ignore)
+
+
+def _planned(
+    model: ExitingModel, settings: Sequence[Schedule] | None, chains: Sequence[Sequence[int]] | None
+) -> Chains:
+    """The settings and their chains, after a check that the model can follow them and images stay independent."""
+    if settings is None:
+        require(chains is None, "chains", "be left out if `settings` are", chains)
+        settings, chains = default_settings(model)
+    for plan in map(model.checked, settings):
+        rule = "hold no BatchBudget, under which the images of a batch are not independent"
+        require('"BatchBudget"' not in json.dumps(plan.to_dict()), "settings", rule, repr(plan))
+    return tuple(settings), tuple(map(tuple, [range(len(settings))] if chains is None else chains))
+
+
+def _size(size: tuple[int, int] | None, labels: Tensor | None, seen: _Images) -> tuple[int, int]:
+    """In which the label maps are compared."""
+    if labels is not None:
+        fits = labels.ndim == 3 and len(labels) == len(seen)
+        require(fits, "labels", f"be of shape ({len(seen)}, height, width)", labels)
+        own = (labels.shape[1], labels.shape[2])
+        require(size in (None, own), "size", f"be that of `labels`, {own}, or left out", size)
+        return own
+    shown = seen.resolution if size is None else size
+    sides = len(shown) == 2 and all(is_whole(side, least=1) for side in shown)
+    require(sides, "size", "be a height and a width from 1 up, in pixels", repr(shown))
+    return (shown[0], shown[1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """Every setting, run on all images when it is first asked for, or read from the folder where that is kept."""
+
+    model: ExitingModel
+    images: _Images
+    plans: tuple[Schedule, ...]
+    size: tuple[int, int]
+    labels: Tensor | None
+    ignore: int | None
+    folder: Path | None
+    identity: Mapping[str, Any]
+    progress: Progress
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> dict[str, Tensor]:
+        """The label maps that all others are compared with."""
+        return self._kept("dense", dense(), lambda maps, _: maps)
+
+    def setting(self, plan: Schedule) -> dict[str, Tensor]:
+        """The losses of a setting; the dense network has run before it."""
+        reference = self.reference["found"]
+        return self._kept(
+            f"setting-{self.plans.index(plan):03d}", plan, lambda maps, rows: self._loss(maps, reference[rows], rows)
+        )
+
+    def measured(self, plan: Schedule) -> tuple[Tensor, float]:
+        """Losses and relative cost of a setting."""
+        found = self.setting(plan)
+        work, full = (one["multiply_adds"].double().mean().item() for one in (found, self.reference))
+        return found["found"], work / full
+
+    def _loss(self, maps: Tensor, reference: Tensor, rows: slice) -> Tensor:
+        if self.labels is None:
+            return risks.disagreement(maps, reference)
+        return risks.error_increase(maps, reference, self.labels[rows].cpu().long(), ignore=self.ignore)
+
+    def _kept(self, name: str, plan: Schedule, keep: Keep) -> dict[str, Tensor]:
+        if name not in self.found:
+            run = partial(self._run, plan, keep)
+            folder = None if self.folder is None else _opened(self.folder, self.identity)
+            self.found[name] = run() if folder is None else _stored(folder / f"{name}.safetensors", run)
+        return self.found[name]
+
+    @torch.no_grad()
+    def _run(self, plan: Schedule, keep: Keep) -> dict[str, Tensor]:
+        """Of every image: what is kept of its label map, its multiply-adds, and the statistics for drift."""
+        parts = []
+        after = [exit.after for exit in plan.active]
+        with evaluating(self.model):
+            for rows, batch in self.images.again(self.progress):
+                out = self.model(batch, schedule=plan)
+                require(not bool(out.logits.isnan().any()), "model", "give class scores that are numbers", "NaN")
+                told = drift.sample(out.logits.float(), out.exit_depth, after=after).statistics
+                statistics = {_STATISTIC + name: torch.tensor(row, dtype=torch.float64) for name, row in told.items()}
+                found = {"found": keep(_label_maps(out, self.size), rows)}
+                parts.append(found | {"multiply_adds": self.model.multiply_adds(out).cpu()} | statistics)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _label_maps(out: Output, size: tuple[int, int]) -> Tensor:
+    """Class of every pixel, image by image: upsampled scores of a batch may be large."""
+    maps = [out._replace(logits=one).upsample(size).argmax(dim=1) for one in out.logits.split(1)]
+    return torch.cat(maps).to(torch.int16).cpu()
+
+
+def _sample(found: Mapping[str, Tensor]) -> Sample:
+    names = sorted(name for name in found if name.startswith(_STATISTIC))  # files have them in any order
+    return Sample({name.removeprefix(_STATISTIC): tuple(found[name].tolist()) for name in names})
+
+
+def _opened(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """A folder for what is measured, new or of this very calibration."""
+    written = json.dumps({"schema": _SCHEMA, **identity}, indent=1)
+    file = folder / _IDENTITY
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, written.encode())
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenExitError(f"`resume` must hold a valid {_IDENTITY}, got {file}: {error}") from error
+    wanted = json.loads(written)
+    other = [name for name, value in wanted.items() if not isinstance(found, dict) or found.get(name) != value]
+    rule = "be a new folder, or one of the same calibration, all of which is fixed before losses are seen"
+    require(not other, "resume", rule, f"{folder} with other {', '.join(other)}")
+    return folder
+
+
+def _stored(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What a file holds; if there is none, what is made now, and written."""
+    if not file.is_file():
+        _write(file, save({name: value.contiguous() for name, value in make().items()}))
+    try:
+        return load(file.read_bytes())
+    except SafetensorError as error:
+        raise TokenExitError(f"`resume` must hold valid measurements, got {file}: {error}") from error
+
+
+def _write(file: Path, content: bytes) -> None:
+    """The whole file or none."""
+    partial_file = file.with_name(f"{file.name}.partial")
+    with partial_file.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    partial_file.replace(file)

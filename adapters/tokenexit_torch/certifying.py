@@ -1,0 +1,105 @@
+"""Certificates of PyTorch models: fingerprints, writing, and loading onto the model that was certified.
+
+The statistics are `tokenexit.calibration`, the file is `tokenexit.certificate`; `calibrate` makes both.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenexit import TokenExitError, certificate
+from tokenexit.certificate import Certificate, Fingerprints
+from tokenexit.errors import require
+from tokenexit_torch.exits import WithExits
+
+__all__ = ["fingerprints", "load_certificate", "save_certificate"]
+
+_FILE = "certificate.json"
+
+
+def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocessing: str) -> Fingerprints:
+    """What must be the same in use as at the calibration.
+
+    Under `torch.autocast`, its dtype is part of the dtype: take fingerprints under the autocast that the model runs in.
+
+    Args:
+        model: The model, with its exits: backbone, exit heads and final head.
+        resolution: Height and width of the images, in pixels.
+        preprocessing: What is done to images before the model sees them, in your own words; compared letter by letter.
+
+    Returns:
+        A SHA-256 for each tensor of the state dict, and the rest.
+
+    Raises:
+        TokenExitError: If the model has no tensors, or an argument is not what it should be.
+    """
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    weights = {name: hashed(value) for name, value in tensors.items()}
+    return Fingerprints(weights, _dtype(tensors), resolution, preprocessing)
+
+
+def save_certificate(certified: Certificate, folder: str | Path, /) -> None:
+    """Write a certificate: `certificate.json`.
+
+    Args:
+        certified: The certificate.
+        folder: Where to, as beside the exits that `save` wrote; made if it is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FILE).write_text(certificate.to_json(certified), encoding="utf-8")
+
+
+def load_certificate(
+    folder: str | Path, model: WithExits, /, *, resolution: tuple[int, int], preprocessing: str
+) -> Certificate:
+    """Read a certificate, see that it is for this model, and let the model follow the plan that was certified.
+
+    Args:
+        folder: Where `save_certificate` wrote it.
+        model: The model with exits; it is retuned, and left as it was if the certificate is refused.
+        resolution: As for `fingerprints`: what the model will be used with.
+        preprocessing: As for `fingerprints`.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        TokenExitError: If the file is missing, cut off or edited, or the certificate is for other weights, another
+            dtype, resolution or preprocessing.
+    """
+    file = Path(folder) / _FILE
+    require(file.is_file(), "folder", f"hold the file {_FILE}", folder)
+    try:
+        found = certificate.from_json(file.read_text(encoding="utf-8"))
+    except (TokenExitError, UnicodeDecodeError) as error:
+        raise TokenExitError(f"`folder` must hold a valid {_FILE}, got {file}: {error}") from error
+    certificate.require_matches(found, fingerprints(model, resolution=resolution, preprocessing=preprocessing))
+    model.retune(found.schedule)
+    return found
+
+
+def hashed(tensor: Tensor, /) -> str:
+    """SHA-256 of a tensor's dtype, shape and numbers, wherever it lies. It is no part of the public API."""
+    rows = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)} ".encode())
+    digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _dtype(tensors: dict[str, Tensor]) -> str:
+    """Of the weights, and of autocast where it is active, as `float32, autocast to bfloat16`."""
+    floating = [value for value in tensors.values() if value.is_floating_point()]
+    kinds = sorted({_name(value.dtype) for value in floating})
+    cast = [
+        f"autocast to {_name(torch.get_autocast_dtype(device))}"
+        for device in sorted({value.device.type for value in floating})
+        if torch.is_autocast_enabled(device)
+    ]
+    return ", ".join([*kinds, *cast])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

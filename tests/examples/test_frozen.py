@@ -1,0 +1,164 @@
+"""A frozen network, from pictures to a certificate, in one command."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenexit_torch as tet
+from examples import demo, frozen, runs, shell
+from examples.about import About
+from examples.scenes.draw import draw
+from examples.scenes.vit import Config
+from tests.torch import models
+from tokenexit import drift, schedule
+from tokenexit.calibration import Report
+
+SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
+needs_data = pytest.mark.skipif(
+    not (CAMVID.is_dir() and READY.is_file()),
+    reason=f"no CamVid and weights in {SHARED}; TOKENEXIT_DATA names the folder",
+)
+SIZE = (32, 48)
+
+
+@pytest.fixture
+def network(tmp_path):
+    """A run folder with a tiny network, whose weights are random."""
+    torch.manual_seed(0)
+    host = models.plain_host()
+    model = tet.wrap(host, schedule.dense(after=(2,)), num_classes=3)
+    config = vars(Config(width=32, depth=6, heads=2, patch=8))
+    palette = ((0, 0, 0), (1, 1, 1), (2, 2, 2))
+    about = About("plain", config, ("a", "b", "c"), palette, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), SIZE)
+    runs.save(tmp_path / "network", model, about)
+    return tmp_path / "network"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Fifty drawn pictures, and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for place in range(50):
+        picture = Image.fromarray(draw(np.random.default_rng(place), size=(40, 50)).image)
+        picture.save(folder / f"{place:02d}{'.jpg' if place % 2 else '.PNG'}")
+    (folder / "notes.txt").write_text("nothing to see")
+    return folder
+
+
+def call(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["frozen", *map(str, options)])
+    frozen.main()
+
+
+def of_folder(network, pictures, out, *options):
+    return ["--model", network, "--images", pictures, "--out", out, "--alpha", 0.4, "--steps", 30, *options]
+
+
+def test_from_pictures_to_a_certificate(network, pictures, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    call(monkeypatch, *of_folder(network, pictures, out))
+    printed = capsys.readouterr().out
+    assert "Exit heads agree with the final head, on 17 images: after block 2" in printed
+    assert "Chosen: setting" in printed
+    assert "This holds if:" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["images"] == 33
+    assert report["risk"] == "disagreement at 32 x 48 pixels"
+    assert (report["at_most"], report["confidence"]) == (0.4, 0.95)
+    assert set(report["agreement_of_exit_heads"]) == {"2", "3", "4"}
+    before = drift.Sample.from_dict(json.loads((out / "drift.json").read_text()))
+    assert before.images == 33
+    with Image.open(out / "curve.png") as picture:
+        assert picture.width > 500
+    model, about = runs.load(network)
+    again = tet.load(out / "exits", model.host, head=model.head)
+    words = json.loads((out / "certificate.json").read_text())["fingerprints"]["preprocessing"]
+    assert words.startswith("RGB, scaled to cover 32 x 48 and cropped in the middle, 0 to 1, mean (0.5, 0.5, 0.5)")
+    found = tet.load_certificate(out, again, resolution=about.size, preprocessing=words)
+    assert again.schedule == found.schedule
+
+
+def test_an_interrupted_run_goes_on_to_the_same_report(network, pictures, tmp_path, monkeypatch):
+    call(monkeypatch, *of_folder(network, pictures, tmp_path / "straight"))
+    whole, turns = tet.calibrate, iter(range(10**6))
+
+    def interrupted(loop):
+        for item in loop:
+            if next(turns) == 17:  # 5 batches to look at, 5 of the dense network, 5 of the first setting
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(
+        tet, "calibrate", lambda *images, **options: whole(*images, **options | {"progress": interrupted})
+    )
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, *of_folder(network, pictures, tmp_path / "stopped"))
+    kept = sorted(file.name for file in (tmp_path / "stopped" / "measured").iterdir())
+    assert kept == ["calibration.json", "dense.safetensors", "setting-000.safetensors"]
+    assert not (tmp_path / "stopped" / "report.json").exists()
+    monkeypatch.setattr(tet, "calibrate", whole)
+    monkeypatch.setattr(tet, "fit_exits", lambda *_, **__: pytest.fail("the heads are fitted already"))
+    call(monkeypatch, *of_folder(network, pictures, tmp_path / "stopped"))
+    for name in ("report.json", "certificate.json", "drift.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_never_exit_leaves_no_certificate(network, pictures, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def never(*positional, **options):
+        found = whole(*positional, **options)
+        report = Report(**(vars(found.report) | {"chosen": None}))
+        return tet.Calibrated(report, None, found.before)
+
+    whole = tet.calibrate
+    monkeypatch.setattr(tet, "calibrate", never)
+    call(monkeypatch, *of_folder(network, pictures, out))
+    assert "Never exit" in capsys.readouterr().out
+    assert not (out / "certificate.json").exists()
+
+
+def test_exits_of_other_pictures_are_refused(network, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    call(monkeypatch, *of_folder(network, pictures, out))
+    for change in (("--seed", 1), ("--after", 2, 4), ("--fit-images", 9)):
+        with pytest.raises(shell.UsageError, match="`--out` must be new or of the same exits"):
+            call(monkeypatch, *of_folder(network, pictures, out, *change))
+    (out / "fit.json").write_text("{")
+    with pytest.raises(shell.UsageError, match="`--out` must be new or a folder of this script"):
+        call(monkeypatch, *of_folder(network, pictures, out))
+
+
+def test_bad_options_are_named(network, pictures, tmp_path, monkeypatch):
+    def refused(words, *options):
+        with pytest.raises(shell.UsageError, match=words):
+            call(monkeypatch, "--out", tmp_path / "out", "--model", network, *options)
+
+    (tmp_path / "empty").mkdir()
+    refused("`--images` must be a folder of pictures", "--images", tmp_path / "empty")
+    refused("`--images` must leave at least 189 images to calibrate on, .* got 33", "--images", pictures)
+    refused("`--fit-images` must be at least 1, got 0", "--images", pictures, "--fit-images", 0)
+    refused(r"`--data` must come with a network for \(352, 480\) pixels", "--data", tmp_path)
+    (pictures / "00.PNG").write_bytes(b"no picture")
+    refused("`--images` must hold pictures, got .*00.PNG", "--images", pictures, "--alpha", 0.4)
+
+
+@needs_data
+@pytest.mark.skipif(not demo.SHIPPED.is_dir(), reason="the shipped model is not there")
+def test_a_network_on_camvid(tmp_path, monkeypatch, capsys):
+    options = ["--init", READY, "--data", CAMVID, "--fit-images", 4, "--steps", 30, "--sequence", "Seq05VD"]
+    call(monkeypatch, *options, "--every", 17, "--alpha", 0.6, "--confidence", 0.9, "--out", tmp_path)
+    assert "on 4 images: after block 4" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["images"] == 11
+    assert report["risk"] == "disagreement at 352 x 480 pixels"
+    with pytest.raises(shell.UsageError, match="`--split` must be val or test, with a --sequence of"):
+        call(monkeypatch, *options[:4], "--sequence", "nowhere", "--out", tmp_path)

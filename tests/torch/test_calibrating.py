@@ -1,0 +1,432 @@
+"""Calibration of a model with exits: every setting run for real, lazily, resumably, to a certificate."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+import tokenexit_torch as tet
+from tests.torch import models
+from tokenexit import TokenExitError, certificate, drift, ladders, policies, schedule
+from tokenexit.calibration import certify
+from tokenexit.schedule import Exit, Schedule
+
+PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
+SETTINGS = (
+    *ladders.by_threshold(PLAN, thresholds=(0.999, 0.6, 0.0)),
+    schedule.truncated(after=4),
+    schedule.truncated(after=2),
+)
+CHAINS = (range(3), (3, 4))
+IMAGES = models.images(24, seed=3)
+WORDS = "drawn numbers, as they are"
+
+
+def easy(plan=PLAN):
+    """A model whose exits say what the final head says, more or less: the more blocks have run, the more."""
+    model = models.wrapped(models.timm_vit(), plan)
+    with torch.no_grad():
+        for block in model.model.blocks:  # a network that changes its tokens less
+            for one in (block.attn.proj, block.mlp.fc2):
+                one.weight.mul_(0.5)
+        for head in model.exit_heads.values():
+            head.load_state_dict(model.head.state_dict())
+    return model
+
+
+def calibrated(model=None, images=None, **options):
+    images = IMAGES if images is None else images
+    given = {"at_most": 0.3, "preprocessing": WORDS, "settings": SETTINGS, "chains": CHAINS, "progress": iter}
+    return tet.calibrate(easy() if model is None else model, images, **given | options)
+
+
+@torch.no_grad()
+def table(model, images, settings, truth=None, size=(32, 48)):
+    """Losses (images, settings) and costs, by the book: one image at a time, one setting at a time."""
+
+    def run(plan, image):
+        out = model(image[None], schedule=plan)
+        full = functional.interpolate(out.logits, size, mode="bilinear", align_corners=False)
+        return full.argmax(1)[0].numpy(), model.multiply_adds(out).item()
+
+    losses, costs = np.zeros((len(images), len(settings))), np.zeros(len(settings))
+    for row, image in enumerate(images):
+        dense, full = run(schedule.dense(), image)
+        for column, plan in enumerate(settings):
+            found, work = run(plan, image)
+            costs[column] += work / full / len(images)
+            if truth is None:
+                losses[row, column] = (found != dense).mean()
+            else:
+                right = truth[row].numpy()
+                valid = right != 9
+                more = (found != right)[valid].mean() - (dense != right)[valid].mean()
+                losses[row, column] = max(0.0, more)
+    return losses, costs
+
+
+def as_expected(found, expected):
+    """Whether a lazy report is the full one, up to float32 and what was not measured."""
+    measured = {point.schedule: point for point in expected.curve if point.schedule not in found.unmeasured}
+    assert [point.schedule for point in found.curve] == list(measured)
+    for point in found.curve:
+        one = measured[point.schedule]
+        assert point.certified == one.certified
+        for name in ("loss", "bound", "p_value", "cost"):
+            assert getattr(point, name) == pytest.approx(getattr(one, name), rel=1e-4, abs=1e-6)
+    assert not any(point.certified for point in expected.curve if point.schedule in found.unmeasured)
+    assert found.schedule == expected.schedule
+
+
+def test_the_report_is_that_of_the_whole_table():
+    model = easy()
+    found = calibrated(model)
+    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS), at_most=0.3, chains=CHAINS)
+    as_expected(found.report, expected)
+    assert found.report.risk == "disagreement at 32 x 48 pixels"
+    assert found.report.images == 24
+    assert found.report.chosen is not None
+    assert found.report.unmeasured
+    assert str(found) == str(found.report)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (16, 17)])
+def test_label_maps_may_be_of_another_size(size):
+    model = easy()
+    found = calibrated(model, size=size)
+    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, size=size), at_most=0.3, chains=CHAINS)
+    as_expected(found.report, expected)
+    assert found.report.risk == f"disagreement at {size[0]} x {size[1]} pixels"
+
+
+def test_with_labels_it_is_the_increase_of_the_error():
+    model = easy()
+    truth = torch.randint(0, 10, (24, 20, 30), generator=torch.Generator().manual_seed(0))
+    truth[truth > models.CLASSES] = 9
+    found = calibrated(model, risk="error increase", labels=truth.byte(), ignore=9)
+    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, truth, (20, 30)), at_most=0.3, chains=CHAINS)
+    as_expected(found.report, expected)
+    assert found.report.risk == "error increase at 20 x 30 pixels"
+
+
+class Counting(tuple):
+    """Batches that count how often they are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_what_lies_behind_a_failure_is_not_run():
+    images = Counting(IMAGES.split(8))
+    report = calibrated(images=images).report
+    assert images.passes == 2 + len(report.curve)  # a look, the dense network, and each setting once
+    assert len(report.curve) + len(report.unmeasured) == len(SETTINGS)
+
+
+def test_batches_give_what_one_tensor_gives():
+    one, other = calibrated().report, calibrated(images=list(IMAGES.split(3))).report
+    as_expected(one, other)
+
+
+def test_the_settings_that_are_there_by_default():
+    settings, chains = tet.default_settings(easy())
+    assert [len(chain) for chain in chains] == [14, 3]
+    assert settings[0] == PLAN.with_threshold(0.999)
+    assert settings[13] == PLAN.with_threshold(0.5)
+    assert settings[14:] == tuple(schedule.truncated(after=after) for after in (4, 3, 2))
+    found = calibrated(settings=None, chains=None)
+    assert {point.schedule for point in found.report.curve} | set(found.report.unmeasured) == set(settings)
+
+
+def test_training_mode_plan_and_gradients_stay_as_they_were():
+    model = easy()
+    model.train()
+    before = [part.training for part in model.modules()]
+    ran = []
+    model.head[0].register_forward_pre_hook(lambda part, _: ran.append(part.training))
+    eager = calibrated(model).report
+    assert ran
+    assert not any(ran)
+    assert [part.training for part in model.modules()] == before
+    assert model.schedule == PLAN
+    assert all(parameter.grad is None for parameter in model.parameters())
+    as_expected(eager, calibrated().report)
+
+
+def test_nothing_certified_means_never_exit():
+    model = easy()
+    with torch.no_grad():
+        for head in model.exit_heads.values():  # they say another class than the final head, and are sure of it
+            head[-1].bias.copy_(100 * torch.eye(models.CLASSES)[0])
+    found = calibrated(model)
+    assert found.certificate is None
+    assert found.report.schedule == schedule.dense()
+    assert str(found).startswith("Never exit: nothing is certified")
+    assert list(found.before.statistics) == ["confidence"]
+    assert found.before.images == 24
+
+
+def test_the_certificate_is_loaded_onto_the_model_and_onto_no_other(tmp_path):
+    model = easy()
+    found = calibrated(model)
+    assert found.certificate is not None
+    tet.save_certificate(found.certificate, tmp_path)
+    fresh = easy()
+    fresh.retune(schedule.dense())
+    loaded = tet.load_certificate(tmp_path, fresh, resolution=(32, 48), preprocessing=WORDS)
+    assert loaded == found.certificate
+    assert loaded.schedule == fresh.schedule == found.report.schedule
+    assert loaded.risk == "disagreement at 32 x 48 pixels"
+    for change, message in (
+        ({"resolution": (32, 64)}, r"resolution \(32, 64\) instead of \(32, 48\)"),
+        ({"preprocessing": "other"}, "preprocessing 'other' instead of 'drawn numbers, as they are'"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            tet.load_certificate(tmp_path, fresh, **{"resolution": (32, 48), "preprocessing": WORDS} | change)
+
+
+def changed(change):
+    model = easy()
+    model.retune(schedule.dense())
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m.model.blocks[3].mlp.fc1.weight[0, 0].add_(1e-3),
+            "other weights in 1 of .* tensors, 'model.blocks.3",
+        ),
+        (lambda m: m.exit_heads["2"][-1].bias[0].add_(1e-3), "other weights in 1 of .* tensors, 'exit_heads.2"),
+        (lambda m: m.head[-1].bias[0].add_(1e-3), "other weights in 1 of .* tensors, 'head"),
+        (lambda m: m.bfloat16(), "dtype 'bfloat16' instead of 'float32'"),
+        (lambda m: m.head.double(), "dtype 'float32, float64' instead of 'float32'"),
+    ],
+)
+def test_a_certificate_is_refused_for_another_model(tmp_path, change, message):
+    found = calibrated().certificate
+    assert found is not None
+    tet.save_certificate(found, tmp_path)
+    model = changed(change)
+    with pytest.raises(TokenExitError, match=message):
+        tet.load_certificate(tmp_path, model, resolution=(32, 48), preprocessing=WORDS)
+    assert model.schedule == schedule.dense()
+
+
+def test_a_certificate_that_was_edited_or_cut_off_is_refused(tmp_path):
+    model, file = easy(), tmp_path / "certificate.json"
+    with pytest.raises(TokenExitError, match="`folder` must hold the file certificate.json"):
+        tet.load_certificate(tmp_path, model, resolution=(32, 48), preprocessing=WORDS)
+    found = calibrated(model).certificate
+    assert found is not None
+    tet.save_certificate(found, tmp_path)
+    text = file.read_text()
+    for damaged, message in (
+        (text.replace('"at_most": 0.3', '"at_most": 0.02').encode(), "`checksum` must be that of the content"),
+        (text[:-40].encode(), "`text` must be the whole JSON"),
+        (b"\xff" + text.encode(), "must hold a valid certificate.json"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(TokenExitError, match=message):
+            tet.load_certificate(tmp_path, model, resolution=(32, 48), preprocessing=WORDS)
+
+
+def test_fingerprints_tell_dtypes_shapes_and_autocast_apart():
+    one = torch.arange(6, dtype=torch.int32)
+    tensors = [one, one.reshape(2, 3), one.float(), one.view(torch.float32), one + 1, one.bfloat16(), one[0], one[:0]]
+    holders = []
+    for tensor in tensors:
+        holder = torch.nn.Module()
+        holder.register_buffer("x", tensor)
+        holder.register_buffer("y", torch.ones(1))
+        holders.append(tet.fingerprints(holder, resolution=(1, 2), preprocessing=WORDS).weights["x"])
+    assert len(set(holders)) == len(tensors)
+    strided = torch.nn.Module()
+    strided.register_buffer("y", torch.ones(1))
+    strided.register_buffer("x", torch.stack([one, one], dim=1)[:, 0])
+    assert tet.fingerprints(strided, resolution=(1, 2), preprocessing=WORDS).weights["x"] == holders[0]
+    plain = tet.fingerprints(easy(), resolution=(32, 48), preprocessing=WORDS)
+    assert (plain.dtype, plain.resolution, plain.preprocessing) == ("float32", (32, 48), WORDS)
+    assert set(plain.weights) == set(easy().state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = tet.fingerprints(easy(), resolution=(32, 48), preprocessing=WORDS)
+    assert cast.dtype == "float32, autocast to bfloat16"
+    assert cast.weights == plain.weights
+    with pytest.raises(TokenExitError, match="instead of 'float32'"):
+        certificate.require_matches(
+            certificate.Certificate(PLAN, "x", 0.1, 0.9, 1, "betting", 0, 0.0, 0.0, plain), cast
+        )
+
+
+def test_calibration_under_autocast_is_for_autocast():
+    model = easy()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = calibrated(model).certificate
+    assert found is not None
+    assert found.fingerprints.dtype == "float32, autocast to bfloat16"
+
+
+def stopping(after):
+    """A progress that is interrupted at one of its steps."""
+    steps = iter(range(10**6))
+
+    def progress(loop):
+        for item in loop:
+            if next(steps) == after:
+                raise KeyboardInterrupt
+            yield item
+
+    return progress
+
+
+@pytest.mark.parametrize("after", [1, 4, 7, 16])
+def test_an_interrupted_calibration_resumes_to_the_same_report(tmp_path, after):
+    images = Counting(IMAGES.split(8))
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(images=images, resume=tmp_path / "kept", progress=stopping(after))
+    resumed = calibrated(images=images, resume=tmp_path / "kept")
+    again = calibrated(images=images, resume=tmp_path / "kept")
+    straight = calibrated(images=images)
+    assert resumed == again == straight
+    assert not list((tmp_path / "kept").glob("*.partial"))
+
+
+def test_what_is_kept_is_not_run_again(tmp_path):
+    images = Counting(IMAGES.split(8))
+    first = calibrated(images=images, resume=tmp_path)
+    assert images.passes == 2 + len(first.report.curve)
+    images.passes = 0
+    assert calibrated(images=images, resume=tmp_path) == first
+    assert images.passes == 1
+
+
+def test_a_folder_of_another_calibration_is_refused(tmp_path):
+    calibrated(resume=tmp_path)
+    other = IMAGES.clone()
+    other[7, 0, 3, 3] += 1
+    for change, words in (
+        ({"at_most": 0.4}, "with other at_most"),
+        ({"confidence": 0.9}, "with other confidence"),
+        ({"seed": 1}, "with other seed"),
+        ({"test": "hoeffding-bentkus"}, "with other test"),
+        ({"size": (4, 6)}, "with other risk"),
+        ({"images": other}, "with other images"),
+        ({"images": IMAGES.flip(0)}, "with other images"),
+        ({"model": changed(lambda m: m.head[-1].bias.add_(1))}, "with other fingerprints"),
+        ({"preprocessing": "other"}, "with other fingerprints"),
+        ({"settings": SETTINGS[:3], "chains": None}, "with other chains, settings"),
+    ):
+        with pytest.raises(TokenExitError, match="`resume` must be a new folder.*" + words):
+            calibrated(resume=tmp_path, **change)
+    for name, content, words in (
+        ("setting-000.safetensors", b"x" * 20, "`resume` must hold valid measurements, got .*setting-000"),
+        ("calibration.json", b"{", "`resume` must hold a valid calibration.json"),
+        ("calibration.json", b"[]", "`resume` must be a new folder"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TokenExitError, match=words):
+            calibrated(resume=tmp_path)
+
+
+def test_options_that_are_refused_leave_no_folder_behind(tmp_path):
+    with pytest.raises(TokenExitError, match="`at_most` must lie between 0 and 1"):
+        calibrated(resume=tmp_path / "kept", at_most=2.0)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_sample_for_drift_is_that_of_the_chosen_setting():
+    model = easy()
+    found = calibrated(model)
+    model.retune(found.report.schedule)
+    with torch.no_grad():
+        out = model(IMAGES)
+    seen = drift.sample(out.logits, out.exit_depth, after=model.schedule.after)
+    assert set(seen.statistics) == set(found.before.statistics)
+    for name, row in seen.statistics.items():
+        assert found.before.statistics[name] == pytest.approx(row, abs=1e-5)
+    assert not drift.compare(found.before, seen).drifted
+    assert drift.Sample.from_dict(json.loads(json.dumps(found.before.to_dict()))) == found.before
+
+
+def test_the_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = calibrated()
+    found.plot(tmp_path / "curve.svg")
+    found.plot(str(tmp_path / "curve.png"))
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_truncation_that_beats_the_exits_is_chosen_and_said():
+    report = calibrated(settings=(SETTINGS[0], SETTINGS[3]), chains=((0,), (1,)), at_most=0.5).report
+    assert report.schedule == schedule.truncated(after=4)
+    assert "Cutting is the better deal: this is the network cut short after block 4" in str(report)
+
+
+class Shuffled:
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images[torch.randperm(len(self.images))].split(8))
+
+
+LABELS = torch.zeros(24, 32, 48, dtype=torch.uint8)
+BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(0.5)),))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": models.timm_vit()}, "`model` must be wrapped by `wrap`, got VisionTransformer"),
+        ({"images": models.images(13)}, "`images` must be at least 15, that 0.3 can be certified at all by this test, got 13"),
+        ({"images": []}, "`images` must hold at least one image, got none"),
+        ({"images": [models.images(16), models.images(16, size=(32, 40))]}, "`images` must be of one size, for which alone a certificate holds, got [(32, 40), (32, 48)]"),
+        ({"images": list(models.images(16))}, "`images` must be of shape (images, channels, height, width), got an array of shape (3, 32, 48)"),
+        ({"images": iter(models.images(24).split(8))}, "`images` must be the same in every pass"),
+        ({"images": Shuffled(models.images(24))}, "`images` must be the same in every pass"),
+        ({"images": torch.full((24, 3, 32, 48), math.nan)}, "`model` must give class scores that are numbers, got NaN"),
+        ({"at_most": 0.0}, "`at_most` must lie between 0 and 1, got 0.0"),
+        ({"confidence": 1.0}, "`confidence` must lie between 0 and 1, got 1.0"),
+        ({"test": "luck"}, "`test` must be"),
+        ({"risk": "luck"}, "`risk` must be one of disagreement, error increase, got 'luck'"),
+        ({"risk": "error increase"}, "`labels` must be given exactly for `error increase`, got None"),
+        ({"labels": LABELS}, "`labels` must be given exactly for `error increase`, got labels of shape (24, 32, 48)"),
+        ({"ignore": 3}, "`ignore` must be left out where there are no labels, got 3"),
+        ({"risk": "error increase", "labels": LABELS[:9]}, "`labels` must be of shape (24, height, width), got an array of shape (9, 32, 48)"),
+        ({"risk": "error increase", "labels": LABELS, "size": (4, 6)}, "`size` must be that of `labels`, (32, 48), or left out, got (4, 6)"),
+        ({"size": (4, 0)}, "`size` must be a height and a width from 1 up, in pixels, got (4, 0)"),
+        ({"settings": (BUDGET,), "chains": None}, "`settings` must hold no BatchBudget, under which the images of a batch are not independent"),
+        ({"settings": (schedule.truncated(after=5),), "chains": None}, "`schedule` must have exits only after blocks with an exit head"),
+        ({"settings": None}, "`chains` must be left out if `settings` are"),
+        ({"settings": (), "chains": None}, "`settings` must be at least one, got 0"),
+        ({"chains": ((0,),)}, "`chains` must hold every place from 0 to 4 once"),
+        ({"preprocessing": ""}, "`preprocessing` must be a text, got ''"),
+        ({"model": easy(schedule.dense()), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence"),
+        ({"model": easy(Schedule((Exit(2, policies.EntropyBelow(0.3)),))), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence, of which alone there is a default ladder, got ['entropy']"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(options, message):
+    with pytest.raises(TokenExitError) as found:
+        calibrated(**options)
+    assert str(found.value).startswith(message)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_too_few_images_are_refused_before_the_model_is_run():
+    model = easy()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
+    with pytest.raises(TokenExitError, match="`images` must be at least 189"):
+        calibrated(model, at_most=0.02)
