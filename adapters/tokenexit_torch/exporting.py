@@ -17,7 +17,7 @@ from tokenexit.errors import TokenExitError, require
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.static import StaticModel
 
-__all__ = ["EXPORTED", "export_onnx", "export_program"]
+__all__ = ["export_onnx", "export_program"]
 
 EXPORTED = ("logits", "exit_depth", "tokens_per_block", "overflow")
 """What an exported model gives, in order: the fields of `StaticOutput` of these names."""
