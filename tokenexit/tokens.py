@@ -186,12 +186,15 @@ def pack(running: Bool[Array, "images slots"], /) -> Packing:
     return Packing(running, index)
 
 
-def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, Int[Array, "kept"]]:
+def repack(
+    packing: Packing, stay: Bool[Array, "tokens"], /, *, count: int | None = None
+) -> tuple[Packing, Int[Array, "kept"]]:
     """Drop tokens from a packed row.
 
     Args:
         packing: The receipt of the present row.
         stay: Which of its tokens stay.
+        count: How many they are, if that is known: then an accelerator is not waited for to learn it.
 
     Returns:
         The receipt of the shorter row, and which rows of the present one it takes: `new = old[rows]`, the one
@@ -203,7 +206,11 @@ def repack(packing: Packing, stay: Bool[Array, "tokens"], /) -> tuple[Packing, I
     xp = array_namespace(stay)
     require_marks(stay, "stay")
     running = scatter(stay, packing, into=xp.zeros_like(packing.running))
-    (rows,) = xp.nonzero(stay)
+    if count is None:
+        (rows,) = xp.nonzero(stay)
+    else:
+        counted = xp.cumulative_sum(xp.astype(stay, packing.index.dtype))
+        rows = searchsorted(counted, counting(count, counted) + 1)
     return Packing(running, take(packing.index, rows)), rows
 
 

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tokenexit import cells, ledger, policies, scores, tokens
 from tokenexit.carries import Feature, MaskPrediction
@@ -27,7 +28,7 @@ from tokenexit_torch.outputs import Output
 if TYPE_CHECKING:
     from tokenexit_torch.running import ExitingModel
 
-__all__ = ["Move", "PackedRun", "Reading", "Run", "packed", "read_batch", "run_blocks"]
+__all__ = ["Move", "PackedRun", "Reading", "Run", "has_to_wait", "packed", "read_batch", "run_blocks"]
 
 
 class Reading(NamedTuple):
@@ -374,14 +375,20 @@ class PackedRun(Run):
 
     def repack(self, stay: Tensor, kept: Tensor, confidence: Tensor) -> "Move":  # noqa: ARG002
         assert isinstance(self.receipt, Packing)
-        packing, rows = tokens.repack(self.receipt, stay)
-        # Here, and nowhere else, an accelerator is waited for.
-        self.lengths = packing.lengths.tolist()
+        # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
+        counted = functional.pad(stay.cumsum(0), (1, 0)).index_select(0, self.receipt.offsets)
+        self.lengths = counted.diff().tolist()
+        packing, rows = tokens.repack(self.receipt, stay, count=sum(self.lengths) if has_to_wait(stay) else None)
         return Move(packing, rows, stay)
 
     def ran(self) -> Tensor:
-        counts = torch.tensor(self.counts, dtype=torch.int64, device=self.row.device)
+        counts = torch.tensor(self.counts, dtype=torch.int64).to(self.row.device, non_blocking=True)
         return counts.reshape(self.model.depth, self.images).T
+
+
+def has_to_wait(tensor: Tensor) -> bool:
+    """Whether what a tensor holds is known only when an accelerator has computed it."""
+    return tensor.device.type != "cpu"
 
 
 @kept_eager

@@ -73,7 +73,11 @@ def test_repacking_twice_is_packing_what_is_left(backend, mask, data):
         stay = data.draw(hnp.arrays(np.bool_, packing.index.shape[0]))
         mask = mask.copy()
         mask[mask] = stay
-        packing, rows = tokens.repack(packing, backend.array(stay))
+        before, known = packing, int(stay.sum())
+        packing, rows = tokens.repack(before, backend.array(stay))
+        counted, same = tokens.repack(before, backend.array(stay), count=known)
+        np.testing.assert_array_equal(backend.numpy(same), backend.numpy(rows))
+        np.testing.assert_array_equal(backend.numpy(counted.index), backend.numpy(packing.index))
         row = backend.array(backend.numpy(row)[backend.numpy(rows)])
         np.testing.assert_array_equal(backend.numpy(packing.running), mask)
         np.testing.assert_array_equal(backend.numpy(packing.index), np.flatnonzero(mask))

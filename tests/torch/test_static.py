@@ -18,6 +18,7 @@ from tests.torch.test_hosts import exiting, told
 from tests.torch.test_running import CELLS, FEATURES, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_torch import _passing
 
 ALL = {
     **PLANS,
@@ -210,6 +211,22 @@ def test_no_operator_waits_for_a_device_or_copies_from_the_host(name):
     assert static_operators.seen & (WAITING - {"_to_copy"}) == set()
     if ALL[name].active:
         assert packed_operators.seen & WAITING != set()
+
+
+@torch.no_grad()
+def test_where_it_has_to_wait_a_packed_pass_does_so_once_at_each_exit(monkeypatch):
+    model, images = models.wrapped(models.timm_vit(), PLANS["neighbours"]).double(), models.images(3).double()
+    wanted = model(images)
+    monkeypatch.setattr(_passing, "has_to_wait", lambda _: True)
+    waits = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (waits.append(tensor.shape), tolist(tensor))[1])
+    with Operators() as operators:
+        out = model(images)
+    assert operators.seen & (WAITING - {"_to_copy", "lift_fresh"}) == set()
+    assert waits == [(3,)] * 3  # how many tokens of each image run on, after each of three exits
+    assert torch.equal(out.logits, wanted.logits)
+    assert torch.equal(out.exit_depth, wanted.exit_depth)
 
 
 @torch.no_grad()
