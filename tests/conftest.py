@@ -26,5 +26,9 @@ def unchecked() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What loads JAX comes last: a process that has its threads must not fork, as the trainings' data loaders do."""
-    items.sort(key=lambda item: not {"core", "jax", "test_docs.py"}.isdisjoint(item.path.parts))
+    """What loads JAX comes last: a process that has its threads must not fork, as the trainings' data loaders do.
+
+    Of that the documentation comes first: it is one file, which one worker would otherwise be left alone with.
+    """
+    late = {"core", "jax", "test_docs.py"}
+    items.sort(key=lambda item: (not late.isdisjoint(item.path.parts), "test_docs.py" not in item.path.parts))
