@@ -99,11 +99,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         raise TokenExitError(f"`onnx` and `onnxscript` must be installed to export, got: {error}") from error
     op: Any = opset20
 
-    def searchsorted(sorted_sequence: Any, self: Any, **_: Any) -> Any:
-        return _before(op, sorted_sequence, int(sorted_sequence.shape[-1]), self, op.Less)
+    def searchsorted(sorted_sequence: Any, self: Any, **options: Any) -> Any:
+        after_equals = options.get("right") or options.get("side") == "right"
+        before = op.LessOrEqual if after_equals else op.Less
+        return _before(op, sorted_sequence, int(sorted_sequence.shape[-1]), self, before)
 
     def sort(self: Any, dim: int = -1, descending: bool = False, **_: Any) -> Any:
-        # The core sorts along the last axis alone.
+        last = len(self.shape) - 1
+        require(dim in (-1, last), "schedule", "sort along the last axis alone, as the library's own policies do", dim)
         return _merged(op, _sorted_parts(op, self, dim, descending), descending)
 
     def where(condition: Any, self: Any, other: Any) -> Any:

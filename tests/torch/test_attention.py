@@ -123,6 +123,9 @@ def test_which_calls_the_kernel_takes():
     assert not has_varlen(*call(key_heads=1))
     assert not has_varlen(*call(dropout_p=0.1))
     assert not has_varlen(*call(scale=0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        assert not has_varlen(*call())
     assert not has_varlen(*(torch.empty(1, 2, 7, 64, dtype=torch.bfloat16) for _ in range(3)), {})
 
 

@@ -108,6 +108,14 @@ def test_parts_merge_to_one_stable_sort(values, descending, most):
     np.testing.assert_array_equal(index.value, wanted.indices.numpy())
 
 
+@pytest.mark.parametrize("options", [{}, {"right": True}, {"side": "right"}, {"side": "left"}])
+def test_places_among_sorted_values(options):
+    ascending, wanted = torch.tensor([0, 0, 1, 3, 3, 3, 7]), torch.tensor([-1, 0, 1, 2, 3, 7, 8])
+    translated = exporting._translations()[torch.ops.aten.searchsorted.Tensor]
+    found = translated(*(onnxscript.tensor.Tensor(x.numpy()) for x in (ascending, wanted)), **options)
+    np.testing.assert_array_equal(found.value, torch.searchsorted(ascending, wanted, **options).numpy())
+
+
 @torch.no_grad()
 def test_an_exported_program_is_saved_and_loaded(tmp_path):
     model, images = static(PLANS["neighbours"]), models.images(2)
