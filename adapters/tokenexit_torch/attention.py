@@ -208,13 +208,9 @@ def has_varlen(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any
     width = query.shape[3]
     fits = width == value.shape[3] and width % 8 == 0 and width <= 256 and key.shape[1] == query.shape[1]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return (
-        query.is_cuda
-        and half
-        and fits
-        and options.get("dropout_p", 0.0) == 0.0
-        and options.get("scale") in (None, width**-0.5)
-    )
+    plain = options.get("dropout_p", 0.0) == 0.0 and options.get("scale") in (None, width**-0.5)
+    # What is exported is to run where there is no such kernel.
+    return query.is_cuda and half and fits and plain and not torch.compiler.is_exporting()
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longest: int) -> Tensor:
