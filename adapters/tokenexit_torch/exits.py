@@ -1,4 +1,4 @@
-"""What all models with exits have in common, whatever reads the tokens in the end."""
+"""What models with a plan have in common, and those with exits, whatever reads the tokens in the end."""
 
 from collections.abc import Mapping
 from typing import Generic, TypeVar
@@ -17,7 +17,44 @@ __all__: list[str] = []
 AnyHost = TypeVar("AnyHost", bound=Host)
 
 
-class WithExits(Undivided, Generic[AnyHost]):
+class Planned(Undivided):
+    """A model with a plan that is exchanged at run time. It is no part of the public API."""
+
+    _schedule: Schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan in use; `retune` exchanges it."""
+        return self._schedule
+
+    def retune(
+        self,
+        schedule: Schedule | None = None,
+        /,
+        *,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
+    ) -> None:
+        """Exchange the plan or its thresholds; the weights stay as they are.
+
+        Args:
+            schedule: A new plan, with decisions only after blocks that have a head or gate for them; the
+                present one if left out.
+            threshold: New thresholds for that plan: one for all blocks, or one for each of some.
+
+        Raises:
+            TokenExitError: If neither is given, a decision has no head or gate, or a threshold or the plan does
+                not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self._schedule if schedule is None else schedule
+        self._schedule = self.checked(plan if threshold is None else plan.with_threshold(threshold))
+
+    def checked(self, schedule: Schedule, /) -> Schedule:
+        """A plan, after a check that the model can follow it. Not public."""
+        raise NotImplementedError
+
+
+class WithExits(Planned, Generic[AnyHost]):
     """Exit heads on a host, and the plan by which they are used. It is no part of the public API.
 
     Attributes:
@@ -53,31 +90,6 @@ class WithExits(Undivided, Generic[AnyHost]):
     def gives_masks(self) -> bool:
         """Whether the heads are mask heads."""
         return False
-
-    @property
-    def schedule(self) -> Schedule:
-        """The plan in use; `retune` exchanges it."""
-        return self._schedule
-
-    def retune(
-        self,
-        schedule: Schedule | None = None,
-        /,
-        *,
-        threshold: Threshold | Mapping[int, Threshold] | None = None,
-    ) -> None:
-        """Exchange the plan or its thresholds; the weights stay as they are.
-
-        Args:
-            schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
-            threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
-
-        Raises:
-            TokenExitError: If neither is given, an exit has no head, or a threshold or the plan does not fit.
-        """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self._schedule if schedule is None else schedule
-        self._schedule = self.checked(plan if threshold is None else plan.with_threshold(threshold))
 
     def checked(self, schedule: Schedule, /) -> Schedule:
         """A plan, after a check that the model can follow it. Not public."""

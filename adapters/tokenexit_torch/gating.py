@@ -17,14 +17,13 @@ from torch.nn import functional
 from tokenexit import TokenExitError, policies, tokens
 from tokenexit.carries import Preserved
 from tokenexit.cost import Cost, HeadCost
-from tokenexit.errors import require
 from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
-from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
-from tokenexit_torch._modules import Undivided, linear_weights
+from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
+from tokenexit_torch.exits import Planned
 from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
 
 __all__ = ["GatedModel", "GatedOutput"]
@@ -69,7 +68,7 @@ class GatedOutput(NamedTuple):
         return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
 
 
-class GatedModel(Undivided):
+class GatedModel(Planned):
     """A vision transformer with gates; made by `wrap_gates`.
 
     A call never samples: a token runs unless the policy of its gate, on the probability that it is kept, lets it wait.
@@ -114,30 +113,12 @@ class GatedModel(Undivided):
         """How many blocks the network has."""
         return len(self.host.blocks)
 
-    @property
-    def schedule(self) -> Schedule:
-        """The plan in use; `retune` exchanges it."""
-        return self._schedule
-
-    def retune(
-        self,
-        schedule: Schedule | None = None,
-        /,
-        *,
-        threshold: Threshold | Mapping[int, Threshold] | None = None,
-    ) -> None:
-        """Exchange the plan or its thresholds; the weights stay as they are: one network, any rate.
-
-        Args:
-            schedule: A new plan, with decisions only after blocks that have a gate; the present one if left out.
-            threshold: New thresholds for that plan: one for all gates, or one for each of some blocks.
-
-        Raises:
-            TokenExitError: If neither is given, a decision has no gate, or a threshold does not fit.
-        """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self._schedule if schedule is None else schedule
-        self._schedule = checked_gates(self, plan if threshold is None else plan.with_threshold(threshold))
+    def checked(self, schedule: Schedule, /) -> Schedule:
+        """A plan, after a check that it fits the gates. Not public."""
+        carry = self.schedule.carry
+        assert isinstance(carry, Preserved)
+        after = [int(after) for after in self.gates]
+        return require_gates_fit(schedule, depth=self.depth, after=after, carry=carry)
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
@@ -154,7 +135,7 @@ class GatedModel(Undivided):
         Raises:
             TokenExitError: If the images or the plan do not fit the model.
         """
-        plan = self._schedule if schedule is None else checked_gates(self, schedule)
+        plan = self._schedule if schedule is None else self.checked(schedule)
         return PackedRun(self, images, plan).through()
 
     def masked(
@@ -174,7 +155,7 @@ class GatedModel(Undivided):
         Raises:
             TokenExitError: If the images or the plan do not fit the model.
         """
-        plan = self._schedule if schedule is None else checked_gates(self, schedule)
+        plan = self._schedule if schedule is None else self.checked(schedule)
         return MaskedRun(self, images, plan).through()
 
     def multiply_adds(self, output: GatedOutput) -> Int[Tensor, "images"]:
@@ -407,10 +388,3 @@ class MaskedRun(_Run):
     def mixed(self, after: Tensor, before: Tensor, running: Tensor) -> Tensor:
         """Tokens after a block: as it made them where they ran, as they were where not."""
         return torch.where(running[..., None], after.to(before.dtype), before)
-
-
-def checked_gates(model: GatedModel, schedule: Schedule) -> Schedule:
-    """A plan that fits the gates. It is no part of the public API."""
-    after, carry = [int(after) for after in model.gates], model.schedule.carry
-    assert isinstance(carry, Preserved)
-    return require_gates_fit(schedule, depth=model.depth, after=after, carry=carry)

@@ -21,7 +21,7 @@ from tokenexit.errors import require
 from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.policies import Policy
 from tokenexit.schedule import Schedule
-from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun, checked_gates
+from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun
 
 __all__ = ["Drawing", "Sampled"]
 
@@ -120,7 +120,7 @@ class Sampled(nn.Module):
             TokenExitError: If the images or the plan do not fit the model.
         """
         require(isinstance(generator, torch.Generator), "generator", "be a torch.Generator", repr(generator))
-        plan = self.model.schedule if schedule is None else checked_gates(self.model, schedule)
+        plan = self.model.schedule if schedule is None else self.model.checked(schedule)
         return _SampledRun(self, images, plan, generator).drawn()
 
 
