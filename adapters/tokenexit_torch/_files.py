@@ -1,4 +1,4 @@
-"""Files of tensors that are written whole or not at all, and say what they belong to."""
+"""Files, of tensors for the most part, that are written whole or not at all, and say what they belong to."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenexit import TokenExitError
 from tokenexit.errors import require
 
-__all__ = ["fingerprint", "read", "require_marks", "write"]
+__all__ = ["fingerprint", "read", "require_marks", "write", "write_text"]
 
 
 def fingerprint(tensors: Iterable[Tensor], /) -> str:
@@ -34,6 +34,14 @@ def write(file: Path, tensors: Mapping[str, Tensor], marks: Mapping[str, str], /
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
     }
     save_file(copies, part, metadata=dict(marks))
+    os.replace(part, file)
+
+
+def write_text(file: Path, text: str, /) -> None:
+    """Write a text, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 

@@ -10,7 +10,6 @@ that stay no longer see those that have left, which is the loss that has to be b
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,8 +18,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Integer
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,8 +30,9 @@ from tokenexit.drift import Sample
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule, dense, truncated
 from tokenexit_torch._curve import draw
+from tokenexit_torch._files import fingerprint, read, write, write_text
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.certifying import fingerprints, hashed
+from tokenexit_torch.certifying import fingerprints
 from tokenexit_torch.outputs import Output
 from tokenexit_torch.running import ExitingModel
 
@@ -152,7 +150,7 @@ def calibrate(
     }  # fmt: skip
     identity = options | {
         "settings": [plan.to_dict() for plan in plans], "images": seen.identity, "fingerprints": asdict(prints),
-        "labels": None if labels is None else hashed(labels), "ignore": ignore,
+        "labels": None if labels is None else fingerprint([labels]), "ignore": ignore,
     }  # fmt: skip
     runs = _Runs(
         model, seen, plans, shown, labels, ignore, None if resume is None else Path(resume), identity, progress
@@ -209,7 +207,7 @@ class _Images:
         start = 0
         for batch in progress(self.batches):
             rows = slice(start, start + len(batch))
-            self._require(tuple(map(hashed, batch)) == self.digests[rows])
+            self._require(tuple(fingerprint([image]) for image in batch) == self.digests[rows])
             yield rows, batch
             start += len(batch)
         self._require(start == len(self))
@@ -225,7 +223,7 @@ def _look(batches: Iterable[Tensor], progress: Progress) -> _Images:
     for batch in progress(batches):
         require(batch.ndim == 4, "images", "be of shape (images, channels, height, width)", batch)
         sizes.add((batch.shape[2], batch.shape[3]))
-        digests += map(hashed, batch)
+        digests += [fingerprint([image]) for image in batch]
     require(len(digests) > 0, "images", "hold at least one image", "none")
     require(len(sizes) == 1, "images", "be of one size, for which alone a certificate holds", sorted(sizes))
     return _Images(batches, tuple(digests), sizes.pop())
@@ -342,8 +340,7 @@ def _opened(folder: Path, identity: Mapping[str, Any]) -> Path:
     written = json.dumps({"schema": _SCHEMA, **identity}, indent=1)
     file = folder / _IDENTITY
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(file, written.encode())
+        write_text(file, written)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -358,18 +355,5 @@ def _opened(folder: Path, identity: Mapping[str, Any]) -> Path:
 def _stored(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What a file holds; if there is none, what is made now, and written."""
     if not file.is_file():
-        _write(file, save({name: value.contiguous() for name, value in make().items()}))
-    try:
-        return load(file.read_bytes())
-    except SafetensorError as error:
-        raise TokenExitError(f"`resume` must hold valid measurements, got {file}: {error}") from error
-
-
-def _write(file: Path, content: bytes) -> None:
-    """The whole file or none."""
-    partial_file = file.with_name(f"{file.name}.partial")
-    with partial_file.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial_file.replace(file)
+        write(file, make(), {})
+    return read(file, "resume")[0]

@@ -3,7 +3,6 @@
 The statistics are `tokenexit.calibration`, the file is `tokenexit.certificate`; `calibrate` makes both.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tokenexit import TokenExitError, certificate
 from tokenexit.certificate import Certificate, Fingerprints
 from tokenexit.errors import require
+from tokenexit_torch._files import fingerprint, write_text
 from tokenexit_torch.exits import WithExits
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]
@@ -36,7 +36,7 @@ def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocess
         TokenExitError: If the model has no tensors, or an argument is not what it should be.
     """
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    weights = {name: hashed(value) for name, value in tensors.items()}
+    weights = {name: fingerprint([value]) for name, value in tensors.items()}
     return Fingerprints(weights, _dtype(tensors), resolution, preprocessing)
 
 
@@ -47,9 +47,7 @@ def save_certificate(certified: Certificate, folder: str | Path, /) -> None:
         certified: The certificate.
         folder: Where to, as beside the exits that `save` wrote; made if it is not there.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(certificate.to_json(certified), encoding="utf-8")
+    write_text(Path(folder) / _FILE, certificate.to_json(certified))
 
 
 def load_certificate(
@@ -79,14 +77,6 @@ def load_certificate(
     certificate.require_matches(found, fingerprints(model, resolution=resolution, preprocessing=preprocessing))
     model.retune(found.schedule)
     return found
-
-
-def hashed(tensor: Tensor, /) -> str:
-    """SHA-256 of a tensor's dtype, shape and numbers, wherever it lies. It is no part of the public API."""
-    rows = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)} ".encode())
-    digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _dtype(tensors: dict[str, Tensor]) -> str:

@@ -298,7 +298,7 @@ def test_an_interrupted_calibration_resumes_to_the_same_report(tmp_path, after):
     again = calibrated(images=images, resume=tmp_path / "kept")
     straight = calibrated(images=images)
     assert resumed == again == straight
-    assert not list((tmp_path / "kept").glob("*.partial"))
+    assert not list((tmp_path / "kept").glob("*.part"))
 
 
 def test_what_is_kept_is_not_run_again(tmp_path):
@@ -329,7 +329,7 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
         with pytest.raises(TokenExitError, match="`resume` must be a new folder.*" + words):
             calibrated(resume=tmp_path, **change)
     for name, content, words in (
-        ("setting-000.safetensors", b"x" * 20, "`resume` must hold valid measurements, got .*setting-000"),
+        ("setting-000.safetensors", b"x" * 20, "`resume` must hold a valid .*safetensors, got .*setting-000"),
         ("calibration.json", b"{", "`resume` must hold a valid calibration.json"),
         ("calibration.json", b"[]", "`resume` must be a new folder"),
     ):
