@@ -26,7 +26,6 @@ import tokenexit_torch as tet
 from examples import demo, runs, shell
 from examples.about import About
 from examples.camvid import common, data
-from tokenexit import schedule
 from tokenexit.bounds import images_needed
 from tokenexit_torch.registry import host_of
 
@@ -208,8 +207,7 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
             raise shell.UsageError(f"`--out` must be new or of the same exits, got {str(note)!r} with {kept}")
         return tet.load(folder, frozen.host, head=frozen.head).eval().to(given.device), kept["agreement"]
     torch.manual_seed(given.seed)
-    radius = {block: int(block != after[-1]) for block in after}  # wide early, narrow late
-    model = tet.wrap(frozen.host, schedule.neighbours(radius=radius), head=frozen.head).eval().to(given.device)
+    model = tet.wrap(frozen.host, common.wide_then_narrow(after), head=frozen.head).eval().to(given.device)
     fit = tet.fit_exits(model, seen.fit, steps=given.steps, progress=shell.progress)
     agreement = {str(block): share for block, share in fit.agreement.items()}
     tet.save(model, folder)

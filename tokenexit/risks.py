@@ -6,10 +6,11 @@ class), to be put side by side, setting by setting, and given to `calibration.ce
 """
 
 import math
+from collections.abc import Sequence
 
 from jaxtyping import Bool, Float, Int
 
-from tokenexit._array import Array, array_namespace, counting
+from tokenexit._array import Array, array_namespace, counting, like_numbers
 from tokenexit.errors import require
 
 __all__ = ["disagreement", "error_increase", "iou_loss"]
@@ -78,7 +79,7 @@ def iou_loss(
     reference: Int[Array, "images *place"],
     /,
     *,
-    classes: int,
+    classes: int | Sequence[int],
     at_least: float,
     valid: Bool[Array, "images *place"] | None = None,
 ) -> Float[Array, "images classes"]:
@@ -95,7 +96,7 @@ def iou_loss(
     Args:
         exiting: Predicted class of every pixel with exits.
         reference: The classes to compare with: those of the dense run, or labels.
-        classes: How many classes there are.
+        classes: How many classes there are; or which of them have a loss, in this order.
         at_least: IoU to reach, between 0 and 1.
         valid: Which pixels count; all, if left out. Those whose label is void do not.
 
@@ -109,7 +110,11 @@ def iou_loss(
     xp = array_namespace(exiting)
     valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
     exiting, reference, counts = _rows(exiting=exiting, reference=reference, valid=valid)
-    label = counting(classes, exiting)[None, :, None]
+    if isinstance(classes, int):
+        which = counting(classes, exiting)
+    else:
+        which = xp.astype(like_numbers(tuple(classes), exiting), exiting.dtype)
+    label = which[None, :, None]
     one, other = exiting[:, None, :] == label, reference[:, None, :] == label
     counts = counts[:, None, :]
     loss = at_least * _share((one | other) & counts, counts) - _share(one & other & counts, counts) + (1 - at_least)

@@ -11,14 +11,15 @@ that stay no longer see those that have left, which is the loss that has to be b
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from tokenexit import TokenExitError, drift, ladders, risks
@@ -33,13 +34,15 @@ from tokenexit_torch._curve import draw
 from tokenexit_torch._files import fingerprint, read, write, write_text
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.certifying import fingerprints
-from tokenexit_torch.outputs import Output
+from tokenexit_torch.decoding import DecodingModel, class_scores, pooled
+from tokenexit_torch.exits import WithExits
 from tokenexit_torch.running import ExitingModel
 
 __all__ = ["Calibrated", "calibrate", "default_settings"]
 
 Progress = Callable[[Iterable], Iterable]
-Risk = Literal["disagreement", "error increase"]
+Risk = Literal["disagreement", "error increase", "IoU loss"]
+Scores = Callable[[Any], Float[Tensor, "images classes height width"]]
 Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 Keep = Callable[[Tensor, slice], Tensor]
 
@@ -77,7 +80,7 @@ class Calibrated:
 
 
 def calibrate(
-    model: ExitingModel,
+    model: ExitingModel | DecodingModel,
     images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "batch channels height width"]],
     /,
     *,
@@ -87,6 +90,8 @@ def calibrate(
     risk: Risk = "disagreement",
     labels: Integer[Tensor, "images rows columns"] | None = None,
     ignore: int | None = None,
+    classes: Sequence[int] | None = None,
+    scores: Scores | None = None,
     settings: Sequence[Schedule] | None = None,
     chains: Sequence[Sequence[int]] | None = None,
     test: Test = "betting",
@@ -112,9 +117,15 @@ def calibrate(
         confidence: With which confidence it is not.
         risk: The loss of an image. `disagreement`: share of its pixels whose class is another one than in the dense
             run, for which no labels are needed. `error increase`: share of its pixels that are wrong with exits, less
-            that in the dense run, and 0 where it is not positive.
-        labels: Class of every pixel, for `error increase`.
+            that in the dense run, and 0 where it is not positive. `IoU loss` (`tokenexit.risks.iou_loss`): it is at
+            most `at_most` for every class exactly if the IoU of each, over all images, is at least `1 - at_most`.
+        labels: Class of every pixel, for `error increase`. For `IoU loss`, what the classes are compared with; the
+            dense run if left out.
         ignore: Label of pixels that do not count.
+        classes: For `IoU loss`: the classes that are to keep it; all if left out. One that no image has cannot be
+            certified, and a rare one takes thousands of images: leave it out, before you see a loss.
+        scores: For a model with a decoder of its own: turns its output into class scores, logits of any resolution.
+            The model's own classes if left out. A resumed calibration does not notice another function.
         settings: What to choose from, each chain from the most careful to the boldest, in an order that was fixed
             before these images were seen; `default_settings(model)` if left out.
         chains: Settings that are tested one after another, by their places, if they are not all one ladder;
@@ -133,19 +144,21 @@ def calibrate(
         The report, the certificate, and a sample for drift.
 
     Raises:
-        TokenExitError: If the model is not wrapped by `wrap`; there are fewer images than the test needs, were all
-            losses 0, which is found before the model is run; they differ in size or from one pass to the next; labels
-            are missing or not wanted; a setting lets images of a batch trade with each other, or does not fit the
-            model; the folder is of another calibration; class scores are NaN; or a number is out of range.
+        TokenExitError: If the model is not wrapped by `wrap` or `wrap_decoder`; there are fewer images than the test
+            needs, were all losses 0, which is found before the model is run; they differ in size or from one pass to
+            the next; labels, classes or `scores` are missing or not wanted; a setting lets images of a batch trade with
+            each other, or does not fit the model; the folder is of another calibration; class scores are NaN; or a
+            number is out of range.
     """
-    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+    told = _told(model, scores)
     _require_labels(risk, labels, ignore)
+    watched = _watched(risk, classes, model.classes)
     plans, places = _planned(model, settings, chains)
     seen = _look(images.split(8) if isinstance(images, Tensor) else images, progress)
     shown = _size(size, labels, seen)
     prints = fingerprints(model, resolution=seen.resolution, preprocessing=preprocessing)
     options: dict[str, Any] = {
-        "at_most": at_most, "confidence": confidence, "risk": f"{risk} at {shown[0]} x {shown[1]} pixels",
+        "at_most": at_most, "confidence": confidence, "risk": _in_words(risk, watched, labels, shown),
         "test": test, "chains": places, "seed": seed,
     }  # fmt: skip
     identity = options | {
@@ -153,14 +166,15 @@ def calibrate(
         "labels": None if labels is None else fingerprint([labels]), "ignore": ignore,
     }  # fmt: skip
     runs = _Runs(
-        model, seen, plans, shown, labels, ignore, None if resume is None else Path(resume), identity, progress
-    )
+        model, told, seen, plans, _Loss(risk, at_most, labels, ignore, watched), shown,
+        None if resume is None else Path(resume), identity, progress,
+    )  # fmt: skip
     report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
     before = runs.reference if report.chosen is None else runs.setting(report.schedule)
     return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
 
 
-def default_settings(model: ExitingModel, /) -> Chains:
+def default_settings(model: ExitingModel | DecodingModel, /) -> Chains:
     """What `calibrate` chooses from, unless it is told.
 
     Args:
@@ -169,6 +183,7 @@ def default_settings(model: ExitingModel, /) -> Chains:
     Returns:
         Settings, and two chains of their places: the model's own plan at confidences from 0.999 down to 0.5, and the
         network cut short after each of its exit heads, the last first. What is cut short is what exits have to beat.
+        Under a decoder of the model's own, the decoder is given the features of the block cut after.
 
     Raises:
         TokenExitError: If the model's plan has no thresholds of confidence.
@@ -178,6 +193,8 @@ def default_settings(model: ExitingModel, /) -> Chains:
     require(compared == {"confidence"}, "settings", rule, sorted(compared) or "a plan with none")
     ladder = ladders.by_threshold(model.schedule, thresholds=_THRESHOLDS)
     cut = tuple(truncated(after=after) for after in sorted(map(int, model.exit_heads), reverse=True))
+    if isinstance(model, DecodingModel):
+        cut = tuple(replace(one, carry=model.schedule.carry) for one in cut)
     return (*ladder, *cut), (tuple(range(len(ladder))), tuple(range(len(ladder), len(ladder) + len(cut))))
 
 
@@ -231,13 +248,36 @@ def _look(batches: Iterable[Tensor], progress: Progress) -> _Images:
 
 def _require_labels(risk: str, labels: Tensor | None, ignore: int | None) -> None:
     require(risk in get_args(Risk), "risk", f"be one of {', '.join(get_args(Risk))}", repr(risk))
-    got = "None" if labels is None else f"labels of shape {tuple(labels.shape)}"
-    require((labels is not None) == (risk == "error increase"), "labels", "be given exactly for `error increase`", got)
-    require(ignore is None or labels is not None, "ignore", "be left out where there are no labels", ignore)
+    if labels is None:
+        require(risk != "error increase", "labels", "be given for `error increase`", None)
+        require(ignore is None, "ignore", "be left out where there are no labels", ignore)
+        return
+    require(risk != "disagreement", "labels", "be left out for `disagreement`", f"shape {tuple(labels.shape)}")
+
+
+def _watched(risk: str, classes: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The classes that have a loss each; none if a loss is of all pixels."""
+    if risk != "IoU loss":
+        require(classes is None, "classes", "be left out unless the risk is `IoU loss`", classes)
+        return ()
+    found = tuple(range(count)) if classes is None else tuple(classes)
+    known = all(is_whole(one, least=0) and one < count for one in found)
+    once = known and len(found) == len(set(found)) > 0
+    require(once, "classes", f"be some of 0 to {count - 1}, each once", found)
+    return found
+
+
+def _in_words(risk: str, watched: tuple[int, ...], labels: Tensor | None, shown: tuple[int, int]) -> str:
+    """The risk, for the report."""
+    at = f"at {shown[0]} x {shown[1]} pixels"
+    if not watched:
+        return f"{risk} {at}"
+    against = "the dense run" if labels is None else "labels"
+    return f"{risk}, against {against}, of the worst of the classes {', '.join(map(str, watched))} {at}"
 
 
 def _planned(
-    model: ExitingModel, settings: Sequence[Schedule] | None, chains: Sequence[Sequence[int]] | None
+    model: ExitingModel | DecodingModel, settings: Sequence[Schedule] | None, chains: Sequence[Sequence[int]] | None
 ) -> Chains:
     """The settings and their chains, after a check that the model can follow them and images stay independent."""
     if settings is None:
@@ -263,16 +303,98 @@ def _size(size: tuple[int, int] | None, labels: Tensor | None, seen: _Images) ->
     return (shown[0], shown[1])
 
 
+class _Outcome(NamedTuple):
+    """What a model with exits says of a batch.
+
+    Attributes:
+        scores: Class scores at any resolution.
+        exit_depth: After how many blocks every patch left.
+        multiply_adds: Executed, of every image.
+    """
+
+    scores: Tensor
+    exit_depth: Tensor
+    multiply_adds: Tensor
+
+    @property
+    def on_patches(self) -> Tensor:
+        """Class scores of every patch."""
+        grid = (self.exit_depth.shape[1], self.exit_depth.shape[2])
+        return self.scores if self.scores.shape[2:] == grid else pooled(self.scores, grid)
+
+    def label_maps(self, size: tuple[int, int]) -> Tensor:
+        """Class of every pixel, image by image: upsampled scores of a batch may be large."""
+        maps = [
+            functional.interpolate(one, size, mode="bilinear", align_corners=False).argmax(dim=1)
+            for one in self.scores.split(1)
+        ]
+        return torch.cat(maps).to(torch.int16).cpu()
+
+
+Told = Callable[[Tensor, Schedule], _Outcome]
+
+
+def _told(model: ExitingModel | DecodingModel, scores: Scores | None) -> Told:
+    """A model as it is calibrated, whatever reads the tokens in the end."""
+    known = isinstance(model, ExitingModel | DecodingModel)
+    require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
+    if isinstance(model, DecodingModel):
+        return _told_by_decoder(model, scores)
+    require(scores is None, "scores", "be left out for a model with a final head", repr(scores))
+
+    def told(images: Tensor, plan: Schedule) -> _Outcome:
+        out = model(images, schedule=plan)
+        return _Outcome(out.logits, out.exit_depth, model.multiply_adds(out))
+
+    return told
+
+
+def _told_by_decoder(model: DecodingModel, scores: Scores | None) -> Told:
+    read = class_scores(model, scores, argument="scores")
+    decoder_of = cache(model.decoder_multiply_adds)
+
+    def told(images: Tensor, plan: Schedule) -> _Outcome:
+        out = model(images, schedule=plan)
+        decoder = decoder_of((images.shape[2], images.shape[3]))
+        return _Outcome(read(out.decoded, len(images)), out.exit_depth, model.multiply_adds(out) + decoder)
+
+    return told
+
+
+@dataclass(frozen=True, eq=False)
+class _Loss:
+    """The loss of every image; where classes are watched, one for each of them."""
+
+    risk: Risk
+    at_most: float
+    labels: Tensor | None
+    ignore: int | None
+    watched: tuple[int, ...]
+
+    def __call__(self, maps: Tensor, reference: Tensor, rows: slice) -> Tensor:
+        truth = None if self.labels is None else self.labels[rows].cpu().long()
+        if self.risk == "IoU loss":
+            pairs = zip(maps.split(1), (reference if truth is None else truth).split(1), strict=True)
+            return torch.cat([self._of_classes(one, other) for one, other in pairs])  # a mask for each class is large
+        if truth is None:
+            return risks.disagreement(maps, reference)
+        return risks.error_increase(maps, reference, truth, ignore=self.ignore)
+
+    def _of_classes(self, maps: Tensor, reference: Tensor) -> Tensor:
+        valid = None if self.ignore is None else reference != self.ignore
+        return risks.iou_loss(maps, reference, classes=self.watched, at_least=1 - self.at_most, valid=valid)
+
+
 @dataclass(frozen=True, eq=False)
 class _Runs:
     """Every setting, run on all images when it is first asked for, or read from the folder where that is kept."""
 
-    model: ExitingModel
+    model: WithExits
+    told: Told
     images: _Images
     plans: tuple[Schedule, ...]
+    loss: _Loss
     size: tuple[int, int]
-    labels: Tensor | None
-    ignore: int | None
     folder: Path | None
     identity: Mapping[str, Any]
     progress: Progress
@@ -287,7 +409,7 @@ class _Runs:
         """The losses of a setting; the dense network has run before it."""
         reference = self.reference["found"]
         return self._kept(
-            f"setting-{self.plans.index(plan):03d}", plan, lambda maps, rows: self._loss(maps, reference[rows], rows)
+            f"setting-{self.plans.index(plan):03d}", plan, lambda maps, rows: self.loss(maps, reference[rows], rows)
         )
 
     def measured(self, plan: Schedule) -> tuple[Tensor, float]:
@@ -295,11 +417,6 @@ class _Runs:
         found = self.setting(plan)
         work, full = (one["multiply_adds"].double().mean().item() for one in (found, self.reference))
         return found["found"], work / full
-
-    def _loss(self, maps: Tensor, reference: Tensor, rows: slice) -> Tensor:
-        if self.labels is None:
-            return risks.disagreement(maps, reference)
-        return risks.error_increase(maps, reference, self.labels[rows].cpu().long(), ignore=self.ignore)
 
     def _kept(self, name: str, plan: Schedule, keep: Keep) -> dict[str, Tensor]:
         if name not in self.found:
@@ -315,19 +432,13 @@ class _Runs:
         after = [exit.after for exit in plan.active]
         with evaluating(self.model):
             for rows, batch in self.images.again(self.progress):
-                out = self.model(batch, schedule=plan)
-                require(not bool(out.logits.isnan().any()), "model", "give class scores that are numbers", "NaN")
-                told = drift.sample(out.logits.float(), out.exit_depth, after=after).statistics
+                out = self.told(batch, plan)
+                require(not bool(out.scores.isnan().any()), "model", "give class scores that are numbers", "NaN")
+                told = drift.sample(out.on_patches.float(), out.exit_depth, after=after).statistics
                 statistics = {_STATISTIC + name: torch.tensor(row, dtype=torch.float64) for name, row in told.items()}
-                found = {"found": keep(_label_maps(out, self.size), rows)}
-                parts.append(found | {"multiply_adds": self.model.multiply_adds(out).cpu()} | statistics)
+                found = {"found": keep(out.label_maps(self.size), rows)}
+                parts.append(found | {"multiply_adds": out.multiply_adds.cpu()} | statistics)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _label_maps(out: Output, size: tuple[int, int]) -> Tensor:
-    """Class of every pixel, image by image: upsampled scores of a batch may be large."""
-    maps = [out._replace(logits=one).upsample(size).argmax(dim=1) for one in out.logits.split(1)]
-    return torch.cat(maps).to(torch.int16).cpu()
 
 
 def _sample(found: Mapping[str, Tensor]) -> Sample:

@@ -3,7 +3,7 @@
 An exit says who leaves, and nothing of the result: that is the decoder's, for every pixel, from a whole grid of tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -235,3 +235,30 @@ def pooled(scores: Float[Tensor, "images classes height width"], grid: tuple[int
     """Logits of a map, averaged to patches as probabilities, and back to logits. It is no part of the public API."""
     probability = functional.adaptive_avg_pool2d(scores.float().softmax(dim=1), grid)
     return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
+
+
+def class_scores(
+    model: DecodingModel, given: Callable[[Any], Any] | None, /, *, argument: str
+) -> Callable[[Any, int], Float[Tensor, "images classes height width"]]:
+    """From a model's own output, and the number of images, to logits of any resolution. Not public.
+
+    Args:
+        model: The model.
+        given: What its caller gave to make them; the model's own if None.
+        argument: The name of that argument.
+
+    Raises:
+        TokenExitError: If there is no way to make them; the function raises it if they do not fit.
+    """
+    rule = "be given for a model whose output has no classes: a function from it to class scores"
+    require(given is not None or model.host.classes is not None, argument, rule, "None")
+    make = model.host.class_scores if given is None else given
+
+    def read(decoded: Any, images: int) -> Tensor:
+        scores = make(decoded)
+        fits = isinstance(scores, Tensor) and scores.ndim == 4 and scores.shape[:2] == (images, model.classes)
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        require(fits, argument, f"give class scores of shape ({images}, {model.classes}, height, width)", got)
+        return scores
+
+    return read

@@ -22,7 +22,7 @@ from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teach
 from tokenexit_torch._files import fingerprint
 from tokenexit_torch._fit import Fit, Recipe
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.decoding import DecodingModel, pooled
+from tokenexit_torch.decoding import DecodingModel, class_scores, pooled
 from tokenexit_torch.running import ExitingModel
 
 __all__ = ["FitReport", "HeldOut", "fit_exits"]
@@ -192,17 +192,11 @@ def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
 
 def _of_decoder(model: DecodingModel, targets: Targets | None) -> Seen:
     """Patches before every exit head of some images, and what the decoder says of them."""
-    rule = "be given for a model whose output has no classes: a function from it to class scores"
-    require(targets is not None or model.host.classes is not None, "targets", rule, "None")
-    scores_of = model.host.class_scores if targets is None else targets
+    read = class_scores(model, targets, argument="targets")
 
     def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor, tuple[int, int]]:
         exits, decoded, grid = model.patches_and_output(images)
-        scores = scores_of(decoded)
-        fits = isinstance(scores, Tensor) and scores.ndim == 4 and scores.shape[:2] == (len(images), model.classes)
-        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        rule = f"give class scores of shape ({len(images)}, {model.classes}, height, width)"
-        require(fits, "targets", rule, got)
+        scores = read(decoded, len(images))
         patches = rearrange(pooled(scores, grid), "images classes height width -> images (height width) classes")
         return exits, patches, grid
 

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,25 @@ def saved_model(source: Path, size: tuple[int, int], *, fitted: Path | None = No
     Args:
         source: A run folder, or a ready model's `.npz` file.
         size: Image height and width in pixels; a run folder has its own.
-        fitted: Exit heads for a ready model, as `tokenexit_torch.save` wrote them; the file's own by default.
+        fitted: Other exits, as `tokenexit_torch.save` wrote them; the source's own by default.
 
     Raises:
         UsageError: As for `ready_model`.
         TokenExitError: If a folder does not hold what it should.
     """
     if source.is_dir():
-        return runs.load(source)[0]
+        model = runs.load(source)[0]
+        return model if fitted is None else tet.load(fitted, model.host, head=model.head)
     vit, final, heads = ready_model(source, size)
     if fitted is not None:
         return tet.load(fitted, vit, head=final)
     return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
+
+
+def wide_then_narrow(after: Iterable[int]) -> schedule.Schedule:
+    """Exits by the neighbourhood rule with a radius of 1, and of 0 at the last."""
+    blocks = sorted(after)
+    return schedule.neighbours(radius={block: int(block != blocks[-1]) for block in blocks})
 
 
 def fitted_exits(results: Path) -> Path:

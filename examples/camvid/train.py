@@ -48,7 +48,7 @@ class Recipe:
     Attributes:
         start: What the weights are: an ImageNet backbone, or a dense checkpoint that is the teacher as well.
         method: Exits to train with.
-        auxiliary: Weight of the loss of an exit head.
+        auxiliary: Weight of the loss of an exit head; 0 for a network that knows nothing of exits.
         teacher: Weight of the divergence from the teacher, beside that of the labels, 1.
         average: Decay of the average of the weights over the steps; 0 for none.
     """
@@ -74,6 +74,9 @@ class Recipe:
         for name in ("epochs", "batch", "fit_steps"):
             if getattr(self, name) < 1:
                 raise shell.UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.auxiliary < math.inf or (self.auxiliary == 0 and self.start == "init"):
+            rule = "be a number from 0 up" if self.start == "weights" else "be positive with --init"
+            raise shell.UsageError(f"`--auxiliary` must {rule}, got {self.auxiliary:g}")
 
 
 WITH_EXITS = Recipe(start="init", epochs=8, body_rate=1e-4, head_rate=3e-4, auxiliary=0.5, teacher=1.0, average=0.99)
@@ -101,6 +104,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--limit", type=int, help="use only this many train and val images")
+    parser.add_argument("--auxiliary", type=float, help="weight of an exit head's loss: 0.4, or from --init 0.5")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision, help="of the training steps")
     parser.add_argument("--fit-steps", type=int, default=Recipe.fit_steps, help="steps to fit exit heads")
     parser.add_argument("--validate-every", type=int, default=4, help="epochs between two looks at val")
@@ -280,7 +284,8 @@ def step_loss(
     aim = criterion(labels, wish, recipe)
     if isinstance(model, tet.GatedModel):
         return gated.loss(model, images, aim, gated.VARIANTS[recipe.method], step=step, seed=recipe.seed)
-    plan = methods.METHODS[recipe.method].training(step, steps, recipe.seed)
+    training = methods.METHODS[recipe.method].training(step, steps, recipe.seed)
+    plan = schedule.dense() if recipe.auxiliary == 0 else training  # without exits no exit head runs
     return tet.Staged(model)(images, schedule=plan).loss(aim, auxiliary=recipe.auxiliary)
 
 
@@ -438,6 +443,7 @@ def main() -> None:
     recipe = replace(
         base, method=given.method, epochs=base.epochs if given.epochs is None else given.epochs, batch=given.batch,
         seed=given.seed, limit=given.limit, precision=given.precision, fit_steps=given.fit_steps,
+        auxiliary=base.auxiliary if given.auxiliary is None else given.auxiliary,
     )  # fmt: skip
     train(
         recipe, folder=given.data, source=source, out=given.out,

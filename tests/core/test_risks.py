@@ -23,6 +23,8 @@ def test_losses_are_those_of_a_walk_over_the_pixels(backend, maps, data):
     everywhere = backend.numpy(risks.disagreement(*here[:2]))
     more = backend.numpy(risks.error_increase(*here, ignore=3))
     iou = backend.numpy(risks.iou_loss(*here[:2], classes=4, at_least=0.7, valid=backend.array(valid)))
+    some = backend.numpy(risks.iou_loss(*here[:2], classes=(2, 0), at_least=0.7, valid=backend.array(valid)))
+    np.testing.assert_array_equal(some, iou[:, [2, 0]])
     assert apart.shape == more.shape == (len(exiting),)
     assert iou.shape == (len(exiting), 4)
     for image in range(len(exiting)):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
 from examples.camvid import common, compare, data, evaluate, gated, insights, methods, report, search, shrunk, train
 from tokenexit import schedule
@@ -254,6 +255,21 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
     with pytest.raises(shell.UsageError, match=r"same settings.*batch 2, not 4"):
         run_train(dataclasses.replace(recipe, batch=4), source, tmp_path / "straight")
+
+
+@needs_data
+def test_without_auxiliary_losses_exit_heads_have_no_part_in_training() -> None:
+    images, labels = next(iter(data.Batches(data.frames(CAMVID, "train", 2), 2)))
+    for auxiliary, taught in ((0.0, False), (0.4, True)):
+        recipe = train.Recipe(auxiliary=auxiliary)
+        model = train.new_model(DEIT, recipe)
+        train.step_loss(model, None, images, labels, recipe, step=0, steps=1).backward()
+        assert isinstance(model, tet.ExitingModel)
+        assert {one.grad is not None for one in model.exit_heads.parameters()} == {taught}
+        assert all(one.grad is not None for one in model.head.parameters())
+    for change, words in (({"auxiliary": -1.0}, "from 0 up"), ({"auxiliary": 0.0, "start": "init"}, "positive with")):
+        with pytest.raises(shell.UsageError, match=f"`--auxiliary` must be .*{words}"):
+            train.Recipe(**change)
 
 
 @needs_data

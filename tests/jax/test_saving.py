@@ -1,5 +1,6 @@
 """Exits saved by one adapter are read by the other, weights and plan."""
 
+import copy
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import tokenexit_torch as tet
 from tests.jax import networks
 from tests.jax.networks import heads_of, pair
 from tests.torch import models
-from tokenexit import TokenExitError, heads, schedule
+from tokenexit import TokenExitError, certificate, heads, ladders, schedule
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4, per_class=1)
 PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.ATM(1, 2))
@@ -60,6 +61,26 @@ def test_what_comes_back_decides_as_before(tmp_path):
         wanted = both.theirs(images, schedule=PLAN)
     found = model(both.params, weights, networks.images_of(images))
     np.testing.assert_array_equal(found.exit_depth, wanted.exit_depth)
+
+
+def test_what_was_fitted_and_certified_in_pytorch_runs_in_jax(tmp_path):
+    both, images = pair("timm"), models.images(24, networks.SIZE)
+    theirs = tet.wrap(copy.deepcopy(both.theirs.model), PLAN, num_classes=5).eval()
+    theirs.head.load_state_dict(both.theirs.head.state_dict())
+    tet.fit_exits(theirs, images, steps=60, patches_per_step=128, progress=iter)
+    settings = ladders.by_threshold(PLAN, thresholds=(0.4, 0.3))
+    found = tet.calibrate(theirs, images, at_most=0.6, preprocessing="as drawn", settings=settings, progress=iter)
+    assert found.certificate is not None
+    tet.save(theirs, tmp_path)
+    tet.save_certificate(found.certificate, tmp_path)
+    certified = certificate.from_json((tmp_path / "certificate.json").read_text())
+    model, weights = tej.load(tmp_path, both.model.network)
+    ours = model.retuned(certified.schedule)(both.params, weights, networks.images_of(images))
+    with torch.no_grad():
+        wanted = theirs(images, schedule=found.report.schedule)
+    np.testing.assert_array_equal(ours.exit_depth, wanted.exit_depth)
+    assert len(np.unique(ours.exit_depth)) > 1
+    np.testing.assert_allclose(ours.logits, np.moveaxis(wanted.logits.numpy(), 1, -1), atol=2e-4)
 
 
 def test_a_final_head_of_ones_own_is_given_again(tmp_path):

@@ -1,5 +1,6 @@
 """Calibration of a model with exits: every setting run for real, lazily, resumably, to a certificate."""
 
+import dataclasses
 import json
 import math
 
@@ -11,8 +12,10 @@ from torch.nn import functional
 
 import tokenexit_torch as tet
 from tests.torch import models
+from tests.torch.decoders import DECODERS
 from tokenexit import TokenExitError, certificate, drift, ladders, policies, schedule
 from tokenexit.calibration import certify
+from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
@@ -111,6 +114,55 @@ def test_with_labels_it_is_the_increase_of_the_error():
     expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, truth, (20, 30)), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
     assert found.report.risk == "error increase at 20 x 30 pixels"
+
+
+@torch.no_grad()
+def iou_table(model, settings, classes, at_least, truth=None, ignore=None):
+    """Losses (images, settings, classes): `at_least` times the union, less the intersection, shifted."""
+
+    def maps(plan):
+        full = functional.interpolate(
+            model(IMAGES, schedule=plan).logits, (32, 48), mode="bilinear", align_corners=False
+        )
+        return full.argmax(1).numpy()
+
+    right = maps(schedule.dense()) if truth is None else truth.numpy()
+    losses = np.zeros((len(IMAGES), len(settings), len(classes)))
+    for row in range(len(IMAGES)):
+        valid = right[row] != ignore
+        for column, plan in enumerate(settings):
+            found = maps(plan)[row]
+            for place, one in enumerate(classes):
+                both = ((found == one) & (right[row] == one))[valid].mean()
+                either = ((found == one) | (right[row] == one))[valid].mean()
+                losses[row, column, place] = at_least * either - both + 1 - at_least
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "words"),
+    [
+        (None, None, "against the dense run, of the worst of the classes 0, 1, 2, 3, 4"),
+        (None, (0, 1), "against the dense run, of the worst of the classes 0, 1"),
+        (9, (4, 1), "against labels, of the worst of the classes 4, 1"),
+    ],
+)
+def test_iou_may_be_the_risk(labels, classes, words):
+    model = easy()
+    truth = None
+    if labels is not None:  # what the dense network says, some of it void: an IoU that can be certified
+        with torch.no_grad():
+            truth = model(IMAGES, schedule=schedule.dense()).upsample((32, 48)).argmax(1)
+        truth[:, ::5] = labels
+    found = calibrated(model, risk="IoU loss", at_most=0.8, labels=truth, ignore=labels, classes=classes).report
+    watched = tuple(range(models.CLASSES)) if classes is None else classes
+    _, costs = table(model, IMAGES, SETTINGS)
+    expected = certify(
+        SETTINGS, iou_table(model, SETTINGS, watched, 0.2, truth, labels), costs, at_most=0.8, chains=CHAINS
+    )
+    as_expected(found, expected)
+    assert found.risk == f"IoU loss, {words} at 32 x 48 pixels"
+    assert (found.chosen is not None) == (classes is not None)  # of all five one is too rare
 
 
 class Counting(tuple):
@@ -390,7 +442,7 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": models.timm_vit()}, "`model` must be wrapped by `wrap`, got VisionTransformer"),
+        ({"model": models.timm_vit()}, "`model` must be wrapped by `wrap` or `wrap_decoder`, got VisionTransformer"),
         ({"images": models.images(13)}, "`images` must be at least 15, that 0.3 can be certified at all by this test, got 13"),
         ({"images": []}, "`images` must hold at least one image, got none"),
         ({"images": [models.images(16), models.images(16, size=(32, 40))]}, "`images` must be of one size, for which alone a certificate holds, got [(32, 40), (32, 48)]"),
@@ -401,9 +453,14 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"at_most": 0.0}, "`at_most` must lie between 0 and 1, got 0.0"),
         ({"confidence": 1.0}, "`confidence` must lie between 0 and 1, got 1.0"),
         ({"test": "luck"}, "`test` must be"),
-        ({"risk": "luck"}, "`risk` must be one of disagreement, error increase, got 'luck'"),
-        ({"risk": "error increase"}, "`labels` must be given exactly for `error increase`, got None"),
-        ({"labels": LABELS}, "`labels` must be given exactly for `error increase`, got labels of shape (24, 32, 48)"),
+        ({"risk": "luck"}, "`risk` must be one of disagreement, error increase, IoU loss, got 'luck'"),
+        ({"risk": "error increase"}, "`labels` must be given for `error increase`, got None"),
+        ({"labels": LABELS}, "`labels` must be left out for `disagreement`, got shape (24, 32, 48)"),
+        ({"classes": (1,)}, "`classes` must be left out unless the risk is `IoU loss`, got (1,)"),
+        ({"risk": "IoU loss", "classes": (1, 1)}, "`classes` must be some of 0 to 4, each once, got (1, 1)"),
+        ({"risk": "IoU loss", "classes": (5,)}, "`classes` must be some of 0 to 4, each once, got (5,)"),
+        ({"risk": "IoU loss", "classes": ()}, "`classes` must be some of 0 to 4, each once, got ()"),
+        ({"scores": torch.nn.Identity()}, "`scores` must be left out for a model with a final head, got Identity()"),
         ({"ignore": 3}, "`ignore` must be left out where there are no labels, got 3"),
         ({"risk": "error increase", "labels": LABELS[:9]}, "`labels` must be of shape (24, height, width), got an array of shape (9, 32, 48)"),
         ({"risk": "error increase", "labels": LABELS, "size": (4, 6)}, "`size` must be that of `labels`, (32, 48), or left out, got (4, 6)"),
@@ -430,3 +487,77 @@ def test_too_few_images_are_refused_before_the_model_is_run():
     model.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
     with pytest.raises(TokenExitError, match="`images` must be at least 189"):
         calibrated(model, at_most=0.02)
+
+
+def decoding(name):
+    """A model with a decoder of its own, whose blocks change little, and two exits that rejoin for the decoder."""
+    model = DECODERS[name].make()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "layer" in key and key.endswith(("output.dense.weight", "fc2.weight")):
+                value.mul_(0.3)
+    plan = dataclasses.replace(schedule.neighbours(radius={1: 1, 2: 0}, threshold=0.4, per_class=0), carry=Feature())
+    return tet.wrap_decoder(model, plan, num_classes=None if DECODERS[name].classes else 3).eval()
+
+
+@torch.no_grad()
+def decoded_table(model, images, settings, read):
+    """Losses and costs, one image and one setting at a time, the decoder counted beside the blocks."""
+    decoder = model.decoder_multiply_adds((SIDE, SIDE))
+
+    def run(plan, image):
+        out = model(image[None], schedule=plan)
+        full = functional.interpolate(read(out.decoded), (SIDE, SIDE), mode="bilinear", align_corners=False)
+        return full.argmax(1)[0].numpy(), model.multiply_adds(out).item() + decoder
+
+    losses, costs = np.zeros((len(images), len(settings))), np.zeros(len(settings))
+    for row, image in enumerate(images):
+        dense, full = run(schedule.dense(), image)
+        for column, plan in enumerate(settings):
+            found, work = run(plan, image)
+            losses[row, column] = (found != dense).mean()
+            costs[column] += work / full / len(images)
+    return losses, costs
+
+
+def nearer_or_farther(output):
+    """Three classes of depth, around its mean."""
+    depth = output.predicted_depth[:, None]
+    return -((depth - depth.mean(dim=(1, 2, 3), keepdim=True) * torch.tensor([0.95, 1.0, 1.05])[:, None, None]) ** 2)
+
+
+SIDE = 32
+
+
+@pytest.mark.parametrize("name", ["DPT, segmentation", "EoMT", "Depth Anything"])
+def test_a_model_with_a_decoder_of_its_own_is_calibrated_by_what_the_decoder_says(name, tmp_path):
+    model, images = decoding(name), models.images(20, (SIDE, SIDE), seed=1)
+    scores = None if DECODERS[name].classes else nearer_or_farther
+    read = model.host.class_scores if scores is None else scores
+    ladder = ladders.by_threshold(model.schedule, thresholds=(0.9, 0.5, 0.2))
+    cut = dataclasses.replace(schedule.truncated(after=2), carry=Feature())
+    settings, chains = (*ladder, cut), ((0, 1, 2), (3,))
+    options = {"at_most": 0.45, "preprocessing": WORDS, "scores": scores, "progress": iter}
+    found = tet.calibrate(model, images, settings=settings, chains=chains, **options)
+    expected = certify(settings, *decoded_table(model, images, settings, read), at_most=0.45, chains=chains)
+    as_expected(found.report, expected)
+    assert found.report.curve[0].cost < 1.1
+    default, _ = tet.default_settings(model)
+    assert default[-1] == dataclasses.replace(schedule.truncated(after=1), carry=Feature())
+    again = tet.calibrate(model, images, **options | {"at_most": 0.9})
+    assert again.certificate is not None
+    assert set(again.before.statistics) >= {"confidence"}
+    tet.save_certificate(again.certificate, tmp_path)
+    model.retune(schedule.dense())
+    tet.load_certificate(tmp_path, model, resolution=(SIDE, SIDE), preprocessing=WORDS)
+    assert model.schedule == again.report.schedule
+
+
+def test_a_decoder_without_classes_must_be_read_by_a_function():
+    model, images = decoding("Depth Anything"), models.images(20, (SIDE, SIDE))
+    for scores, message in (
+        (None, "`scores` must be given for a model whose output has no classes"),
+        (lambda output: output.predicted_depth, r"`scores` must give class scores of shape \(8, 3, height, width\)"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            tet.calibrate(model, images, at_most=0.5, preprocessing=WORDS, scores=scores, progress=iter)
