@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Real
 
 from tokenexit._array import Array, array_namespace
 from tokenexit.errors import require
-from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
 from tokenexit.semantic import SemanticPlan, require_room
 
 __all__ = ["Cost", "HeadCost", "Repacking", "Waiting", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
@@ -439,7 +439,10 @@ def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> He
     if isinstance(plan, MLP):
         hidden = width if plan.hidden is None else plan.hidden
         return HeadCost(norm * width + width * hidden + hidden * classes)
-    require(isinstance(plan, Linear), "plan", "be a Linear, MLP, FCN or ATM of tokenexit.heads", repr(plan))
+    if isinstance(plan, Neighbourhood):
+        hidden = width if plan.hidden is None else plan.hidden
+        return HeadCost(norm * width + 2 * width * hidden + hidden * classes)
+    require(isinstance(plan, Linear), "plan", "be a plan of tokenexit.heads", repr(plan))
     return HeadCost(norm * width + width * classes)
 
 

@@ -1,8 +1,8 @@
 """Plans of heads, which read class scores off tokens.
 
 A plan is plain frozen data that every adapter builds in its own framework, so that heads fitted in one can be loaded
-in another. All but `ATM` treat each token by itself: they take tokens as a block leaves them, `(..., width)`, and give
-`(..., classes)`. `ATM` looks at all patches of an image.
+in another. `Linear`, `MLP` and `FCN` treat each token by itself: they take tokens as a block leaves them,
+`(..., width)`, and give `(..., classes)`. `Neighbourhood` looks around each token, `ATM` at all patches of an image.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from tokenexit._plain import from_plain, is_whole, to_plain
 from tokenexit.errors import require
 
-__all__ = ["ATM", "FCN", "MLP", "HeadPlan", "Linear", "from_dict", "to_dict"]
+__all__ = ["ATM", "FCN", "MLP", "HeadPlan", "Linear", "Neighbourhood", "from_dict", "to_dict"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,33 @@ class FCN:
 
 
 @dataclass(frozen=True)
+class Neighbourhood:
+    """Two linear layers with a GELU between them, on a token and the mean of its neighbourhood, each standardised.
+
+    New in this library: for networks whose early blocks were not taught to be read (`tokenexit.surroundings`). Of a
+    neighbourhood what still runs is seen.
+
+    Attributes:
+        hidden: Channels between the layers; the width of the tokens if None.
+        radius: The neighbourhood is the square of 2 radius + 1 places around the token.
+    """
+
+    hidden: int | None = None
+    radius: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If `hidden` is neither None nor a whole number from 1 to 1,000,000, or `radius` is not a
+                whole number from 1 to 16.
+        """
+        if self.hidden is not None:
+            _require_size("hidden", self.hidden)
+        _require_size("radius", self.radius, most=16)
+
+
+@dataclass(frozen=True)
 class ATM:
     """Attention to mask: one learned query for each class attends to all patches of an image.
 
@@ -89,10 +116,16 @@ class ATM:
             _require_size("attention_heads", self.attention_heads)
 
 
-HeadPlan = Linear | MLP | FCN | ATM
+HeadPlan = Linear | MLP | FCN | Neighbourhood | ATM
 """Any of the plans."""
 
-_KINDS: dict[str, type[HeadPlan]] = {"linear": Linear, "mlp": MLP, "fcn": FCN, "atm": ATM}
+_KINDS: dict[str, type[HeadPlan]] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "fcn": FCN,
+    "neighbourhood": Neighbourhood,
+    "atm": ATM,
+}
 
 
 def to_dict(plan: HeadPlan, /) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit import cells, ledger, scores, tokens
+from tokenexit import cells, ledger, scores, surroundings, tokens
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
-from tokenexit.heads import ATM, HeadPlan
+from tokenexit.heads import ATM, HeadPlan, Neighbourhood
 from tokenexit.ledger import Ledger
 from tokenexit.policies import Evidence
 from tokenexit.schedule import Schedule
@@ -223,7 +223,7 @@ class Run(NamedTuple):
         if self.feature is not None:
             return state
         finished = self.model.network.finish(self.params, entries)[:, prefix:]
-        reading = self.read(self.model.depth, finished, selection.valid)
+        reading = self.read(self.model.depth, finished, state.grid, selection)
         return self._settled(state, selection, selection.valid, reading, self.model.depth)
 
     def closed(self, state: State) -> Output:
@@ -241,7 +241,7 @@ class Run(NamedTuple):
         slots, depth = state.tokens.shape[1], self.model.depth
         every = self._plain(state.tokens, state.positions, self.end, depth)
         ran, room = (counted.at[:, self.end :].set(slots) for counted in (state.ran, state.room))
-        reading = self.read(depth, self.model.network.finish(self.params, every)[:, state.prefix :])
+        reading = self.read(depth, self.model.network.finish(self.params, every)[:, state.prefix :], state.grid)
         return dataclasses.replace(state, ran=ran, room=room), reading
 
     def output(self, state: State, logits: Float[Array, "images places classes"]) -> Output:
@@ -274,9 +274,10 @@ class Run(NamedTuple):
         self,
         after: int,
         patches: Float[Array, "images entries width"],
-        valid: Bool[Array, "images entries"] | None = None,
+        grid: tuple[int, int],
+        selection: Selection | None = None,
     ) -> Reading:
-        """What the head after a block says of patches; after the last it is the final head."""
+        """What the head after a block says of patches, all of them or some; after the last it is the final head."""
         model = self.model
         if after == model.depth and model.head is not None:
             logits = model.head(self.params, patches)
@@ -285,9 +286,15 @@ class Run(NamedTuple):
             require(shape == wanted, "head", f"give {model.classes} classes, logits of shape {wanted}", f"{shape}")
             return Reading(logits)
         weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
+        if isinstance(model.head_plan, Neighbourhood):
+            radius = model.head_plan.radius
+            if selection is None:
+                patches = surroundings.beside_all(patches, grid=grid, radius=radius)
+            else:
+                patches = surroundings.beside_running(patches, selection, grid=grid, radius=radius)
         if not isinstance(model.head_plan, ATM):
             return Reading(building.read(model.head_plan, weights, patches))
-        valid = jnp.ones(patches.shape[:2], dtype=bool) if valid is None else valid
+        valid = jnp.ones(patches.shape[:2], dtype=bool) if selection is None else selection.valid
         found = read_masks(model.head_plan, weights, patches, valid)
         masks = Masks(*(part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in found))
         presence = masks.presence_logits[:, None]
@@ -318,7 +325,7 @@ class Run(NamedTuple):
     def _exit(self, state: State, selection: Selection, entries: Array, index: int) -> State:
         """Some of the patches of these entries leave."""
         exit, prefix, cell = self.plan.active[index], state.prefix, self.plan.cell
-        reading = self.read(exit.after, entries[:, prefix:], selection.valid)
+        reading = self.read(exit.after, entries[:, prefix:], state.grid, selection)
         if state.ledger is None:
             state = dataclasses.replace(state, ledger=ledger.open_ledger(reading.logits, selection))
         evidence = self._evidence(state, selection, reading, index)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from tokenexit import TokenExitError
 from tokenexit.cost import HeadCost, of_head
 from tokenexit.errors import require
-from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
 from tokenexit_jax._layers import (
     Weights,
     batch_norm,
@@ -58,6 +58,10 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
         case FCN():
             between = new_linear(first, "0", width, plan.hidden, bias=False)
             return {**between, **new_batch_norm("1", plan.hidden), **new_linear(last, "3", plan.hidden, classes)}
+        case Neighbourhood():
+            hidden = plan.hidden or width
+            between = new_linear(first, "0", 2 * width, hidden)
+            return {**between, **new_linear(last, "2", hidden, classes)}
         case ATM():
             return new_masks(plan, first, width, classes)
 
@@ -103,7 +107,8 @@ def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"],
         plan: A plan other than `ATM`, which looks at whole images: `read_masks`.
         params: Its weights, as `init` made them or PyTorch's `state_dict` holds them. The norm of `FCN` uses its
             running statistics.
-        tokens: The tokens, as a block leaves them.
+        tokens: The tokens, as a block leaves them; for `Neighbourhood` beside what is around them, as by
+            `tokenexit.surroundings`.
 
     Returns:
         The logits.
@@ -119,7 +124,9 @@ def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"],
             return linear(params, "3", jax.nn.gelu(hidden, approximate=False))
         case FCN():
             return linear(params, "3", jax.nn.relu(batch_norm(params, "1", linear(params, "0", tokens))))
-    raise TokenExitError(f"`plan` must be a Linear, MLP or FCN of tokenexit.heads, got {plan!r}")
+        case Neighbourhood():
+            return linear(params, "2", jax.nn.gelu(linear(params, "0", tokens), approximate=False))
+    raise TokenExitError(f"`plan` must be a plan of tokenexit.heads that gives no masks, got {plan!r}")
 
 
 def read_in_training(

@@ -164,7 +164,7 @@ class ExitingModel(Parts):
         """
         run = Run(self, params, fitting(self, heads), Schedule())
         patches, grid = run.patches_after(images)
-        return {after: on_grid(run.read(after, rows).logits, grid) for after, rows in patches.items()}
+        return {after: on_grid(run.read(after, rows, grid).logits, grid) for after, rows in patches.items()}
 
     def every_mask(self, params: Params, heads: Heads, images: Array) -> dict[int, MaskMaps]:
         """Masks and presence of every head on all tokens, in one dense run.
@@ -184,7 +184,7 @@ class ExitingModel(Parts):
         require(self.gives_masks, "model", "have mask heads", repr(self.head_plan))
         run = Run(self, params, fitting(self, heads), Schedule())
         patches, grid = run.patches_after(images)
-        readings = {after: run.read(after, rows).masks for after, rows in patches.items()}
+        readings = {after: run.read(after, rows, grid).masks for after, rows in patches.items()}
         return {
             after: MaskMaps(on_grid(masks.mask_logits, grid), masks.presence_logits)
             for after, masks in readings.items()
@@ -202,7 +202,7 @@ class ExitingModel(Parts):
 
         Returns:
             Patches by blocks run: as the block leaves them for the exit heads, finished for the final head, which is
-            the last entry.
+            the last entry. A head of the plan `heads.Neighbourhood` reads them by `surroundings.beside_all`.
 
         Raises:
             TokenExitError: If the network's parts do not fit each other.

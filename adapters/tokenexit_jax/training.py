@@ -215,12 +215,12 @@ register(_Kept, leaves=tuple(field.name for field in dataclasses.fields(_Kept)))
 
 
 class _StagedRun(Run):
-    def read(self, after: int, patches: Array, valid: Array | None = None) -> Reading:
+    def read(self, after: int, patches: Array, grid: tuple[int, int], selection: Selection | None = None) -> Reading:
         model = self.model
         if not isinstance(model.head_plan, FCN) or (after == model.depth and model.head is not None):
-            return super().read(after, patches, valid)
+            return super().read(after, patches, grid, selection)
         weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
-        valid = jnp.ones(patches.shape[:2], dtype=bool) if valid is None else valid
+        valid = jnp.ones(patches.shape[:2], dtype=bool) if selection is None else selection.valid
         logits, statistics = read_in_training(model.head_plan, weights, patches, valid)
         return Reading(logits, statistics=statistics)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from tokenexit.errors import require
 from tokenexit.gates import published_gate
-from tokenexit.heads import ATM, MLP, HeadPlan
+from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_jax._passing import embed, run_block
@@ -120,7 +120,7 @@ def wrap_gates(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     plan = published_gate(network.width) if gates is None else gates
-    each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
+    each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM | Neighbourhood)
     require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
     depth, after = network.depth, schedule.after
     tapped = (depth,) if taps is None else tuple(taps)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import cells, ledger, policies, scores, tokens
+from tokenexit import cells, ledger, policies, scores, surroundings, tokens
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
 from tokenexit.ledger import Ledger
@@ -21,6 +21,7 @@ from tokenexit.tokens import Packing, Receipt, Selection
 from tokenexit_torch._modules import kept_eager
 from tokenexit_torch.attention import Padded, PerImage
 from tokenexit_torch.exits import WithExits
+from tokenexit_torch.heads import NeighbourhoodHead
 from tokenexit_torch.hosts import Host, embedded_by
 from tokenexit_torch.masks import MaskHead, Masks, log_scores, patch_rows, widened
 from tokenexit_torch.outputs import Output
@@ -28,7 +29,7 @@ from tokenexit_torch.outputs import Output
 if TYPE_CHECKING:
     from tokenexit_torch.running import ExitingModel
 
-__all__ = ["Move", "PackedRun", "Reading", "Run", "has_to_wait", "packed", "read_batch", "run_blocks"]
+__all__ = ["Move", "PackedRun", "Reading", "Run", "as_read", "has_to_wait", "packed", "read_batch", "run_blocks"]
 
 
 class Reading(NamedTuple):
@@ -231,9 +232,14 @@ class Run:
 
     def _read(self, head: nn.Module, flat: Tensor) -> Reading:
         """What a head says of the tokens of the packed row; a mask head is shown the patches alone."""
+        assert self.receipt is not None
+        if isinstance(head, NeighbourhoodHead):
+            beside = surroundings.beside_running(
+                self.laid(flat), self.receipt, grid=self.embedded.grid, radius=head.radius
+            )
+            return Reading(head(beside.flatten(0, -2)))
         if not isinstance(head, MaskHead):
             return Reading(head(flat))
-        assert self.receipt is not None
         rows, patches = patch_rows(self.lengths, self.embedded.prefix, flat.device)
         found = widened(head(flat.index_select(0, rows), patches))
         nothing = found.mask_logits.new_zeros(flat.shape[0], found.mask_logits.shape[1])
@@ -311,7 +317,8 @@ class Run:
         if self.feature is not None:
             self._rejoin()
         if self.receipt is None:
-            reading = read_batch(model.head, model.host.finish(self.row)[:, prefix:])
+            patches = model.host.finish(self.row)[:, prefix:]
+            reading = read_batch(model.head, as_read(model.head, patches, self.embedded.grid))
             logits, self.masks = reading.logits, reading.masks
             depth = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
             depth = depth if settled is None else settled.depth[:, prefix:]
@@ -407,8 +414,15 @@ def run_blocks(
     return row
 
 
+def as_read(head: nn.Module, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """All patches of a batch, as a head reads them: a head that looks around them is shown what is there."""
+    if not isinstance(head, NeighbourhoodHead):
+        return patches
+    return surroundings.beside_all(patches, grid=grid, radius=head.radius)
+
+
 def read_batch(head: nn.Module, patches: Tensor) -> Reading:
-    """What a head says of all patches of a batch."""
+    """What a head says of all patches of a batch, `as_read` by it."""
     if not isinstance(head, MaskHead):
         return Reading(head(patches))
     images, places, _ = patches.shape

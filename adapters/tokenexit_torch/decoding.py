@@ -20,7 +20,7 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating, kept_eager, linear_weights
-from tokenexit_torch._passing import PackedRun
+from tokenexit_torch._passing import PackedRun, as_read
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Embedded, embedded_by
 from tokenexit_torch.hosts_decoding import DecodingHost
@@ -123,7 +123,7 @@ class DecodingModel(WithExits[DecodingHost]):
     def patches_and_output(
         self, images: Float[Tensor, "images channels height width"]
     ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, tuple[int, int]]:
-        """Patches by exit, the model's own output and the grid, in one run in which nothing leaves. Not public."""
+        """What exit heads read, the model's own output and the grid, in one run in which nothing leaves. Not public."""
         embedded = embedded_by(self.host, images)
         patches, taken = self._trace(embedded)
         return patches, self.host.decode(taken, embedded, images), embedded.grid
@@ -181,12 +181,13 @@ class DecodingModel(WithExits[DecodingHost]):
         return counter.get_total_flops() // 2
 
     def _trace(self, embedded: Embedded) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Patches by exit, and all tokens by tap, if nothing leaves."""
+        """What every exit head reads, and all tokens by tap, if nothing leaves."""
         running, patches, taken = embedded.tokens, {}, {}
         for block in range(self.depth):
             running = self.host.run(block, running, embedded.positions)
             if str(block + 1) in self.exit_heads:
-                patches[block + 1] = running[:, embedded.prefix :]
+                head = self.exit_heads[str(block + 1)]
+                patches[block + 1] = as_read(head, running[:, embedded.prefix :], embedded.grid)
             if block + 1 in self.host.taps:
                 taken[block + 1] = running
         return patches, taken

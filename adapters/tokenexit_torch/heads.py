@@ -4,10 +4,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
 from tokenexit_torch.masks import AttentionToMask
 
-__all__ = ["build"]
+__all__ = ["NeighbourhoodHead", "build"]
 
 
 def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
@@ -19,7 +19,8 @@ def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
         classes: Class count.
 
     Returns:
-        A module from `(..., width)` to `(..., classes)`; for `ATM`, an `AttentionToMask`.
+        A module from `(..., width)` to `(..., classes)`; for `ATM`, an `AttentionToMask`; for `Neighbourhood` one from
+        twice the channels, a `NeighbourhoodHead`.
 
     Raises:
         TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
@@ -33,9 +34,29 @@ def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
         case FCN():
             first = nn.Linear(width, plan.hidden, bias=False)
             return nn.Sequential(first, _TokenBatchNorm(plan.hidden), nn.ReLU(), nn.Linear(plan.hidden, classes))
+        case Neighbourhood():
+            return NeighbourhoodHead(width, plan.hidden or width, classes, radius=plan.radius)
         case ATM():
             return AttentionToMask(width, classes, layers=plan.layers, attention_heads=plan.attention_heads)
     raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
+
+
+class NeighbourhoodHead(nn.Sequential):
+    """A head on tokens beside the mean of their neighbourhoods, as `tokenexit.surroundings` puts them together.
+
+    Args:
+        width: Channels of a token.
+        hidden: Channels between the layers.
+        classes: Class count.
+        radius: Of the neighbourhood.
+
+    Attributes:
+        radius: The same.
+    """
+
+    def __init__(self, width: int, hidden: int, classes: int, /, *, radius: int) -> None:
+        super().__init__(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+        self.radius = radius
 
 
 class _TokenBatchNorm(nn.BatchNorm1d):

@@ -16,7 +16,7 @@ from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
 from tokenexit_torch._mixing import MixedRun
 from tokenexit_torch._modules import linear_weights
-from tokenexit_torch._passing import Reading, packed, read_batch
+from tokenexit_torch._passing import Reading, as_read, packed, read_batch
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
 from tokenexit_torch.masks import MaskHead, MaskMaps, as_maps
@@ -142,7 +142,7 @@ class ExitingModel(WithExits[Host]):
 
         Returns:
             Patches by blocks run: as the block leaves them for the exit heads, finished for the final head, which is
-            the last entry.
+            the last entry. A head of the plan `heads.Neighbourhood` reads them by `surroundings.beside_all`.
 
         Raises:
             TokenExitError: If the images do not fit the model.
@@ -156,13 +156,16 @@ class ExitingModel(WithExits[Host]):
         Float[Tensor, "images patches classes"],
         tuple[int, int],
     ]:
-        """Patches by exit, the final head's class scores and the grid, in one run in which nothing leaves. Not public.
+        """What exit heads read, the final head's class scores and the grid, in one run in which nothing leaves.
+
+        It is no part of the public API.
 
         It is not for mask heads, which are told which patches are whose.
         """
         embedded, patches = self._trace(images)
-        finished = patches.pop(self.depth)
-        return patches, self.head(finished), embedded.grid
+        finished, grid = patches.pop(self.depth), embedded.grid
+        read = {after: as_read(self.exit_heads[str(after)], rows, grid) for after, rows in patches.items()}
+        return read, self.head(as_read(self.head, finished, grid)), grid
 
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
@@ -195,9 +198,12 @@ class ExitingModel(WithExits[Host]):
 
     def _read_all(self, images: Tensor) -> tuple[dict[int, Reading], tuple[int, int]]:
         embedded, patches = self._trace(images)
-        heads = [*self.exit_heads.values(), self.head]
-        readings = {after: read_batch(head, rows) for (after, rows), head in zip(patches.items(), heads, strict=True)}
-        return readings, embedded.grid
+        heads, grid = [*self.exit_heads.values(), self.head], embedded.grid
+        readings = {
+            after: read_batch(head, as_read(head, rows, grid))
+            for (after, rows), head in zip(patches.items(), heads, strict=True)
+        }
+        return readings, grid
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
         embedded = embedded_by(self.host, images)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from tokenexit import TokenExitError
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
-from tokenexit.heads import ATM, MLP, HeadPlan
+from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
-from tokenexit_torch.heads import build
+from tokenexit_torch.heads import NeighbourhoodHead, build
 from tokenexit_torch.hosts import Embedded, Host
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
@@ -120,8 +120,8 @@ def wrap_decoder(
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
         schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
             `schedule.dovit()` and `schedule.paumer()` do. Each of its exits gets a head.
-        exit_heads: A plan for the exit heads, or the heads themselves by the block they follow, from `(tokens, width)`
-            to `(tokens, classes)`, each token by itself.
+        exit_heads: A plan for the exit heads (all but `heads.ATM`), or the heads themselves by the block they follow,
+            from `(tokens, width)` to `(tokens, classes)`, each token by itself.
         num_classes: How many classes the exit heads tell apart; those of the model if left out. A model without
             classes, as of depth, needs it: bins of depth, for example.
 
@@ -147,7 +147,7 @@ def wrap_decoder(
         chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, "classes", host.width, like)
     else:
         each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
-        require(each, "exit_heads", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
+        require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(plan))
         new = {after: build(exit_heads, width=host.width, classes=classes) for after in schedule.after}
         chosen = {after: head.to(like).train(mode) for after, head in new.items()}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
@@ -196,14 +196,17 @@ def wrap_gates(
     like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
     plan = published_gate(host.width) if gates is None else gates
     if isinstance(plan, Mapping):
+        each = not any(isinstance(gate, NeighbourhoodHead) for gate in plan.values())
+        require(each, "gates", "treat each token by itself", "a head that looks around tokens")
         chosen, plan = _given_heads(plan, "gates", depth, 2, "logits, keep and skip", host.width, like), None
     else:
-        each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
+        each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM | Neighbourhood)
         require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
         chosen = {after: _new_gate(plan, host.width).to(like).train(mode) for after in schedule.after}
     if head is not None:
         require(isinstance(head, nn.Module), "head", "be a torch.nn.Module", repr(head))
-        require(not isinstance(head, MaskHead), "head", "treat each token by itself", type(head).__name__)
+        each = not isinstance(head, MaskHead | NeighbourhoodHead)
+        require(each, "head", "treat each token by itself", type(head).__name__)
         _classes_of(head, host.width, like, "head")
     tapped = (depth,) if taps is None else tuple(taps)
     fits = list(tapped) == sorted(set(tapped)) and all(_is_block(tap) and 1 <= tap <= depth for tap in tapped)
@@ -338,6 +341,7 @@ def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int
     """Class count of a head, after a check that it treats each token by itself, or each image if it gives masks."""
     if isinstance(head, MaskHead):
         return _mask_classes_of(head, width, like, argument)
+    width = 2 * width if isinstance(head, NeighbourhoodHead) else width
     with evaluating(head):
         probe = _drawn(3, width, like=like)
         try:

@@ -138,6 +138,12 @@ def test_a_head_from_a_plan_costs_what_its_matrices_do(plan, inside, normed, nor
     assert head.multiply_adds(np.array([3])).tolist() == [count.total]
 
 
+def test_a_head_that_looks_around_reads_twice_the_channels():
+    wide = cost.of_head(heads.Neighbourhood(6), width=4, classes=7, norm=5).multiply_adds(np.array([3]))
+    assert wide.tolist() == [3 * (5 * 4 + 2 * 4 * 6 + 6 * 7)]
+    assert cost.of_head(heads.Neighbourhood(), width=4, classes=7) == cost.HeadCost(2 * 4 * 4 + 4 * 7)
+
+
 def test_upsampling_is_counted_by_what_comes_out():
     assert cost.upsampling(channels=3, size=(5, 7), per_element=4) == 3 * 5 * 7 * 4
     parts = cost.plain_vit(width=4, depth=1, patch=2, decoder=11)
@@ -343,7 +349,7 @@ def test_a_bad_question_about_repacking_is_named(change, message):
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, prefix=-1), "`prefix` must be 0 or more, got -1"),
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, decoder=-1), "`decoder` must be 0 or more, got -1"),
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, norm=-1), "`norm` must be 0 or more, got -1"),
-    (lambda: cost.of_head("mlp", width=1, classes=1), "`plan` must be a Linear, MLP, FCN or ATM .*, got 'mlp'"),
+    (lambda: cost.of_head("mlp", width=1, classes=1), "`plan` must be a plan of tokenexit.heads, got 'mlp'"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=0), "`classes` must be at least 1, got 0"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=1, norm=-1), "`norm` must be 0 or more, got -1"),
     (lambda: cost.atm_head(width=3, classes=1), "`width` must be even, got 3"),

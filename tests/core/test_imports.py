@@ -9,7 +9,7 @@ USE = """
 import numpy as np
 import tokenexit
 from tokenexit import calibration, carries, certificate, cost, drift, heads, ladders, ledger, manifest, policies
-from tokenexit import retention, risks, schedule, scores, semantic, tokens
+from tokenexit import retention, risks, schedule, scores, semantic, surroundings, tokens
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
 evidence = policies.Evidence(
@@ -40,6 +40,7 @@ folded = ledger.fold_leavers(logits, packing, leave)
 ledger.rejoin(book, packing, folded)
 tokens.scatter(tokens.gather(book.logits, packing), packing, into=book.logits)
 tokens.repack(packing, leave)
+surroundings.beside_running(logits, packing, grid=(1, 3), radius=1)
 selection, _ = tokens.select(mask, mask.astype(np.float32), capacity=2)
 selection, _, _ = tokens.reselect(selection, selection.valid, selection.valid.astype(np.float32), capacity=1)
 entries = tokens.gather(book.features, selection)

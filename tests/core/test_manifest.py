@@ -14,6 +14,7 @@ from tokenexit.semantic import SemanticPlan, stvit
 
 SIZE = st.none() | st.integers(1, 9)
 PLAN = st.none() | st.just(heads.Linear()) | st.builds(heads.MLP, SIZE) | st.builds(heads.FCN)
+PLAN = PLAN | st.builds(heads.Neighbourhood, SIZE, st.integers(1, 16))
 PLAN = PLAN | st.builds(heads.ATM, st.integers(1, 64), SIZE)
 
 
@@ -76,7 +77,7 @@ def deep(levels):
         (written(after=[2, 6, 12]), "`after` must be a list of blocks from 1 to 11"),
         (written(after=[6]), r"`schedule` must have exits only after blocks with a head, \[6\], got \[8\]"),
         (written(built_head=1), "`built_head` must be true or false, got 1"),
-        (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, atm, got 'conv'"),
+        (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'conv'"),
         (written(schedule={"schema": 1, "exits": []}), "`schema` must be 3, got 1"),
         (written(schedule=None), "`schedule` must be a mapping, got None"),
         (

@@ -16,7 +16,7 @@ from tests.jax.parity import from_torch
 from tests.torch import models
 from tests.torch.test_masks import lively
 from tokenexit import schedule
-from tokenexit.heads import ATM, MLP
+from tokenexit.heads import ATM, MLP, Neighbourhood
 
 CLASSES = models.CLASSES
 SIZE = (32, 40)
@@ -144,8 +144,16 @@ def pair(kind="timm", capacities=(0.5, 1.0)):
         "plain": lambda: (models.plain_host(depth=5), plain_network()),
         "placed": lambda: (models.Placed(), plain_network(depth=6, placed=True)),
         "masks": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
+        "around": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
     }[kind]()
-    if kind == "masks":
+    if kind == "around":
+        plan = Neighbourhood(hidden=16)
+        torch.manual_seed(1)
+        theirs = tet.wrap(host, declared, num_classes=CLASSES, exit_heads=plan).eval()
+        with torch.no_grad():
+            for head in [*theirs.exit_heads.values(), theirs.head]:
+                head[-1].weight.mul_(12)
+    elif kind == "masks":
         plan = ATM(layers=1, attention_heads=2)
         torch.manual_seed(1)
         theirs = tet.wrap(host, declared, num_classes=CLASSES, exit_heads=plan).eval()

@@ -10,17 +10,23 @@ from jax import numpy as jnp
 
 from tests.jax.parity import from_torch, same
 from tokenexit import TokenExitError, cost
-from tokenexit.heads import ATM, FCN, MLP, Linear
+from tokenexit.heads import ATM, FCN, MLP, Linear, Neighbourhood
 from tokenexit_jax import heads
 from tokenexit_jax._layers import STATISTICS
 from tokenexit_torch.heads import build
 
 WIDTH, CLASSES = 24, 5
-PLANS = {"linear": Linear(), "mlp": MLP(), "narrow mlp": MLP(8), "fcn": FCN(16), "atm": ATM(2), "split atm": ATM(1, 3)}
+PLANS = {"linear": Linear(), "mlp": MLP(), "narrow mlp": MLP(8), "fcn": FCN(16), "neighbourhood": Neighbourhood(9, 2)}
+PLANS |= {"atm": ATM(2), "split atm": ATM(1, 3)}
 TOKENWISE = {name: plan for name, plan in PLANS.items() if not isinstance(plan, ATM)}
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 each_tokenwise = pytest.mark.parametrize("plan", TOKENWISE.values(), ids=TOKENWISE.keys())
 each_atm = pytest.mark.parametrize("plan", [ATM(1), ATM(2, 3), ATM(3, 1)])
+
+
+def read_by(plan):
+    """Channels that a head reads: those of a token, and of what is around it."""
+    return 2 * WIDTH if isinstance(plan, Neighbourhood) else WIDTH
 
 
 def a_torch_head(plan):
@@ -63,7 +69,7 @@ def test_a_head_is_priced_as_by_the_core(plan):
 @torch.no_grad()
 @each_tokenwise
 def test_class_scores_are_those_of_pytorch(plan):
-    head, tokens = a_torch_head(plan), 3 * drawn(2, 7, WIDTH)
+    head, tokens = a_torch_head(plan), 3 * drawn(2, 7, read_by(plan))
     wanted = head(torch.from_numpy(tokens))
     same(heads.read(plan, from_torch(head), jnp.asarray(tokens)), wanted)
 
@@ -71,7 +77,7 @@ def test_class_scores_are_those_of_pytorch(plan):
 @torch.no_grad()
 @each_tokenwise
 def test_class_scores_do_not_depend_on_the_layout(plan):
-    params, tokens = from_torch(a_torch_head(plan)), jnp.asarray(drawn(2, 7, WIDTH))
+    params, tokens = from_torch(a_torch_head(plan)), jnp.asarray(drawn(2, 7, read_by(plan)))
     same(heads.read(plan, params, tokens).reshape(14, -1), heads.read(plan, params, tokens.reshape(14, -1)), 1e-6)
 
 
@@ -192,7 +198,7 @@ def test_log_scores_are_logarithms_of_mask_scores():
 def test_what_is_no_plan_is_named():
     with pytest.raises(TokenExitError, match="`plan` must be a plan of tokenexit.heads, got 'mlp'"):
         heads.init("mlp", jax.random.key(0), width=4, classes=2)
-    with pytest.raises(TokenExitError, match="`plan` must be a Linear, MLP or FCN .* got ATM"):
+    with pytest.raises(TokenExitError, match="`plan` must be a plan of tokenexit.heads that gives no masks, got ATM"):
         heads.read(ATM(), {}, jnp.zeros((2, 4)))
 
 

@@ -38,6 +38,8 @@ PLANS = {
     "neighbours with cells": ("timm", CELLS),
     "with cells, rejoining for the last block": ("timm, registers", REJOINING),
     "masks weighted anew": ("masks", ANEW),
+    "heads that look around": ("around", NEIGHBOURS),
+    "heads that look around, rejoining": ("around", REJOINING),
     "patience": ("placed", Schedule(tuple(Exit(after, PATIENT) for after in (2, 3)))),
 }
 

@@ -19,7 +19,7 @@ from tests.torch import models
 from tokenexit import TokenExitError, certificate, heads, ladders, schedule
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4, per_class=1)
-PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.ATM(1, 2))
+PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.Neighbourhood(6, 2), heads.ATM(1, 2))
 
 
 def vit():
@@ -113,7 +113,7 @@ def saved(tmp_path):
     ("changes", "message"),
     [
         ({"schema": 99}, "`schema` must be 1, got 99"),
-        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, atm, got 'os.system'"),
+        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'"),
         ({"plan": None}, "`folder` must hold heads built from a plan"),
         ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),
         ({"width": 47}, "`network` must have width 47, as the saved exits, got 48"),

@@ -494,7 +494,7 @@ PLAN = schedule.paumer(keep={1: 0.5})
         ({"plan": schedule.paumer(keep={3: 0.5})}, "`schedule` must have exits after blocks 1 to 2 only, for 3 blocks"),
         (
             {"exit_heads": heads.ATM()},
-            "`exit_heads` must be a plan of tokenexit.heads that treats each token by itself",
+            "`exit_heads` must be a plan of tokenexit.heads that gives no masks",
         ),
         (
             {"exit_heads": {1: tet.AttentionToMask(WIDTH, 3)}},

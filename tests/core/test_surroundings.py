@@ -1,0 +1,97 @@
+"""What is around a token, by a walk over its neighbourhood."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core import strategies
+from tests.core.backends import each_backend
+from tokenexit import TokenExitError, surroundings, tokens
+
+grids = st.tuples(st.integers(0, 5), st.integers(1, 6))
+
+
+def standardised(x):
+    wide = np.asarray(x, np.float64)
+    wide = wide - wide.mean(-1, keepdims=True)
+    return wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+
+
+def walked(x, running, grid, radius, prefix):
+    """The mean over the places around each slot that run, one slot at a time."""
+    images, slots, width = x.shape
+    own, found = standardised(x), np.zeros((images, slots, width))
+    for image in range(images):
+        for slot in range(prefix, slots):
+            row, column = divmod(slot - prefix, grid[1])
+            around = [
+                own[image, prefix + i * grid[1] + j]
+                for i in range(max(0, row - radius), min(grid[0], row + radius + 1))
+                for j in range(max(0, column - radius), min(grid[1], column + radius + 1))
+                if running[image, prefix + i * grid[1] + j]
+            ]
+            found[image, slot] = np.mean(around, axis=0) if around else 0
+    return np.concatenate([own, found], axis=-1)
+
+
+@each_backend
+@strategies.fewer(3)
+@given(grids, st.integers(0, 7), st.integers(0, 2), st.integers(0, 3), st.integers(0, 2**20), st.floats(0, 1))
+def test_a_token_is_beside_the_mean_of_what_runs_around_it(backend, grid, radius, prefix, images, seed, share):
+    """In both layouts."""
+    random, places = np.random.default_rng(seed), grid[0] * grid[1]
+    x = random.normal(1, 2, (images, prefix + places, 3)).astype(np.float32)
+    running = random.random((images, prefix + places)) < share
+    x = backend.numpy(backend.array(x))  # as half precision has it
+    within = {"torch-bfloat16": 0.05, "torch-float16": 0.01}.get(backend.name, 2e-5)
+    wanted = walked(x, running, grid, radius, prefix)
+    mask = backend.array(running)
+    packing = tokens.pack(mask)
+    entries = tokens.gather(backend.array(x), packing)
+    found = backend.numpy(surroundings.beside_running(entries, packing, grid=grid, radius=radius))
+    np.testing.assert_allclose(found, wanted[running], atol=within)
+    fullest = int(running.sum(1).max()) if images else 0
+    selection, _ = tokens.select(mask, backend.array(x[..., 0]), capacity=min(fullest + 1, prefix + places))
+    entries = tokens.gather(backend.array(x), selection)
+    found = backend.numpy(surroundings.beside_running(entries, selection, grid=grid, radius=radius))
+    slot, valid = backend.numpy(selection.slot), backend.numpy(selection.valid)
+    slot = slot.reshape(valid.shape)
+    for image in range(images):
+        np.testing.assert_allclose(found[image][valid[image]], wanted[image, slot[image][valid[image]]], atol=within)
+    if prefix == 0:
+        found = backend.numpy(surroundings.beside_all(backend.array(x), grid=grid, radius=radius))
+        np.testing.assert_allclose(found, walked(x, np.ones_like(running), grid, radius, 0), atol=within)
+
+
+def test_half_precision_stays_and_is_computed_in_more():
+    x = np.full((1, 4, 3), 60000, np.float16) * np.asarray([1, 0.5, -1], np.float16)
+    found = surroundings.beside_all(x, grid=(2, 2), radius=1)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found[0, 0, :3], standardised(x[0, 0]), atol=1e-3)
+    np.testing.assert_allclose(found[..., 3:], found[..., :3], atol=1e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_named():
+    x = np.ones((2, 6, 3), np.float32)
+    packing = tokens.pack(np.ones((2, 6), bool))
+    for call, message in (
+        (lambda: surroundings.beside_all(x, grid=(2, 2), radius=1), "`grid` must have 6 places, got (2, 2)"),
+        (lambda: surroundings.beside_all(x, grid=(2, 4), radius=1), "`grid` must have at most 6 places, got (2, 4)"),
+        (
+            lambda: surroundings.beside_all(x, grid=(2, 3), radius=-1),
+            "`radius` must be a whole number from 0 up, got -1",
+        ),
+        (
+            lambda: surroundings.beside_running(x.reshape(12, 3), packing, grid=(3, 3), radius=1),
+            "`grid` must have at most 6 places, got (3, 3)",
+        ),
+        (
+            lambda: surroundings.beside_running(x, packing, grid=(2, 3), radius=1),
+            "`values` must start with the layout of the receipt",
+        ),
+    ):
+        with pytest.raises(TokenExitError) as found:
+            call()
+        assert str(found.value).startswith(message)
