@@ -27,11 +27,13 @@ from examples import demo, runs, shell
 from examples.about import About
 from examples.camvid import common, data
 from tokenexit.bounds import images_needed
+from tokenexit.heads import MLP, Neighbourhood
 from tokenexit_torch.registry import host_of
 
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
 _AT_ONCE = 8
+_HEADS = {"mlp": MLP(), "neighbourhood": Neighbourhood()}
 
 
 def arguments() -> argparse.Namespace:
@@ -50,6 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=0.02, help="pixels that may change (default %(default)s)")
     parser.add_argument("--confidence", type=float, default=0.95, help="that it is no more (default %(default)s)")
     parser.add_argument("--after", type=int, nargs="+", help="blocks with an exit; a third, half, two thirds")
+    parser.add_argument(
+        "--heads", choices=_HEADS, default="mlp", help="what they see: tokens, or what is around as well"
+    )
     parser.add_argument("--steps", type=int, default=1200, help="of fitting (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("frozen"), help="folder of all that is written")
@@ -197,7 +202,8 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
     depth = len(host_of(frozen.host).blocks)
     after = sorted(set(given.after or (depth // 3, depth // 2, 2 * depth // 3)))
     identity = {
-        "model": common.digest(frozen.source), "after": after, "steps": given.steps, "seed": given.seed,
+        "model": common.digest(frozen.source), "after": after, "heads": given.heads, "steps": given.steps,
+        "seed": given.seed,
         "images": hashlib.sha256("\n".join(seen.fitted_on).encode()).hexdigest(),
     }  # fmt: skip
     folder, note = given.out / "exits", given.out / "fit.json"
@@ -207,7 +213,8 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
             raise shell.UsageError(f"`--out` must be new or of the same exits, got {str(note)!r} with {kept}")
         return tet.load(folder, frozen.host, head=frozen.head).eval().to(given.device), kept["agreement"]
     torch.manual_seed(given.seed)
-    model = tet.wrap(frozen.host, common.wide_then_narrow(after), head=frozen.head).eval().to(given.device)
+    plan, heads = common.wide_then_narrow(after), _HEADS[given.heads]
+    model = tet.wrap(frozen.host, plan, head=frozen.head, exit_heads=heads).eval().to(given.device)
     fit = tet.fit_exits(model, seen.fit, steps=given.steps, progress=shell.progress)
     agreement = {str(block): share for block, share in fit.agreement.items()}
     tet.save(model, folder)

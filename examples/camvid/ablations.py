@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
     model.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
+    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
     parser.add_argument("--json", type=Path, required=True, help="results; what it already holds is not measured again")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=[*GROUPS], help="what to change; all by default")
     parser.add_argument("--work", type=float, default=0.6, help="token-blocks at which rules are compared")

@@ -105,13 +105,16 @@ def _resampled(
 
 
 def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, nn.Module, dict[int, nn.Module]]:
-    """A fine-tuned ViT-Tiny, its final head, and its exit heads by the block they follow, from one `.npz` file.
+    """A fine-tuned ViT-Tiny, its final head, and its exit heads by the block they follow.
 
-    The patch size is read off the file's patch embedding.
+    They are from one `.npz` file, whose patch embedding tells the patch size, or a run folder.
 
     Raises:
         UsageError: As for `read_npz` and `load_backbone`, or if the final head is absent or a head incomplete.
     """
+    if path.is_dir():
+        run, _ = runs.load(path)
+        return run.model, run.head, {int(after): head for after, head in run.exit_heads.items()}
     weights = read_npz(path, argument="--init")
     kernel = weights.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4:

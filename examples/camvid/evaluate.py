@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
         metavar="BLOCK",
         help="with --init: fit new exit heads after these blocks to the final head, without labels",
     )
+    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
     parser.add_argument("--fit-images", type=int, help="train images to fit them on; all by default")
     parser.add_argument("--fit-steps", type=int, default=1200)
     parser.add_argument(
@@ -96,6 +97,8 @@ def block_radius(text: str) -> tuple[int, int]:
 
 
 def _check(given: argparse.Namespace) -> None:
+    if given.fit_after is not None and given.fitted is not None:
+        raise shell.UsageError(f"`--fitted` must be left out with --fit-after, got {str(given.fitted)!r}")
     if given.fit_after is not None and given.run is not None:
         raise shell.UsageError("`--fit-after` must come with --init; a run has fitted heads already, got --run")
     for name, value in (("--accuracy-batch", given.accuracy_batch), ("--batches", min(given.batches)),
@@ -329,6 +332,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         "sha256": common.digest(source),
         "split": given.split,
         "images": len(frames),
+        "fitted": None if given.fitted is None else common.digest(given.fitted),
         "fit_after": None if given.fit_after is None else sorted(set(given.fit_after)),
         "fit_images": given.fit_images,
         "fit_steps": None if given.fit_after is None else given.fit_steps,
@@ -370,8 +374,8 @@ def model_of(given: argparse.Namespace, results: dict[str, Any]) -> tet.ExitingM
     Raises:
         UsageError: If a file is missing or does not fit.
     """
-    fitted = None if given.fit_after is None else common.fitted_exits(given.json)
-    if fitted is None or (results["fit"] is not None and fitted.is_dir()):
+    fitted = given.fitted if given.fit_after is None else common.fitted_exits(given.json)
+    if given.fit_after is None or (results["fit"] is not None and fitted.is_dir()):
         return common.saved_model(given.run or given.init, data.SIZE, fitted=fitted)
     return fitted_model(given, results, fitted)
 

@@ -1,7 +1,7 @@
 """Whether what `calibrate` certifies holds on CamVid: certify on half of a video, and look at all of it.
 
     python -m examples.frozen --init camvid_vit_tiny_p16.npz --data CAMVID --alpha 0.06 --out OUT
-    python -m examples.camvid.guarantee --init camvid_vit_tiny_p16.npz --exits OUT/exits --data CAMVID --json held.json
+    python -m examples.camvid.guarantee --init camvid_vit_tiny_p16.npz --fitted OUT/exits --data CAMVID --json held.json
 
 Every default setting is run on all frames of a sequence once. Then halves of them are drawn again and again, a setting
 is certified on each, and its mean loss over all frames is compared with the level. Beside them are halves that are one
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
     model.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
-    parser.add_argument("--exits", type=Path, help="exits that examples.frozen has fitted to it; its own by default")
+    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
     parser.add_argument("--json", type=Path, required=True, help="results; what it already holds is not run again")
     parser.add_argument("--split", choices=data.SPLITS, default="test")
     parser.add_argument("--sequence", default="Seq05VD", help="the video (default %(default)s, not in train)")
@@ -167,7 +167,7 @@ def measured(given: argparse.Namespace, model: tet.ExitingModel, frames: Sequenc
     settings, chains = tet.default_settings(model)
     identity = {
         "model": common.digest(given.run or given.init),
-        "exits": None if given.exits is None else common.digest(given.exits),
+        "fitted": None if given.fitted is None else common.digest(given.fitted),
         "frames": [frame.image.stem for frame in frames], "settings": [plan.to_dict() for plan in settings],
     }  # fmt: skip
     results = opened(given.json, identity)
@@ -193,7 +193,7 @@ def opened(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The results so far, or empty ones.
 
     Raises:
-        UsageError: If the file holds something else, or the results of another network, exits or frames.
+        UsageError: If the file holds something else, or the results of another network, other exits or frames.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ def main() -> None:
     if given.limit is not None:
         kept = np.linspace(0, len(frames) - 1, min(given.limit, len(frames)), dtype=int)
         frames = [frames[place] for place in kept]
-    model = common.saved_model(given.run or given.init, data.SIZE, fitted=given.exits).eval()
+    model = common.saved_model(given.run or given.init, data.SIZE, fitted=given.fitted).eval()
     if not model.schedule.active:
         model.retune(common.wide_then_narrow(map(int, model.exit_heads)))
     chains = len(tet.default_settings(model)[1])

@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="run folder that one of the results is of")
     model.add_argument("--init", type=Path, help="ready model that one of the results is of")
+    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
     parser.add_argument("--setting", required=True, help="which row of those results to look at")
     parser.add_argument("--split", choices=data.SPLITS, help="images to look at; by default those of the results")
     parser.add_argument("--limit", type=int, help="look at only this many images, spread evenly over the split")
@@ -133,7 +134,9 @@ def content_of(given: argparse.Namespace) -> page.Content:
     inputs = files[label]["inputs"]
     split = given.split or inputs["split"]
     frames = data.frames(given.data, split, given.limit)
-    fitted = None if inputs["fit_after"] is None else common.fitted_exits(paths[label])
+    if inputs.get("fitted") != (None if given.fitted is None else common.digest(given.fitted)):
+        raise shell.UsageError(f"`--fitted` must be the exits that the results are of, got {given.fitted}")
+    fitted = given.fitted if inputs["fit_after"] is None else common.fitted_exits(paths[label])
     model = common.saved_model(source, data.SIZE, fitted=fitted).eval().to(given.device)
     plan = Schedule.from_dict(files[label]["settings"][given.setting]["schedule"])
     shown = np.linspace(0, len(frames) - 1, min(given.images, len(frames)), dtype=int).tolist()

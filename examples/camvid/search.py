@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tokenexit_torch as tet
-from examples import metrics, runs, shell
+from examples import metrics, shell
 from examples.camvid import common, data, evaluate
 from tokenexit import schedule, search
 from tokenexit.schedule import Schedule
@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.camvid.search", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
     parser.add_argument("--run", type=Path, required=True, help="run folder written by examples.camvid.train")
+    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
     parser.add_argument("--json", type=Path, required=True, help="what was tried; a search goes on from it")
     parser.add_argument("--split", choices=data.SPLITS, default="val")
     parser.add_argument("--limit", type=int, help="use only this many images, spread evenly over the split")
@@ -127,12 +128,13 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
         UsageError: If data, run or results do not fit the arguments.
     """
     frames = data.frames(given.data, given.split, given.limit)
-    model = runs.load(given.run)[0]
+    model = common.saved_model(given.run, data.SIZE, fitted=given.fitted)
     space = search.Space(
         tuple(int(block) for block in model.exit_heads), per_class=given.per_class, cell=given.cell or None
     )
     identity = {
-        "split": given.split, "images": len(frames), "model": common.digest(given.run), "seed": given.seed,
+        "split": given.split, "images": len(frames), "model": common.digest(given.run),
+        "fitted": None if given.fitted is None else common.digest(given.fitted), "seed": given.seed,
         "space": json.loads(json.dumps(asdict(space))),
     }  # fmt: skip
     results = open_results(given.json, identity)

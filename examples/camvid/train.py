@@ -49,7 +49,8 @@ class Recipe:
         start: What the weights are: an ImageNet backbone, or a dense checkpoint that is the teacher as well.
         method: Exits to train with.
         auxiliary: Weight of the loss of an exit head; 0 for a network that knows nothing of exits.
-        teacher: Weight of the divergence from the teacher, beside that of the labels, 1.
+        labels: Weight of the labels; 0 to look at none.
+        teacher: Weight of the divergence from the teacher.
         average: Decay of the average of the weights over the steps; 0 for none.
     """
 
@@ -65,6 +66,7 @@ class Recipe:
     head_rate: float = 1e-3
     decay: float = 0.05
     auxiliary: float = 0.4
+    labels: float = 1.0
     teacher: float = 0.0
     average: float = 0.0
     warmup: float = 0.05
@@ -77,6 +79,9 @@ class Recipe:
         if not 0 <= self.auxiliary < math.inf or (self.auxiliary == 0 and self.start == "init"):
             rule = "be a number from 0 up" if self.start == "weights" else "be positive with --init"
             raise shell.UsageError(f"`--auxiliary` must {rule}, got {self.auxiliary:g}")
+        if not 0 <= self.labels < math.inf or (self.labels == 0 and self.teacher == 0):
+            rule = "be a number from 0 up, and positive without a teacher"
+            raise shell.UsageError(f"`--labels` must {rule}, got {self.labels:g}")
 
 
 WITH_EXITS = Recipe(start="init", epochs=8, body_rate=1e-4, head_rate=3e-4, auxiliary=0.5, teacher=1.0, average=0.99)
@@ -92,7 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--weights", type=Path, help="DeiT-Tiny, a .npz file with timm key names")
-    start.add_argument("--init", type=Path, help="dense checkpoint, a .npz file with timm key names and heads.B.*")
+    start.add_argument("--init", type=Path, help="dense checkpoint: a .npz file with timm key names, or a run folder")
     parser.add_argument(
         "--method",
         choices=[*methods.METHODS, *gated.VARIANTS, *shrunk.VARIANTS],
@@ -104,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--limit", type=int, help="use only this many train and val images")
+    parser.add_argument("--labels", type=float, default=Recipe.labels, help="their weight; 0 for the teacher alone")
     parser.add_argument("--auxiliary", type=float, help="weight of an exit head's loss: 0.4, or from --init 0.5")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=Recipe.precision, help="of the training steps")
     parser.add_argument("--fit-steps", type=int, default=Recipe.fit_steps, help="steps to fit exit heads")
@@ -128,19 +134,19 @@ def new_model(source: Path, recipe: Recipe) -> Model:
         vit = common.pretrained_vit(source, _PATCH, data.SIZE)
         return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
     vit, final, _ = common.ready_model(source, data.SIZE)
+    hidden, width = final.get_parameter("1.weight").shape
+    if recipe.method in gated.VARIANTS or recipe.method in shrunk.VARIANTS:
+        rule = f"have a final head as wide as its tokens for {recipe.method}"
+        if hidden != width:
+            raise shell.UsageError(f"`--init` must {rule}, {width}, got {hidden} in {str(source)!r}")
     if recipe.method in gated.VARIANTS:
         return gated.new_model(vit, final, gated.VARIANTS[recipe.method])
     if recipe.method in shrunk.VARIANTS:
         return shrunk.new_model(vit, final, shrunk.VARIANTS[recipe.method])
     plan = schedule.dense(after=methods.METHODS[recipe.method].after)
     # All heads of one plan, which the checkpoint's final head has as well, so that the run folder holds it.
-    model = tet.wrap(vit, plan, num_classes=len(data.CLASSES), exit_heads=MLP())
-    try:
-        model.head.load_state_dict(final.state_dict())
-    except RuntimeError as error:
-        raise shell.UsageError(
-            f"`--init` must have a final head as wide as its tokens, got {source}: {error}"
-        ) from error
+    model = tet.wrap(vit, plan, num_classes=len(data.CLASSES), exit_heads=MLP(hidden))
+    model.head.load_state_dict(final.state_dict())
     return model
 
 
@@ -158,7 +164,7 @@ def criterion(
     wish = None if teacher is None else functional.interpolate(teacher.float(), size, mode="bilinear")
 
     def loss(logits: Tensor) -> Tensor:
-        value = tet.pixel_cross_entropy(logits, label, ignore=data.IGNORE)
+        value = recipe.labels * tet.pixel_cross_entropy(logits, label, ignore=data.IGNORE)
         return value if wish is None else value + recipe.teacher * tet.distillation(logits, wish)
 
     return loss
@@ -335,7 +341,7 @@ def identity_of(recipe: Recipe, source: Path, chosen: tuple[data.Frame, ...]) ->
     names = "\n".join(frame.image.stem for frame in chosen)
     return {
         **asdict(recipe),
-        "weights": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
+        "weights": common.digest(source),
         "frames": hashlib.sha256(names.encode()).hexdigest()[:16],
     }
 
@@ -443,7 +449,7 @@ def main() -> None:
     recipe = replace(
         base, method=given.method, epochs=base.epochs if given.epochs is None else given.epochs, batch=given.batch,
         seed=given.seed, limit=given.limit, precision=given.precision, fit_steps=given.fit_steps,
-        auxiliary=base.auxiliary if given.auxiliary is None else given.auxiliary,
+        auxiliary=base.auxiliary if given.auxiliary is None else given.auxiliary, labels=given.labels,
     )  # fmt: skip
     train(
         recipe, folder=given.data, source=source, out=given.out,

@@ -18,7 +18,7 @@ from PIL import Image
 import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
 from examples.camvid import common, compare, data, evaluate, gated, insights, methods, report, search, shrunk, train
-from tokenexit import schedule
+from tokenexit import heads, schedule
 from tokenexit.search import Found
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -270,6 +270,85 @@ def test_without_auxiliary_losses_exit_heads_have_no_part_in_training() -> None:
     for change, words in (({"auxiliary": -1.0}, "from 0 up"), ({"auxiliary": 0.0, "start": "init"}, "positive with")):
         with pytest.raises(shell.UsageError, match=f"`--auxiliary` must be .*{words}"):
             train.Recipe(**change)
+
+
+@pytest.fixture(scope="module")
+def of_a_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run folder with a wide final head, and other exits for its network."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(3)
+    vit = common.pretrained_vit(DEIT, 16, data.SIZE)
+    model = tet.wrap(vit, schedule.dense(after=(4, 6)), num_classes=len(data.CLASSES), exit_heads=heads.MLP(384))
+    config = {"model_name": common.VIT, **common.vit_config(16, data.SIZE)}
+    about = runs.About("timm", config, data.CLASSES, data.PALETTE, data.MEAN, data.STD, data.SIZE)
+    runs.save(folder / "run", model, about)
+    plan = common.wide_then_narrow((3, 5))
+    tet.save(tet.wrap(vit, plan, head=model.head, exit_heads=heads.Neighbourhood(8)), folder / "exits")
+    return folder / "run", folder / "exits"
+
+
+@needs_data
+def test_a_run_folder_is_as_good_a_start_as_a_file(of_a_run: tuple[Path, Path]) -> None:
+    run, _ = of_a_run
+    recipe = dataclasses.replace(train.WITH_EXITS, method="neighbours")
+    model = train.new_model(run, recipe)
+    assert isinstance(model, tet.ExitingModel)
+    whole = runs.load(run)[0]
+    for found, wanted in ((model.model, whole.model), (model.head, whole.head)):
+        assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
+    assert list(model.exit_heads) == ["3", "4", "6", "8", "10"]
+    with pytest.raises(
+        shell.UsageError, match="`--init` must have a final head as wide as its tokens for svit, 192, got 384"
+    ):
+        train.new_model(run, dataclasses.replace(recipe, method="svit"))
+    (images, labels), *_ = data.Batches(data.frames(CAMVID, "train", 1), 1)
+    with torch.no_grad():
+        wish, logits = train.scores(model, images), 3 * train.scores(model, images)
+    for weight, looks in ((0.0, False), (1.0, True)):
+        told = dataclasses.replace(recipe, labels=weight)
+        one, other = (train.criterion(label, wish, told)(logits).item() for label in (labels, labels.flip(2)))
+        assert (one != other) == looks
+        assert one > 0
+    with pytest.raises(shell.UsageError, match="`--labels` must be a number from 0 up, and positive without a teacher"):
+        train.Recipe(labels=0.0)
+
+
+@needs_data
+def test_exits_that_were_fitted_elsewhere_are_measured(
+    of_a_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, exits = of_a_run
+    file = tmp_path / "results.json"
+    command = [
+        "evaluate",
+        "--data",
+        str(CAMVID),
+        "--run",
+        str(run),
+        "--json",
+        str(file),
+        "--limit",
+        "1",
+        "--rounds",
+        "0",
+    ]
+    command += ["--only", "truncated"]
+    monkeypatch.setattr(sys, "argv", [*command, "--fitted", str(exits)])
+    given = evaluate.arguments()
+    model = evaluate.model_of(given, {})
+    assert model.head_plan == heads.Neighbourhood(8)
+    found = evaluate.evaluate(given)
+    assert set(found["settings"]) == {"dense", "truncated after 3", "truncated after 5"}
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(shell.UsageError, match="same inputs.* got .*fitted '"):
+        evaluate.evaluate(evaluate.arguments())
+    page = ["report", "--data", str(CAMVID), "--json", str(file), "--run", str(run), "--setting", "truncated after 3"]
+    monkeypatch.setattr(sys, "argv", [*page, "--out", str(tmp_path / "page.html")])
+    with pytest.raises(shell.UsageError, match="`--fitted` must be the exits that the results are of, got None"):
+        report.content_of(report.arguments())
+    monkeypatch.setattr(sys, "argv", [*command, "--fitted", str(exits), "--fit-after", "4"])
+    with pytest.raises(shell.UsageError, match="`--fitted` must be left out with --fit-after"):
+        evaluate.arguments()
 
 
 @needs_data

@@ -16,7 +16,7 @@ from examples.about import About
 from examples.scenes.draw import draw
 from examples.scenes.vit import Config
 from tests.torch import models
-from tokenexit import drift, schedule
+from tokenexit import drift, heads, schedule
 from tokenexit.calibration import Report
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -84,6 +84,16 @@ def test_from_pictures_to_a_certificate(network, pictures, tmp_path, monkeypatch
     assert words.startswith("RGB, scaled to cover 32 x 48 and cropped in the middle, 0 to 1, mean (0.5, 0.5, 0.5)")
     found = tet.load_certificate(out, again, resolution=about.size, preprocessing=words)
     assert again.schedule == found.schedule
+
+
+def test_heads_may_look_around_tokens(network, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    call(monkeypatch, *of_folder(network, pictures, out, "--heads", "neighbourhood"))
+    model, _ = runs.load(network)
+    assert tet.load(out / "exits", model.host, head=model.head).head_plan == heads.Neighbourhood()
+    assert json.loads((out / "fit.json").read_text())["fitted"]["heads"] == "neighbourhood"
+    with pytest.raises(shell.UsageError, match="`--out` must be new or of the same exits"):
+        call(monkeypatch, *of_folder(network, pictures, out))
 
 
 def test_an_interrupted_run_goes_on_to_the_same_report(network, pictures, tmp_path, monkeypatch):

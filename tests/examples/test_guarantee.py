@@ -75,7 +75,7 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
     plans = (model.schedule.with_threshold(0.9), schedule.truncated(after=8))
     monkeypatch.setattr(tet, "default_settings", lambda _: (plans, ((0,), (1,))))
     file = tmp_path / "new" / "held.json"
-    options = ["--init", READY, "--exits", exits, "--data", CAMVID, "--json", file, "--limit", 24, "--draws", 7]
+    options = ["--init", READY, "--fitted", exits, "--data", CAMVID, "--json", file, "--limit", 24, "--draws", 7]
     levels = ["--alpha", 0.4, "--confidence", 0.8]
     call(monkeypatch, *options, *levels)
     printed = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
     assert capsys.readouterr().out == printed
     for words, change in (
         ("`--json` must be a new file or of the same frames", ["--limit", 26, *levels]),
-        ("`--json` must be a new file or of the same exits", ["--exits", READY, *levels]),
+        ("`--json` must be a new file or of the same fitted", ["--fitted", READY, *levels]),
         ("`--alpha` and `--confidence` must be such that half of the frames, 12, are at least", ["--alpha", 0.02]),
         ("`--sequence` must be one of", ["--sequence", "nowhere"]),
         ("`--draws` must be at least 1, got 0", ["--draws", 0]),

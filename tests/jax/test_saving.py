@@ -113,7 +113,10 @@ def saved(tmp_path):
     ("changes", "message"),
     [
         ({"schema": 99}, "`schema` must be 1, got 99"),
-        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'"),
+        (
+            {"plan": {"kind": "os.system"}},
+            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'",
+        ),
         ({"plan": None}, "`folder` must hold heads built from a plan"),
         ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),
         ({"width": 47}, "`network` must have width 47, as the saved exits, got 48"),

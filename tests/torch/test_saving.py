@@ -70,7 +70,10 @@ def test_a_missing_file_is_named(tmp_path):
         ({"after": ["../../x"]}, "`after` must be a list of blocks from 1 to 5"),
         ({"after": [2]}, r"`schedule` must have exits only after blocks with a head, \[2\], got \[4\]"),
         ({"built_head": "yes"}, "`built_head` must be true or false, got 'yes'"),
-        ({"plan": {"kind": "os.system"}}, "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'"),
+        (
+            {"plan": {"kind": "os.system"}},
+            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'",
+        ),
         ({"plan": {"kind": "mlp", "hidden": "9"}}, "`hidden` must be a whole number from 1 to 1,000,000, got '9'"),
         (
             {"schedule": {"schema": 3, "exits": [{"after": 2}], "carry": {"kind": "prediction"}, "cell": None}},
