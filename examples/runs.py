@@ -33,10 +33,10 @@ from examples.about import FILE, About
 from examples.about import read as read_about
 from examples.scenes.vit import Config, PlainHost, ViT
 from examples.timm_import import import_timm
-from tokenexit import TokenExitError
+from tokenexit import TokenExitError, surroundings
 from tokenexit.cost import of_head
 from tokenexit.heads import MLP
-from tokenexit_torch.heads import build
+from tokenexit_torch.heads import NeighbourhoodHead, build
 from tokenexit_torch.registry import host_of
 
 _WEIGHTS = "host.safetensors"
@@ -250,9 +250,13 @@ def bare_dense(
     Returns:
         A function from images to the logits of their patches.
     """
-    prefix, head = model.host.embed(images).prefix, model.head
+    embedded, head = model.host.embed(images), model.head
+    prefix, grid = embedded.prefix, embedded.grid
     if head is None:
         raise TokenExitError("`model` must have a final head, got None")
+    if isinstance(head, NeighbourhoodHead):
+        look = partial(surroundings.beside_all, grid=grid, radius=head.radius)
+        return lambda images: head(look(model.host.dense(images)[:, prefix:]))
     return lambda images: head(model.host.dense(images)[:, prefix:])
 
 

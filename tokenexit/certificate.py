@@ -30,7 +30,8 @@ ASSUMPTIONS = (
     "The weights, the preprocessing, the resolution and the dtype are those of the calibration.",
     "The settings, their order, the test and the level were fixed before the losses of these images were seen; no "
     "threshold was searched on them.",
-    "The bound is on the average over images. One image, one class or one kind of scene may lose more.",
+    "The bound is on the average over images. One image, one kind of scene, or a class that was not certified by "
+    "itself, may lose more.",
     "The confidence is over draws of the calibration images: of a hundred calibrations at 95 %, five may be wrong.",
     "It says nothing of images of another kind. Where they drift, it is void.",
 )

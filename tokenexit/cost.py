@@ -436,12 +436,10 @@ def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> He
         return atm_head(width=width, classes=classes, layers=plan.layers, norm=norm)
     if isinstance(plan, FCN):
         return HeadCost(width * plan.hidden + plan.hidden * classes)
-    if isinstance(plan, MLP):
+    if isinstance(plan, MLP | Neighbourhood):
         hidden = width if plan.hidden is None else plan.hidden
-        return HeadCost(norm * width + width * hidden + hidden * classes)
-    if isinstance(plan, Neighbourhood):
-        hidden = width if plan.hidden is None else plan.hidden
-        return HeadCost(norm * width + 2 * width * hidden + hidden * classes)
+        read = 2 * width if isinstance(plan, Neighbourhood) else width
+        return HeadCost(norm * width + read * hidden + hidden * classes)
     require(isinstance(plan, Linear), "plan", "be a plan of tokenexit.heads", repr(plan))
     return HeadCost(norm * width + width * classes)
 

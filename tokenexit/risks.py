@@ -6,11 +6,12 @@ class), to be put side by side, setting by setting, and given to `calibration.ce
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxtyping import Bool, Float, Int
 
 from tokenexit._array import Array, array_namespace, counting, like_numbers
+from tokenexit._plain import is_whole
 from tokenexit.errors import require
 
 __all__ = ["disagreement", "error_increase", "iou_loss"]
@@ -104,17 +105,21 @@ def iou_loss(
         For each image and class, from 0 to 1, as float32.
 
     Raises:
-        TokenExitError: If the maps are not of one shape, or `at_least` is not between 0 and 1.
+        TokenExitError: If the maps are not of one shape, `at_least` is not between 0 and 1, or `classes` are none, not
+            whole numbers, or some of them twice.
     """
     require(0 < at_least < 1, "at_least", "lie between 0 and 1", at_least)
     xp = array_namespace(exiting)
     valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
     exiting, reference, counts = _rows(exiting=exiting, reference=reference, valid=valid)
-    if isinstance(classes, int):
-        which = counting(classes, exiting)
+    if isinstance(classes, Iterable):
+        which = tuple(classes)
+        once = all(is_whole(one) for one in which) and len(which) == len(set(which)) > 0
+        require(once, "classes", "be how many there are, or some of them, each once", which)
+        label = xp.astype(like_numbers(which, exiting), exiting.dtype)
     else:
-        which = xp.astype(like_numbers(tuple(classes), exiting), exiting.dtype)
-    label = which[None, :, None]
+        label = counting(classes, exiting)
+    label = label[None, :, None]
     one, other = exiting[:, None, :] == label, reference[:, None, :] == label
     counts = counts[:, None, :]
     loss = at_least * _share((one | other) & counts, counts) - _share(one & other & counts, counts) + (1 - at_least)

@@ -1,7 +1,6 @@
 """What is around a token: the mean of its neighbourhood, which exit heads may read beside the token itself.
 
-New in this library. An exit head that reads one token after few blocks knows little of what the token is part of. In
-a network whose early blocks were never taught to be read, its neighbours tell most of what is missing.
+New in this library. After few blocks a token knows little of what it is part of; a head may look there itself.
 """
 
 from jaxtyping import Bool, Float
@@ -36,14 +35,16 @@ def beside_running(
         TokenExitError: If the radius is no whole number from 0 up, the grid has more places than an image slots, or the
             tokens do not have the layout of the receipt.
     """
-    prefix = _prefix(receipt.slots, grid, radius)
+    _require_radius(radius)
+    prefix = receipt.slots - grid[0] * grid[1]
+    require(prefix >= 0, "grid", f"have at most {receipt.slots} places", grid)
     own = _standardised(entries)
     nothing = filled((receipt.images, receipt.slots, own.shape[-1]), 0.0, own, dtype=own.dtype)
     everyone = tokens.scatter(own, receipt, into=nothing)
     around = _means(everyone[:, prefix:, :], receipt.running[:, prefix:], grid, radius)
     xp = array_namespace(own)
     around = xp.concat([nothing[:, :prefix, :], around], axis=1)
-    return xp.concat([own, tokens.gather(around, receipt)], axis=-1)
+    return xp.astype(xp.concat([own, tokens.gather(around, receipt)], axis=-1), entries.dtype)
 
 
 def beside_all(
@@ -62,27 +63,24 @@ def beside_all(
     Raises:
         TokenExitError: If the radius is no whole number from 0 up, or the grid has not as many places.
     """
-    require(_prefix(patches.shape[1], grid, radius) == 0, "grid", f"have {patches.shape[1]} places", grid)
+    _require_radius(radius)
+    require(grid[0] * grid[1] == patches.shape[1], "grid", f"have {patches.shape[1]} places", grid)
     own = _standardised(patches)
-    running = filled((own.shape[0], own.shape[1]), True, own, dtype=array_namespace(own).bool)
-    return array_namespace(own).concat([own, _means(own, running, grid, radius)], axis=-1)
+    xp = array_namespace(own)
+    running = filled((own.shape[0], own.shape[1]), True, own, dtype=xp.bool)
+    return xp.astype(xp.concat([own, _means(own, running, grid, radius)], axis=-1), patches.dtype)
 
 
-def _prefix(slots: int, grid: tuple[int, int], radius: int) -> int:
-    """How many slots are no place of the grid."""
+def _require_radius(radius: int) -> None:
     require(is_whole(radius, least=0), "radius", "be a whole number from 0 up", repr(radius))
-    prefix = slots - grid[0] * grid[1]
-    require(prefix >= 0, "grid", f"have at most {slots} places", grid)
-    return prefix
 
 
 def _standardised(x: Array) -> Array:
-    """Layer norm without weights, computed in float32: a layer that reads it has them."""
+    """Layer norm without weights, which the layer that reads it has; half precision becomes float32."""
     xp = array_namespace(x)
-    wide = xp.astype(x, xp.float32)
-    wide = wide - xp.mean(wide, axis=-1, keepdims=True)
-    scale = xp.sqrt(xp.mean(wide * wide, axis=-1, keepdims=True) + _EPSILON)
-    return xp.astype(wide / scale, x.dtype)
+    x = x if x.dtype == xp.float64 else xp.astype(x, xp.float32)
+    x = x - xp.mean(x, axis=-1, keepdims=True)
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + _EPSILON)
 
 
 def _means(

@@ -9,7 +9,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.calibrating import Calibrated, calibrate, default_settings
+from tokenexit_torch.calibrating import Calibrated, calibrate, default_settings, drift_sample
 from tokenexit_torch.certifying import fingerprints, load_certificate, save_certificate
 from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
@@ -87,6 +87,7 @@ __all__ = [
     "attending_per_image",
     "calibrate",
     "default_settings",
+    "drift_sample",
     "distillation",
     "export_onnx",
     "export_program",

@@ -19,6 +19,7 @@ from tokenexit.errors import require
 from tokenexit_torch._files import fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits import WithExits
+from tokenexit_torch.heads import reach
 
 __all__ = ["FINAL", "TARGET", "Batch", "Cached", "Material", "Rows", "Seen", "Source", "Teacher", "gathered"]
 
@@ -39,7 +40,7 @@ class Teacher:
     """What a frozen network says of batches.
 
     Args:
-        model: The network; its exit heads play no part.
+        model: The network; of its exit heads it matters only whether, and how far, they look around tokens.
         seen: What it says of images.
         label_weight: What labels weigh in the target of a patch all of whose pixels have one.
         ignore: Label of pixels that do not count.
@@ -55,7 +56,8 @@ class Teacher:
         weights = self._model.state_dict().items()
         frozen = [value for name, value in weights if not name.startswith("exit_heads.")]
         labels = {"label_weight": str(self._label_weight), "ignore": str(self._ignore)}
-        return {"model": fingerprint(frozen), "exits": ", ".join(self._model.exit_heads)} | labels
+        read = [f"{after}: {reach(head)}" for after, head in self._model.exit_heads.items()]
+        return {"model": fingerprint(frozen), "exits": ", ".join(read)} | labels
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> tuple[Rows, list[int]]:

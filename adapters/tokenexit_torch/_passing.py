@@ -231,7 +231,7 @@ class Run:
             self.stands_for = cells.stands_for(move.receipt, grid=self.embedded.grid, side=self.cell).flatten()
 
     def _read(self, head: nn.Module, flat: Tensor) -> Reading:
-        """What a head says of the tokens of the packed row; a mask head is shown the patches alone."""
+        """What a head says of the tokens of the row, or of them and what is around; a mask head sees patches alone."""
         assert self.receipt is not None
         if isinstance(head, NeighbourhoodHead):
             beside = surroundings.beside_running(
@@ -318,7 +318,7 @@ class Run:
             self._rejoin()
         if self.receipt is None:
             patches = model.host.finish(self.row)[:, prefix:]
-            reading = read_batch(model.head, as_read(model.head, patches, self.embedded.grid))
+            reading = read_batch(model.head, patches, self.embedded.grid)
             logits, self.masks = reading.logits, reading.masks
             depth = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
             depth = depth if settled is None else settled.depth[:, prefix:]
@@ -421,10 +421,10 @@ def as_read(head: nn.Module, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return surroundings.beside_all(patches, grid=grid, radius=head.radius)
 
 
-def read_batch(head: nn.Module, patches: Tensor) -> Reading:
-    """What a head says of all patches of a batch, `as_read` by it."""
+def read_batch(head: nn.Module, patches: Tensor, grid: tuple[int, int]) -> Reading:
+    """What a head says of all patches of a batch."""
     if not isinstance(head, MaskHead):
-        return Reading(head(patches))
+        return Reading(head(as_read(head, patches, grid)))
     images, places, _ = patches.shape
     found = widened(head(rearrange(patches, "images places width -> (images places) width"), [places] * images))
     mask_logits = found.mask_logits.reshape(images, places, found.mask_logits.shape[1])

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 
 from tokenexit import TokenExitError, drift, ladders, risks
@@ -34,11 +33,12 @@ from tokenexit_torch._curve import draw
 from tokenexit_torch._files import fingerprint, read, write, write_text
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.certifying import fingerprints
-from tokenexit_torch.decoding import DecodingModel, class_scores, pooled
+from tokenexit_torch.decoding import DecodedOutput, DecodingModel, class_scores, pooled
 from tokenexit_torch.exits import WithExits
+from tokenexit_torch.outputs import Output, upsampled
 from tokenexit_torch.running import ExitingModel
 
-__all__ = ["Calibrated", "calibrate", "default_settings"]
+__all__ = ["Calibrated", "calibrate", "default_settings", "drift_sample"]
 
 Progress = Callable[[Iterable], Iterable]
 Risk = Literal["disagreement", "error increase", "IoU loss"]
@@ -117,8 +117,9 @@ def calibrate(
         confidence: With which confidence it is not.
         risk: The loss of an image. `disagreement`: share of its pixels whose class is another one than in the dense
             run, for which no labels are needed. `error increase`: share of its pixels that are wrong with exits, less
-            that in the dense run, and 0 where it is not positive. `IoU loss` (`tokenexit.risks.iou_loss`): it is at
-            most `at_most` for every class exactly if the IoU of each, over all images, is at least `1 - at_most`.
+            that in the dense run, and 0 where it is not positive. `IoU loss` (`tokenexit.risks.iou_loss`): its mean is
+            at most `at_most` for a class exactly if its IoU is at least `1 - at_most`, intersection and union being
+            means over images of their shares of the pixels that count.
         labels: Class of every pixel, for `error increase`. For `IoU loss`, what the classes are compared with; the
             dense run if left out.
         ignore: Label of pixels that do not count.
@@ -150,7 +151,7 @@ def calibrate(
             each other, or does not fit the model; the folder is of another calibration; class scores are NaN; or a
             number is out of range.
     """
-    told = _told(model, scores)
+    outcomes = _outcomes(model, scores)
     _require_labels(risk, labels, ignore)
     watched = _watched(risk, classes, model.classes)
     plans, places = _planned(model, settings, chains)
@@ -158,7 +159,7 @@ def calibrate(
     shown = _size(size, labels, seen)
     prints = fingerprints(model, resolution=seen.resolution, preprocessing=preprocessing)
     options: dict[str, Any] = {
-        "at_most": at_most, "confidence": confidence, "risk": _in_words(risk, watched, labels, shown),
+        "at_most": at_most, "confidence": confidence, "risk": _in_words(risk, at_most, watched, labels, scores, shown),
         "test": test, "chains": places, "seed": seed,
     }  # fmt: skip
     identity = options | {
@@ -166,12 +167,32 @@ def calibrate(
         "labels": None if labels is None else fingerprint([labels]), "ignore": ignore,
     }  # fmt: skip
     runs = _Runs(
-        model, told, seen, plans, _Loss(risk, at_most, labels, ignore, watched), shown,
+        model, outcomes, seen, plans, _Loss(risk, at_most, labels, ignore, watched), shown,
         None if resume is None else Path(resume), identity, progress,
     )  # fmt: skip
     report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
     before = runs.reference if report.chosen is None else runs.setting(report.schedule)
     return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
+
+
+def drift_sample(
+    model: ExitingModel | DecodingModel, output: Output | DecodedOutput, /, *, scores: Scores | None = None
+) -> Sample:
+    """The statistics of a batch in use, to be compared with `Calibrated.before` (`tokenexit.drift.compare`).
+
+    Args:
+        model: The model, with the plan that was calibrated.
+        output: What it returned for images in use.
+        scores: For a model with a decoder of its own: as for `calibrate`.
+
+    Returns:
+        For each image, the mean confidence of the outcome, averaged to patches, and the share of patches that left at
+        each exit.
+
+    Raises:
+        TokenExitError: If the model is not wrapped, or `scores` are missing or not wanted.
+    """
+    return _drift(output, _reader(model, scores)(output), [exit.after for exit in model.schedule.active])
 
 
 def default_settings(model: ExitingModel | DecodingModel, /) -> Chains:
@@ -260,6 +281,8 @@ def _watched(risk: str, classes: Sequence[int] | None, count: int) -> tuple[int,
     if risk != "IoU loss":
         require(classes is None, "classes", "be left out unless the risk is `IoU loss`", classes)
         return ()
+    sequence = classes is None or isinstance(classes, Sequence)
+    require(sequence, "classes", f"be a sequence of some of 0 to {count - 1}", repr(classes))
     found = tuple(range(count)) if classes is None else tuple(classes)
     known = all(is_whole(one, least=0) and one < count for one in found)
     once = known and len(found) == len(set(found)) > 0
@@ -267,13 +290,22 @@ def _watched(risk: str, classes: Sequence[int] | None, count: int) -> tuple[int,
     return found
 
 
-def _in_words(risk: str, watched: tuple[int, ...], labels: Tensor | None, shown: tuple[int, int]) -> str:
+def _in_words(
+    risk: str,
+    at_most: float,
+    watched: tuple[int, ...],
+    labels: Tensor | None,
+    scores: Scores | None,
+    shown: tuple[int, int],
+) -> str:
     """The risk, for the report."""
-    at = f"at {shown[0]} x {shown[1]} pixels"
+    of = "" if scores is None else " of the classes of `scores`"
+    at = f"{of} at {shown[0]} x {shown[1]} pixels"
     if not watched:
-        return f"{risk} {at}"
+        return f"{risk}{at}"
     against = "the dense run" if labels is None else "labels"
-    return f"{risk}, against {against}, of the worst of the classes {', '.join(map(str, watched))} {at}"
+    each = f"of each of the classes {', '.join(map(str, watched))} (IoU with {against} at least {1 - at_most:g})"
+    return f"{risk} {each}{at}"
 
 
 def _planned(
@@ -307,58 +339,55 @@ class _Outcome(NamedTuple):
     """What a model with exits says of a batch.
 
     Attributes:
+        output: What it returned.
         scores: Class scores at any resolution.
-        exit_depth: After how many blocks every patch left.
         multiply_adds: Executed, of every image.
     """
 
+    output: Output | DecodedOutput
     scores: Tensor
-    exit_depth: Tensor
     multiply_adds: Tensor
-
-    @property
-    def on_patches(self) -> Tensor:
-        """Class scores of every patch."""
-        grid = (self.exit_depth.shape[1], self.exit_depth.shape[2])
-        return self.scores if self.scores.shape[2:] == grid else pooled(self.scores, grid)
 
     def label_maps(self, size: tuple[int, int]) -> Tensor:
         """Class of every pixel, image by image: upsampled scores of a batch may be large."""
-        maps = [
-            functional.interpolate(one, size, mode="bilinear", align_corners=False).argmax(dim=1)
-            for one in self.scores.split(1)
-        ]
+        maps = [upsampled(one, size).argmax(dim=1) for one in self.scores.split(1)]
         return torch.cat(maps).to(torch.int16).cpu()
 
 
-Told = Callable[[Tensor, Schedule], _Outcome]
+Outcomes = Callable[[Tensor, Schedule], _Outcome]
 
 
-def _told(model: ExitingModel | DecodingModel, scores: Scores | None) -> Told:
+def _outcomes(model: ExitingModel | DecodingModel, scores: Scores | None) -> Outcomes:
     """A model as it is calibrated, whatever reads the tokens in the end."""
+    read = _reader(model, scores)
+    decoder_of = cache(model.decoder_multiply_adds) if isinstance(model, DecodingModel) else lambda _: 0
+
+    def outcome(images: Tensor, plan: Schedule) -> _Outcome:
+        output: Any = model(images, schedule=plan)
+        work = model.multiply_adds(output) + decoder_of((images.shape[2], images.shape[3]))
+        return _Outcome(output, read(output), work)
+
+    return outcome
+
+
+def _reader(
+    model: ExitingModel | DecodingModel, scores: Scores | None
+) -> Callable[[Any], Float[Tensor, "images classes height width"]]:
+    """From what a model returns to class scores, at any resolution."""
     known = isinstance(model, ExitingModel | DecodingModel)
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     if isinstance(model, DecodingModel):
-        return _told_by_decoder(model, scores)
+        read = class_scores(model, scores, argument="scores")
+        return lambda output: read(output.decoded, len(output.exit_depth))
     require(scores is None, "scores", "be left out for a model with a final head", repr(scores))
-
-    def told(images: Tensor, plan: Schedule) -> _Outcome:
-        out = model(images, schedule=plan)
-        return _Outcome(out.logits, out.exit_depth, model.multiply_adds(out))
-
-    return told
+    return lambda output: output.logits
 
 
-def _told_by_decoder(model: DecodingModel, scores: Scores | None) -> Told:
-    read = class_scores(model, scores, argument="scores")
-    decoder_of = cache(model.decoder_multiply_adds)
-
-    def told(images: Tensor, plan: Schedule) -> _Outcome:
-        out = model(images, schedule=plan)
-        decoder = decoder_of((images.shape[2], images.shape[3]))
-        return _Outcome(read(out.decoded, len(images)), out.exit_depth, model.multiply_adds(out) + decoder)
-
-    return told
+def _drift(output: Output | DecodedOutput, scores: Tensor, after: Sequence[int]) -> Sample:
+    """The statistics of a batch; class scores are averaged to patches."""
+    grid = (output.exit_depth.shape[1], output.exit_depth.shape[2])
+    patches = scores if scores.shape[2:] == grid else pooled(scores, grid)
+    return drift.sample(patches.float(), output.exit_depth, after=after)
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,7 +419,7 @@ class _Runs:
     """Every setting, run on all images when it is first asked for, or read from the folder where that is kept."""
 
     model: WithExits
-    told: Told
+    outcomes: Outcomes
     images: _Images
     plans: tuple[Schedule, ...]
     loss: _Loss
@@ -432,10 +461,10 @@ class _Runs:
         after = [exit.after for exit in plan.active]
         with evaluating(self.model):
             for rows, batch in self.images.again(self.progress):
-                out = self.told(batch, plan)
+                out = self.outcomes(batch, plan)
                 require(not bool(out.scores.isnan().any()), "model", "give class scores that are numbers", "NaN")
-                told = drift.sample(out.on_patches.float(), out.exit_depth, after=after).statistics
-                statistics = {_STATISTIC + name: torch.tensor(row, dtype=torch.float64) for name, row in told.items()}
+                sampled = _drift(out.output, out.scores, after).statistics.items()
+                statistics = {_STATISTIC + name: torch.tensor(row, dtype=torch.float64) for name, row in sampled}
                 found = {"found": keep(out.label_maps(self.size), rows)}
                 parts.append(found | {"multiply_adds": out.multiply_adds.cpu()} | statistics)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

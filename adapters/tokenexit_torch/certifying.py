@@ -13,6 +13,7 @@ from tokenexit.certificate import Certificate, Fingerprints
 from tokenexit.errors import require
 from tokenexit_torch._files import fingerprint, write_text
 from tokenexit_torch.exits import WithExits
+from tokenexit_torch.heads import NeighbourhoodHead
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]
 
@@ -30,13 +31,18 @@ def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocess
         preprocessing: What is done to images before the model sees them, in your own words; compared letter by letter.
 
     Returns:
-        A SHA-256 for each tensor of the state dict, and the rest.
+        A SHA-256 for each tensor of the state dict, and for the radius of each head that looks around; and the rest.
 
     Raises:
         TokenExitError: If the model has no tensors, or an argument is not what it should be.
     """
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     weights = {name: fingerprint([value]) for name, value in tensors.items()}
+    # The same weights say something else with another radius, which no tensor holds.
+    wide = {
+        f"{name}.radius": part.radius for name, part in model.named_modules() if isinstance(part, NeighbourhoodHead)
+    }
+    weights |= {name: fingerprint([torch.tensor(radius)]) for name, radius in wide.items()}
     return Fingerprints(weights, _dtype(tensors), resolution, preprocessing)
 
 

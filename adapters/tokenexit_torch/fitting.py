@@ -115,7 +115,8 @@ def fit_exits(
     `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
 
     What the network says of the images is kept where `cache` says, in the dtype of the model. One patch takes
-    `exits * width` numbers in that dtype, and 4 bytes for each class and 4 more.
+    `exits * width` numbers in that dtype, twice as many for `heads.Neighbourhood`, and 4 bytes for each class and 4
+    more.
 
     Args:
         model: The wrapped model; its exit heads are changed in place, at the end.
@@ -182,7 +183,7 @@ def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
     known = isinstance(model, ExitingModel | DecodingModel)
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     require(len(model.exit_heads) > 0, "model", "have exit heads", "none")
-    rule = "have heads that treat each token by itself: `mask_loss` trains those that read whole images"
+    rule = "have heads that give no masks: `mask_loss` trains those that read whole images"
     require(not model.gives_masks, "model", rule, "mask heads")
     if isinstance(model, DecodingModel):
         return _of_decoder(model, targets)

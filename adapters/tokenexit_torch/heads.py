@@ -59,6 +59,11 @@ class NeighbourhoodHead(nn.Sequential):
         self.radius = radius
 
 
+def reach(head: nn.Module) -> int:
+    """The radius of what a head sees; 0 for one that treats each token by itself. It is no part of the public API."""
+    return head.radius if isinstance(head, NeighbourhoodHead) else 0
+
+
 class _TokenBatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading axes; the channels are the last one."""
 

@@ -36,7 +36,7 @@ class Output(NamedTuple):
         Returns:
             The interpolated logits.
         """
-        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+        return upsampled(self.logits, size)
 
 
 class StaticOutput(NamedTuple):
@@ -70,4 +70,11 @@ class StaticOutput(NamedTuple):
         Returns:
             The interpolated logits.
         """
-        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+        return upsampled(self.logits, size)
+
+
+def upsampled(
+    logits: Float[Tensor, "images classes grid_height grid_width"], size: tuple[int, int], /
+) -> Float[Tensor, "images classes height width"]:
+    """Class scores at another size, bilinearly. It is no part of the public API."""
+    return functional.interpolate(logits, size, mode="bilinear", align_corners=False)

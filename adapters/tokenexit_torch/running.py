@@ -165,7 +165,7 @@ class ExitingModel(WithExits[Host]):
         embedded, patches = self._trace(images)
         finished, grid = patches.pop(self.depth), embedded.grid
         read = {after: as_read(self.exit_heads[str(after)], rows, grid) for after, rows in patches.items()}
-        return read, self.head(as_read(self.head, finished, grid)), grid
+        return read, read_batch(self.head, finished, grid).logits, grid
 
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
@@ -200,8 +200,7 @@ class ExitingModel(WithExits[Host]):
         embedded, patches = self._trace(images)
         heads, grid = [*self.exit_heads.values(), self.head], embedded.grid
         readings = {
-            after: read_batch(head, as_read(head, rows, grid))
-            for (after, rows), head in zip(patches.items(), heads, strict=True)
+            after: read_batch(head, rows, grid) for (after, rows), head in zip(patches.items(), heads, strict=True)
         }
         return readings, grid
 

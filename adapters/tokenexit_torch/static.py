@@ -55,7 +55,7 @@ class StaticModel(nn.Module):
     def __init__(self, model: ExitingModel, /, *, capacities: float | Mapping[int, float]) -> None:
         super().__init__()
         require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
-        require(not model.gives_masks, "model", "have heads that treat each token by itself", "mask heads")
+        require(not model.gives_masks, "model", "have heads that give no masks", "mask heads")
         after = [int(block) for block in model.exit_heads]
         given = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
         rule = f"be a fraction for all exits, or for each of the blocks {after}"

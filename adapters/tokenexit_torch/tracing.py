@@ -1,7 +1,8 @@
 """One dense pass, written down, in which any number of schedules can be replayed.
 
 A replay runs policies, retention and bookkeeping as they are, and reads the heads' class scores from the trace
-instead of running blocks. It is exact but for one thing: in a real run, tokens that stay attend to fewer others.
+instead of running blocks. It is exact but for one thing: in a real run, tokens that stay see fewer others, in attention
+and in heads that look around.
 `Trace.replay` tells what a schedule does in milliseconds; what it really does, the model itself tells.
 """
 

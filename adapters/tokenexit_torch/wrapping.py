@@ -50,7 +50,7 @@ def wrap(
         schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
             exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
-            `MaskHead`.
+            `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
         num_classes: Builds a final head for so many classes, instead of `head`.
         exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.
 

@@ -107,13 +107,17 @@ def _resampled(
 def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, nn.Module, dict[int, nn.Module]]:
     """A fine-tuned ViT-Tiny, its final head, and its exit heads by the block they follow.
 
-    They are from one `.npz` file, whose patch embedding tells the patch size, or a run folder.
+    They are from one `.npz` file, whose patch embedding tells the patch size, or a run folder, which knows its own.
 
     Raises:
-        UsageError: As for `read_npz` and `load_backbone`, or if the final head is absent or a head incomplete.
+        UsageError: As for `read_npz` and `load_backbone`, if the final head is absent or a head incomplete, or those of
+            a run folder are of another kind.
+        TokenExitError: If a run folder does not hold what it should.
     """
     if path.is_dir():
         run, _ = runs.load(path)
+        if not isinstance(run.head_plan, MLP):
+            raise shell.UsageError(f"`--init` must be a run with heads.MLP, got {str(path)!r} with {run.head_plan}")
         return run.model, run.head, {int(after): head for after, head in run.exit_heads.items()}
     weights = read_npz(path, argument="--init")
     kernel = weights.get("patch_embed.proj.weight")
@@ -159,6 +163,20 @@ def wide_then_narrow(after: Iterable[int]) -> schedule.Schedule:
 def fitted_exits(results: Path) -> Path:
     """Where the exit heads that were fitted for some results are kept: beside their file."""
     return results.with_suffix(".exits")
+
+
+def digest_of_exits(folder: Path | None) -> str | None:
+    """Of exits that were fitted, their plan included; None for none.
+
+    Raises:
+        UsageError: If the folder holds none.
+    """
+    if folder is None:
+        return None
+    parts = [folder / name for name in ("exits.json", "exits.safetensors")]
+    if not all(part.is_file() for part in parts):
+        raise shell.UsageError(f"`--fitted` must be a folder of exits, got {str(folder)!r}")
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
 def digest(source: Path) -> str:

@@ -332,7 +332,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         "sha256": common.digest(source),
         "split": given.split,
         "images": len(frames),
-        "fitted": None if given.fitted is None else common.digest(given.fitted),
+        "fitted": common.digest_of_exits(given.fitted),
         "fit_after": None if given.fit_after is None else sorted(set(given.fit_after)),
         "fit_images": given.fit_images,
         "fit_steps": None if given.fit_after is None else given.fit_steps,
@@ -409,6 +409,8 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     if given.run is not None and runs.is_gated(given.run):
         if given.exits:
             raise shell.UsageError(f"`--exits` must be left out for a run with gates, got {dict(given.exits)}")
+        if given.fitted is not None:
+            raise shell.UsageError(f"`--fitted` must be left out for a run with gates, got {str(given.fitted)!r}")
         gated.require_preserved(given.run)
         model = runs.load_gated(given.run)[0].eval().to(given.device)
         patches, every = patch_tokens(model), gate_settings(given.run)

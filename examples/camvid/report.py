@@ -134,7 +134,7 @@ def content_of(given: argparse.Namespace) -> page.Content:
     inputs = files[label]["inputs"]
     split = given.split or inputs["split"]
     frames = data.frames(given.data, split, given.limit)
-    if inputs.get("fitted") != (None if given.fitted is None else common.digest(given.fitted)):
+    if inputs.get("fitted") != common.digest_of_exits(given.fitted):
         raise shell.UsageError(f"`--fitted` must be the exits that the results are of, got {given.fitted}")
     fitted = given.fitted if inputs["fit_after"] is None else common.fitted_exits(paths[label])
     model = common.saved_model(source, data.SIZE, fitted=fitted).eval().to(given.device)

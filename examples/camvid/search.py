@@ -134,7 +134,7 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
     )
     identity = {
         "split": given.split, "images": len(frames), "model": common.digest(given.run),
-        "fitted": None if given.fitted is None else common.digest(given.fitted), "seed": given.seed,
+        "fitted": common.digest_of_exits(given.fitted), "seed": given.seed,
         "space": json.loads(json.dumps(asdict(space))),
     }  # fmt: skip
     results = open_results(given.json, identity)

@@ -135,6 +135,9 @@ def new_model(source: Path, recipe: Recipe) -> Model:
         return tet.wrap(vit, schedule.dense(after=_AFTER), num_classes=len(data.CLASSES), exit_heads=_HEADS)
     vit, final, _ = common.ready_model(source, data.SIZE)
     hidden, width = final.get_parameter("1.weight").shape
+    classes = len(final.get_parameter("3.weight"))
+    if classes != len(data.CLASSES):
+        raise shell.UsageError(f"`--init` must have {len(data.CLASSES)} classes, got {classes} in {str(source)!r}")
     if recipe.method in gated.VARIANTS or recipe.method in shrunk.VARIANTS:
         rule = f"have a final head as wide as its tokens for {recipe.method}"
         if hidden != width:
@@ -446,6 +449,8 @@ def main() -> None:
     source = given.weights if given.init is None else given.init
     if base.start == "weights" and given.method != "dense":
         raise shell.UsageError(f"`--method` must be dense with --weights, got {given.method!r}: exits need --init")
+    if given.auxiliary is not None and given.method not in methods.METHODS:
+        raise shell.UsageError(f"`--auxiliary` must be left out for {given.method}, got {given.auxiliary:g}")
     recipe = replace(
         base, method=given.method, epochs=base.epochs if given.epochs is None else given.epochs, batch=given.batch,
         seed=given.seed, limit=given.limit, precision=given.precision, fit_steps=given.fit_steps,

@@ -17,8 +17,8 @@ from jaxtyping import Float
 import tokenexit_jax as tej
 from examples import about
 from examples.jax import plain_vit
-from tokenexit import TokenExitError, schedule
-from tokenexit.heads import MLP
+from tokenexit import TokenExitError, schedule, surroundings
+from tokenexit.heads import MLP, Neighbourhood
 from tokenexit_jax import vit, weights
 from tokenexit_jax.heads import init as init_head
 from tokenexit_jax.heads import read as read_head
@@ -181,6 +181,8 @@ def bare_dense(loaded: Loaded) -> Callable[[Array], Array]:
         for block in network.blocks:
             tokens = block(params, tokens, jnp.ones(tokens.shape[:2]), embedded.positions)
         patches = network.finish(params, tokens)[:, embedded.prefix :]
+        if isinstance(plan, Neighbourhood):
+            patches = surroundings.beside_all(patches, grid=embedded.grid, radius=plan.radius)
         return read_head(plan, head, patches)
 
     return lambda images: run(images, loaded.params, loaded.heads["head"])

@@ -34,6 +34,7 @@ class Mutant:
 
 SCORES, POLICIES, RETENTION = ("test_scores",), ("test_policies", "test_static"), ("test_retention", "test_static")
 CELLS = ("test_cells", "test_static")
+SURROUNDINGS = ("test_surroundings",)
 SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 
@@ -254,6 +255,27 @@ MUTANTS = (
         "return (first + last) // 2",
         "return first",
         CELLS,
+    ),
+    Mutant(
+        "what has left counts in the mean around a token",
+        "surroundings.py",
+        "everyone[:, prefix:, :], receipt.running[:, prefix:]",
+        "everyone[:, prefix:, :], receipt.running[:, prefix:] | True",
+        SURROUNDINGS,
+    ),
+    Mutant(
+        "a neighbourhood has a row and a column too few",
+        "surroundings.py",
+        "for first in range(2 * reach + 1):",
+        "for first in range(2 * reach):",
+        SURROUNDINGS,
+    ),
+    Mutant(
+        "prefix tokens are places of the grid",
+        "surroundings.py",
+        "xp.concat([nothing[:, :prefix, :], around], axis=1)",
+        "xp.concat([around, nothing[:, :prefix, :]], axis=1)",
+        SURROUNDINGS,
     ),
     Mutant(
         "padding wins a maximum of negative numbers",

@@ -78,6 +78,22 @@ def test_jax_compiles_them():
         (lambda a, b: risks.disagreement(a, a, valid=b > 0), "`valid` must be of one shape with `exiting`, got"),
         (lambda a, b: risks.error_increase(a, a, b), "`truth` must be of one shape with `exiting`, got shape (2, 4)"),
         (lambda a, b: risks.iou_loss(a, b, classes=2, at_least=0.5), "`reference` must be of one shape with"),
+        (
+            lambda a, b: risks.iou_loss(a, a, classes=(1, 1), at_least=0.5),
+            "`classes` must be how many there are, or some",
+        ),
+        (
+            lambda a, b: risks.iou_loss(a, a, classes=(0.5,), at_least=0.5),
+            "`classes` must be how many there are, or some",
+        ),
+        (
+            lambda a, b: risks.iou_loss(a, a, classes=(-1,), at_least=0.5),
+            "`classes` must be how many there are, or some",
+        ),
+        (
+            lambda a, b: risks.iou_loss(a, a, classes=(), at_least=0.5),
+            "`classes` must be how many there are, or some of",
+        ),
         (lambda a, b: risks.iou_loss(a, a, classes=2, at_least=1.0), "`at_least` must lie between 0 and 1, got 1.0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def test_halves_that_are_drawn_hold_frames_once_and_stretches_are_whole():
     halves = guarantee.random_halves(9, 30, seed=0)
     assert {len(set(half.tolist())) for half in halves} == {4}
     assert {frame for half in halves for frame in half.tolist()} == set(range(9))
+    repeated = guarantee.with_repeats(9, 30, seed=0)
+    assert {len(half) for half in repeated} == {4}
+    assert min(len(set(half.tolist())) for half in repeated) < 4
+    assert {frame for half in repeated for frame in half.tolist()} == set(range(9))
     assert [half.tolist() for half in guarantee.stretches(5)] == [[0, 1], [1, 2], [2, 3], [3, 4]]
 
 
@@ -50,6 +55,7 @@ def test_what_the_losses_are_like_in_half_of_a_video_says_nothing_of_the_other()
     share = found.wrong / 101
     assert (found.saving, found.loss) == pytest.approx((0.2 + 0.2 * share, 0.3 * share))
     assert found.lost == pytest.approx(0.001 + 0.003 * share)
+    assert found.wrong_on_others == found.wrong  # nearly all of the others are of the half that fails
 
 
 def test_networks_cut_short_and_never_are_counted():
@@ -79,9 +85,10 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
     levels = ["--alpha", 0.4, "--confidence", 0.8]
     call(monkeypatch, *options, *levels)
     printed = capsys.readouterr().out
-    assert "| 40 % | 7 drawn | 0.0 % | 0 |" in printed
-    assert "| 40 % | 13 one stretch | 0.0 % |" in printed
-    assert "| confidence 0.9 |" in printed
+    assert "| 40 % | 7 with repeats | 0.0 %, 0.0 % | 0 |" in printed
+    assert "| 40 % | 7 drawn | 0.0 %, 0.0 % | 0 |" in printed
+    assert "| 40 % | 13 one stretch | 0.0 %, " in printed
+    assert "| exits, confidence 0.9 |" in printed
     assert "| cut after 8 |" in printed
     found = json.loads(file.read_text())
     every = [frame for frame in data.frames(CAMVID, "test") if frame.sequence == "Seq05VD"]
@@ -96,9 +103,13 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
     monkeypatch.setattr(guarantee, "run", lambda *_: pytest.fail("it has been run"))
     call(monkeypatch, *options, *levels)
     assert capsys.readouterr().out == printed
+    other = tmp_path / "other"
+    shutil.copytree(exits, other)
+    (other / "exits.json").write_text((exits / "exits.json").read_text().replace("0.9", "0.8"))
     for words, change in (
         ("`--json` must be a new file or of the same frames", ["--limit", 26, *levels]),
-        ("`--json` must be a new file or of the same fitted", ["--fitted", READY, *levels]),
+        ("`--json` must be a new file or of the same fitted", ["--fitted", other, *levels]),
+        ("`--fitted` must be a folder of exits, got", ["--fitted", tmp_path, *levels]),
         ("`--alpha` and `--confidence` must be such that half of the frames, 12, are at least", ["--alpha", 0.02]),
         ("`--sequence` must be one of", ["--sequence", "nowhere"]),
         ("`--draws` must be at least 1, got 0", ["--draws", 0]),

@@ -20,7 +20,7 @@ from tests.jax.test_running import Compilations
 from tests.torch import models
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature, Preserved
-from tokenexit.heads import ATM, FCN, MLP, Linear
+from tokenexit.heads import ATM, FCN, MLP, Linear, Neighbourhood
 from tokenexit.schedule import Exit, Schedule
 
 SVIT = schedule.svit(after=pairs.AFTER)
@@ -355,6 +355,7 @@ def test_a_check_of_the_network_takes_gates():
     (schedule.svit(after=(4,), carry=Preserved(before="last block")), {}, "`schedule` must have gates after blocks 1 to 3 only"),
     (SVIT, {"head": 3}, "`head` must be None or a function, got 3"),
     (SVIT, {"gates": ATM()}, "`gates` must be a plan of tokenexit.heads that treats each token by itself"),
+    (SVIT, {"gates": Neighbourhood()}, "`gates` must be a plan of tokenexit.heads that treats each token by itself"),
     (SVIT, {"gates": {}}, "`gates` must be a plan of tokenexit.heads"),
     (SVIT, {"taps": (6,)}, "`taps` must be ascending blocks from 1 to 5, got (6,)"),
     (SVIT, {"taps": (3, 2)}, "`taps` must be ascending blocks"),

@@ -17,7 +17,7 @@ from tests.jax.parity import from_torch, same
 from tests.torch import models
 from tokenexit import TokenExitError, annealing, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction
-from tokenexit.heads import ATM, FCN, MLP
+from tokenexit.heads import ATM, FCN, MLP, Neighbourhood
 from tokenexit.schedule import Exit, Schedule
 
 DEPTH = 4
@@ -187,6 +187,20 @@ def test_buckets_make_no_difference_to_slopes():
     assert np.any(np.diff(stages.output.capacity_per_block, axis=1))
     for found, wanted in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         same(found, wanted, 1e-4)
+
+
+def test_heads_that_look_around_learn_as_in_pytorch():
+    theirs, ours, params, heads = pair(exit_heads=Neighbourhood(16))
+    plan, images = schedule.neighbours(radius={2: 0, 3: 0}, threshold=0.6, per_class=0), models.images(2, networks.SIZE)
+    stages = tet.Staged(theirs)(images, schedule=plan)
+    wanted = stages.loss(their_criterion)
+    wanted.backward()
+    assert len(stages.output.exit_depth.unique()) == 3
+    learned, statistics = tej.split(heads)
+    step = our_step(ours, plan, lambda stages: stages.loss(criterion))
+    (loss, _), slopes = step((params, learned), statistics, networks.images_of(images))
+    assert float(loss) == pytest.approx(wanted.item(), rel=1e-4)
+    assert require_same_slopes(theirs, slopes) > 30
 
 
 @pytest.mark.parametrize("plan", [MLP(), FCN(8), ATM(1)])

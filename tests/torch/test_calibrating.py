@@ -16,6 +16,7 @@ from tests.torch.decoders import DECODERS
 from tokenexit import TokenExitError, certificate, drift, ladders, policies, schedule
 from tokenexit.calibration import certify
 from tokenexit.carries import Feature
+from tokenexit.heads import Neighbourhood
 from tokenexit.schedule import Exit, Schedule
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
@@ -142,9 +143,9 @@ def iou_table(model, settings, classes, at_least, truth=None, ignore=None):
 @pytest.mark.parametrize(
     ("labels", "classes", "words"),
     [
-        (None, None, "against the dense run, of the worst of the classes 0, 1, 2, 3, 4"),
-        (None, (0, 1), "against the dense run, of the worst of the classes 0, 1"),
-        (9, (4, 1), "against labels, of the worst of the classes 4, 1"),
+        (None, None, "of each of the classes 0, 1, 2, 3, 4 (IoU with the dense run at least 0.2)"),
+        (None, (0, 1), "of each of the classes 0, 1 (IoU with the dense run at least 0.2)"),
+        (9, (4, 1), "of each of the classes 4, 1 (IoU with labels at least 0.2)"),
     ],
 )
 def test_iou_may_be_the_risk(labels, classes, words):
@@ -161,7 +162,7 @@ def test_iou_may_be_the_risk(labels, classes, words):
         SETTINGS, iou_table(model, SETTINGS, watched, 0.2, truth, labels), costs, at_most=0.8, chains=CHAINS
     )
     as_expected(found, expected)
-    assert found.risk == f"IoU loss, {words} at 32 x 48 pixels"
+    assert found.risk == f"IoU loss {words} at 32 x 48 pixels"
     assert (found.chosen is not None) == (classes is not None)  # of all five one is too rare
 
 
@@ -250,6 +251,17 @@ def changed(change):
     with torch.no_grad():
         change(model)
     return model
+
+
+def test_a_radius_is_part_of_what_was_certified():
+    plans = [Neighbourhood(8, radius) for radius in (1, 3)]
+    torch.manual_seed(0)
+    models_of = [tet.wrap(models.timm_vit(), PLAN, num_classes=5, exit_heads=plan) for plan in plans]
+    models_of[1].load_state_dict(models_of[0].state_dict())
+    one, other = (tet.fingerprints(model, resolution=(32, 48), preprocessing=WORDS) for model in models_of)
+    certified = certificate.Certificate(PLAN, "x", 0.1, 0.9, 1, "betting", 0, 0.0, 0.0, one)
+    with pytest.raises(TokenExitError, match=r"other weights in 3 of .* tensors, 'exit_heads.2.radius"):
+        certificate.require_matches(certified, other)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +414,7 @@ def test_the_sample_for_drift_is_that_of_the_chosen_setting():
     model.retune(found.report.schedule)
     with torch.no_grad():
         out = model(IMAGES)
-    seen = drift.sample(out.logits, out.exit_depth, after=model.schedule.after)
+    seen = tet.drift_sample(model, out)
     assert set(seen.statistics) == set(found.before.statistics)
     for name, row in seen.statistics.items():
         assert found.before.statistics[name] == pytest.approx(row, abs=1e-5)
@@ -458,6 +470,7 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"labels": LABELS}, "`labels` must be left out for `disagreement`, got shape (24, 32, 48)"),
         ({"classes": (1,)}, "`classes` must be left out unless the risk is `IoU loss`, got (1,)"),
         ({"risk": "IoU loss", "classes": (1, 1)}, "`classes` must be some of 0 to 4, each once, got (1, 1)"),
+        ({"risk": "IoU loss", "classes": 3}, "`classes` must be a sequence of some of 0 to 4, got 3"),
         ({"risk": "IoU loss", "classes": (5,)}, "`classes` must be some of 0 to 4, each once, got (5,)"),
         ({"risk": "IoU loss", "classes": ()}, "`classes` must be some of 0 to 4, each once, got ()"),
         ({"scores": torch.nn.Identity()}, "`scores` must be left out for a model with a final head, got Identity()"),
@@ -542,6 +555,9 @@ def test_a_model_with_a_decoder_of_its_own_is_calibrated_by_what_the_decoder_say
     expected = certify(settings, *decoded_table(model, images, settings, read), at_most=0.45, chains=chains)
     as_expected(found.report, expected)
     assert found.report.curve[0].cost < 1.1
+    assert (
+        found.report.risk == "disagreement" + (" of the classes of `scores`" if scores else "") + " at 32 x 32 pixels"
+    )
     default, _ = tet.default_settings(model)
     assert default[-1] == dataclasses.replace(schedule.truncated(after=1), carry=Feature())
     again = tet.calibrate(model, images, **options | {"at_most": 0.9})
@@ -551,6 +567,11 @@ def test_a_model_with_a_decoder_of_its_own_is_calibrated_by_what_the_decoder_say
     model.retune(schedule.dense())
     tet.load_certificate(tmp_path, model, resolution=(SIDE, SIDE), preprocessing=WORDS)
     assert model.schedule == again.report.schedule
+    with torch.no_grad():
+        seen = tet.drift_sample(model, model(images), scores=scores)
+    assert set(seen.statistics) == set(again.before.statistics)
+    for statistic, row in seen.statistics.items():
+        assert again.before.statistics[statistic] == pytest.approx(row, abs=1e-5)
 
 
 def test_a_decoder_without_classes_must_be_read_by_a_function():

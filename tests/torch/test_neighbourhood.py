@@ -119,6 +119,44 @@ def test_they_are_fitted_to_what_they_will_be_shown():
         assert agreement > 0.75
 
 
+def test_tokens_that_were_kept_for_other_heads_are_refused(tmp_path):
+    images, few = models.images(2), {"steps": 2, "patches_per_step": 8, "progress": iter}
+
+    def fit(heads, **options):
+        torch.manual_seed(0)
+        model = tet.wrap(models.timm_vit(), PLAN, head=torch.nn.Linear(48, 5), exit_heads=heads)
+        tet.fit_exits(model, images, **few | options)
+
+    fit(Neighbourhood(8, 1), cache=tmp_path / "tokens")
+    fit(Neighbourhood(4, 1), cache=tmp_path / "tokens")  # they read the same
+    for other in (Neighbourhood(8, 3), MLP(8)):
+        with pytest.raises(TokenExitError, match="`cache` must be for the same exits"):
+            fit(other, cache=tmp_path / "tokens")
+
+    def stop(loop):
+        for turn, item in enumerate(loop):
+            if turn == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Neighbourhood(8, 1), resume=tmp_path, progress=stop)
+    with pytest.raises(TokenExitError, match="`resume` must be for the same exits"):
+        fit(Neighbourhood(8, 3), resume=tmp_path)
+
+
+@torch.no_grad()
+def test_with_room_for_some_the_others_are_not_seen():
+    model, images = looking(), models.images(3)
+    static = tet.StaticModel(model, capacities={2: 0.7, 3: 0.4, 4: 0.3})
+    out = static(images)
+    assert out.overflow.sum() > 0
+    torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), atol=2e-4, rtol=2e-4)
+    exported = tet.export_program(static, images).module()
+    for found, wanted in zip(exported(images)[:2], out[:2], strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_gradients_reach_the_heads_and_the_tokens_around():
     model = looking().train()
     out = model(models.images(2).requires_grad_())
