@@ -25,6 +25,7 @@ from tokenexit import (
     scores,
     search,
     semantic,
+    surroundings,
     tokens,
 )
 from tokenexit.errors import TokenExitError
@@ -52,5 +53,6 @@ __all__ = [
     "scores",
     "search",
     "semantic",
+    "surroundings",
     "tokens",
 ]
