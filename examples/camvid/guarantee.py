@@ -54,6 +54,9 @@ def arguments() -> argparse.Namespace:
         "--alpha", type=float, nargs="+", default=[0.04, 0.06, 0.1], help="levels (default 0.04 0.06 0.1)"
     )
     parser.add_argument("--confidence", type=float, default=0.9, help="(default %(default)s)")
+    parser.add_argument(
+        "--choose-from", choices=("all", "exits"), default="all", help="networks cut short as well, or not"
+    )
     parser.add_argument("--draws", type=int, default=200, help="halves that are drawn (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -228,16 +231,33 @@ def opened(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def described(table: Table) -> list[str]:
-    """The settings, as a table."""
-    lines = ["| setting | disagreement | multiply-adds | mIoU lost |", "|---|---|---|---|"]
+def exits_alone(table: Table) -> Table:
+    """Without the networks cut short, with which the exits would share the confidence."""
+    (first, *_), kept = table.chains, slice(len(table.chains[0]))
+    return Table(table.settings[kept], (first,), table.losses[:, kept], table.costs[:, kept], table.lost[kept])
+
+
+def described(table: Table, given: argparse.Namespace) -> list[str]:
+    """The settings, as a table, and how much the mean of half of the frames depends on which half it is."""
+    frames = len(table.losses)
+    drawn, whole = random_halves(frames, given.draws, given.seed), stretches(frames)
+    lines = [
+        "| setting | disagreement | of halves drawn | of stretches | multiply-adds | mIoU lost |",
+        "|---|---|---|---|---|---|",
+    ]
     for place, plan in enumerate(table.settings):
         first = plan.active[0]
         cut = first.policy == always()
         name = f"cut after {first.after}" if cut else f"exits, confidence {_threshold(plan.to_dict())}"
-        loss, cost = table.losses[:, place].mean(), table.costs[:, place].mean()
-        lines.append(f"| {name} | {100 * loss:.2f} % | {cost:.3f} | {100 * table.lost[place]:+.2f} |")
+        loss, cost = table.losses[:, place], table.costs[:, place].mean()
+        ranges = [_range([loss[half].mean() for half in halves]) for halves in (drawn, whole)]
+        lost = f"{100 * table.lost[place]:+.2f}"
+        lines.append(f"| {name} | {100 * loss.mean():.2f} % | {' | '.join(ranges)} | {cost:.3f} | {lost} |")
     return lines
+
+
+def _range(means: list[float]) -> str:
+    return f"{100 * min(means):.2f} to {100 * max(means):.2f} %"
 
 
 def _threshold(data: Any) -> float | None:
@@ -289,7 +309,7 @@ def main() -> None:
     model = common.saved_model(given.run or given.init, data.SIZE, fitted=given.fitted).eval().to(given.device)
     if not model.schedule.active:
         model.retune(common.wide_then_narrow(map(int, model.exit_heads)))
-    chains = len(tet.default_settings(model)[1])
+    chains = 1 if given.choose_from == "exits" else len(tet.default_settings(model)[1])
     needed = images_needed(at_most=min(given.alpha), delta=(1 - given.confidence) / chains, test="betting")
     if len(frames) // 2 < needed:
         rule = f"be such that half of the frames, {len(frames) // 2}, are at least {needed}"
@@ -297,7 +317,8 @@ def main() -> None:
             f"`--alpha` and `--confidence` must {rule}, got {min(given.alpha)} and {given.confidence}"
         )
     table = measured(given, model, frames)
-    print("\n".join([*described(table), "", *rows(table, given)]))
+    chosen_from = exits_alone(table) if given.choose_from == "exits" else table
+    print("\n".join([*described(table, given), "", *rows(chosen_from, given)]))
 
 
 if __name__ == "__main__":

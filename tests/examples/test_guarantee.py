@@ -61,6 +61,10 @@ def test_what_the_losses_are_like_in_half_of_a_video_says_nothing_of_the_other()
 def test_networks_cut_short_and_never_are_counted():
     cheap = guarantee.held(table([[0.0, 0.9, 0.0]] * 60), guarantee.stretches(60), at_most=0.2, confidence=0.9)
     assert (cheap.cut, cheap.never, cheap.wrong) == (31, 0, 0)
+    exits = guarantee.exits_alone(table([[0.0, 0.9, 0.0]] * 60))
+    assert (exits.settings, exits.chains, exits.losses.shape, len(exits.lost)) == (LADDER, ((0, 1),), (60, 2), 2)
+    alone = guarantee.held(exits, guarantee.stretches(60), at_most=0.2, confidence=0.9)
+    assert (alone.cut, alone.never, alone.saving) == (0, 0, pytest.approx(0.2))
     none = guarantee.held(table([[0.9, 0.9, 0.9]] * 60), guarantee.stretches(60), at_most=0.2, confidence=0.9)
     assert (none.never, none.saving, none.most) == (31, 0.0, 0.0)
 
@@ -100,6 +104,9 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
         np.testing.assert_allclose(row["losses"], (one != maps[0]).double().mean(dim=(1, 2)), atol=1e-4)
         confusion = metrics.confusion_matrix(one, labels, classes=len(data.CLASSES), ignore=data.IGNORE)
         assert row["miou"] == pytest.approx(metrics.mean_iou(confusion), abs=1e-4)
+    losses = np.array(found["settings"][0]["losses"])
+    stretches = [losses[first : first + 12].mean() for first in range(13)]
+    assert f"| {100 * min(stretches):.2f} to {100 * max(stretches):.2f} % |" in printed.splitlines()[2]
     monkeypatch.setattr(guarantee, "run", lambda *_: pytest.fail("it has been run"))
     call(monkeypatch, *options, *levels)
     assert capsys.readouterr().out == printed
