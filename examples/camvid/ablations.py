@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tokenexit_torch as tet
 from examples import shell
-from examples.camvid import data, evaluate, report
+from examples.camvid import common, data, evaluate, report
 from examples.camvid.evaluate import Setting
 from tokenexit import cost, schedule
 from tokenexit.policies import (
@@ -45,10 +45,7 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.camvid.ablations", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
-    model.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
-    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
+    common.add_network(parser)
     parser.add_argument("--json", type=Path, required=True, help="results; what it already holds is not measured again")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=[*GROUPS], help="what to change; all by default")
     parser.add_argument("--work", type=float, default=0.6, help="token-blocks at which rules are compared")

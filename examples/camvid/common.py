@@ -1,5 +1,6 @@
 """What the CamVid scripts share: vision transformers from timm, weights from `.npz` files, saved networks."""
 
+import argparse
 import hashlib
 import importlib
 import zipfile
@@ -152,6 +153,14 @@ def saved_model(source: Path, size: tuple[int, int], *, fitted: Path | None = No
     if fitted is not None:
         return tet.load(fitted, vit, head=final)
     return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which network is measured, for `saved_model`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
+    source.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
+    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
 
 
 def wide_then_narrow(after: Iterable[int]) -> schedule.Schedule:

@@ -44,9 +44,7 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.camvid.evaluate", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: train.txt, train/, trainannot/, ...")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
-    model.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
+    common.add_network(parser)
     parser.add_argument("--json", type=Path, required=True, help="results; what it already holds is not measured again")
     parser.add_argument("--plot", type=Path, help="frontier plot, .png or .svg")
     parser.add_argument("--split", choices=data.SPLITS, default="val")
@@ -71,7 +69,6 @@ def arguments() -> argparse.Namespace:
         metavar="BLOCK",
         help="with --init: fit new exit heads after these blocks to the final head, without labels",
     )
-    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
     parser.add_argument("--fit-images", type=int, help="train images to fit them on; all by default")
     parser.add_argument("--fit-steps", type=int, default=1200)
     parser.add_argument(

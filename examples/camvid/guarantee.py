@@ -42,10 +42,7 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.camvid.guarantee", description=_SUMMARY)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder: test.txt, test/, testannot/, ...")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", type=Path, help="run folder written by examples.camvid.train")
-    model.add_argument("--init", type=Path, help="ready model, a .npz file with timm key names and heads.B.*")
-    parser.add_argument("--fitted", type=Path, help="exits that examples.frozen has fitted; its own by default")
+    common.add_network(parser)
     parser.add_argument("--json", type=Path, required=True, help="results; what it already holds is not run again")
     parser.add_argument("--split", choices=data.SPLITS, default="test")
     parser.add_argument("--sequence", default="Seq05VD", help="the video (default %(default)s, not in train)")
