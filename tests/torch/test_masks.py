@@ -566,7 +566,7 @@ def test_a_mask_head_of_ones_own_will_do():
         (lambda v: tet.wrap(v, DTOP, head=Pooled(), exit_heads={2: Pooled(), 4: Pooled(classes=4)}), r"`exit_heads\[4\]` must give 5 classes, as the final head, got 4"),
         (lambda v: masked(v, schedule.paumer(after=(2,), threshold=0.5)), r"`schedule` must compare confidences, for mask heads, .*got \['entropy'\]"),
         (lambda v: models.wrapped(v, Schedule(DTOP.exits, MaskPrediction())), "`schedule` must carry no MaskPrediction, for heads that give no masks"),
-        (lambda v: tet.fit_exits(masked(v, DTOP), models.images()), "`model` must have heads that treat each token by itself.*got mask heads"),
+        (lambda v: tet.fit_exits(masked(v, DTOP), models.images()), "`model` must have heads that give no masks.*got mask heads"),
         (lambda v: models.wrapped(v, DTOP).every_mask(models.images()), "`model` must have mask heads, got Sequential"),
         (lambda v: tet.AttentionToMask(7, 2), "`width` must be even, got 7"),
         (lambda v: tet.AttentionToMask(12, 2, attention_heads=4), "`attention_heads` must divide half the width, 6, got 4"),

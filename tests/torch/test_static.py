@@ -282,7 +282,7 @@ def test_mask_heads_are_refused():
     from tokenexit.heads import ATM
 
     model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=3, exit_heads=ATM(layers=1))
-    with pytest.raises(TokenExitError, match="`model` must have heads that treat each token by itself, got mask heads"):
+    with pytest.raises(TokenExitError, match="`model` must have heads that give no masks, got mask heads"):
         tet.StaticModel(model, capacities=0.5)
 
 
