@@ -61,9 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    for name, value in (("--every", given.every), ("--fit-images", given.fit_images), ("--threads", given.threads)):
-        if value is not None and value < 1:
-            raise shell.UsageError(f"`{name}` must be at least 1, got {value}")
+    shell.require_counts(every=given.every, fit_images=given.fit_images, threads=given.threads)
     return given
 
 

@@ -30,6 +30,13 @@ def exit_with(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def require_counts(**given: int | None) -> None:
+    """Raise a `UsageError` for the first argument that is given and less than 1."""
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` once it is complete, and never before."""

@@ -98,10 +98,12 @@ def _check(given: argparse.Namespace) -> None:
         raise shell.UsageError(f"`--fitted` must be left out with --fit-after, got {str(given.fitted)!r}")
     if given.fit_after is not None and given.run is not None:
         raise shell.UsageError("`--fit-after` must come with --init; a run has fitted heads already, got --run")
-    for name, value in (("--accuracy-batch", given.accuracy_batch), ("--batches", min(given.batches)),
-                        ("--fit-steps", given.fit_steps), ("--threads", given.threads or 1)):  # fmt: skip
-        if value < 1:
-            raise shell.UsageError(f"`{name}` must be at least 1, got {value}")
+    shell.require_counts(
+        accuracy_batch=given.accuracy_batch,
+        batches=min(given.batches),
+        fit_steps=given.fit_steps,
+        threads=given.threads,
+    )
     if max(given.batches) > given.timing_images:
         raise shell.UsageError(
             f"`--batches` must be at most --timing-images, {given.timing_images}, got {max(given.batches)}"

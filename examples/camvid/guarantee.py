@@ -59,9 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     given = parser.parse_args()
-    for name, value in (("--draws", given.draws), ("--limit", given.limit), ("--threads", given.threads)):
-        if value is not None and value < 1:
-            raise shell.UsageError(f"`{name}` must be at least 1, got {value}")
+    shell.require_counts(draws=given.draws, limit=given.limit, threads=given.threads)
     return given
 
 

@@ -57,9 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True, help="the page, .html")
     given = parser.parse_args()
-    for name, value in (("--images", given.images), ("--batch", given.batch), ("--threads", given.threads or 1)):
-        if value < 1:
-            raise shell.UsageError(f"`{name}` must be at least 1, got {value}")
+    shell.require_counts(images=given.images, batch=given.batch, threads=given.threads)
     return given
 
 
