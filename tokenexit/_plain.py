@@ -1,12 +1,14 @@
 """Plans as plain data: frozen dataclasses to mappings and back, by closed registries of their kinds."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from tokenexit.errors import require
 
-__all__ = ["from_plain", "is_whole", "require_keys", "to_plain"]
+__all__ = ["from_plain", "is_whole", "require_keys", "require_share", "shortened", "to_plain"]
 
 
 def to_plain(
@@ -28,9 +30,9 @@ def from_plain(
     read: Callable[[str, Any], Any] = lambda name, value: value,  # noqa: ARG005
 ) -> Any:
     """The dataclass that `to_plain` wrote down, each field's value as `read(name, value)` says."""
-    require(isinstance(data, Mapping), argument, "be a mapping", repr(data))
+    require(isinstance(data, Mapping), argument, "be a mapping", shortened(data))
     kind = data.get("kind")
-    require(isinstance(kind, str) and kind in kinds, "kind", f"be one of {', '.join(kinds)}", repr(kind))
+    require(isinstance(kind, str) and kind in kinds, "kind", f"be one of {', '.join(kinds)}", shortened(kind))
     cls = kinds[str(kind)]
     fields = sorted(field.name for field in dataclasses.fields(cls))
     found = sorted(map(str, set(data) - {"kind"}))
@@ -40,10 +42,21 @@ def from_plain(
 
 def require_keys(data: Any, argument: str, keys: set[str]) -> None:
     """Raise a `TokenExitError` unless `data` is a mapping with exactly these keys."""
-    require(isinstance(data, Mapping), argument, f"be a mapping with the keys {sorted(keys)}", repr(data))
+    require(isinstance(data, Mapping), argument, f"be a mapping with the keys {sorted(keys)}", shortened(data))
     require(set(data) == keys, argument, f"have exactly the keys {sorted(keys)}", sorted(map(str, data)))
 
 
 def is_whole(value: object, /, *, least: int = 0) -> bool:
     """Whether `value` is a whole number from `least` up that 32 bits hold, True and False not among them."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def require_share(value: object, argument: str, /) -> None:
+    """Raise a `TokenExitError` unless a value is a number between 0 and 1, both excluded."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    require(number and 0 < value < 1, argument, "lie between 0 and 1", value if number else repr(value))
+
+
+def shortened(value: object, /) -> str:
+    """What a value of any size and depth looks like, in a line: for errors about what came from a file."""
+    return reprlib.repr(value)

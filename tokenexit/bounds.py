@@ -17,6 +17,7 @@ from typing import Literal
 from jaxtyping import Float
 
 from tokenexit._array import Array, array_namespace, counting, device, is_array, take, with_doubles
+from tokenexit._plain import require_share
 from tokenexit.errors import require
 
 __all__ = ["Test", "images_needed", "p_values", "upper_bounds"]
@@ -27,6 +28,9 @@ Test = Literal["betting", "hoeffding-bentkus"]
 _BOLDEST = 1 - 1e-9
 """The greatest bet, of a wealth of 1. Any constant up to 1 is allowed; one that depends on the level to be tested would
 make the p-value rise with it somewhere, and could not be inverted by halving. At 1 itself a loss of 1 takes all."""
+
+_TERMS = 4096  # of a sum over images that are added up one by one
+_STEPS = 256  # of the integral that stands for the others
 
 
 def p_values(
@@ -109,8 +113,8 @@ def images_needed(*, at_most: float, delta: float = 0.05, test: Test | None = No
     Raises:
         TokenExitError: If a number does not lie between 0 and 1, or the test is unknown.
     """
-    require(0 < at_most < 1, "at_most", "lie between 0 and 1", at_most)
-    require(0 < delta < 1, "delta", "lie between 0 and 1", delta)
+    require_share(at_most, "at_most")
+    require_share(delta, "delta")
     require(test is None or test in _TESTS, "test", f"be None or one of {', '.join(_TESTS)}", repr(test))
     low = max(1, math.ceil(math.log(delta) / math.log1p(-at_most) - 1e-9))
     if test != "betting" or _betting_on_zeros(low, at_most, delta) <= delta:
@@ -125,26 +129,56 @@ def images_needed(*, at_most: float, delta: float = 0.05, test: Test | None = No
 
 
 def _betting_on_zeros(images: int, at_most: float, delta: float) -> float:
-    """The p-value of `_betting` where all losses are 0, which needs no array library."""
-    variance, squares, wealth = 0.25, 0.25, 0.0
-    for seen in range(1, images + 1):
-        wealth += math.log1p(min(math.sqrt(-2 * math.log(delta) / (images * variance)), _BOLDEST) * at_most)
-        squares += (0.5 / (seen + 1)) ** 2
-        variance = squares / (seen + 1)
+    """The p-value of `_betting` where all losses are 0, in a time that does not grow with the number of images.
+
+    The bet on image t is `reach * sqrt(t / h(t))`, h(t) being the sum of 1 / j**2 up to t, and never more than
+    `_BOLDEST`. The first terms are added up; the others, which are smooth, are an integral; those at the boldest bet
+    are all equal.
+    """
+    reach = math.sqrt(-8 * math.log(delta) / images)
+
+    def gain(t: int | float, h: float) -> float:
+        return math.log1p(min(reach * math.sqrt(t / h), _BOLDEST) * at_most)
+
+    first, h, wealth = min(images, _TERMS), 0.0, 0.0
+    for t in range(1, first + 1):
+        h += 1 / t**2
+        wealth += gain(t, h)
+    boldest = math.ceil((_BOLDEST / reach) ** 2 * _squares(images))  # from about here on, h hardly grows
+    last = min(max(boldest, first), images)
+    if last > first:
+        # A sum is the integral between halves, here over the root of t, by Simpson's rule.
+        low, high = math.sqrt(first + 0.5), math.sqrt(last + 0.5)
+        step = (high - low) / _STEPS
+        for at in range(_STEPS + 1):
+            u = low + at * step
+            weight = 1 if at in (0, _STEPS) else 4 if at % 2 else 2
+            wealth += weight * step / 3 * 2 * u * gain(u * u, _squares(u * u))
+    wealth += (images - last) * math.log1p(_BOLDEST * at_most)
     return math.exp(-wealth)
+
+
+def _squares(t: int | float) -> float:
+    """The sum of 1 / j**2 up to t, for large t."""
+    return math.pi**2 / 6 - 1 / t + 1 / (2 * t**2) - 1 / (6 * t**3)
 
 
 def _checked(losses: Array, delta: float, test: str) -> Array:
     """The losses in double precision."""
     there = is_array(losses) and losses.ndim >= 1 and losses.shape[0] > 0
     require(there, "losses", "be an array with at least one image on its first axis", losses)
-    require(0 < delta < 1, "delta", "lie between 0 and 1", delta)
+    require_share(delta, "delta")
     require(test in _TESTS, "test", f"be one of {', '.join(_TESTS)}", repr(test))
     losses = with_doubles(losses)
     xp = array_namespace(losses)
+    real = xp.isdtype(losses.dtype, ("real floating", "integral"))
+    require(real, "losses", "be real numbers", f"dtype {losses.dtype}")
     losses = xp.astype(losses, xp.float64)
+    unknown = int(xp.sum(xp.astype(xp.any(xp.reshape(xp.isnan(losses), (losses.shape[0], -1)), axis=1), xp.int64)))
+    rule = "be numbers: an image about which nothing is known, as one without a labelled pixel, is to be left out"
+    require(unknown == 0, "losses", rule, f"NaN for {unknown} of {losses.shape[0]} images")
     inside = bool(xp.all((losses >= 0) & (losses <= 1)))
-    require(inside, "losses", "be numbers in [0, 1], every one of them", "others, or NaN, among them")
+    require(inside, "losses", "be numbers in [0, 1], every one of them", "others among them")
     return losses
 
 

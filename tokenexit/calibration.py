@@ -19,7 +19,8 @@ from typing import Any
 
 from jaxtyping import Float
 
-from tokenexit._array import Array, array_namespace, device, plain, take, with_doubles
+from tokenexit._array import Array, array_namespace, device, is_array, plain, take, with_doubles
+from tokenexit._plain import require_share
 from tokenexit.bounds import Test, images_needed, p_values, upper_bounds
 from tokenexit.certificate import ASSUMPTIONS, Certificate, Fingerprints
 from tokenexit.errors import TokenExitError, require
@@ -72,6 +73,7 @@ class Report:
         curve: All settings that were measured, in the order of the ladder.
         chosen: The cheapest certified setting that is cheaper than the dense network; None for "never exit".
         unmeasured: Settings behind one that failed, which could not have been certified and were not run.
+        notes: What else has to be known of the calibration, a sentence each; certificates repeat them.
     """
 
     risk: str
@@ -83,6 +85,7 @@ class Report:
     curve: tuple[Point, ...]
     chosen: Point | None
     unmeasured: tuple[Schedule, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -121,6 +124,7 @@ class Report:
             loss=self.chosen.loss,
             saving=self.saving,
             fingerprints=fingerprints,
+            notes=self.notes,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,14 +137,15 @@ class Report:
         curve = [{**vars(point), "schedule": point.schedule.to_dict()} for point in self.curve]
         chosen = None if self.chosen is None else self.curve.index(self.chosen)
         own |= {"curve": curve, "unmeasured": [one.to_dict() for one in self.unmeasured], "chosen": chosen}
-        return own | {"saving": self.saving, "assumptions": list(self.assumptions)}
+        said = {"notes": list(self.notes), "assumptions": list(self.assumptions)}
+        return own | {"saving": self.saving} | said
 
     def __str__(self) -> str:
         """The choice, the numbers and the assumptions."""
         if self.chosen is None:
             return self._refusal
-        lines = [*self._choice(self.chosen), "This holds if:", *(f"- {one}" for one in self.assumptions)]
-        return "\n".join(lines)
+        notes, assumptions = (f"Note: {one}" for one in self.notes), (f"- {one}" for one in self.assumptions)
+        return "\n".join([*self._choice(self.chosen), *notes, "This holds if:", *assumptions])
 
     @property
     def _level(self) -> str:
@@ -311,8 +316,8 @@ def conformal(losses: Float[Array, "images settings"], /, *, at_most: float) -> 
     Raises:
         TokenExitError: If the shape does not fit, a loss is not in [0, 1], or the level does not lie between 0 and 1.
     """
-    require(0 < at_most < 1, "at_most", "lie between 0 and 1", at_most)
-    there = losses.ndim == 2 and losses.shape[0] > 0
+    require_share(at_most, "at_most")
+    there = is_array(losses) and losses.ndim == 2 and losses.shape[0] > 0
     require(there, "losses", "have shape (images, settings), with at least one image", losses)
     losses = with_doubles(losses)
     xp, images = array_namespace(losses), losses.shape[0]
@@ -337,7 +342,8 @@ class _Asked:
     chains: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        require(0 < self.confidence < 1, "confidence", "lie between 0 and 1", self.confidence)
+        require_share(self.confidence, "confidence")
+        require_share(self.at_most, "at_most")
 
     @property
     def delta(self) -> float:
@@ -396,7 +402,12 @@ def _chains(settings: Sequence[Schedule], chains: Sequence[Sequence[int]] | None
 
 def _require_fit(settings: Sequence[Schedule], losses: Array, costs: list[float]) -> None:
     count = len(settings)
-    fits = losses.ndim in (2, 3) and losses.shape[1] == count and (losses.ndim == 2 or losses.shape[2] > 0)
+    fits = (
+        is_array(losses)
+        and losses.ndim in (2, 3)
+        and losses.shape[1] == count
+        and (losses.ndim == 2 or losses.shape[2] > 0)
+    )
     require(fits, "losses", f"have shape (images, {count}), or (images, {count}, classes), for the settings", losses)
     require(len(costs) == count, "costs", f"be one for each of the {count} settings", len(costs))
     require(all(0 <= cost < float("inf") for cost in costs), "costs", "be numbers from 0 up", costs)

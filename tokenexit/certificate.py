@@ -9,27 +9,29 @@ signature: whoever wants to forge a certificate can compute another checksum.
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from tokenexit._plain import is_whole, require_keys
+from tokenexit._plain import is_whole, require_keys, shortened
 from tokenexit.bounds import Test
 from tokenexit.errors import TokenExitError, require
 from tokenexit.schedule import Schedule
+from tokenexit.sealed import parse, require_whole, seal
 
-__all__ = ["ASSUMPTIONS", "Certificate", "Fingerprints", "from_json", "require_matches", "to_json"]
+__all__ = ["ASSUMPTIONS", "Certificate", "Fingerprints", "digest", "from_json", "require_matches", "to_json"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 ASSUMPTIONS = (
     "The calibration images are independent draws from what the model will see: no frames of one video, no tiles of "
-    "one picture.",
-    "The weights, the preprocessing, the resolution and the dtype are those of the calibration.",
-    "The settings, their order, the test and the level were fixed before the losses of these images were seen; no "
-    "threshold was searched on them.",
+    "one picture, no image twice.",
+    "Nothing was trained, fitted or searched on these images: neither the network nor its exit heads, nor a threshold.",
+    "The settings, their order, the test, its seed and the level were fixed before the losses of these images were "
+    "seen.",
+    "The weights, the preprocessing, the resolution and the dtype are those of the calibration; the model is in "
+    "evaluation mode, and runs the schedule that was certified with room for every token that stays.",
     "The bound is on the average over images. One image, one kind of scene, or a class that was not certified by "
     "itself, may lose more.",
     "The confidence is over draws of the calibration images: of a hundred calibrations at 95 %, five may be wrong.",
@@ -48,12 +50,14 @@ class Fingerprints:
         resolution: Height and width of the images, in pixels.
         preprocessing: What is done to images before the model sees them, in the caller's own words. It is compared
             letter by letter.
+        adapter: Which adapter measured the losses, as `torch`: a certificate holds for that one.
     """
 
     weights: Mapping[str, str]
     dtype: str
     resolution: tuple[int, int]
     preprocessing: str
+    adapter: str
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -65,11 +69,11 @@ class Fingerprints:
         hashes = (
             isinstance(self.weights, Mapping) and len(self.weights) > 0 and all(map(_is_hash, self.weights.items()))
         )
-        require(hashes, "weights", "be a SHA-256 in hex for each of at least one name", repr(self.weights)[:200])
+        require(hashes, "weights", "be a SHA-256 in hex for each of at least one name", shortened(self.weights))
         pair = isinstance(self.resolution, tuple) and len(self.resolution) == 2
         pair = pair and all(is_whole(side, least=1) for side in self.resolution)
         require(pair, "resolution", "be a height and a width from 1 up", repr(self.resolution))
-        _require_texts(self, "dtype", "preprocessing")
+        _require_texts(self, "dtype", "preprocessing", "adapter")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Certificate:
         loss: Mean loss of the setting on these images.
         saving: Share of the dense network's cost that it saved on them; this is measured, not certified.
         fingerprints: The model that it is for.
+        notes: What else has to be known of the calibration, a sentence each: that images were admitted on the caller's
+            own responsibility, for example.
     """
 
     schedule: Schedule
@@ -99,6 +105,7 @@ class Certificate:
     loss: float
     saving: float
     fingerprints: Fingerprints
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -120,6 +127,8 @@ class Certificate:
             require(_is_number(value) and 0 <= value <= 1, name, "be a number in [0, 1]", repr(value))
         require(is_whole(self.images, least=1), "images", "be a whole number from 1 up", repr(self.images))
         require(is_whole(self.seed), "seed", "be a whole number from 0 up", repr(self.seed))
+        texts = isinstance(self.notes, tuple) and all(isinstance(note, str) and note != "" for note in self.notes)
+        require(texts, "notes", "be a tuple of texts", shortened(self.notes))
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -132,7 +141,24 @@ class Certificate:
             f"mean {self.risk} over images at most {100 * self.at_most:g} %, with {100 * self.confidence:g} % "
             f"confidence ({self.test} test, {self.images} images)"
         )
-        return "\n".join([f"Certified: {claim}.", "This holds if:", *(f"- {one}" for one in self.assumptions)])
+        holds = [f"- {one}" for one in self.assumptions]
+        return "\n".join([f"Certified: {claim}.", *(f"Note: {note}" for note in self.notes), "This holds if:", *holds])
+
+
+def digest(content: bytes | memoryview, /, *, dtype: str, shape: Sequence[int]) -> str:
+    """Digest of an image as it goes into the model, by which a copy of it is known.
+
+    Args:
+        content: Its numbers, row by row, as bytes.
+        dtype: Their type, as `float32`.
+        shape: Its shape.
+
+    Returns:
+        The first 32 hex digits of a SHA-256.
+    """
+    found = hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())
+    found.update(content)
+    return found.hexdigest()[:32]
 
 
 def to_json(certificate: Certificate, /) -> str:
@@ -150,9 +176,8 @@ def to_json(certificate: Certificate, /) -> str:
     data: dict[str, Any] = {field.name: getattr(certificate, field.name) for field in fields(Certificate)}
     prints = {field.name: getattr(certificate.fingerprints, field.name) for field in fields(Fingerprints)}
     prints |= {"weights": dict(prints["weights"]), "resolution": list(prints["resolution"])}
-    data |= {"schedule": certificate.schedule.to_dict(), "fingerprints": prints}
-    content = {"schema": SCHEMA} | data | {"assumptions": list(certificate.assumptions)}
-    return json.dumps(content | {"checksum": _checksum(content)}, indent=2) + "\n"
+    data |= {"schedule": certificate.schedule.to_dict(), "fingerprints": prints, "notes": list(certificate.notes)}
+    return seal({"schema": SCHEMA} | data | {"assumptions": list(certificate.assumptions)})
 
 
 def from_json(text: str, /) -> Certificate:
@@ -168,19 +193,21 @@ def from_json(text: str, /) -> Certificate:
         TokenExitError: If it is cut off or no JSON, a key is missing or unknown, the schema is another one, the
             checksum is not that of the content, or a value is of the wrong type or range.
     """
-    data = _read(text)
+    data = parse(text, what="a certificate")
     names = {field.name for field in fields(Certificate)}
+    require(data.get("schema") == SCHEMA, "schema", f"be {SCHEMA}", shortened(data.get("schema")))
     require_keys(data, "certificate", {"schema", *names, "assumptions", "checksum"})
-    require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
-    content = {key: value for key, value in data.items() if key != "checksum"}
-    rule = "be that of the content, which was edited or damaged and certifies nothing"
-    require(data["checksum"] == _checksum(content), "checksum", rule, repr(data["checksum"]))
+    require_whole(data, rule="be that of the content, which was edited or damaged and certifies nothing")
     prints = data["fingerprints"]
     require_keys(prints, "fingerprints", {field.name for field in fields(Fingerprints)})
-    require(isinstance(prints["resolution"], list), "resolution", "be a list", repr(prints["resolution"]))
+    for name, found in (("resolution", prints["resolution"]), ("notes", data["notes"])):
+        require(isinstance(found, list), name, "be a list", shortened(found))
     prints = Fingerprints(**(prints | {"resolution": tuple(prints["resolution"])}))
-    values = {name: data[name] for name in names}
-    return Certificate(**(values | {"schedule": Schedule.from_dict(data["schedule"]), "fingerprints": prints}))
+    values = {name: data[name] for name in names} | {"notes": tuple(data["notes"]), "fingerprints": prints}
+    try:
+        return Certificate(**(values | {"schedule": Schedule.from_dict(data["schedule"])}))
+    except RecursionError as error:
+        raise TokenExitError("`schedule` must not be nested so deeply, got a recursion error") from error
 
 
 def require_matches(certificate: Certificate, fingerprints: Fingerprints, /) -> None:
@@ -191,12 +218,13 @@ def require_matches(certificate: Certificate, fingerprints: Fingerprints, /) -> 
         fingerprints: Those of the model, taken now.
 
     Raises:
-        TokenExitError: If weights, dtype, resolution or preprocessing are others; the message names all that are.
+        TokenExitError: If weights, dtype, resolution, preprocessing or adapter are others; the message names all that
+            are.
     """
     certified = certificate.fingerprints
     others = [
         f"{name} {getattr(fingerprints, name)!r} instead of {getattr(certified, name)!r}"
-        for name in ("dtype", "resolution", "preprocessing")
+        for name in ("adapter", "dtype", "resolution", "preprocessing")
         if getattr(fingerprints, name) != getattr(certified, name)
     ]
     names = sorted(set(certified.weights) | set(fingerprints.weights))
@@ -204,18 +232,6 @@ def require_matches(certificate: Certificate, fingerprints: Fingerprints, /) -> 
     if moved:
         others.append(f"other weights in {len(moved)} of {len(names)} tensors, {moved[0]!r} first")
     require(not others, "fingerprints", "be those of the model that was certified", "; ".join(others))
-
-
-def _read(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenExitError(f"`text` must be the whole JSON of a certificate, got the error: {error}") from error
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    written = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(written.encode()).hexdigest()
 
 
 def _is_hash(item: tuple[Any, Any]) -> bool:

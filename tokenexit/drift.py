@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from tokenexit import scores
 from tokenexit._array import Array, array_namespace, plain
-from tokenexit._plain import require_keys
+from tokenexit._plain import require_keys, require_share
 from tokenexit.errors import TokenExitError, require
 
 __all__ = ["Compared", "Drift", "Sample", "compare", "sample"]
@@ -149,13 +149,19 @@ class Drift:
         """Whether any does."""
         return len(self.alarms) > 0
 
+    @property
+    def blind(self) -> bool:
+        """Whether there are too few images for an alarm, whatever is on them."""
+        before, now = self.images
+        return _p_value(before * now, before, now) * len(self.compared) > self.false_alarms
+
     def warn(self) -> None:
-        """Warn if any does, in the words of `str`.
+        """Warn if any does, in the words of `str`, or if none could be seen.
 
         Warns:
-            UserWarning: If the images have drifted.
+            UserWarning: If the images have drifted, or are too few to tell.
         """
-        if self.drifted:
+        if self.drifted or self.blind:
             warnings.warn(str(self), UserWarning, stacklevel=2)
 
     def __str__(self) -> str:
@@ -163,6 +169,8 @@ class Drift:
         rate = (
             f"{self.images[0]} images before, {self.images[1]} now; at most {100 * self.false_alarms:g} % false alarms"
         )
+        if self.blind:
+            return f"No drift can be seen with so few images, whatever is on them: compare more ({rate})."
         if not self.drifted:
             return f"No drift is seen ({rate}). That is no proof that there is none."
         lines = [
@@ -217,7 +225,7 @@ def compare(before: Sample, now: Sample, /, *, false_alarms: float = 0.01) -> Dr
     Raises:
         TokenExitError: If the samples have other statistics, one has no images, or the rate is not between 0 and 1.
     """
-    require(0 < false_alarms < 1, "false_alarms", "lie between 0 and 1", false_alarms)
+    require_share(false_alarms, "false_alarms")
     names = sorted(before.statistics)
     require(sorted(now.statistics) == names, "now", f"have the statistics {names}", sorted(now.statistics))
     if before.images == 0 or now.images == 0:

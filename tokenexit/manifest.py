@@ -1,23 +1,24 @@
-"""What is written beside saved weights of exits, gates and semantic tokens: JSON that every adapter reads and writes.
+"""What is written beside saved weights of exits, gates and semantic tokens, as plain data that every adapter shares.
 
-It holds plain data only. Names in it are looked up in closed registries, and unknown keys are refused.
+Names in it are looked up in closed registries, and unknown keys are refused. `tokenexit.folders` puts it into files.
 """
 
-import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tokenexit import heads
-from tokenexit._plain import is_whole
+from tokenexit._plain import is_whole, require_keys, shortened
 from tokenexit.errors import TokenExitError, require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
 from tokenexit.semantic import SemanticPlan, require_room
 
-__all__ = ["Manifest", "SemanticManifest", "from_json", "semantic_from_json", "semantic_to_json", "to_json"]
+__all__ = ["Manifest", "SemanticManifest", "from_dict", "semantic_from_dict", "semantic_to_dict", "to_dict"]
 
-SCHEMA = 1
+SCHEMA = 2
 MOST = 1_000_000  # of channels, classes, blocks: larger numbers are a damaged or a hostile file
 
 
@@ -33,6 +34,8 @@ class Manifest:
         classes: Class count.
         width: Channels of a token.
         depth: How many blocks the network has.
+        fitted: Digests of the images that the heads were fitted to, ascending, as `certificate.digest` makes them: a
+            calibration on these would certify nothing.
     """
 
     schedule: Schedule
@@ -42,15 +45,16 @@ class Manifest:
     classes: int
     width: int
     depth: int
+    fitted: tuple[str, ...] = ()
 
 
-def to_json(manifest: Manifest, /) -> str:
-    """The manifest as JSON.
+def to_dict(manifest: Manifest, /) -> dict[str, Any]:
+    """The manifest as plain data.
 
     Raises:
         TokenExitError: If a policy of the schedule is not of this library.
     """
-    data = {
+    return {
         "schema": SCHEMA,
         "schedule": manifest.schedule.to_dict(),
         "after": list(manifest.after),
@@ -59,23 +63,23 @@ def to_json(manifest: Manifest, /) -> str:
         "classes": manifest.classes,
         "width": manifest.width,
         "depth": manifest.depth,
+        "fitted": list(manifest.fitted),
     }
-    return json.dumps(data, indent=2) + "\n"
 
 
-def from_json(text: str, /) -> Manifest:
-    """The manifest that `to_json` wrote.
+def from_dict(data: Mapping[str, Any], /) -> Manifest:
+    """The manifest that `to_dict` wrote down.
 
     Args:
-        text: The JSON.
+        data: What `to_dict` returned, or its like read from a file.
 
     Returns:
         The manifest.
 
     Raises:
-        TokenExitError: If it is not JSON, a key is missing or unknown, or a value is of the wrong type or range.
+        TokenExitError: If a key is missing or unknown, or a value is of the wrong type or range.
     """
-    data = _read(text, {"schema", "schedule", "after", "plan", "built_head", "classes", "width", "depth"})
+    _require(data, {field.name for field in fields(Manifest)})
     for name in ("classes", "width", "depth"):
         require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
     after: Any = data["after"]
@@ -83,6 +87,9 @@ def from_json(text: str, /) -> Manifest:
     require(ok, "after", f"be a list of blocks from 1 to {data['depth'] - 1}", repr(after))
     require(after == sorted(set(after)), "after", "ascend", after)
     require(isinstance(data["built_head"], bool), "built_head", "be true or false", repr(data["built_head"]))
+    fitted: Any = data["fitted"]
+    digests = isinstance(fitted, list) and all(map(_is_digest, fitted)) and fitted == sorted(set(fitted))
+    require(digests, "fitted", "be a list of different digests, 32 hex digits each, ascending", shortened(fitted))
     try:
         schedule = Schedule.from_dict(data["schedule"])
     except RecursionError as error:
@@ -97,6 +104,7 @@ def from_json(text: str, /) -> Manifest:
         classes=data["classes"],
         width=data["width"],
         depth=data["depth"],
+        fitted=tuple(fitted),
     )
 
 
@@ -125,25 +133,25 @@ class SemanticManifest:
     depth: int
 
 
-def semantic_to_json(manifest: SemanticManifest, /) -> str:
-    """The manifest of a model on semantic tokens as JSON."""
+def semantic_to_dict(manifest: SemanticManifest, /) -> dict[str, Any]:
+    """The manifest of a model on semantic tokens as plain data."""
     data = {field.name: getattr(manifest, field.name) for field in fields(SemanticManifest)}
-    return json.dumps({"schema": SCHEMA} | data | {"plan": manifest.plan.to_dict()}, indent=2) + "\n"
+    return {"schema": SCHEMA} | data | {"plan": manifest.plan.to_dict()}
 
 
-def semantic_from_json(text: str, /) -> SemanticManifest:
-    """The manifest that `semantic_to_json` wrote.
+def semantic_from_dict(data: Mapping[str, Any], /) -> SemanticManifest:
+    """The manifest that `semantic_to_dict` wrote down.
 
     Args:
-        text: The JSON.
+        data: What `semantic_to_dict` returned, or its like read from a file.
 
     Returns:
         The manifest.
 
     Raises:
-        TokenExitError: If it is not JSON, a key is missing or unknown, or a value is of the wrong type or range.
+        TokenExitError: If a key is missing or unknown, or a value is of the wrong type or range.
     """
-    data = _read(text, {"schema", *(field.name for field in fields(SemanticManifest))})
+    _require(data, {field.name for field in fields(SemanticManifest)})
     for name in ("heads", "hidden", "width", "depth"):
         require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
     require_room(data["after"], data["until"], depth=data["depth"])
@@ -156,17 +164,17 @@ def semantic_from_json(text: str, /) -> SemanticManifest:
     return SemanticManifest(**values)
 
 
-def _read(text: str, keys: set[str]) -> dict[str, Any]:
-    """A JSON object with exactly these keys, of the schema that is known."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenExitError(f"`text` must be JSON, got the error: {error}") from error
-    found = sorted(data) if isinstance(data, dict) else repr(data)
-    require(isinstance(data, dict) and set(data) == keys, "text", f"be an object with the keys {sorted(keys)}", found)
-    require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
-    return data
+def _require(data: Any, names: set[str]) -> None:
+    """Raise a `TokenExitError` unless data have exactly these keys, and are of the schema that is known."""
+    require(isinstance(data, Mapping), "plan", "be a mapping", shortened(data))
+    # Of another schema other keys are right, so that it is looked at first.
+    require(data.get("schema") == SCHEMA, "schema", f"be {SCHEMA}", shortened(data.get("schema")))
+    require_keys(data, "plan", {"schema", *names})
 
 
 def _is_count(value: Any) -> bool:
     return is_whole(value, least=1) and value <= MOST
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None

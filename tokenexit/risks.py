@@ -3,12 +3,15 @@
 The image is the unit of sampling, never the pixel: the pixels of an image depend on each other, and a test that takes
 them for so many observations promises what it cannot hold. So every function returns one number for each image (and
 class), to be put side by side, setting by setting, and given to `calibration.certify`.
+
+An image about which nothing is known has no loss: where no pixel counts, or a label is none of the classes, it is NaN,
+which `calibration.certify` refuses. Leave such images out.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from tokenexit._array import Array, array_namespace, counting, like_numbers
 from tokenexit._plain import is_whole
@@ -16,10 +19,12 @@ from tokenexit.errors import require
 
 __all__ = ["disagreement", "error_increase", "iou_loss"]
 
+_KINDS = {"bool": "true and false", "integral": "whole numbers"}
+
 
 def disagreement(
-    exiting: Int[Array, "images *place"],
-    dense: Int[Array, "images *place"],
+    exiting: Integer[Array, "images *place"],
+    dense: Integer[Array, "images *place"],
     /,
     *,
     valid: Bool[Array, "images *place"] | None = None,
@@ -32,10 +37,10 @@ def disagreement(
         valid: Which pixels count; all, if left out.
 
     Returns:
-        For each image, from 0 to 1, as float32; 0 for an image of which no pixel counts.
+        For each image, from 0 to 1, as float32; NaN for an image of which no pixel counts.
 
     Raises:
-        TokenExitError: If the maps are not of one shape.
+        TokenExitError: If the maps are not of one shape, or not of whole numbers.
     """
     xp = array_namespace(exiting)
     valid = xp.ones_like(exiting, dtype=xp.bool) if valid is None else valid
@@ -44,11 +49,12 @@ def disagreement(
 
 
 def error_increase(
-    exiting: Int[Array, "images *place"],
-    dense: Int[Array, "images *place"],
-    truth: Int[Array, "images *place"],
+    exiting: Integer[Array, "images *place"],
+    dense: Integer[Array, "images *place"],
+    truth: Integer[Array, "images *place"],
     /,
     *,
+    classes: int,
     ignore: int | None = None,
 ) -> Float[Array, "images"]:
     """By how much more of an image's pixels are wrong with exits than without, by labels; 0 if no more are.
@@ -60,24 +66,29 @@ def error_increase(
         exiting: Predicted class of every pixel with exits.
         dense: The same without exits.
         truth: The labels.
+        classes: How many classes there are. A label that is none of them would be wrong in both runs, and hide a loss.
         ignore: Label of pixels that do not count.
 
     Returns:
-        For each image, from 0 to 1, as float32; 0 for an image of which no pixel counts.
+        For each image, from 0 to 1, as float32; NaN for an image of which no pixel counts, or with a label that is
+        neither one of the classes nor `ignore`.
 
     Raises:
-        TokenExitError: If the maps are not of one shape.
+        TokenExitError: If the maps are not of one shape, or not of whole numbers, or `classes` is no whole number from
+            1 up.
     """
+    require(is_whole(classes, least=1), "classes", "be a whole number from 1 up", repr(classes))
     exiting, dense, truth = _rows(exiting=exiting, dense=dense, truth=truth)
     xp = array_namespace(exiting)
     counts = xp.ones_like(truth, dtype=xp.bool) if ignore is None else truth != ignore
+    strange = xp.any(counts & ((truth < 0) | (truth >= classes)), axis=1)
     more = _share((exiting != truth) & counts, counts) - _share((dense != truth) & counts, counts)
-    return xp.where(more > 0, more, 0.0)
+    return xp.where(strange, xp.nan, xp.where(more < 0, 0.0, more))  # NaN is not less than 0
 
 
 def iou_loss(
-    exiting: Int[Array, "images *place"],
-    reference: Int[Array, "images *place"],
+    exiting: Integer[Array, "images *place"],
+    reference: Integer[Array, "images *place"],
     /,
     *,
     classes: int | Sequence[int],
@@ -102,7 +113,7 @@ def iou_loss(
         valid: Which pixels count; all, if left out. Those whose label is void do not.
 
     Returns:
-        For each image and class, from 0 to 1, as float32.
+        For each image and class, from 0 to 1, as float32; NaN for an image of which no pixel counts.
 
     Raises:
         TokenExitError: If the maps are not of one shape, `at_least` is not between 0 and 1, or `classes` are none, not
@@ -132,12 +143,22 @@ def _rows(**maps: Array) -> list[Array]:
     for name, map in maps.items():
         fits = map.ndim >= 1 and tuple(map.shape) == first
         require(fits, name, "be of one shape with `exiting`", f"shape {tuple(map.shape)}")
-    return [array_namespace(map).reshape(map, (first[0], math.prod(first[1:]))) for map in maps.values()]
+        xp = array_namespace(map)
+        kind = "bool" if name == "valid" else "integral"
+        require(xp.isdtype(map.dtype, kind), name, f"be of {_KINDS[kind]}", f"dtype {map.dtype}")
+    return [_row(map, (first[0], math.prod(first[1:]))) for map in maps.values()]
+
+
+def _row(map: Array, shape: tuple[int, int]) -> Array:
+    """One row for each image; of a type that holds every number that labels are compared with."""
+    xp = array_namespace(map)
+    narrow = xp.isdtype(map.dtype, "integral") and xp.iinfo(map.dtype).bits < 32
+    return xp.reshape(xp.astype(map, xp.int32) if narrow else map, shape)
 
 
 def _share(marked: Array, counts: Array, /) -> Array:
-    """Marked pixels as a share of those that count, on the last axis."""
+    """Marked pixels as a share of those that count, on the last axis; NaN if none counts."""
     xp = array_namespace(marked)
     found = xp.astype(xp.sum(xp.astype(marked, xp.int32), axis=-1), xp.float32)
     of = xp.astype(xp.sum(xp.astype(counts, xp.int32), axis=-1), xp.float32)
-    return found / xp.where(of > 0, of, 1.0)
+    return found / xp.where(of > 0, of, xp.nan)

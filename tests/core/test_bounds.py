@@ -145,6 +145,15 @@ def test_so_many_images_and_no_fewer(at_most, delta):
     assert images_needed(at_most=0.02, test="betting") == 154
 
 
+@pytest.mark.parametrize(
+    ("images", "at_most", "delta"), [(9000, 0.0007, 0.05), (60_000, 1e-4, 0.01), (20_000, 2e-4, 0.9)]
+)
+def test_many_images_cost_no_more_and_are_as_exact(images, at_most, delta):
+    exact = oracles.betting([0.0] * images, at_most, delta)
+    assert bounds._betting_on_zeros(images, at_most, delta) == pytest.approx(exact, rel=1e-7)
+    assert images_needed(at_most=1e-12, test="betting") == pytest.approx(3.0659e12, rel=1e-4)
+
+
 def test_betting_knows_that_the_losses_are_alike():
     """The sharper test where losses are small shares; about equal where they are 0 or 1."""
     draw = np.random.default_rng(0)
@@ -164,7 +173,11 @@ def test_betting_knows_that_the_losses_are_alike():
     [
         (np.ones((0, 2)), {}, "`losses` must be an array with at least one image on its first axis, got an array of"),
         ([0.5], {}, "`losses` must be an array with at least one image on its first axis, got [0.5]"),
-        (np.asarray([0.1, np.nan]), {}, "`losses` must be numbers in [0, 1], every one of them, got"),
+        (np.asarray([0.1, np.nan]), {}, "`losses` must be numbers: an image about which nothing is known, as one without"),
+        (np.asarray([0.1, 1.1]), {}, "`losses` must be numbers in [0, 1], every one of them, got others among them"),
+        (np.asarray([0.1 + 0j]), {}, "`losses` must be real numbers, got dtype complex128"),
+        (np.zeros(3), {"delta": None}, "`delta` must lie between 0 and 1, got None"),
+        (np.zeros(3), {"delta": "0.1"}, "`delta` must lie between 0 and 1, got '0.1'"),
         (np.asarray([0.1, -1e-9]), {}, "`losses` must be numbers in [0, 1]"),
         (np.asarray([0.1, 1.01]), {}, "`losses` must be numbers in [0, 1]"),
         (np.ones(3), {"delta": 0.0}, "`delta` must lie between 0 and 1, got 0.0"),

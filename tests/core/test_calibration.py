@@ -21,7 +21,7 @@ LADDER = (
 )
 COSTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.75, 0.55)
 MEANS = (0.0, 0.001, 0.004, 0.01, 0.05, 0.004, 0.06)
-PRINTS = Fingerprints({"head.weight": "0" * 64}, "float32", (352, 480), "mean and std of ImageNet")
+PRINTS = Fingerprints({"head.weight": "0" * 64}, "float32", (352, 480), "mean and std of ImageNet", "torch")
 CHAINS = (range(5), (5, 6))
 
 
@@ -245,7 +245,7 @@ OK = np.zeros((400, 7))
         (lambda: certify(LADDER, OK[:, 0], COSTS, at_most=0.02), "`losses` must have shape"),
         (lambda: certify(LADDER, OK[:153], COSTS, at_most=0.02), "`losses` must be of at least 154 images, that 0.02 can be certified at all by this test, got 153 images"),
         (lambda: certify(LADDER, OK[:148], COSTS, at_most=0.02, test="hoeffding-bentkus"), "`losses` must be of at least 149 images"),
-        (lambda: certify(LADDER, OK + math.nan, COSTS, at_most=0.02), "`losses` must be numbers in [0, 1]"),
+        (lambda: certify(LADDER, OK + math.nan, COSTS, at_most=0.02), "`losses` must be numbers: an image about which nothing is known"),
         (lambda: certify(LADDER, OK, COSTS[:3], at_most=0.02), "`costs` must be one for each of the 7 settings, got 3"),
         (lambda: certify(LADDER, OK, (*COSTS[:6], math.nan), at_most=0.02), "`costs` must be numbers from 0 up, got"),
         (lambda: certify(LADDER, OK, COSTS, at_most=0.02, confidence=1.0), "`confidence` must lie between 0 and 1, got 1.0"),

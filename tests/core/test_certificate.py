@@ -1,6 +1,7 @@
 """Certificates: written, read, and refused."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.core.test_policies import PLAIN
 from tests.core.test_schedule import SCHEDULE
-from tokenexit import TokenExitError, certificate, schedule
+from tokenexit import TokenExitError, certificate, schedule, sealed
 from tokenexit.certificate import ASSUMPTIONS, Certificate, Fingerprints, require_matches
 
 SHARE = st.floats(0, 1)
@@ -21,6 +22,7 @@ PRINTS = st.builds(
     dtype=st.sampled_from(["float32", "bfloat16"]),
     resolution=st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
     preprocessing=st.text(min_size=1),
+    adapter=st.sampled_from(["torch", "jax"]),
 )
 CERTIFICATE = st.builds(
     Certificate,
@@ -34,8 +36,9 @@ CERTIFICATE = st.builds(
     loss=SHARE,
     saving=SHARE,
     fingerprints=PRINTS,
+    notes=st.lists(st.text(min_size=1), max_size=2).map(tuple),
 )
-MINE = Fingerprints({"a": "0" * 64, "b": "1" * 64}, "float32", (352, 480), "mean 0.5")
+MINE = Fingerprints({"a": "0" * 64, "b": "1" * 64}, "float32", (352, 480), "mean 0.5", "torch")
 SOME = Certificate(schedule.dtop(), "disagreement", 0.02, 0.95, 500, "betting", 0, 0.01, 0.4, MINE)
 
 
@@ -65,9 +68,8 @@ def test_an_edit_with_a_new_checksum_is_a_certificate_or_refused_all_the_same(da
     damaged = json.loads(certificate.to_json(SOME))
     where = data.draw(st.sampled_from([damaged, damaged["fingerprints"], damaged["schedule"]]))
     where[data.draw(st.sampled_from(list(where)))] = data.draw(PLAIN)
-    damaged["checksum"] = certificate._checksum({key: value for key, value in damaged.items() if key != "checksum"})
     with contextlib.suppress(TokenExitError):
-        assert isinstance(certificate.from_json(json.dumps(damaged)), Certificate)
+        assert isinstance(certificate.from_json(sealed.seal(damaged)), Certificate)
 
 
 @given(length=st.integers(0, len(certificate.to_json(SOME)) - 2))
@@ -84,9 +86,12 @@ def edited(**changes):
     ("text", "message"),
     [
         ("[" * 100_000, "`text` must be the whole JSON of a certificate"),
-        ("null", "`certificate` must be a mapping with the keys"),
-        ("{}", "`certificate` must have exactly the keys"),
-        (edited(schema=2), "`schema` must be 1, got 2"),
+        ("null", "`text` must be the JSON of a certificate, a mapping, got None"),
+        ("{}", "`schema` must be 2, got None"),
+        ('{"schema": 2}', "`certificate` must have exactly the keys"),
+        (edited(schema=1), "`schema` must be 2, got 1"),
+        (certificate.to_json(SOME).replace('"seed": 0', '"seed": 0, "seed": 1'), "`seed` must stand once in an object"),
+        (edited(loss=float("nan")), "`text` must hold finite numbers, got NaN"),
         (edited(at_most=0.5), "`checksum` must be that of the content, which was edited or damaged and certifies nothing, got"),
         (edited(assumptions=[]), "`checksum` must be that of the content"),
     ],
@@ -98,13 +103,14 @@ def test_the_reason_is_given(text, message):
 
 
 def test_it_fits_the_model_that_it_was_made_for():
-    again = Fingerprints(dict(reversed(MINE.weights.items())), "float32", (352, 480), "mean 0.5")
+    again = Fingerprints(dict(reversed(MINE.weights.items())), "float32", (352, 480), "mean 0.5", "torch")
     require_matches(certificate.from_json(certificate.to_json(SOME)), again)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        ({"adapter": "jax"}, "got adapter 'jax' instead of 'torch'"),
         ({"dtype": "bfloat16"}, "got dtype 'bfloat16' instead of 'float32'"),
         ({"resolution": (480, 352)}, "got resolution (480, 352) instead of (352, 480)"),
         ({"preprocessing": "mean 0.4"}, "got preprocessing 'mean 0.4' instead of 'mean 0.5'"),
@@ -116,6 +122,7 @@ def test_it_fits_the_model_that_it_was_made_for():
 )
 def test_another_model_is_refused_by_what_is_different(other, message):
     fields = {"weights": MINE.weights, "dtype": "float32", "resolution": (352, 480), "preprocessing": "mean 0.5"}
+    fields |= {"adapter": "torch"}
     with pytest.raises(TokenExitError) as found:
         require_matches(SOME, Fingerprints(**(fields | other)))
     assert str(found.value).startswith("`fingerprints` must be those of the model that was certified, got ")
@@ -126,13 +133,21 @@ def test_it_says_what_holds():
     claim = "Certified: mean disagreement over images at most 2 %, with 95 % confidence (betting test, 500 images)."
     assert str(SOME).splitlines()[0] == claim
     assert all(one in str(SOME) for one in ASSUMPTIONS)
+    noted = dataclasses.replace(SOME, notes=("These images were admitted.",))
+    assert "Note: These images were admitted." in str(noted).splitlines()
 
 
 PARTS = {
     "schedule": schedule.dtop(), "risk": "r", "at_most": 0.1, "confidence": 0.9, "images": 9, "test": "betting",
     "seed": 0, "loss": 0.0, "saving": 0.0, "fingerprints": MINE,
 }  # fmt: skip
-FIELDS = {"weights": {"a": "0" * 64}, "dtype": "float32", "resolution": (1, 2), "preprocessing": "none"}
+FIELDS = {
+    "weights": {"a": "0" * 64},
+    "dtype": "float32",
+    "resolution": (1, 2),
+    "preprocessing": "none",
+    "adapter": "torch",
+}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -157,6 +172,9 @@ FIELDS = {"weights": {"a": "0" * 64}, "dtype": "float32", "resolution": (1, 2), 
         ({"dtype": 32}, "`dtype` must be a text, got 32"),
         ({"resolution": (1, 0)}, "`resolution` must be a height and a width from 1 up, got (1, 0)"),
         ({"resolution": (1,)}, "`resolution` must be a height and a width from 1 up, got (1,)"),
+        ({"notes": ["a"]}, "`notes` must be a tuple of texts, got ['a']"),
+        ({"notes": ("",)}, "`notes` must be a tuple of texts, got ('',)"),
+        ({"adapter": ""}, "`adapter` must be a text, got ''"),
         ({"preprocessing": None}, "`preprocessing` must be a text, got None"),
     ],
 )
@@ -165,3 +183,19 @@ def test_bad_fields_are_named(change, message):
     with pytest.raises(TokenExitError) as found:
         cls(**(fields | change))
     assert str(found.value).startswith(message)
+
+
+def test_a_digest_tells_images_apart_and_copies_not():
+    image = b"0123"
+    same = [
+        certificate.digest(image, dtype="uint8", shape=(4,)),
+        certificate.digest(memoryview(image), dtype="uint8", shape=[4]),
+    ]
+    others = [
+        certificate.digest(b"0124", dtype="uint8", shape=(4,)),
+        certificate.digest(image, dtype="int8", shape=(4,)),
+        certificate.digest(image, dtype="uint8", shape=(2, 2)),
+    ]
+    assert same[0] == same[1]
+    assert len({*same, *others}) == 4
+    assert len(same[0]) == 32

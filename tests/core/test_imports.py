@@ -9,7 +9,7 @@ USE = """
 import numpy as np
 import tokenexit
 from tokenexit import calibration, carries, certificate, cost, drift, heads, ladders, ledger, manifest, policies
-from tokenexit import retention, risks, schedule, scores, semantic, surroundings, tokens
+from tokenexit import folders, retention, risks, schedule, scores, sealed, semantic, surroundings, tokens
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
 evidence = policies.Evidence(
@@ -54,13 +54,14 @@ price.multiply_adds(blocks, patches=3, exits=(6,))
 price.repacking(blocks[:, 5], 1, after=6, per_moved_element=0.5).batch_pays
 cost.token_blocks(blocks, slots=3)
 plan = manifest.Manifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
-assert manifest.from_json(manifest.to_json(plan)) == plan
+assert manifest.from_dict(manifest.to_dict(plan)) == plan
+assert sealed.unseal(sealed.seal(manifest.to_dict(plan))) == manifest.to_dict(plan)
 assert carries.from_dict(carries.to_dict(carries.Feature())) == carries.Feature()
 windows = semantic.stvit_r().windows(9, 14)
 pooled, _ = semantic.pool(np.ones((1, 9, 14, 2), np.float32), windows, to=(3, 3))
 semantic.neighbourhoods(semantic.join(pooled, windows.pooled((3, 3))), windows.pooled((3, 3)), size=(9, 9))
 labels = np.asarray([[0, 1, 1], [1, 1, 1]])
-risks.disagreement(labels, labels[::-1]), risks.error_increase(labels, labels, labels[::-1])
+risks.disagreement(labels, labels[::-1]), risks.error_increase(labels, labels, labels[::-1], classes=2)
 risks.iou_loss(labels, labels[::-1], classes=2, at_least=0.5)
 ladder = ladders.by_threshold(schedule.neighbours(), thresholds=(0.9, 0.8))
 ladders.per_class(labels[0], logits[:3, 0], labels[0] > 0, classes=2, level=0.5, thresholds=(0.5,), least=1)
@@ -68,7 +69,7 @@ for test in ("betting", "hoeffding-bentkus"):
     report = calibration.certify(ladder, np.zeros((200, 2)), (0.9, 0.8), at_most=0.05, test=test)
 calibration.certify_in_turn(ladder, lambda one: (np.zeros(200), 0.9), images=200, at_most=0.05)
 calibration.conformal(np.zeros((200, 2)), at_most=0.05)
-prints = certificate.Fingerprints({"a": "0" * 64}, "float32", (8, 8), "none")
+prints = certificate.Fingerprints({"a": "0" * 64}, "float32", (8, 8), "none", "numpy")
 paper = certificate.from_json(certificate.to_json(report.certificate(prints)))
 certificate.require_matches(paper, prints)
 seen = drift.sample(np.ones((2, 3, 4), np.float32), np.ones((2, 4), int), after=(1,))

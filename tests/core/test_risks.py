@@ -1,5 +1,7 @@
 """Losses of images over label maps."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +15,11 @@ SHAPE = st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 4))
 MAPS = SHAPE.flatmap(lambda shape: st.tuples(*[hnp.arrays(np.int64, shape, elements=st.integers(0, 3))] * 3))
 
 
+def share(marks):
+    marks = list(marks)
+    return sum(marks) / len(marks) if marks else math.nan
+
+
 @each_backend
 @given(maps=MAPS, data=st.data())
 def test_losses_are_those_of_a_walk_over_the_pixels(backend, maps, data):
@@ -21,7 +28,8 @@ def test_losses_are_those_of_a_walk_over_the_pixels(backend, maps, data):
     here = [backend.array(x) for x in maps]
     apart = backend.numpy(risks.disagreement(*here[:2], valid=backend.array(valid)))
     everywhere = backend.numpy(risks.disagreement(*here[:2]))
-    more = backend.numpy(risks.error_increase(*here, ignore=3))
+    more = backend.numpy(risks.error_increase(*here, classes=3, ignore=3))
+    strange = backend.numpy(risks.error_increase(*here, classes=3))
     iou = backend.numpy(risks.iou_loss(*here[:2], classes=4, at_least=0.7, valid=backend.array(valid)))
     some = backend.numpy(risks.iou_loss(*here[:2], classes=(2, 0), at_least=0.7, valid=backend.array(valid)))
     np.testing.assert_array_equal(some, iou[:, [2, 0]])
@@ -30,24 +38,28 @@ def test_losses_are_those_of_a_walk_over_the_pixels(backend, maps, data):
     for image in range(len(exiting)):
         pixels = [(*x,) for x in zip(*(m[image].ravel().tolist() for m in (*maps, valid)), strict=True)]
         counted = [(e, d) for e, d, _, ok in pixels if ok]
-        assert apart[image] == pytest.approx(sum(e != d for e, d in counted) / max(1, len(counted)))
-        assert everywhere[image] == pytest.approx(sum(e != d for e, d, *_ in pixels) / max(1, len(pixels)))
+        assert apart[image] == pytest.approx(share(e != d for e, d in counted), nan_ok=True)
+        assert everywhere[image] == pytest.approx(share(e != d for e, d, *_ in pixels), nan_ok=True)
         labelled = [(e, d, t) for e, d, t, _ in pixels if t != 3]
-        gain = sum((e != t) - (d != t) for e, d, t in labelled) / max(1, len(labelled))
-        assert more[image] == pytest.approx(max(0, gain), abs=1e-6)
+        gain = share((e != t) - (d != t) for e, d, t in labelled)
+        gain = 0.0 if gain < 0 else gain
+        assert more[image] == pytest.approx(gain, abs=1e-6, nan_ok=True)
+        assert strange[image] == pytest.approx(
+            gain if len(labelled) == len(pixels) else math.nan, abs=1e-6, nan_ok=True
+        )
         for one in range(4):
-            both = sum(e == d == one for e, d in counted) / max(1, len(counted))
-            either = sum(one in pair for pair in counted) / max(1, len(counted))
-            assert iou[image, one] == pytest.approx(0.7 * either - both + 0.3, abs=1e-6)
+            both, either = share(e == d == one for e, d in counted), share(one in pair for pair in counted)
+            assert iou[image, one] == pytest.approx(0.7 * either - both + 0.3, abs=1e-6, nan_ok=True)
 
 
 @given(maps=MAPS, at_least=st.floats(0.05, 0.95))
 def test_a_class_reaches_its_iou_exactly_if_its_mean_loss_is_small_enough(maps, at_least):
     exiting, dense, _ = maps
     mean = risks.iou_loss(exiting, dense, classes=4, at_least=at_least).astype(float)
-    assert ((mean >= 0) & (mean <= 1)).all()
-    if mean.shape[0] == 0:
+    if exiting.size == 0:
+        assert np.isnan(mean).all()
         return
+    assert ((mean >= 0) & (mean <= 1)).all()
     for one in range(4):
         both, either = ((exiting == one) & (dense == one)).sum(), ((exiting == one) | (dense == one)).sum()
         if either and abs(both / either - at_least) > 1e-4:
@@ -58,8 +70,24 @@ def test_void_labels_do_not_count_and_gains_do_not_pay():
     truth = np.asarray([[1, 1, 1, 255], [2, 2, 2, 2]])
     dense = np.asarray([[1, 1, 0, 0], [0, 0, 2, 2]])
     exiting = np.asarray([[1, 0, 0, 7], [2, 2, 2, 2]])
-    np.testing.assert_allclose(risks.error_increase(exiting, dense, truth, ignore=255), [1 / 3, 0.0], rtol=1e-6)
-    np.testing.assert_allclose(risks.error_increase(exiting, dense, truth), [1 / 4, 0.0])
+    increase = risks.error_increase(exiting, dense, truth, classes=3, ignore=255)
+    np.testing.assert_allclose(increase, [1 / 3, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.int64])
+def test_labels_that_say_nothing_have_no_loss(dtype):
+    """Ignored everywhere, `ignore` forgotten, ids out of range, negative: a loss of 0 would certify anything."""
+    exiting, dense = np.zeros((4, 3), dtype), np.ones((4, 3), dtype)
+    truth = np.asarray([[127, 127, 127], [0, 127, 1], [100, 0, 0], [1, 0, 0]]).astype(dtype)
+    found = risks.error_increase(exiting, dense, truth, classes=5, ignore=127)
+    assert np.isnan(found).tolist() == [True, False, True, False]
+    assert np.isnan(risks.error_increase(exiting, dense, truth, classes=5)).tolist() == [True, True, True, False]
+    # No type wraps a number that it cannot hold: all of these labels are classes, and none is to be ignored.
+    assert not np.isnan(risks.error_increase(exiting, dense, truth, classes=300, ignore=-100)).any()
+    if np.issubdtype(dtype, np.signedinteger):
+        assert np.isnan(risks.error_increase(exiting, dense, -truth, classes=300)).all()
+    nothing = risks.disagreement(exiting, dense, valid=np.zeros((4, 3), bool))
+    assert np.isnan(nothing).all()
 
 
 def test_jax_compiles_them():
@@ -76,7 +104,14 @@ def test_jax_compiles_them():
     [
         (lambda a, b: risks.disagreement(a, b), "`dense` must be of one shape with `exiting`, got shape (2, 4)"),
         (lambda a, b: risks.disagreement(a, a, valid=b > 0), "`valid` must be of one shape with `exiting`, got"),
-        (lambda a, b: risks.error_increase(a, a, b), "`truth` must be of one shape with `exiting`, got shape (2, 4)"),
+        (
+            lambda a, b: risks.error_increase(a, a, b, classes=3),
+            "`truth` must be of one shape with `exiting`, got shape (2, 4)",
+        ),
+        (lambda a, b: risks.error_increase(a, a, a, classes=0), "`classes` must be a whole number from 1 up, got 0"),
+        (lambda a, b: risks.error_increase(a, a, a > 0, classes=3), "`truth` must be of whole numbers, got dtype bool"),
+        (lambda a, b: risks.disagreement(a, a * 1.0), "`dense` must be of whole numbers, got dtype float64"),
+        (lambda a, b: risks.disagreement(a, a, valid=a), "`valid` must be of true and false, got dtype int64"),
         (lambda a, b: risks.iou_loss(a, b, classes=2, at_least=0.5), "`reference` must be of one shape with"),
         (
             lambda a, b: risks.iou_loss(a, a, classes=(1, 1), at_least=0.5),
