@@ -33,9 +33,7 @@ Plan = TypeVar("Plan")
 
 _LARGEST_TEXT = 2**28  # bytes: far more than a plan, with the digests of a million images, needs
 _STRAY = 3600.0  # seconds after which what an interrupted save has left may be removed
-_EDITED = (
-    f'be that of the content, which was edited or damaged: put "{BY_HAND}" in its place if you edited it knowingly'
-)
+_EDITED = f'be that of the content, which was edited or damaged: "{BY_HAND}" in its place says that it was on purpose'
 
 
 @dataclass(frozen=True)

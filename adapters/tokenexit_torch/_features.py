@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Integer
@@ -16,12 +16,25 @@ from torch import Tensor
 
 from tokenexit import TokenExitError
 from tokenexit.errors import require
-from tokenexit_torch._files import fingerprint, read, require_marks, write
+from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.heads import reach
 
-__all__ = ["FINAL", "TARGET", "Batch", "Cached", "Material", "Rows", "Seen", "Source", "Teacher", "gathered"]
+__all__ = [
+    "FINAL",
+    "TARGET",
+    "Batch",
+    "Cached",
+    "Material",
+    "Rows",
+    "Seen",
+    "Source",
+    "Teacher",
+    "gathered",
+    "in_batches",
+    "require_plain",
+]
 
 Batch = Tensor | Sequence[Tensor]
 Progress = Callable[[Iterable], Iterable]
@@ -216,12 +229,14 @@ class Material(NamedTuple):
         held_out: Rows of the others; None if there are none.
         images: How many images the heads are fitted to, and how many are held out.
         fingerprint: That of all images, and labels, in their batches.
+        digests: Those of the images, held out or not: no certificate is to rest on these.
     """
 
     fitted: Source
     held_out: Cached | None
     images: tuple[int, int]
     fingerprint: str
+    digests: frozenset[str]
 
 
 def gathered(
@@ -249,13 +264,15 @@ def gathered(
         TokenExitError: If there are too few images, or none is finite; the folder holds what is of others; or nothing
             is kept, and images cannot be iterated twice.
     """
-    batches: Iterable[Batch] = images.split(8) if isinstance(images, Tensor) else images
+    batches: Iterable[Batch] = in_batches(images)
     again = cache is not None or not isinstance(batches, Iterator)
     require(again, "images", "be a tensor or what can be iterated again, if nothing is cached", type(images).__name__)
-    prints, sizes, kept = [], [], []
+    prints, sizes, kept, digests = [], [], [], set[str]()
     for number, batch in enumerate(progress(batches)):
         prints.append(_fingerprint(batch))
-        sizes.append(len(_parted(batch)[0]))
+        shown, _ = _parted(batch)
+        sizes.append(len(shown))
+        digests.update(map(digest, shown))
         if isinstance(cache, Path):
             kept.append(_on_disk(cache / f"{number:06}.safetensors", batch, prints[-1], teacher))
         elif cache is not None:
@@ -271,7 +288,7 @@ def gathered(
         in_memory = not isinstance(cache, Path)
         source = Cached(_as_one(parts) if in_memory else parts)
     every = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    return Material(source, Cached(others) if held > 0 else None, (fitted, held), every)
+    return Material(source, Cached(others) if held > 0 else None, (fitted, held), every, frozenset(digests))
 
 
 def _held_out(images: int, share: float) -> int:
@@ -300,16 +317,19 @@ def _on_disk(file: Path, batch: Batch, images: str, teacher: Teacher) -> tuple[R
     marks = teacher.marks | {"images": images}
     if not file.exists():
         rows, patches = teacher.rows(batch)
-        write(file, rows | {_PATCHES: torch.tensor(patches)}, marks)
+        write(file, rows | {_PATCHES: torch.tensor(patches)}, marks, argument="cache")
     rows, found = read(file, "cache")
     require_marks("cache", file, marks, found)
-    return rows, rows.pop(_PATCHES).tolist()
+    patches = rows.pop(_PATCHES, torch.empty(0)).tolist()
+    known = TARGET in rows and FINAL in rows and {len(value) for value in rows.values()} == {sum(patches)}
+    require(known, "cache", f"hold rows in {file.name} for every patch", ", ".join(sorted(rows)))
+    return rows, patches
 
 
 def _parted(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Images and labels of a batch."""
     if isinstance(batch, Tensor):
-        return batch, None
+        return require_plain(batch), None
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
     require(pair, "images", "come in batches that are a tensor, or a pair of images and labels", type(batch).__name__)
     images, label = batch
@@ -317,7 +337,24 @@ def _parted(batch: Batch) -> tuple[Tensor, Tensor | None]:
     fits = whole and label.ndim == 3 and len(label) == len(images)
     rule = f"come with labels that are whole numbers of shape ({len(images)}, height, width)"
     require(fits, "images", rule, f"{label.dtype} of shape {tuple(label.shape)}")
-    return images, label.long()
+    return require_plain(images), label.long()
+
+
+def in_batches(images: Any) -> Iterable[Any]:
+    """Images as batches: those that there are, or the parts of one tensor."""
+    if isinstance(images, Tensor):
+        return require_plain(images).split(8)
+    iterable = isinstance(images, Iterable)
+    require(iterable, "images", "be a tensor of images, or batches of them", type(images).__name__)
+    return images
+
+
+def require_plain(images: Tensor) -> Tensor:
+    """Images, after a check that they hold numbers, one for each pixel and channel."""
+    plain = images.layout == torch.strided and not images.is_meta
+    require(plain, "images", "be dense tensors with numbers in them", f"{images.layout} on {images.device}")
+    require(images.ndim == 4, "images", "be of shape (images, channels, height, width)", images)
+    return images
 
 
 def _fingerprint(batch: Batch) -> str:

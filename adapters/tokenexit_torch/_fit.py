@@ -6,21 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
+from tokenexit._plain import is_whole
+from tokenexit.errors import require
 from tokenexit_torch._features import TARGET, Cached, Rows
-from tokenexit_torch._files import read, require_marks, write
+from tokenexit_torch._files import read, require_marks, require_weights, write
 from tokenexit_torch._modules import evaluating
 
 __all__ = ["Fit", "Recipe"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _WHERE = "where"
+_GENERATOR = "generator"
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Fit:
         """Write where the fit is, for `go_on`."""
         best = None if self._best is None else (self._best.loss, self._best.step)
         where = json.dumps({"step": self.step, "checks_since": self._checks_since, "best": best})
-        write(file, self._tensors(), {**marks, _WHERE: where})
+        write(file, self._tensors(), {**marks, _WHERE: where}, argument="resume")
 
     def go_on(self, file: Path, marks: Mapping[str, str], /) -> None:
         """Be where a fit was.
@@ -121,9 +124,10 @@ class Fit:
         tensors, found = read(file, "resume")
         require_marks("resume", file, marks, found)
         try:
+            where = _Where.of(json.loads(found.get(_WHERE, "")), self.recipe)
             # Copies, for the file is written again while these change.
-            self._restore({name: value.clone() for name, value in tensors.items()}, json.loads(found[_WHERE]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            self._restore({name: value.clone() for name, value in tensors.items()}, where)
+        except (ValueError, RecursionError) as error:
             raise TokenExitError(f"`resume` must hold a valid {file.name}, got {file}: {error}") from error
 
     def _losses(self, rows: Rows, reduction: str) -> list[Tensor]:
@@ -145,22 +149,62 @@ class Fit:
             {f"heads.{name}": value for name, value in self._heads.state_dict().items()}
             | {f"best.{name}": value for name, value in best.items()}
             | moments
-            | {"generator": self.generator.get_state()}
+            | {_GENERATOR: self.generator.get_state()}
         )
 
-    def _restore(self, tensors: Mapping[str, Tensor], where: Mapping) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor], where: "_Where") -> None:
         weights = self._heads.state_dict()
-        self._heads.load_state_dict({name: tensors[f"heads.{name}"] for name in weights})
-        names = [name for name, _ in self._heads.named_parameters()]
+        parameters = dict(self._heads.named_parameters())
+        moved = any(name.startswith("optimizer.") for name in tensors)
         moments = {
-            index: {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS}
-            for index, name in enumerate(names)
-            if f"optimizer.step.{name}" in tensors
+            f"optimizer.{key}.{name}": value.new_zeros(()) if key == "step" else value
+            for name, value in parameters.items()
+            for key in (_MOMENTS if moved else ())
         }
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
-        self.step, self._checks_since = int(where["step"]), int(where["checks_since"])
-        if where["best"] is not None:
-            loss, step = where["best"]
+        wanted = (
+            {f"heads.{name}": value for name, value in weights.items()}
+            | {f"best.{name}": value for name, value in weights.items() if where.best is not None}
+            | moments
+        )
+        others = {name: value for name, value in tensors.items() if name != _GENERATOR}
+        require_weights("resume", "hold where this fit is", wanted, others)
+        self._heads.load_state_dict({name: tensors[f"heads.{name}"] for name in weights})
+        state = {
+            index: {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS}
+            for index, name in enumerate(parameters if moved else ())
+        }
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
+        self.step, self._checks_since = where.step, where.checks_since
+        if where.best is not None:
+            loss, step = where.best
             kept = {name: tensors[f"best.{name}"].to(value.device) for name, value in weights.items()}
-            self._best = _Best(float(loss), int(step), kept)
-        self.generator.set_state(tensors["generator"])
+            self._best = _Best(loss, step, kept)
+        drawn = tensors.get(_GENERATOR)
+        now = self.generator.get_state()
+        fits = drawn is not None and drawn.dtype == now.dtype and drawn.shape == now.shape
+        require(fits, "resume", "hold the state of the generator", "another kind, or none")
+        self.generator.set_state(now if drawn is None else drawn)
+
+
+class _Where(NamedTuple):
+    """Where a fit is, its tensors aside."""
+
+    step: int
+    checks_since: int
+    best: tuple[float, int] | None
+
+    @staticmethod
+    def of(data: Any, recipe: Recipe) -> "_Where":
+        """What a file says, after a check of types and ranges."""
+        names = {"step", "checks_since", "best"}
+        require(isinstance(data, dict) and set(data) == names, "where", f"have the keys {sorted(names)}", repr(data))
+        for name, most in (("step", recipe.steps), ("checks_since", recipe.patience)):
+            inside = is_whole(data[name]) and data[name] <= most
+            require(inside, name, f"be a whole number from 0 to {most}", repr(data[name]))
+        best = data["best"]
+        if best is None:
+            return _Where(data["step"], data["checks_since"], None)
+        pair = isinstance(best, list) and len(best) == 2 and isinstance(best[0], float) and math.isfinite(best[0])
+        pair = pair and is_whole(best[1]) and best[1] <= data["step"]
+        require(pair, "best", f"be a loss and a step from 0 to {data['step']}", repr(best))
+        return _Where(data["step"], data["checks_since"], (best[0], best[1]))

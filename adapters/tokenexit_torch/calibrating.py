@@ -21,8 +21,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenexit import TokenExitError, drift, ladders, risks
-from tokenexit._plain import is_whole
+from tokenexit import TokenExitError, drift, folders, ladders, risks, sealed
+from tokenexit._plain import is_whole, require_share
 from tokenexit.bounds import Test
 from tokenexit.calibration import Report, certify_in_turn
 from tokenexit.certificate import Certificate
@@ -30,7 +30,8 @@ from tokenexit.drift import Sample
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule, dense, truncated
 from tokenexit_torch._curve import draw
-from tokenexit_torch._files import fingerprint, read, write, write_text
+from tokenexit_torch._features import in_batches, require_plain
+from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.certifying import fingerprints
 from tokenexit_torch.decoding import DecodedOutput, DecodingModel, class_scores, pooled
@@ -46,8 +47,9 @@ Scores = Callable[[Any], Float[Tensor, "images classes height width"]]
 Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 Keep = Callable[[Tensor, slice], Tensor]
 
-_SCHEMA = 1
+_SCHEMA = 2
 _IDENTITY = "calibration.json"
+_ROUNDING = 0.01  # share of the pixels of an image whose class rounding may change, from one batch to another
 _THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _STATISTIC = "statistic "
 
@@ -97,6 +99,7 @@ def calibrate(
     test: Test = "betting",
     size: tuple[int, int] | None = None,
     seed: int = 0,
+    allow_fitted: str | None = None,
     resume: str | Path | None = None,
     progress: Progress = tqdm,
 ) -> Calibrated:
@@ -109,9 +112,9 @@ def calibrate(
     Args:
         model: The wrapped model, its exit heads trained or fitted. It is run in evaluation mode, and under
             `torch.autocast` if that is active.
-        images: Images of one size that are independent draws from what the model will see, and that nothing was
-            trained, fitted or searched on: a tensor, or batches that can be gone through again and again, in the same
-            order.
+        images: Images of one size that are independent draws from what the model will see, no two of them equal, and
+            that nothing was trained, fitted or searched on: a tensor, or batches that can be gone through again and
+            again, in the same order. Those that `fit_exits` has shown to the exit heads (`model.fitted`) are refused.
         at_most: The mean loss that is not to be exceeded, as 0.02.
         preprocessing: What is done to images before the model sees them, in your own words, for the certificate.
         confidence: With which confidence it is not.
@@ -120,13 +123,13 @@ def calibrate(
             that in the dense run, and 0 where it is not positive. `IoU loss` (`tokenexit.risks.iou_loss`): its mean is
             at most `at_most` for a class exactly if its IoU is at least `1 - at_most`, intersection and union being
             means over images of their shares of the pixels that count.
-        labels: Class of every pixel, for `error increase`. For `IoU loss`, what the classes are compared with; the
-            dense run if left out.
-        ignore: Label of pixels that do not count.
+        labels: Class of every pixel, from 0 to `model.classes - 1`, for `error increase`. For `IoU loss`, what the
+            classes are compared with; the dense run if left out.
+        ignore: Label of pixels that do not count. Every image must have one that does.
         classes: For `IoU loss`: the classes that are to keep it; all if left out. One that no image has cannot be
             certified, and a rare one takes thousands of images: leave it out, before you see a loss.
         scores: For a model with a decoder of its own: turns its output into class scores, logits of any resolution.
-            The model's own classes if left out. A resumed calibration does not notice another function.
+            The model's own classes if left out.
         settings: What to choose from, each chain from the most careful to the boldest, in an order that was fixed
             before these images were seen; `default_settings(model)` if left out.
         chains: Settings that are tested one after another, by their places, if they are not all one ladder;
@@ -136,8 +139,10 @@ def calibrate(
             `Output.upsample`, before the best class is taken. That of the images if left out, and that of `labels` in
             any case; the patch grid for what is used patch by patch, which is faster.
         seed: Of the order in which the test takes the images.
+        allow_fitted: Why images that the exit heads were fitted to may be among these all the same, in your own words,
+            which the report and the certificate repeat.
         resume: Folder for what has been measured. A calibration that was interrupted goes on from it, to the same
-            report.
+            report. Whatever is found there is bound to this calibration and to its own content by hashes.
         progress: Wraps each pass over the images, the first of which only looks at them; `tqdm` shows a bar, `iter`
             shows nothing.
 
@@ -145,18 +150,27 @@ def calibrate(
         The report, the certificate, and a sample for drift.
 
     Raises:
-        TokenExitError: If the model is not wrapped by `wrap` or `wrap_decoder`; there are fewer images than the test
-            needs, were all losses 0, which is found before the model is run; they differ in size or from one pass to
-            the next; labels, classes or `scores` are missing or not wanted; a setting lets images of a batch trade with
-            each other, or does not fit the model; the folder is of another calibration; class scores are NaN; or a
-            number is out of range.
+        TokenExitError: If the model is not wrapped by `wrap` or `wrap_decoder`, or has one class; there are fewer
+            images than the test needs, were all losses 0, which is found before the model is run; they differ in size
+            or from one pass to the next, two of them are equal, or the heads were fitted to some; labels, classes or
+            `scores` are missing or not wanted; a label is none of the classes, or an image has no pixel that counts; a
+            setting lets images of a batch trade with each other, or does not fit the model; an image's result depends
+            on its batch; the folder is of another calibration, incomplete or damaged; class scores are NaN; or a number
+            is out of range.
     """
     outcomes = _outcomes(model, scores)
+    rule = "have two classes or more to be calibrated: of one class every pixel agrees with every other"
+    require(model.classes >= 2, "model", rule, model.classes)
+    require_share(at_most, "at_most")
+    require(callable(progress), "progress", "be a function around a loop, as `tqdm` or `iter`", repr(progress))
     _require_labels(risk, labels, ignore)
     watched = _watched(risk, classes, model.classes)
     plans, places = _planned(model, settings, chains)
-    seen = _look(images.split(8) if isinstance(images, Tensor) else images, progress)
+    seen = _look(images, progress)
+    notes = _notes(model, seen, allow_fitted)
     shown = _size(size, labels, seen)
+    if labels is not None:
+        _require_counting(labels, model.classes, ignore)
     prints = fingerprints(model, resolution=seen.resolution, preprocessing=preprocessing)
     options: dict[str, Any] = {
         "at_most": at_most, "confidence": confidence, "risk": _in_words(risk, at_most, watched, labels, scores, shown),
@@ -164,13 +178,14 @@ def calibrate(
     }  # fmt: skip
     identity = options | {
         "settings": [plan.to_dict() for plan in plans], "images": seen.identity, "fingerprints": asdict(prints),
-        "labels": None if labels is None else fingerprint([labels]), "ignore": ignore,
+        "labels": None if labels is None else fingerprint([labels]), "ignore": ignore, "allow_fitted": allow_fitted,
     }  # fmt: skip
     runs = _Runs(
-        model, outcomes, seen, plans, _Loss(risk, at_most, labels, ignore, watched), shown,
+        model, outcomes, seen, plans, _Loss(risk, at_most, labels, ignore, watched, model.classes), shown,
         None if resume is None else Path(resume), identity, progress,
     )  # fmt: skip
     report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
+    report = replace(report, notes=notes + _note_of_one_class(runs.reference["found"]))
     before = runs.reference if report.chosen is None else runs.setting(report.schedule)
     return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
 
@@ -225,7 +240,7 @@ class _Images:
 
     Attributes:
         batches: The batches.
-        digests: SHA-256 of each image.
+        digests: The digest of each image.
         resolution: Their height and width.
     """
 
@@ -245,7 +260,7 @@ class _Images:
         start = 0
         for batch in progress(self.batches):
             rows = slice(start, start + len(batch))
-            self._require(tuple(fingerprint([image]) for image in batch) == self.digests[rows])
+            self._require(tuple(map(digest, batch)) == self.digests[rows])
             yield rows, batch
             start += len(batch)
         self._require(start == len(self))
@@ -255,16 +270,49 @@ class _Images:
         require(same, "images", rule, "others than in the first pass")
 
 
-def _look(batches: Iterable[Tensor], progress: Progress) -> _Images:
+def _look(images: Any, progress: Progress) -> _Images:
+    """Images, looked at once: of one size, and no two of them equal."""
+    batches = in_batches(images)
     digests: list[str] = []
     sizes = set()
     for batch in progress(batches):
-        require(batch.ndim == 4, "images", "be of shape (images, channels, height, width)", batch)
+        rule = "come in batches that are one tensor of images, their labels in `labels`"
+        require(isinstance(batch, Tensor), "images", rule, type(batch).__name__)
+        require_plain(batch)
         sizes.add((batch.shape[2], batch.shape[3]))
-        digests += [fingerprint([image]) for image in batch]
+        digests += [digest(image) for image in batch]
     require(len(digests) > 0, "images", "hold at least one image", "none")
     require(len(sizes) == 1, "images", "be of one size, for which alone a certificate holds", sorted(sizes))
+    first: dict[str, int] = {}
+    for at, one in enumerate(digests):
+        if first.setdefault(one, at) != at:
+            rule = "be independent, and so no two of them equal: leave copies out"
+            got = f"{len(digests) - len(set(digests))} copies among {len(digests)}, image {at} of image {first[one]}"
+            require(False, "images", rule, got)
     return _Images(batches, tuple(digests), sizes.pop())
+
+
+def _notes(model: WithExits, seen: _Images, allow_fitted: str | None) -> tuple[str, ...]:
+    """What a report has to say of the images, after a check that the exit heads have not seen them."""
+    words = allow_fitted is None or (isinstance(allow_fitted, str) and allow_fitted.strip() != "")
+    require(words, "allow_fitted", "be a reason in your own words, or None", repr(allow_fitted))
+    known = len(set(model.fitted).intersection(seen.digests))
+    if known == 0:
+        return ()
+    rule = (
+        "be others than those that `fit_exits` has shown to the exit heads, for which alone their losses would hold: "
+        "calibrate on other images, or give a reason as `allow_fitted`"
+    )
+    require(allow_fitted is not None, "images", rule, f"{known} of {len(seen)} that were fitted to")
+    return (f"The exit heads were fitted to {known} of these {len(seen)} images, for this reason: {allow_fitted}",)
+
+
+def _note_of_one_class(maps: Tensor) -> tuple[str, ...]:
+    """What a report has to say of a dense run that tells nothing apart."""
+    least, most = maps.aminmax()
+    if least != most:
+        return ()
+    return (f"The dense run gives class {int(least)} to every pixel of every image, so that agreement says little.",)
 
 
 def _require_labels(risk: str, labels: Tensor | None, ignore: int | None) -> None:
@@ -273,7 +321,24 @@ def _require_labels(risk: str, labels: Tensor | None, ignore: int | None) -> Non
         require(risk != "error increase", "labels", "be given for `error increase`", None)
         require(ignore is None, "ignore", "be left out where there are no labels", ignore)
         return
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    whole = whole and labels.dtype != torch.bool
+    got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+    require(whole, "labels", "be a tensor of whole numbers", got)
     require(risk != "disagreement", "labels", "be left out for `disagreement`", f"shape {tuple(labels.shape)}")
+
+
+def _require_counting(labels: Tensor, classes: int, ignore: int | None) -> None:
+    """Raise unless every label is a class or to be ignored, and every image has a pixel that counts."""
+    labels = labels.long()
+    counts = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
+    strange = labels[counts & ((labels < 0) | (labels >= classes))]
+    also = "" if ignore is None else f", or {ignore} to be ignored"
+    got = f"{strange[:1].tolist()} and {len(strange) - 1} more"
+    require(len(strange) == 0, "labels", f"be classes from 0 to {classes - 1}{also}", got)
+    void = (~counts.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    rule = "have a pixel that counts in every image: leave images without one out, for nothing is known about them"
+    require(not void, "labels", rule, f"none in {len(void)} of {len(labels)} images, the first being {void[:1]}")
 
 
 def _watched(risk: str, classes: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -351,7 +416,8 @@ class _Outcome(NamedTuple):
     def label_maps(self, size: tuple[int, int]) -> Tensor:
         """Class of every pixel, image by image: upsampled scores of a batch may be large."""
         maps = [upsampled(one, size).argmax(dim=1) for one in self.scores.split(1)]
-        return torch.cat(maps).to(torch.int16).cpu()
+        found = torch.cat(maps)
+        return found.to(torch.int16 if self.scores.shape[1] <= 2**15 else torch.int32).cpu()
 
 
 Outcomes = Callable[[Tensor, Schedule], _Outcome]
@@ -399,6 +465,7 @@ class _Loss:
     labels: Tensor | None
     ignore: int | None
     watched: tuple[int, ...]
+    classes: int
 
     def __call__(self, maps: Tensor, reference: Tensor, rows: slice) -> Tensor:
         truth = None if self.labels is None else self.labels[rows].cpu().long()
@@ -407,7 +474,7 @@ class _Loss:
             return torch.cat([self._of_classes(one, other) for one, other in pairs])  # a mask for each class is large
         if truth is None:
             return risks.disagreement(maps, reference)
-        return risks.error_increase(maps, reference, truth, ignore=self.ignore)
+        return risks.error_increase(maps, reference, truth, classes=self.classes, ignore=self.ignore)
 
     def _of_classes(self, maps: Tensor, reference: Tensor) -> Tensor:
         valid = None if self.ignore is None else reference != self.ignore
@@ -432,14 +499,14 @@ class _Runs:
     @property
     def reference(self) -> dict[str, Tensor]:
         """The label maps that all others are compared with."""
-        return self._kept("dense", dense(), lambda maps, _: maps)
+        return self._kept("dense", dense(), lambda maps, _: maps, self.size)
 
     def setting(self, plan: Schedule) -> dict[str, Tensor]:
         """The losses of a setting; the dense network has run before it."""
         reference = self.reference["found"]
-        return self._kept(
-            f"setting-{self.plans.index(plan):03d}", plan, lambda maps, rows: self.loss(maps, reference[rows], rows)
-        )
+        name, watched = f"setting-{self.plans.index(plan):03d}", self.loss.watched
+        losses = (len(watched),) if watched else ()
+        return self._kept(name, plan, lambda maps, rows: self.loss(maps, reference[rows], rows), losses)
 
     def measured(self, plan: Schedule) -> tuple[Tensor, float]:
         """Losses and relative cost of a setting."""
@@ -447,12 +514,42 @@ class _Runs:
         work, full = (one["multiply_adds"].double().mean().item() for one in (found, self.reference))
         return found["found"], work / full
 
-    def _kept(self, name: str, plan: Schedule, keep: Keep) -> dict[str, Tensor]:
+    def _kept(self, name: str, plan: Schedule, keep: Keep, each: tuple[int, ...]) -> dict[str, Tensor]:
+        """What was measured of a plan; of every image something of shape `each` is kept."""
         if name not in self.found:
             run = partial(self._run, plan, keep)
-            folder = None if self.folder is None else _opened(self.folder, self.identity)
-            self.found[name] = run() if folder is None else _stored(folder / f"{name}.safetensors", run)
+            self.found[name] = run() if self.folder is None else self._stored(self.folder, name, plan, run, each)
         return self.found[name]
+
+    def _stored(
+        self, folder: Path, name: str, plan: Schedule, run: Callable[[], dict[str, Tensor]], each: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """What a file holds; if there is none, what is made now, and written."""
+        marks = {"calibration": _opened(folder, self.identity), "part": name}
+        file = folder / f"{name}.safetensors"
+        kept = file.exists()
+        if not kept:
+            write(file, run(), marks, argument="resume")
+        found, there = read(file, "resume")
+        require_marks("resume", file, marks, there)
+        shapes = dict.fromkeys(["multiply_adds", *_statistics(plan)], (len(self.images),)) | {
+            "found": (len(self.images), *each)
+        }
+        got = {part: tuple(value.shape) for part, value in found.items()}
+        require(got == shapes, "resume", f"hold {file.name} for these images, with the shapes {shapes}", repr(got))
+        if kept and name == "dense":
+            self._require_as_now(found["found"])
+        return found
+
+    @torch.no_grad()
+    def _require_as_now(self, maps: Tensor) -> None:
+        """Raise unless the network still gives the first images the classes that were found; it may be another now."""
+        with evaluating(self.model):
+            rows, batch = next(self.images.again(iter))
+            apart = _apart(self.outcomes(batch, dense()).label_maps(self.size), maps[rows])
+        rule = "be of the model as it is now, with the same `scores` and settings"
+        got = f"label maps of its first images that differ in {apart:.2%} of the pixels"
+        require(apart <= _ROUNDING, "resume", rule, got)
 
     @torch.no_grad()
     def _run(self, plan: Schedule, keep: Keep) -> dict[str, Tensor]:
@@ -463,11 +560,31 @@ class _Runs:
             for rows, batch in self.images.again(self.progress):
                 out = self.outcomes(batch, plan)
                 require(not bool(out.scores.isnan().any()), "model", "give class scores that are numbers", "NaN")
+                maps = out.label_maps(self.size)
+                if rows.start == 0 and len(batch) > 1:
+                    self._require_alone(batch, plan, maps)
                 sampled = _drift(out.output, out.scores, after).statistics.items()
                 statistics = {_STATISTIC + name: torch.tensor(row, dtype=torch.float64) for name, row in sampled}
-                found = {"found": keep(out.label_maps(self.size), rows)}
+                found = {"found": keep(maps, rows)}
                 parts.append(found | {"multiply_adds": out.multiply_adds.cpu()} | statistics)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _require_alone(self, batch: Tensor, plan: Schedule, maps: Tensor) -> None:
+        """Raise unless the first image has the classes alone that it has in its batch: images are to be independent."""
+        apart = _apart(self.outcomes(batch[:1], plan).label_maps(self.size), maps[:1])
+        rule = "treat each image by itself, for the losses of images that see each other are not independent"
+        got = f"another class for {apart:.2%} of the pixels of an image that is alone"
+        require(apart <= _ROUNDING, "model", rule, got)
+
+
+def _apart(maps: Tensor, others: Tensor) -> float:
+    """In which share of the pixels label maps differ."""
+    return (maps != others).double().mean().item()
+
+
+def _statistics(plan: Schedule) -> list[str]:
+    """The names under which the statistics of a plan are kept."""
+    return [_STATISTIC + name for name in ("confidence", *(f"share after {exit.after}" for exit in plan.active))]
 
 
 def _sample(found: Mapping[str, Tensor]) -> Sample:
@@ -475,25 +592,20 @@ def _sample(found: Mapping[str, Tensor]) -> Sample:
     return Sample({name.removeprefix(_STATISTIC): tuple(found[name].tolist()) for name in names})
 
 
-def _opened(folder: Path, identity: Mapping[str, Any]) -> Path:
-    """A folder for what is measured, new or of this very calibration."""
-    written = json.dumps({"schema": _SCHEMA, **identity}, indent=1)
-    file = folder / _IDENTITY
-    if not file.is_file():
-        write_text(file, written)
+def _opened(folder: Path, identity: Mapping[str, Any]) -> str:
+    """The hash of this calibration, after a check that a folder is new or of this very one."""
+    file, wanted = folder / _IDENTITY, {"schema": _SCHEMA, **json.loads(json.dumps(identity))}
+    if not file.exists():
+        others = sorted(one.name for one in folder.glob("*.safetensors"))
+        rule = f"be a new folder, or hold the {_IDENTITY} that its other files belong to"
+        require(not others, "resume", rule, f"{folder} without it, and with {', '.join(others[:4])}")
+        folders.write(file, sealed.seal(wanted).encode(), argument="resume")
+    require(file.is_file(), "resume", f"hold a file {_IDENTITY}", str(file))
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = sealed.unseal(folders.text_of(file, "resume"), what="a calibration")
+    except TokenExitError as error:
         raise TokenExitError(f"`resume` must hold a valid {_IDENTITY}, got {file}: {error}") from error
-    wanted = json.loads(written)
-    other = [name for name, value in wanted.items() if not isinstance(found, dict) or found.get(name) != value]
+    other = [name for name, value in wanted.items() if found.get(name) != value]
     rule = "be a new folder, or one of the same calibration, all of which is fixed before losses are seen"
     require(not other, "resume", rule, f"{folder} with other {', '.join(other)}")
-    return folder
-
-
-def _stored(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What a file holds; if there is none, what is made now, and written."""
-    if not file.is_file():
-        write(file, make(), {})
-    return read(file, "resume")[0]
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()

@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenexit import TokenExitError, certificate
+from tokenexit import TokenExitError, certificate, folders
 from tokenexit.certificate import Certificate, Fingerprints
 from tokenexit.errors import require
-from tokenexit_torch._files import fingerprint, write_text
+from tokenexit_torch._files import fingerprint
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]
 
 _FILE = "certificate.json"
+_ADAPTER = "torch"
 
 
 def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocessing: str) -> Fingerprints:
@@ -43,7 +44,7 @@ def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocess
         f"{name}.radius": part.radius for name, part in model.named_modules() if isinstance(part, NeighbourhoodHead)
     }
     weights |= {name: fingerprint([torch.tensor(radius)]) for name, radius in wide.items()}
-    return Fingerprints(weights, _dtype(tensors), resolution, preprocessing)
+    return Fingerprints(weights, _dtype(tensors), resolution, preprocessing, _ADAPTER)
 
 
 def save_certificate(certified: Certificate, folder: str | Path, /) -> None:
@@ -52,8 +53,13 @@ def save_certificate(certified: Certificate, folder: str | Path, /) -> None:
     Args:
         certified: The certificate.
         folder: Where to, as beside the exits that `save` wrote; made if it is not there.
+
+    Raises:
+        TokenExitError: If it is no certificate, or the folder cannot be written to.
     """
-    write_text(Path(folder) / _FILE, certificate.to_json(certified))
+    rule = "be a Certificate, as `calibrate` gives unless it says never exit"
+    require(isinstance(certified, Certificate), "certified", rule, type(certified).__name__)
+    folders.write(Path(folder) / _FILE, certificate.to_json(certified).encode())
 
 
 def load_certificate(
@@ -77,8 +83,8 @@ def load_certificate(
     file = Path(folder) / _FILE
     require(file.is_file(), "folder", f"hold the file {_FILE}", folder)
     try:
-        found = certificate.from_json(file.read_text(encoding="utf-8"))
-    except (TokenExitError, UnicodeDecodeError) as error:
+        found = certificate.from_json(folders.text_of(file, "folder"))
+    except TokenExitError as error:
         raise TokenExitError(f"`folder` must hold a valid {_FILE}, got {file}: {error}") from error
     certificate.require_matches(found, fingerprints(model, resolution=resolution, preprocessing=preprocessing))
     model.retune(found.schedule)

@@ -63,6 +63,8 @@ class WithExits(Planned, Generic[AnyHost]):
         exit_heads: The exit heads, by the block they follow, as a string.
         classes: Class count.
         head_plan: The plan that built the exit heads; None if they were given as modules.
+        fitted: Digests of the images that `fit_exits` has shown to the exit heads, ascending. They are saved with the
+            exits, and `calibrate` refuses these images.
     """
 
     host: AnyHost
@@ -70,6 +72,7 @@ class WithExits(Planned, Generic[AnyHost]):
     exit_heads: nn.ModuleDict
     classes: int
     head_plan: HeadPlan | None
+    fitted: tuple[str, ...]
 
     def __init__(
         self, host: AnyHost, exit_heads: Mapping[int, nn.Module], classes: int, head_plan: HeadPlan | None
@@ -80,6 +83,7 @@ class WithExits(Planned, Generic[AnyHost]):
         self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
         self.classes = classes
         self.head_plan = head_plan
+        self.fitted = ()
 
     @property
     def depth(self) -> int:

@@ -6,6 +6,7 @@ The predictions of the final head are the targets, or those of the model's own d
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teacher, gathered
@@ -119,7 +121,8 @@ def fit_exits(
     more.
 
     Args:
-        model: The wrapped model; its exit heads are changed in place, at the end.
+        model: The wrapped model; its exit heads are changed in place, at the end. It keeps the digests of the images
+            (`model.fitted`), so that no certificate comes to rest on images that the heads have seen.
         images: A tensor; or batches, each of them a tensor or a pair of images and labels: classes of pixels, in any
             resolution. They are gone through once, unless `cache` is None.
         targets: For a model with a decoder of its own: turns its output into class scores, logits of any resolution,
@@ -158,6 +161,7 @@ def fit_exits(
     seen = _seen(model, targets)
     recipe = Recipe(steps, patches_per_step, learning_rate, weight_decay, held_out, check_every, patience)
     _require_in_range(recipe, label_weight)
+    require(callable(progress), "progress", "be a function around a loop, as `tqdm` or `iter`", repr(progress))
     known = cache in ("memory", None) or isinstance(cache, Path)
     require(known, "cache", 'be "memory", a pathlib.Path or None', repr(cache))
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -167,14 +171,16 @@ def fit_exits(
         fit = Fit(model.exit_heads, recipe, generator)
         file = None if resume is None else Path(resume) / _STATE
         marks = {} if file is None else _marks(fit, model.exit_heads, teacher, material, streamed=cache is None)
-        if file is not None and file.exists():
-            fit.go_on(file, marks)
+        if file is not None:
+            _go_on(fit, file, marks)
         _run(fit, material, file, marks, progress)
     weights, kept_step = fit.kept
     model.exit_heads.load_state_dict(weights)
+    model.fitted = tuple(sorted(material.digests.union(model.fitted)))
     report = _report(model.exit_heads, material, fit.step, kept_step, stopped_early=fit.step < steps)
     if file is not None:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # a later call goes on from the last step, to the same end
+            file.unlink(missing_ok=True)
     return report
 
 
@@ -221,6 +227,18 @@ def _marks(fit: Fit, heads: nn.ModuleDict, teacher: Teacher, material: Material,
         | {"images": material.fingerprint, "heads": hashlib.sha256(shapes.encode()).hexdigest()}
         | {"generator": fingerprint([fit.generator.get_state()]), "cache": "None" if streamed else "kept"}
     )
+
+
+def _go_on(fit: Fit, file: Path, marks: dict[str, str]) -> None:
+    """Be where the same call was interrupted, if it was."""
+    if not file.exists():
+        return
+    try:
+        fit.go_on(file, marks)
+    except TokenExitError:
+        if file.exists():
+            raise
+        # Another process, with the same call, has come to its end meanwhile.
 
 
 def _run(fit: Fit, material: Material, file: Path | None, marks: dict[str, str], progress: Progress) -> None:

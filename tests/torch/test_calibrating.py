@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional
 
 import tokenexit_torch as tet
@@ -18,6 +21,7 @@ from tokenexit.calibration import certify
 from tokenexit.carries import Feature
 from tokenexit.heads import Neighbourhood
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_torch import _files, calibrating
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
 SETTINGS = (
@@ -110,7 +114,7 @@ def test_label_maps_may_be_of_another_size(size):
 def test_with_labels_it_is_the_increase_of_the_error():
     model = easy()
     truth = torch.randint(0, 10, (24, 20, 30), generator=torch.Generator().manual_seed(0))
-    truth[truth > models.CLASSES] = 9
+    truth[truth >= models.CLASSES] = 9
     found = calibrated(model, risk="error increase", labels=truth.byte(), ignore=9)
     expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, truth, (20, 30)), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
@@ -371,7 +375,7 @@ def test_what_is_kept_is_not_run_again(tmp_path):
     assert images.passes == 2 + len(first.report.curve)
     images.passes = 0
     assert calibrated(images=images, resume=tmp_path) == first
-    assert images.passes == 1
+    assert images.passes == 2  # a look, and the first batch, to see that the network is the same
 
 
 def test_a_folder_of_another_calibration_is_refused(tmp_path):
@@ -395,11 +399,89 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
     for name, content, words in (
         ("setting-000.safetensors", b"x" * 20, "`resume` must hold a valid .*safetensors, got .*setting-000"),
         ("calibration.json", b"{", "`resume` must hold a valid calibration.json"),
-        ("calibration.json", b"[]", "`resume` must be a new folder"),
+        ("calibration.json", b"[]", "`resume` must hold a valid calibration.json"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TokenExitError, match=words):
             calibrated(resume=tmp_path)
+
+
+def test_what_is_found_is_bound_to_the_calibration_and_to_its_content(tmp_path):
+    """A folder without its identity, a file of another folder, other numbers: none of them may be taken for evidence."""
+    found = calibrated(resume=tmp_path / "one")
+    calibrated(resume=tmp_path / "other", seed=1)
+    file, name = tmp_path / "one" / "setting-000.safetensors", "setting-000.safetensors"
+    raw = file.read_bytes()
+    tensors, _ = _files.read(file, "resume")
+    with safe_open(file, framework="pt") as opened:
+        marks = {key: mark for key, mark in opened.metadata().items() if key != "content"}
+    best = tensors | {"found": tensors["found"] * 0}
+    short = {key: value[1:] for key, value in tensors.items()}
+    for change, message in (
+        (lambda: file.write_bytes((tmp_path / "other" / name).read_bytes()), "for the same calibration as setting-000"),
+        (
+            lambda: file.write_bytes(bytes([*raw[:-3], raw[-3] ^ 64, *raw[-2:]])),
+            "hold setting-000.safetensors as it was",
+        ),
+        (lambda: file.write_bytes(raw[:-400] + bytes(400)), "hold setting-000.safetensors as it was written"),
+        (lambda: save_file(best, file, metadata=marks), "hold setting-000.safetensors as it was written"),
+        (
+            lambda: _files.write(file, short, marks, argument="resume"),
+            "hold setting-000.safetensors for these images, with",
+        ),
+        (lambda: (file.parent / "setting-001.safetensors").replace(file), "for the same part as setting-000"),
+        (lambda: (file.unlink(), file.mkdir()), "hold a valid setting-000.safetensors"),
+        (
+            lambda: (file.parent / "calibration.json").unlink(),
+            "hold the calibration.json that its other files belong to",
+        ),
+    ):
+        calibrated(resume=tmp_path / "one")  # what is missing is made anew
+        change()
+        with pytest.raises(TokenExitError, match=f"`resume` must .*{message}"):
+            calibrated(resume=tmp_path / "one")
+        shutil.rmtree(file.parent)
+    assert calibrated(resume=tmp_path / "one") == found
+
+
+def test_images_that_fitted_the_heads_are_refused_unless_the_caller_says_why(tmp_path):
+    model = easy()
+    tet.fit_exits(model, torch.cat([IMAGES[5:7], models.images(2, seed=8)]), steps=1, progress=iter)
+    tet.save(model, tmp_path)
+    loaded = tet.load(tmp_path, model.model)  # the digests travel with the exits
+    for one in (model, loaded):
+        with pytest.raises(TokenExitError, match="`images` must be others than those that `fit_exits` .*2 of 24 that"):
+            calibrated(one)
+    found = calibrated(loaded, allow_fitted="there are no others", at_most=0.9)
+    words = "The exit heads were fitted to 2 of these 24 images, for this reason: there are no others"
+    assert found.report.notes == found.certificate.notes == (words,)
+    assert f"Note: {words}" in str(found)
+    assert f"Note: {words}" in str(found.certificate)
+    assert calibrated(model, IMAGES[7:]).report.notes == ()
+
+
+def test_a_dense_run_of_one_class_is_noted():
+    model = easy()
+    with torch.no_grad():
+        for head in (*model.exit_heads.values(), model.head):
+            head[-1].bias.copy_(100 * torch.eye(models.CLASSES)[2])
+    found = calibrated(model)
+    note = "The dense run gives class 2 to every pixel of every image, so that agreement says little."
+    assert found.certificate.notes == (note,)
+
+
+def test_a_network_whose_images_see_each_other_is_refused():
+    model = easy()
+    model.model.blocks[1].register_forward_hook(lambda _, __, out: out + out.mean(dim=(0, 1)) * len(out))
+    with pytest.raises(TokenExitError, match="`model` must treat each image by itself, for the losses of images that"):
+        calibrated(model)
+
+
+def test_classes_beyond_sixteen_bits_are_told_apart():
+    scores = torch.zeros(1, 2**15 + 2, 1, 1)
+    scores[0, 2**15 + 1] = 1
+    none = torch.zeros(1)
+    assert calibrating._Outcome(none, scores, none).label_maps((1, 1)).item() == 2**15 + 1
 
 
 def test_options_that_are_refused_leave_no_folder_behind(tmp_path):
@@ -446,7 +528,8 @@ class Shuffled:
         return iter(self.images[torch.randperm(len(self.images))].split(8))
 
 
-LABELS = torch.zeros(24, 32, 48, dtype=torch.uint8)
+LABELS = torch.zeros(24, 32, 48, dtype=torch.int64)
+FEW = LABELS.where(torch.arange(24)[:, None, None] < 4, 9)
 BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(0.5)),))
 
 
@@ -461,7 +544,8 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"images": list(models.images(16))}, "`images` must be of shape (images, channels, height, width), got an array of shape (3, 32, 48)"),
         ({"images": iter(models.images(24).split(8))}, "`images` must be the same in every pass"),
         ({"images": Shuffled(models.images(24))}, "`images` must be the same in every pass"),
-        ({"images": torch.full((24, 3, 32, 48), math.nan)}, "`model` must give class scores that are numbers, got NaN"),
+        ({"images": torch.full((24, 3, 32, 48), math.nan)}, "`images` must be independent, and so no two of them equal: leave copies out, got 23 copies among 24, image 1 of image 0"),
+        ({"images": torch.cat([IMAGES[:23], IMAGES[:1] * math.nan])}, "`model` must give class scores that are numbers, got NaN"),
         ({"at_most": 0.0}, "`at_most` must lie between 0 and 1, got 0.0"),
         ({"confidence": 1.0}, "`confidence` must lie between 0 and 1, got 1.0"),
         ({"test": "luck"}, "`test` must be"),
@@ -477,6 +561,24 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"ignore": 3}, "`ignore` must be left out where there are no labels, got 3"),
         ({"risk": "error increase", "labels": LABELS[:9]}, "`labels` must be of shape (24, height, width), got an array of shape (9, 32, 48)"),
         ({"risk": "error increase", "labels": LABELS, "size": (4, 6)}, "`size` must be that of `labels`, (32, 48), or left out, got (4, 6)"),
+        ({"images": 1}, "`images` must be a tensor of images, or batches of them, got int"),
+        ({"images": [1]}, "`images` must come in batches that are one tensor of images, their labels in `labels`, got int"),
+        ({"images": [(IMAGES, LABELS)]}, "`images` must come in batches that are one tensor of images, their labels in `labels`, got tuple"),
+        ({"images": IMAGES.to("meta")}, "`images` must be dense tensors with numbers in them, got torch.strided on meta"),
+        ({"images": IMAGES.to_sparse()}, "`images` must be dense tensors with numbers in them, got torch.sparse"),
+        ({"at_most": "0.1"}, "`at_most` must lie between 0 and 1, got '0.1'"),
+        ({"confidence": None}, "`confidence` must lie between 0 and 1, got None"),
+        ({"progress": None}, "`progress` must be a function around a loop, as `tqdm` or `iter`, got None"),
+        ({"allow_fitted": " "}, "`allow_fitted` must be a reason in your own words, or None, got ' '"),
+        ({"risk": "error increase", "labels": LABELS.float()}, "`labels` must be a tensor of whole numbers, got torch.float32"),
+        ({"risk": "error increase", "labels": LABELS > 1}, "`labels` must be a tensor of whole numbers, got torch.bool"),
+        ({"risk": "error increase", "labels": LABELS.tolist()}, "`labels` must be a tensor of whole numbers, got list"),
+        ({"risk": "error increase", "labels": LABELS * 0 + 9, "ignore": 9}, "`labels` must have a pixel that counts in every image: leave images without one out, for nothing is known about them, got none in 24 of 24 images, the first being [0]"),
+        ({"risk": "error increase", "labels": FEW, "ignore": 9}, "`labels` must have a pixel that counts in every image: leave images without one out, for nothing is known about them, got none in 20 of 24 images, the first being [4]"),
+        ({"risk": "error increase", "labels": FEW}, "`labels` must be classes from 0 to 4, got [9] and 30719 more"),
+        ({"risk": "error increase", "labels": LABELS + 100, "ignore": 9}, "`labels` must be classes from 0 to 4, or 9 to be ignored, got [100] and"),
+        ({"risk": "error increase", "labels": LABELS - 100}, "`labels` must be classes from 0 to 4, got [-100] and"),
+        ({"risk": "IoU loss", "labels": LABELS + 100}, "`labels` must be classes from 0 to 4, got [100] and"),
         ({"size": (4, 0)}, "`size` must be a height and a width from 1 up, in pixels, got (4, 0)"),
         ({"settings": (BUDGET,), "chains": None}, "`settings` must hold no BatchBudget, under which the images of a batch are not independent"),
         ({"settings": (schedule.truncated(after=5),), "chains": None}, "`schedule` must have exits only after blocks with an exit head"),
@@ -572,6 +674,15 @@ def test_a_model_with_a_decoder_of_its_own_is_calibrated_by_what_the_decoder_say
     assert set(seen.statistics) == set(again.before.statistics)
     for statistic, row in seen.statistics.items():
         assert again.before.statistics[statistic] == pytest.approx(row, abs=1e-5)
+
+
+def test_another_function_for_class_scores_is_noticed_by_what_it_gives(tmp_path):
+    model, images = decoding("Depth Anything"), models.images(20, (SIDE, SIDE), seed=1)
+    options = {"at_most": 0.9, "settings": (model.schedule,), "chains": None, "resume": tmp_path}
+    first = calibrated(model, images, scores=nearer_or_farther, **options)
+    assert calibrated(model, images, scores=nearer_or_farther, **options) == first
+    with pytest.raises(TokenExitError, match="`resume` must be of the model as it is now, with the same `scores`"):
+        calibrated(model, images, scores=lambda output: nearer_or_farther(output).roll(1, dims=1), **options)
 
 
 def test_a_decoder_without_classes_must_be_read_by_a_function():

@@ -1,15 +1,18 @@
+import dataclasses
 import json
 import os
 import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tokenexit import TokenExitError, heads, policies, schedule, semantic
+from tokenexit import TokenExitError, folders, heads, policies, schedule, semantic
+from tokenexit.sealed import BY_HAND
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4)
 
@@ -20,9 +23,17 @@ def saved(tmp_path):
     return tmp_path
 
 
-def edit(folder, **changes):
-    data = json.loads((folder / "exits.json").read_text())
-    (folder / "exits.json").write_text(json.dumps(data | changes))
+def edit(folder, kind="exits", **changes):
+    """Change a plan on purpose."""
+    file = folder / f"{kind}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksum": BY_HAND} | changes))
+
+
+def put(folder, weights, kind="exits"):
+    """Put other weights in the place of those that are there, with the hash that a forger would give them."""
+    named = folders.Weights.of(kind, weights)
+    (folder / named.file).write_bytes(weights)
+    edit(folder, kind, weights=dataclasses.asdict(named))
 
 
 @torch.no_grad()
@@ -55,7 +66,7 @@ def test_heads_of_ones_own_come_back(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(TokenExitError, match="`folder` must hold the files exits.json and exits.safetensors, got "):
+    with pytest.raises(TokenExitError, match="`folder` must hold the file exits.json, got "):
         tet.load(tmp_path, models.timm_vit())
 
 
@@ -63,8 +74,8 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "`schema` must be 1, got 99"),
-        ({"more": 1}, "`text` must be an object with the keys"),
+        ({"schema": 99}, "`schema` must be 2, got 99"),
+        ({"more": 1}, "`plan` must have exactly the keys"),
         ({"classes": -5}, "`classes` must be a whole number from 1 to 1000000, got -5"),
         ({"after": [2, 2, 4]}, r"`after` must ascend, got \[2, 2, 4\]"),
         ({"after": ["../../x"]}, "`after` must be a list of blocks from 1 to 5"),
@@ -117,6 +128,7 @@ def test_a_policy_nested_too_deeply_is_a_clear_error(saved):
     inner = '{"kind": "retaining", "per_class": 1, "policy": ' * 900 + json.dumps(policy) + "}" * 900
     data = json.loads(text)
     data["schedule"] = data["schedule"] | {"exits": [{"after": 2, "policy": "HERE"}]}
+    data["checksum"] = BY_HAND
     (saved / "exits.json").write_text(json.dumps(data).replace('"HERE"', inner))
     with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.json"):
         tet.load(saved, models.timm_vit())
@@ -127,14 +139,14 @@ def test_a_pickle_is_not_executed(saved, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    (saved / "exits.safetensors").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.safetensors"):
+    put(saved, pickle.dumps(Evil()))
+    with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
         tet.load(saved, models.timm_vit())
     assert not (tmp_path / "ran").exists()
 
 
 def test_other_weights_are_named(saved):
-    save_file({"a.weight": torch.zeros(3)}, saved / "exits.safetensors")
+    put(saved, to_bytes({"a.weight": torch.zeros(3)}))
     with pytest.raises(TokenExitError, match=r"a.weight: \(3,\) instead of None, .*: None instead of \(48,\)"):
         tet.load(saved, models.timm_vit())
 
@@ -209,24 +221,138 @@ def test_semantic_tokens_of_something_else_are_refused(tmp_path):
     with pytest.raises(TokenExitError, match="`model` must be on semantic tokens, as `wrap_semantic` gives, got "):
         tet.save_semantic(models.wrapped(vit, PLAN), tmp_path)
     model = semantic_model(vit)
-    with pytest.raises(TokenExitError, match="must hold the files semantic.json and semantic.safetensors"):
+    with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json"):
         tet.load_semantic(tmp_path, vit)
     tet.save_semantic(model, tmp_path)
     with pytest.raises(TokenExitError, match="`model` must have depth 6, as the saved layers, got 5"):
         tet.load_semantic(tmp_path, models.timm_vit(depth=5))
     with pytest.raises(TokenExitError, match="`model` must not be wrapped"):
         tet.load_semantic(tmp_path, model)
-    file = tmp_path / "semantic.json"
-    data = json.loads(file.read_text())
-    huge = json.dumps(data | {"plan": data["plan"] | {"learned": [99999, 99999]}})
-    for text, message in (
+    plan = json.loads((tmp_path / "semantic.json").read_text())["plan"]
+    for changes, message in (
+        ({"hidden": 999_999}, "hold the weights that semantic.json describes, got recovery.block.mlp.0"),
         (
-            json.dumps(data | {"hidden": 999_999}),
-            "hold the weights that semantic.json describes, got recovery.block.mlp.0",
+            {"hidden": model.tokens.first.hidden, "plan": plan | {"learned": [99999, 99999]}},
+            r"got tokens.learned: \(1, 2, 2, 48\) instead of \(1, 99999, 99999, 48\)",
         ),
-        (huge, r"got tokens.learned: \(1, 2, 2, 48\) instead of \(1, 99999, 99999, 48\)"),
-        (json.dumps(data | {"after": -1}), "must hold a valid semantic.json, got .*: `after` must be a block from 0"),
+        ({"plan": plan, "after": -1}, "must hold a valid semantic.json, got .*: `after` must be a block from 0"),
     ):
-        file.write_text(text)
+        edit(tmp_path, "semantic", **changes)
         with pytest.raises(TokenExitError, match=message):
             tet.load_semantic(tmp_path, vit)
+
+
+def test_a_threshold_is_edited_knowingly_or_not_at_all(saved):
+    file, vit = saved / "exits.json", models.timm_vit()
+    text = file.read_text()
+    file.write_text(text.replace('"threshold": 0.4', '"threshold": 0.3'))
+    with pytest.raises(TokenExitError, match='`checksum` must be .*: "edited by hand" in its place says'):
+        tet.load(saved, vit)
+    edit(saved)
+    assert tet.load(saved, vit).schedule == PLAN.with_threshold(0.3)
+    edit(saved, schedule=PLAN.with_threshold(0.3).to_dict() | {"cell": -1})
+    with pytest.raises(TokenExitError, match="`cell` must be"):
+        tet.load(saved, vit)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value * torch.nan, "describes, all of them finite, got NaN or infinity in exit_heads.2.0.bias"),
+        (lambda value: value / 0, "describes, all of them finite, got NaN or infinity in "),
+        (lambda value: value.long(), "in float16, bfloat16, float32, float64, got .* in torch.int64"),
+        (lambda value: value > 0, "in float16, bfloat16, float32, float64, got .* in torch.bool"),
+        (lambda value: value.to(torch.uint8), "in float16, bfloat16, float32, float64, got .* in torch.uint8"),
+        (lambda value: value.to(torch.complex64), "in float16, bfloat16, float32, float64, got .* in torch.complex64"),
+        (lambda value: value.to(torch.float8_e4m3fn), "in float16, bfloat16, float32, float64, got .*float8"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(saved, change, message):
+    file = next(saved.glob("*.safetensors"))
+    put(saved, to_bytes({name: change(value) for name, value in load_file(file).items()}))
+    with pytest.raises(TokenExitError, match=f"`folder` must hold the weights that exits.json .*{message}"):
+        tet.load(saved, models.timm_vit())
+
+
+def test_weights_of_another_save_are_refused(saved, tmp_path):
+    other = models.wrapped(models.timm_vit(), PLAN)
+    with torch.no_grad():
+        other.exit_heads["2"][1].weight.add_(1)
+    tet.save(other, tmp_path / "other")
+    theirs = next((tmp_path / "other").glob("*.safetensors")).read_bytes()
+    next(saved.glob("*.safetensors")).write_bytes(theirs)
+    with pytest.raises(TokenExitError, match="hold the weights that exits.json names, .* SHA-256"):
+        tet.load(saved, models.timm_vit())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.out = nn.Linear(48, 48), nn.Linear(48, 48), nn.Linear(48, 5)
+        self.other.weight = self.one.weight
+
+    def forward(self, tokens):
+        return self.out(self.other(self.one(tokens).relu()))
+
+
+def test_tied_layers_of_a_head_of_ones_own_come_back(tmp_path):
+    vit, head = models.timm_vit(), nn.Linear(48, 5)
+    model = tet.wrap(vit, schedule.dense(after=(2,)), head=head, exit_heads={2: Tied()}).eval()
+    tet.save(model, tmp_path)
+    loaded = tet.load(tmp_path, vit, head=head, exit_heads={2: Tied()}).eval()
+    assert loaded.exit_heads["2"].one.weight is loaded.exit_heads["2"].other.weight
+    for one, other in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def normed(model):
+    nn.utils.parametrizations.weight_norm(model.exit_heads["2"][1])
+
+
+def compiled(model):
+    model.exit_heads["2"] = torch.compile(model.exit_heads["2"], backend="eager")
+
+
+def quantised(model):
+    model.exit_heads["2"] = torch.ao.quantization.quantize_dynamic(model.exit_heads["2"], {nn.Linear}, inplace=True)
+
+
+def diverged(model):
+    model.exit_heads["2"][1].weight.data[0, 0] = torch.nan
+
+
+def on_meta(model):
+    model.exit_heads["2"].to("meta")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the way in which PyTorch quantises, which it will give up
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (normed, "their plan describes to be saved .*exit_heads.2.1.parametrizations.weight"),
+        (compiled, "their plan describes to be saved .*exit_heads.2._orig_mod"),
+        (quantised, "be saved, not quantised, and gathered if they are sharded, got .* for exit_heads.2.1"),
+        (diverged, "all of them finite, got NaN or infinity in exit_heads.2.1.weight"),
+        (on_meta, "plain tensors to be saved.*got .* for exit_heads.2"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(saved, change, message):
+    model = models.wrapped(models.timm_vit(), PLAN)
+    change(model)
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    with pytest.raises(TokenExitError, match=f"`model` must have heads .*{message}"):
+        tet.save(model, saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_images_that_heads_were_fitted_to_are_kept_with_them(tmp_path):
+    vit = models.timm_vit()
+    model = models.wrapped(vit, PLAN)
+    images = models.images(3)
+    tet.fit_exits(model, images, steps=1, progress=iter)
+    assert len(model.fitted) == 3
+    assert list(model.fitted) == sorted(model.fitted)
+    tet.fit_exits(model, [images[:1], models.images(4, seed=9)[3:]], steps=1, progress=iter)
+    assert len(model.fitted) == 4
+    tet.save(model, tmp_path)
+    assert tet.load(tmp_path, vit).fitted == model.fitted
