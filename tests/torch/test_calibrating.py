@@ -410,38 +410,39 @@ def test_what_is_found_is_bound_to_the_calibration_and_to_its_content(tmp_path):
     """A folder without its identity, a file of another folder, other numbers: none of them may be taken for evidence."""
     found = calibrated(resume=tmp_path / "one")
     calibrated(resume=tmp_path / "other", seed=1)
-    file, name = tmp_path / "one" / "setting-000.safetensors", "setting-000.safetensors"
+    shutil.copytree(tmp_path / "one", tmp_path / "whole")
+    file, name = tmp_path / "one" / "setting-002.safetensors", "setting-002.safetensors"
     raw = file.read_bytes()
     tensors, _ = _files.read(file, "resume")
     with safe_open(file, framework="pt") as opened:
         marks = {key: mark for key, mark in opened.metadata().items() if key != "content"}
     best = tensors | {"found": tensors["found"] * 0}
-    short = {key: value[1:] for key, value in tensors.items()}
+    short = {key: value[1:].clone() for key, value in tensors.items()}  # the file itself will change
     for change, message in (
-        (lambda: file.write_bytes((tmp_path / "other" / name).read_bytes()), "for the same calibration as setting-000"),
+        (lambda: file.write_bytes((tmp_path / "other" / name).read_bytes()), "for the same calibration as setting-002"),
         (
             lambda: file.write_bytes(bytes([*raw[:-3], raw[-3] ^ 64, *raw[-2:]])),
-            "hold setting-000.safetensors as it was",
+            "hold setting-002.safetensors as it was",
         ),
-        (lambda: file.write_bytes(raw[:-400] + bytes(400)), "hold setting-000.safetensors as it was written"),
-        (lambda: save_file(best, file, metadata=marks), "hold setting-000.safetensors as it was written"),
+        (lambda: file.write_bytes(raw[:-600] + bytes(600)), "hold setting-002.safetensors as it was written"),
+        (lambda: save_file(best, file, metadata=marks), "hold setting-002.safetensors as it was written"),
         (
             lambda: _files.write(file, short, marks, argument="resume"),
-            "hold setting-000.safetensors for these images, with",
+            "hold setting-002.safetensors for these images, with",
         ),
-        (lambda: (file.parent / "setting-001.safetensors").replace(file), "for the same part as setting-000"),
-        (lambda: (file.unlink(), file.mkdir()), "hold a valid setting-000.safetensors"),
+        (lambda: (file.parent / "setting-001.safetensors").replace(file), "for the same part as setting-002"),
+        (lambda: (file.unlink(), file.mkdir()), "hold a valid setting-002.safetensors"),
         (
             lambda: (file.parent / "calibration.json").unlink(),
             "hold the calibration.json that its other files belong to",
         ),
     ):
-        calibrated(resume=tmp_path / "one")  # what is missing is made anew
+        shutil.rmtree(file.parent)
+        shutil.copytree(tmp_path / "whole", file.parent)
         change()
         with pytest.raises(TokenExitError, match=f"`resume` must .*{message}"):
             calibrated(resume=tmp_path / "one")
-        shutil.rmtree(file.parent)
-    assert calibrated(resume=tmp_path / "one") == found
+    assert calibrated(resume=tmp_path / "whole") == found
 
 
 def test_images_that_fitted_the_heads_are_refused_unless_the_caller_says_why(tmp_path):
