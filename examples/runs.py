@@ -2,17 +2,15 @@
 
     host.json            which network, classes, colours, normalisation, image size
     host.safetensors     its weights, and its final head's if the exits do not hold it
-    exits.json           the plan and the exit heads (tokenexit_torch.save)
-    exits.safetensors
+    exits.json           the plan and the exit heads, with a file of weights that it names (tokenexit_torch.save)
     gates.json           instead of exits, the plan and the gates (tokenexit_torch.save_gates)
-    gates.safetensors
     semantic.json        instead of these, the plan and the layers of semantic tokens (tokenexit_torch.save_semantic)
-    semantic.safetensors
     head.safetensors     the final head's weights, which gates and semantic tokens do not hold
 
 Names are looked up in a closed registry; nothing read from a file is executed.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -68,11 +66,9 @@ def save(folder: str | Path, model: tet.ExitingModel, about: About, /, *, dtype:
     if not model.built_head:
         raise TokenExitError("`model` must have a final head built by `wrap`, got one that was given")
     folder = Path(folder)
-    tet.save(model, folder)
-    for file, module in ((_WEIGHTS, model.model), ("exits.safetensors", None)):
-        path = folder / file
-        weights = load_file(path) if module is None else module.state_dict()
-        save_file({name: _cast(value, dtype).contiguous() for name, value in weights.items()}, path)
+    tet.save(copy.deepcopy(model).to(dtype), folder)
+    weights = {name: _cast(value, dtype).contiguous() for name, value in model.model.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS)
     (folder / FILE).write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ bucket that holds those of every image. Who leaves, and what is left behind, is 
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,9 +45,11 @@ class ExitingModel(Parts):
         head_plan: How the exit heads are built.
         head: The final head, `head(params, tokens)`, if it was given; None if it is built from the plan as well.
         capacities: For each block with an exit head the buckets after it, ascending, as fractions of an image's slots.
+        fitted: Digests of the images that the heads were fitted to, as they were saved with them.
     """
 
     schedule: Schedule
+    fitted: tuple[str, ...] = field(default=(), compare=False)  # no program depends on it
 
     def __call__(self, params: Params, heads: Heads, images: Array, schedule: Schedule | None = None) -> Output:
         """Segment images, with buckets that are chosen on the host.

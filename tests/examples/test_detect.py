@@ -10,6 +10,7 @@ from examples import shell
 from examples.precision import average_precision
 from examples.scenes import detect
 from examples.scenes.detection import Boxes, Detector, Raw, decoded, detection_loss, targets
+from tests.saved import weights_in
 
 SIZE = (128, 192)
 SMALLEST = 48.0
@@ -173,7 +174,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(tmp_pat
     assert rows["dense"]["multiply_adds"] == rows["dense, trained as long"]["multiply_adds"]
     assert rows["gated"]["multiply_adds"] < 0.8 * rows["dense"]["multiply_adds"]
     assert len(rows["gated"]["kept"]) == 2
-    assert (tmp_path / "b" / "gates" / "gates.safetensors").is_file()
+    assert weights_in(tmp_path / "b" / "gates", "gates").is_file()
     lines = detect.table(straight).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:6]] == list(rows)
     assert "AP50 with gates, less that of the dense network trained as long" in lines[7]
@@ -192,7 +193,7 @@ def test_the_last_block_is_dense_and_coins_decide_where_that_is_asked_for(tmp_pa
     plan = json.loads((tmp_path / "other" / "gates" / "gates.json").read_text())["schedule"]
     assert plan["carry"]["before"] == "last block"
     weights = [
-        load_file(tmp_path / name / "gates" / "gates.safetensors")["gates.4.1.weight"] for name in ("usual", "other")
+        load_file(weights_in(tmp_path / name / "gates", "gates"))["gates.4.1.weight"] for name in ("usual", "other")
     ]
     assert not torch.equal(*weights)
 

@@ -13,6 +13,7 @@ import torch
 import tokenexit_torch as tet
 from examples import metrics, shell
 from examples.camvid import common, data, guarantee
+from tests.saved import edit
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
@@ -112,7 +113,8 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
     assert capsys.readouterr().out == printed
     other = tmp_path / "other"
     shutil.copytree(exits, other)
-    (other / "exits.json").write_text((exits / "exits.json").read_text().replace("0.9", "0.8"))
+    edit(other)
+    (other / "exits.json").write_text((other / "exits.json").read_text().replace("0.9", "0.8"))
     for words, change in (
         ("`--json` must be a new file or of the same frames", ["--limit", 26, *levels]),
         ("`--json` must be a new file or of the same fitted", ["--fitted", other, *levels]),

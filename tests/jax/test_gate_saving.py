@@ -1,7 +1,5 @@
 """Gates saved by one adapter are read by the other, weights and plan."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from tests.jax import gated as pairs
 from tests.jax import networks
 from tests.jax.gated import gated, gates_of
 from tests.jax.test_saving import exact
+from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule
 from tokenexit.carries import Preserved
@@ -35,8 +34,8 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path)
     again, read = tej.load_gates(tmp_path / "torch", network)
     assert again == model
     exact(read, weights)
-    assert (tmp_path / "torch/gates.json").read_text() == (tmp_path / "jax/gates.json").read_text()
-    files = (load_file(tmp_path / name / "gates.safetensors") for name in ("jax", "torch"))
+    assert plan_in(tmp_path / "torch", "gates") == plan_in(tmp_path / "jax", "gates")
+    files = (load_file(weights_in(tmp_path / name, "gates")) for name in ("jax", "torch"))
     assert len({frozenset((name, tuple(value.shape)) for name, value in file.items()) for file in files}) == 1
 
 
@@ -72,7 +71,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "`folder` must hold a valid gates.json, got .*`schema` must be 1, got 99"),
+        ({"schema": 99}, "`folder` must hold a valid gates.json, got .*`schema` must be 2, got 99"),
         ({"plan": None}, "`folder` must hold gates built from a plan"),
         ({"classes": 3}, "`folder` must hold gates, got heads of 3 classes"),
         ({"built_head": True}, "`folder` must hold gates"),
@@ -82,19 +81,18 @@ def saved(tmp_path):
     ],
 )
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
-    data = json.loads((saved / "gates.json").read_text())
-    (saved / "gates.json").write_text(json.dumps(data | changes))
+    edit(saved, "gates", **changes)
     with pytest.raises(TokenExitError, match=message):
         tej.load_gates(saved, networks.timm_network())
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_files_that_are_missing_or_no_weights_are_clear_errors(saved):
-    (saved / "gates.safetensors").write_bytes(b"no weights")
-    with pytest.raises(TokenExitError, match="`folder` must hold a valid gates.safetensors"):
+    put(saved, b"no weights", "gates")
+    with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
         tej.load_gates(saved, networks.timm_network())
-    (saved / "gates.safetensors").unlink()
-    with pytest.raises(TokenExitError, match="`folder` must hold the files gates.json and gates.safetensors, got "):
+    weights_in(saved, "gates").unlink()
+    with pytest.raises(TokenExitError, match="`folder` must hold the weights that gates.json names"):
         tej.load_gates(saved, networks.timm_network())
     with pytest.raises(TokenExitError, match="`model` must have gates, as `wrap_gates` gives, got int"):
         tej.save_gates(3, {}, saved)

@@ -1,7 +1,6 @@
 """Exits saved by one adapter are read by the other, weights and plan."""
 
 import copy
-import json
 import os
 import pickle
 
@@ -10,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 import tokenexit_jax as tej
 import tokenexit_torch as tet
 from tests.jax import networks
 from tests.jax.networks import heads_of, pair
+from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
 from tokenexit import TokenExitError, certificate, heads, ladders, schedule
 
@@ -44,8 +45,8 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path)
     again, read = tej.load(tmp_path / "torch", network)
     assert again == model
     exact(read, weights)
-    assert (tmp_path / "torch/exits.json").read_text() == (tmp_path / "jax/exits.json").read_text()
-    files = (load_file(tmp_path / name / "exits.safetensors") for name in ("jax", "torch"))
+    assert plan_in(tmp_path / "torch") == plan_in(tmp_path / "jax")
+    files = (load_file(weights_in(tmp_path / name)) for name in ("jax", "torch"))
     assert len({frozenset((name, tuple(value.shape)) for name, value in file.items()) for file in files}) == 1
 
 
@@ -67,11 +68,12 @@ def test_what_was_fitted_and_certified_in_pytorch_runs_in_jax(tmp_path):
     both, images = pair("timm"), models.images(24, networks.SIZE)
     theirs = tet.wrap(copy.deepcopy(both.theirs.model), PLAN, num_classes=5).eval()
     theirs.head.load_state_dict(both.theirs.head.state_dict())
-    tet.fit_exits(theirs, images, steps=60, patches_per_step=128, progress=iter)
+    tet.fit_exits(theirs, models.images(24, networks.SIZE, seed=5), steps=60, patches_per_step=128, progress=iter)
     settings = ladders.by_threshold(PLAN, thresholds=(0.4, 0.3))
     found = tet.calibrate(theirs, images, at_most=0.6, preprocessing="as drawn", settings=settings, progress=iter)
     assert found.certificate is not None
     tet.save(theirs, tmp_path)
+    assert tej.load(tmp_path, both.model.network)[0].fitted == theirs.fitted != ()
     tet.save_certificate(found.certificate, tmp_path)
     certified = certificate.from_json((tmp_path / "certificate.json").read_text())
     model, weights = tej.load(tmp_path, both.model.network)
@@ -112,7 +114,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "`schema` must be 1, got 99"),
+        ({"schema": 99}, "`schema` must be 2, got 99"),
         (
             {"plan": {"kind": "os.system"}},
             "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'",
@@ -128,8 +130,7 @@ def saved(tmp_path):
     ],
 )
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
-    data = json.loads((saved / "exits.json").read_text())
-    (saved / "exits.json").write_text(json.dumps(data | changes))
+    edit(saved, **changes)
     with pytest.raises(TokenExitError, match=message):
         tej.load(saved, networks.timm_network())
 
@@ -139,13 +140,60 @@ def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    (saved / "exits.safetensors").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.safetensors"):
+    put(saved, pickle.dumps(Evil()))
+    with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
         tej.load(saved, networks.timm_network())
     assert not (tmp_path / "ran").exists()
-    (saved / "exits.safetensors").unlink()
-    with pytest.raises(TokenExitError, match="`folder` must hold the files exits.json and exits.safetensors, got "):
+    weights_in(saved).unlink()
+    with pytest.raises(TokenExitError, match="`folder` must hold the weights that exits.json names"):
         tej.load(saved, networks.timm_network())
+    (saved / "exits.json").unlink()
+    with pytest.raises(TokenExitError, match="`folder` must hold the file exits.json, got "):
+        tej.load(saved, networks.timm_network())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value * torch.nan, "describes, all of them finite, got NaN or infinity in "),
+        (lambda value: value.int(), "in float16, bfloat16, float32, float64, got .* in int32"),
+        (lambda value: value > 0, "in float16, bfloat16, float32, float64, got .* in BOOL"),
+        (lambda value: value.to(torch.uint8), "in float16, bfloat16, float32, float64, got .* in U8"),
+        (lambda value: value.to(torch.float8_e4m3fn), "got .* in F8_E4M3"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(saved, change, message):
+    put(saved, to_bytes({name: change(value) for name, value in load_file(weights_in(saved)).items()}))
+    with pytest.raises(TokenExitError, match=f"`folder` must hold the weights that exits.json .*{message}"):
+        tej.load(saved, networks.timm_network())
+
+
+def test_damaged_weights_and_edited_plans_are_refused(saved):
+    file = weights_in(saved)
+    raw = file.read_bytes()
+    file.write_bytes(bytes([*raw[:-2], raw[-2] ^ 64, raw[-1]]))
+    with pytest.raises(TokenExitError, match="hold the weights that exits.json names, .* SHA-256"):
+        tej.load(saved, networks.timm_network())
+    file.write_bytes(raw)
+    text = (saved / "exits.json").read_text()
+    (saved / "exits.json").write_text(text.replace('"threshold": 0.4', '"threshold": 0.3'))
+    with pytest.raises(TokenExitError, match="`checksum` must be that of the content"):
+        tej.load(saved, networks.timm_network())
+    edit(saved)
+    assert tej.load(saved, networks.timm_network())[0].schedule == PLAN.with_threshold(0.3)
+
+
+def test_weights_that_could_not_be_loaded_are_not_saved(saved):
+    model = tej.wrap(networks.timm_network(), PLAN, classes=5)
+    weights = model.init(jax.random.key(0))
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    for change, message in (
+        (lambda leaf: leaf * jax.numpy.nan, "finite, got NaN or infinity in "),
+        (lambda leaf: leaf > 0, "in bool"),
+    ):
+        with pytest.raises(TokenExitError, match=f"`heads` must be weights to be saved, .*{message}"):
+            tej.save(model, jax.tree.map(change, weights), saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
 
 def test_weights_of_other_heads_are_not_written(tmp_path):

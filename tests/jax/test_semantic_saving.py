@@ -1,7 +1,5 @@
 """Semantic tokens saved by one adapter are read by the other, weights and plan."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import tokenexit_torch as tet
 from tests.jax import networks
 from tests.jax.parity import from_torch, same
 from tests.jax.test_saving import exact
+from tests.saved import edit, plan_in, put
 from tests.torch import models
 from tokenexit import TokenExitError
 from tokenexit.semantic import SemanticPlan, stvit
@@ -38,7 +37,7 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, until, hi
     assert again.plan == plan
     assert again.replaced == model.replaced
     exact(read, layers)
-    assert (tmp_path / "torch/semantic.json").read_text() == (tmp_path / "jax/semantic.json").read_text()
+    assert plan_in(tmp_path / "torch", "semantic") == plan_in(tmp_path / "jax", "semantic")
 
 
 def test_what_comes_back_gives_the_same_tokens(tmp_path):
@@ -67,7 +66,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "`folder` must hold a valid semantic.json, got .*`schema` must be 1, got 99"),
+        ({"schema": 99}, "`folder` must hold a valid semantic.json, got .*`schema` must be 2, got 99"),
         ({"width": 51}, "`network` must have width 51, as the saved layers, got 48"),
         ({"depth": 12}, "`network` must have depth 12, as the saved layers, got 5"),
         ({"after": -1}, "must hold a valid semantic.json, got .*: `after` must be a block from 0"),
@@ -76,8 +75,7 @@ def saved(tmp_path):
     ],
 )
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
-    data = json.loads((saved / "semantic.json").read_text()) | changes
-    (saved / "semantic.json").write_text(json.dumps(data))
+    edit(saved, "semantic", **changes)
     with pytest.raises(TokenExitError, match=message):
         tej.load_semantic(saved, networks.timm_network(depth=DEPTH))
 
@@ -91,8 +89,8 @@ def test_what_cannot_be_saved_or_is_not_there_is_named(saved, tmp_path):
     with pytest.raises(TokenExitError, match="`layers` must be of the model, as `init` makes them"):
         tej.save_semantic(model, {"tokens.learned": np.zeros(3)}, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(TokenExitError, match="must hold the files semantic.json and semantic.safetensors"):
+    with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json"):
         tej.load_semantic(tmp_path / "new", network)
-    (saved / "semantic.safetensors").write_bytes(b"no numbers")
-    with pytest.raises(TokenExitError, match="`folder` must hold a valid semantic.safetensors"):
+    put(saved, b"no numbers", "semantic")
+    with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
         tej.load_semantic(saved, network)

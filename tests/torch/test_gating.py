@@ -1,7 +1,6 @@
 """Gates on real blocks: those that wait keep their place, however the others are run."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
+from tests.saved import edit
 from tests.torch import models
 from tokenexit import TokenExitError, gates, policies, schedule
 from tokenexit.carries import Preserved
@@ -374,16 +374,15 @@ def test_saved_gates_are_not_taken_for_what_they_are_not(tmp_path):
     tet.save_gates(model, tmp_path)
     with pytest.raises(TokenExitError, match=r"`model` must have width 48, as the saved gates, got 32"):
         tet.load_gates(tmp_path, models.plain_host())
-    plan = json.loads((tmp_path / "gates.json").read_text())
-    (tmp_path / "gates.json").write_text(json.dumps(plan | {"classes": 3}))
+    edit(tmp_path, "gates", classes=3)
     with pytest.raises(TokenExitError, match=r"`folder` must hold gates, got heads of 3 classes"):
         tet.load_gates(tmp_path, host)
-    (tmp_path / "gates.json").write_text(json.dumps(plan | {"plan": {"kind": "mlp", "hidden": 500_000}}))
+    edit(tmp_path, "gates", classes=2, plan={"kind": "mlp", "hidden": 500_000})
     with pytest.raises(
         TokenExitError, match=r"`folder` must hold the weights that gates.json describes, got gates\.1\.1"
     ):
         tet.load_gates(tmp_path, host)
-    with pytest.raises(TokenExitError, match=r"`folder` must hold the files gates.json and gates.safetensors"):
+    with pytest.raises(TokenExitError, match=r"`folder` must hold the file gates.json"):
         tet.load_gates(tmp_path / "none", host)
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import pickle
@@ -10,8 +9,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 import tokenexit_torch as tet
+from tests.saved import edit, put, weights_in
 from tests.torch import models
-from tokenexit import TokenExitError, folders, heads, policies, schedule, semantic
+from tokenexit import TokenExitError, heads, policies, schedule, semantic
 from tokenexit.sealed import BY_HAND
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4)
@@ -21,19 +21,6 @@ PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4)
 def saved(tmp_path):
     tet.save(models.wrapped(models.timm_vit(), PLAN), tmp_path)
     return tmp_path
-
-
-def edit(folder, kind="exits", **changes):
-    """Change a plan on purpose."""
-    file = folder / f"{kind}.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"checksum": BY_HAND} | changes))
-
-
-def put(folder, weights, kind="exits"):
-    """Put other weights in the place of those that are there, with the hash that a forger would give them."""
-    named = folders.Weights.of(kind, weights)
-    (folder / named.file).write_bytes(weights)
-    edit(folder, kind, weights=dataclasses.asdict(named))
 
 
 @torch.no_grad()
@@ -268,7 +255,7 @@ def test_a_threshold_is_edited_knowingly_or_not_at_all(saved):
     ],
 )
 def test_weights_of_another_kind_are_refused(saved, change, message):
-    file = next(saved.glob("*.safetensors"))
+    file = weights_in(saved)
     put(saved, to_bytes({name: change(value) for name, value in load_file(file).items()}))
     with pytest.raises(TokenExitError, match=f"`folder` must hold the weights that exits.json .*{message}"):
         tet.load(saved, models.timm_vit())
@@ -279,8 +266,8 @@ def test_weights_of_another_save_are_refused(saved, tmp_path):
     with torch.no_grad():
         other.exit_heads["2"][1].weight.add_(1)
     tet.save(other, tmp_path / "other")
-    theirs = next((tmp_path / "other").glob("*.safetensors")).read_bytes()
-    next(saved.glob("*.safetensors")).write_bytes(theirs)
+    theirs = weights_in(tmp_path / "other").read_bytes()
+    weights_in(saved).write_bytes(theirs)
     with pytest.raises(TokenExitError, match="hold the weights that exits.json names, .* SHA-256"):
         tet.load(saved, models.timm_vit())
 
