@@ -58,6 +58,8 @@ def read(file: Path, argument: str, /) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         TokenExitError: If the file is missing, damaged, or was not written by `write`.
     """
+    regular = file.is_file()  # a pipe would be waited for
+    require(regular, argument, f"hold a valid {file.name}", f"{file}, which is no file")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
