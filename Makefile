@@ -21,7 +21,7 @@ endef
 export IMPORTED
 HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
 
-.PHONY: demo demo-jax test properties coverage-study lint types docs older-hosts wheel-test clean
+.PHONY: demo demo-jax test properties coverage-study fuzz lint types docs older-hosts wheel-test clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -40,6 +40,11 @@ properties: .venv/dev
 # Calibrations by the thousand: whether what they promise holds. Some minutes.
 coverage-study: .venv/dev
 	$(RUN) tests.core.coverage
+
+# More than ten thousand hostile files, and two hundred processes killed at their work.
+fuzz: .venv/dev
+	HOSTILE_FILES=10500 $(RUN) pytest $(SPREAD) -rA -k hostile_files tests/torch/test_hostile.py tests/jax/test_hostile.py
+	$(RUN) tests.torch.kills --kills 200
 
 lint: .venv/dev
 	$(RUN) ruff check .

@@ -100,7 +100,9 @@ def _broken(file: Path, draw: random.Random, trace: Path) -> str:
     """Damage the bytes of a file, or put something else in its place."""
     raw = bytearray(file.read_bytes())
     at = draw.randrange(len(raw))
-    way = draw.choice(["flip"] * 8 + ["cut", "zeros", "more", "swap", "noise", "pickle", "zip", "empty", "gone", "sparse"])
+    way = draw.choice(
+        ["flip"] * 8 + ["cut", "zeros", "more", "swap", "noise", "pickle", "zip", "empty", "gone", "sparse"]
+    )
     way = draw.choice([way] * 6 + ["folder", "link", "dangling", "fifo"])
     file.unlink()
     match way:
@@ -158,10 +160,7 @@ def _edited(file: Path, draw: random.Random, *, by_hand: bool) -> str:
     else:
         where[key] = marker
     data.pop("checksum", None)
-    if by_hand:
-        text = json.dumps(data | {"checksum": sealed.BY_HAND})
-    else:
-        text = sealed.seal(data)
+    text = json.dumps(data | {"checksum": sealed.BY_HAND}) if by_hand else sealed.seal(data)
     raw = text.encode()
     if way == "twice":
         raw = raw.replace(f'"{marker}"'.encode(), f"{json.dumps(old)}, {json.dumps(key)}: 1".encode())

@@ -1,6 +1,6 @@
 """Processes that are killed while they save, fit or calibrate: nothing is lost, and what is resumed ends the same.
 
-    python -m tests.torch.kills --kills 200
+python -m tests.torch.kills --kills 200
 """
 
 import argparse

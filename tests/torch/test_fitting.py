@@ -1,3 +1,7 @@
+import json
+import math
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -5,6 +9,7 @@ from safetensors.torch import load_file
 import tokenexit_torch as tet
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule
+from tokenexit_torch import _files
 from tokenexit_torch._features import Teacher, label_share
 
 
@@ -273,6 +278,80 @@ def test_another_fit_is_not_resumed(tmp_path):
         tet.fit_exits(model, images, **options)
 
 
+def test_where_a_fit_is_must_be_as_it_was_written_and_possible(tmp_path):
+    """What is damaged is seen by its hash; what was written with one is looked at all the same."""
+    images, file = models.images(4), tmp_path / "fit.safetensors"
+    options = {"steps": 12, "check_every": 3, "patches_per_step": 50, "held_out": 0.3, "resume": tmp_path}
+    model = models.wrapped(models.timm_vit(), schedule.dense())
+    with pytest.raises(KeyboardInterrupt):
+        tet.fit_exits(model, images, **options, progress=stopping(7))
+    raw = file.read_bytes()
+    tensors, marks = _files.read(file, "resume")
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    where = json.loads(marks["where"])
+    moment = next(name for name in tensors if name.startswith("optimizer.exp_avg."))
+
+    def without(name):
+        return {key: value for key, value in tensors.items() if key != name}
+
+    for changed, place, message in (
+        (tensors, where | {"step": math.inf}, "`step` must be a whole number from 0 to 12, got inf"),
+        (tensors, where | {"step": 10**9}, "`step` must be a whole number from 0 to 12, got 1000000000"),
+        (tensors, where | {"step": -5}, "`step` must be a whole number from 0 to 12, got -5"),
+        (tensors, where | {"step": 1.0}, "`step` must be a whole number from 0 to 12, got 1.0"),
+        (tensors, where | {"checks_since": 99}, "`checks_since` must be a whole number from 0 to 5, got 99"),
+        (tensors, where | {"best": [math.nan, 1]}, "`best` must be a loss and a step from 0 to"),
+        (tensors, where | {"best": [1.0, 12]}, "`best` must be a loss and a step from 0 to"),
+        (tensors, where | {"best": None}, "hold where this fit is, got best.2.0.bias"),
+        (tensors, [], "`where` must have the keys"),
+        (without(moment), where, "hold where this fit is, got optimizer.exp_avg"),
+        (without("generator"), where, "hold the state of the generator, got another kind, or none"),
+        (tensors | {"generator": torch.zeros(3)}, where, "hold the state of the generator"),
+        (tensors | {moment: tensors[moment][:1]}, where, "hold where this fit is, got optimizer.exp_avg"),
+        (tensors | {moment: tensors[moment] * math.nan}, where, "all of them finite, got NaN or infinity in optimizer"),
+        (tensors | {moment: tensors[moment].long()}, where, "in float16, .*, got optimizer.exp_avg.* in torch.int64"),
+    ):
+        _files.write(file, changed, marks | {"where": json.dumps(place)}, argument="resume")
+        with pytest.raises(TokenExitError, match=message):
+            tet.fit_exits(model, images, **options, progress=iter)
+    for damaged in (raw[:-400] + bytes(400), bytes([*raw[:-9], raw[-9] ^ 1, *raw[-8:]])):
+        file.write_bytes(damaged)
+        with pytest.raises(TokenExitError, match="`resume` must hold fit.safetensors as it was written"):
+            tet.fit_exits(model, images, **options, progress=iter)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(TokenExitError, match="`resume` must hold a valid fit.safetensors, got .* which is no file"):
+        tet.fit_exits(model, images, **options, progress=iter)
+
+
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    model, options = models.wrapped(models.timm_vit(), schedule.dense()), {"steps": 2, "progress": iter}
+    for name in ("resume", "cache"):
+        with pytest.raises(TokenExitError, match=f"`{name}` must be a folder that can be written to, got "):
+            tet.fit_exits(model, models.images(2), **options, **{name: tmp_path / "file"})
+
+
+def test_two_processes_may_go_on_with_one_fit(tmp_path):
+    """Each has files of its own until they are whole, and neither is stopped by the other's end."""
+    images = models.images(4)
+    options = {"steps": 20, "check_every": 1, "patches_per_step": 50, "progress": iter, "resume": tmp_path}
+    wanted, _ = fitted(images, **options)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                model, _ = fitted(images, **options)
+                pairs = zip(model.exit_heads.parameters(), wanted.exit_heads.parameters(), strict=True)
+                os._exit(0 if all(torch.equal(one, other) for one, other in pairs) else 1)
+            finally:
+                os._exit(2)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_kept_on_disk_is_what_is_kept_in_memory_and_is_read_again(tmp_path):
     batches = [models.images(3), models.images(8, seed=1), models.images(2, seed=2)]
     batches[1][4:] = float("nan")
@@ -404,6 +483,14 @@ def test_batch_norm_learns_nothing_of_images_held_out():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: tet.fit_exits(m, None), "`images` must be a tensor of images, or batches of them, got NoneType"),
+        (lambda m: tet.fit_exits(m, [1]), "`images` must come in batches that are a tensor, or a pair of images and"),
+        (lambda m: tet.fit_exits(m, models.images().to("meta")), "`images` must be dense tensors with numbers in them"),
+        (
+            lambda m: tet.fit_exits(m, models.images()[0]),
+            r"`images` must be of shape \(images, channels, height, width\)",
+        ),
+        (lambda m: tet.fit_exits(m, models.images(), progress=None), "`progress` must be a function around a loop"),
         (lambda m: tet.fit_exits(m, []), "`images` must hold at least one image, got none"),
         (lambda m: tet.fit_exits(m, models.images() * float("nan")), "`images` must give finite tokens, got NaN"),
         (
