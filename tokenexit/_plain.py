@@ -51,10 +51,10 @@ def is_whole(value: object, /, *, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
-def require_share(value: object, argument: str, /) -> None:
+def require_share(value: Any, argument: str, /) -> None:
     """Raise a `TokenExitError` unless a value is a number between 0 and 1, both excluded."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    require(number and 0 < value < 1, argument, "lie between 0 and 1", value if number else repr(value))
+    inside = isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
+    require(inside, argument, "lie between 0 and 1", repr(value))
 
 
 def shortened(value: object, /) -> str:

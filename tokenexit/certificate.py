@@ -203,9 +203,10 @@ def from_json(text: str, /) -> Certificate:
     for name, found in (("resolution", prints["resolution"]), ("notes", data["notes"])):
         require(isinstance(found, list), name, "be a list", shortened(found))
     prints = Fingerprints(**(prints | {"resolution": tuple(prints["resolution"])}))
-    values = {name: data[name] for name in names} | {"notes": tuple(data["notes"]), "fingerprints": prints}
+    values: dict[str, Any] = {name: data[name] for name in names} | {"notes": tuple(data["notes"])}
     try:
-        return Certificate(**(values | {"schedule": Schedule.from_dict(data["schedule"])}))
+        values |= {"schedule": Schedule.from_dict(data["schedule"]), "fingerprints": prints}
+        return Certificate(**values)
     except RecursionError as error:
         raise TokenExitError("`schedule` must not be nested so deeply, got a recursion error") from error
 

@@ -384,10 +384,52 @@ MUTANTS = (
     ),
     Mutant(
         "any checksum will do",
-        "certificate.py",
-        'require(data["checksum"] == _checksum(content), "checksum"',
-        'require(isinstance(data["checksum"], str), "checksum"',
-        ("test_certificate",),
+        "sealed.py",
+        "require(found == _checksum(content), _CHECKSUM, rule, shortened(found))",
+        "pass",
+        ("test_sealed", "test_certificate"),
+    ),
+    Mutant(
+        "the last of two equal keys counts",
+        "sealed.py",
+        "    if len(data) < len(pairs):",
+        "    if len(data) > len(pairs):",
+        ("test_sealed",),
+    ),
+    Mutant(
+        "a plan before its weights",
+        "folders.py",
+        """    write(folder / named.file, weights)
+    write(folder / f"{kind}.json", text)
+""",
+        """    write(folder / f"{kind}.json", text)
+    write(folder / named.file, weights)
+""",
+        ("test_folders",),
+    ),
+    Mutant(
+        "the old weights go before the new plan comes",
+        "folders.py",
+        """    write(folder / f"{kind}.json", text)
+""",
+        """    _remove_strays(folder, kind, named.file, before)
+    write(folder / f"{kind}.json", text)
+""",
+        ("test_folders",),
+    ),
+    Mutant(
+        "weights of the right size will do",
+        "folders.py",
+        "return None if digest == weights.sha256 else",
+        "return None if True else",
+        ("test_folders",),
+    ),
+    Mutant(
+        "what fails leaves its part behind",
+        "folders.py",
+        "            part.unlink(missing_ok=True)",
+        "            pass",
+        ("test_folders",),
     ),
     Mutant(
         "tensors that were not certified are not looked at",
@@ -423,6 +465,27 @@ MUTANTS = (
         "return _share((exiting != dense) & counts, counts)",
         "return _share(exiting != dense, counts)",
         ("test_risks",),
+    ),
+    Mutant(
+        "an image of which no pixel counts has lost nothing",
+        "risks.py",
+        "return found / xp.where(of > 0, of, xp.nan)",
+        "return found / xp.where(of > 0, of, 1.0)",
+        ("test_risks",),
+    ),
+    Mutant(
+        "a label that no class has is wrong twice",
+        "risks.py",
+        "xp.where(strange, xp.nan, ",
+        "xp.where(strange, 0.0, ",
+        ("test_risks",),
+    ),
+    Mutant(
+        "too few images see no drift",
+        "drift.py",
+        "if self.blind:",
+        "if False:",
+        ("test_drift",),
     ),
     Mutant(
         "one product of attention instead of two",

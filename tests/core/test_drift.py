@@ -150,3 +150,16 @@ def test_bad_input_is_named(call, message):
 def test_an_infinite_gap_is_impossible_and_none_is_certain():
     assert drift._p_value(0, 3, 4) == 1.0
     assert drift._p_value(12, 3, 4) == pytest.approx(2 / math.comb(7, 3))
+
+
+def test_with_too_few_images_it_says_that_it_cannot_see():
+    before, far = Sample({"a": tuple(map(float, range(40)))}), (1e6,)
+    blind = compare(before, Sample({"a": far}), false_alarms=0.01)
+    assert blind.blind
+    assert not blind.drifted
+    assert str(blind).startswith("No drift can be seen with so few images, whatever is on them: compare more (40 images")
+    with pytest.warns(UserWarning, match="No drift can be seen"):
+        blind.warn()
+    seen = compare(before, Sample({"a": far * 4}), false_alarms=0.01)
+    assert seen.drifted
+    assert not seen.blind
