@@ -157,7 +157,9 @@ def test_with_too_few_images_it_says_that_it_cannot_see():
     blind = compare(before, Sample({"a": far}), false_alarms=0.01)
     assert blind.blind
     assert not blind.drifted
-    assert str(blind).startswith("No drift can be seen with so few images, whatever is on them: compare more (40 images")
+    assert str(blind).startswith(
+        "No drift can be seen with so few images, whatever is on them: compare more (40 images"
+    )
     with pytest.warns(UserWarning, match="No drift can be seen"):
         blind.warn()
     seen = compare(before, Sample({"a": far * 4}), false_alarms=0.01)
