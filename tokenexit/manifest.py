@@ -4,12 +4,11 @@ It holds plain data only. Names in it are looked up in closed registries, and un
 """
 
 import json
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tokenexit import heads
-from tokenexit._plain import is_whole
+from tokenexit._plain import MOST, is_number, is_whole
 from tokenexit.errors import TokenExitError, require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
@@ -18,7 +17,6 @@ from tokenexit.semantic import SemanticPlan, require_room
 __all__ = ["Manifest", "SemanticManifest", "from_json", "semantic_from_json", "semantic_to_json", "to_json"]
 
 SCHEMA = 1
-MOST = 1_000_000  # of channels, classes, blocks: larger numbers are a damaged or a hostile file
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def semantic_from_json(text: str, /) -> SemanticManifest:
     require_room(data["after"], data["until"], depth=data["depth"])
     require(data["width"] % data["heads"] == 0, "heads", f"divide the width, {data['width']}", data["heads"])
     epsilon = data["epsilon"]
-    positive = isinstance(epsilon, float) and 0 < epsilon < math.inf
+    positive = isinstance(epsilon, float) and is_number(epsilon) and epsilon > 0
     require(positive, "epsilon", "be a positive number", repr(epsilon))
     values = {field.name: data[field.name] for field in fields(SemanticManifest)}
     values["plan"] = SemanticPlan.from_dict(data["plan"])
