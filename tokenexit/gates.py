@@ -85,7 +85,7 @@ def soft_draw(
         f"have one number for each token, shape {tuple(preference.shape)}",
         f"shape {tuple(uniform.shape)}",
     )
-    require(is_number(temperature) and temperature > 0, "temperature", "be a positive number", repr(temperature))
+    require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
     xp = array_namespace(preference)
     # Away from 0 and 1, where the noise would be infinite.
     inside = xp.clip(xp.astype(uniform, xp.float32), 1e-7, 1 - 1e-7)

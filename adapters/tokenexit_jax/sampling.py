@@ -122,7 +122,7 @@ def sampled(
             weights do not fit the model.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
-    require(is_number(temperature) and temperature > 0, "temperature", "be a positive number", repr(temperature))
+    require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
     require(gate_input in ("live", "detached"), "gate_input", "be 'live' or 'detached'", repr(gate_input))
     require(is_number(random) and 0 <= random <= 1, "random", "be a share in [0, 1]", repr(random))
     require_key(key)

@@ -369,7 +369,7 @@ def distillation(
         TokenExitError: If the temperature is not positive, there are fewer than two classes, or the teacher's images or
             classes are others.
     """
-    require(is_number(temperature) and temperature > 0, "temperature", "be a positive number", repr(temperature))
+    require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
     _require_logits(logits)
     require_array(teacher, "teacher")
     images, classes = logits.shape[0], logits.shape[-1]
