@@ -234,4 +234,4 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 1
+    return is_number(value) and bool(0 <= value <= 1)

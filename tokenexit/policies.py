@@ -428,7 +428,7 @@ class _Threshold(Policy, ABC):
     def __post_init__(self) -> None:
         threshold: Any = self.threshold
         if isinstance(threshold, int | float) and not isinstance(threshold, bool):
-            require(0 <= threshold <= 1, "threshold", "be in [0, 1]", threshold)
+            require(bool(0 <= threshold <= 1), "threshold", "be in [0, 1]", threshold)
         else:  # an array may be traced, so its value is not looked at
             scalar = is_array(threshold) and tuple(cast(Array, threshold).shape) == () and _is_numeric(threshold)
             ok = scalar or isinstance(threshold, PerClass)
@@ -525,7 +525,7 @@ class Budget(Policy):
         keep: Any = self.keep
         if is_array(keep):
             ok = tuple(keep.shape) == () and _is_numeric(keep)
-            require(ok, "keep", "be a number or an array of numbers without axes", keep)
+            require(ok, "keep", "be a number or an array without axes", keep)
         else:
             fraction = isinstance(keep, float) and 0 <= keep <= 1
             require(fraction or is_whole(keep), "keep", "be a float in [0, 1] or a whole number", keep)
@@ -782,10 +782,10 @@ def _part(policy: Policy, least: int) -> str:
 
 def _call(value: Any) -> str:
     """The call that makes a dataclass: its first field, and those of the others that have not their default."""
-    first, *others = dataclasses.fields(value)
-    named = ((field.name, getattr(value, field.name), field.default) for field in others)
-    options = [f"{name}={_literal(held)}" for name, held, default in named if is_array(held) or held != default]
-    return f"{type(value).__name__}({', '.join([_literal(getattr(value, first.name)), *options])})"
+    held = [(field.name, getattr(value, field.name), field.default) for field in dataclasses.fields(value)]
+    first = [_literal(one) for _, one, _ in held[:1]]
+    options = [f"{name}={_literal(one)}" for name, one, default in held[1:] if is_array(one) or one != default]
+    return f"{type(value).__name__}({', '.join(first + options)})"
 
 
 def _literal(value: Any) -> str:

@@ -29,7 +29,7 @@ def along(channels, x):
 
 
 def norm(params, name, x, epsilon=1e-6):
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
     return (scaled * along(params[f"{name}.weight"], x) + along(params[f"{name}.bias"], x)).astype(x.dtype)
