@@ -200,7 +200,7 @@ def neighbours(
     """
     radius = {3: 2, 6: 1, 8: 0} if radius is None else radius
     named = isinstance(radius, Mapping) and len(radius) > 0
-    require(named, "radius", "name at least one block, as {6: 1}", repr(radius))
+    require(named, "radius", "name at least one block", repr(radius))
     for block in radius:
         _require_block(block)
     policy = {after: NeighboursAgree(1.0, radius=radius[after]) for after in radius}
@@ -286,7 +286,7 @@ def paumer(
         exits = tuple(Exit(block, EntropyBelow(0.0)) for block in _blocks(after))
         return Schedule(exits, Feature()).with_threshold(0.05 if threshold is None else threshold)
     require(threshold is None, "keep", "be given instead of `threshold`", "both")
-    require(isinstance(keep, Mapping) and len(keep) > 0, "keep", "name at least one block, as {6: 0.5}", repr(keep))
+    require(isinstance(keep, Mapping) and len(keep) > 0, "keep", "name at least one block", repr(keep))
     for block in keep:
         _require_block(block)
     return Schedule(tuple(Exit(block, Budget(keep[block], by="entropy")) for block in sorted(keep)), Feature())

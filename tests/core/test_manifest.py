@@ -154,7 +154,7 @@ def test_what_is_wrong_in_a_semantic_manifest_is_named(changes, message):
         manifest.semantic_from_json(text)
 
 
-HOSTILE = [10**400, -(10**400), 10**19, 1e308, math.nan, math.inf, -math.inf, True]
+HOSTILE = [10**400, -(10**400), 1e308, math.nan, math.inf, -math.inf, True]
 
 
 def numbers(data, *path):
