@@ -1,4 +1,7 @@
-"""Hypothesis profiles: `make test` runs the quick one, which draws the same examples every time."""
+"""Hypothesis profiles: `make test` runs the quick one, which draws the same examples every time.
+
+`make properties` runs the thorough one, and `make invariance` the one of that name.
+"""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("quick", max_examples=60, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.register_profile("invariance", max_examples=1500, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 

@@ -10,6 +10,7 @@ from tokenexit.errors import require
 
 __all__ = [
     "Array",
+    "aligned",
     "array_namespace",
     "counting",
     "data_dependent_shapes",
@@ -60,6 +61,16 @@ def device(value: Array, /) -> Any:
 def is_jax_array(value: Any, /) -> bool:
     """Whether `value` is an array of JAX, traced or not."""
     return not _is_torch(value) and array_api_compat.is_jax_array(value)
+
+
+def aligned(values: Array, axes: int, /) -> Array:
+    """The same values with so many axes at least, those that are put before them of size 1.
+
+    Broadcasting is written out by it: JAX can be set to refuse operands with different numbers of axes.
+    """
+    if values.ndim >= axes:
+        return values
+    return array_namespace(values).reshape(values, (*[1] * (axes - values.ndim), *values.shape))
 
 
 def counting(count: int, like: Array, /) -> Array:

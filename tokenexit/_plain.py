@@ -8,7 +8,21 @@ from typing import Any
 
 from tokenexit.errors import require
 
-__all__ = ["from_plain", "is_whole", "require_keys", "require_share", "shortened", "to_plain"]
+__all__ = [
+    "MOST",
+    "from_plain",
+    "is_number",
+    "is_whole",
+    "require_keys",
+    "require_share",
+    "shortened",
+    "to_plain",
+]
+
+MOST = 1_000_000
+"""Of channels, classes, blocks, places in a window: larger numbers are a damaged or a hostile file."""
+
+_LARGEST = 2.0**128 * (1 - 2.0**-24)  # of 32 bits
 
 
 def to_plain(
@@ -44,6 +58,15 @@ def require_keys(data: Any, argument: str, keys: set[str]) -> None:
     """Raise a `TokenExitError` unless `data` is a mapping with exactly these keys."""
     require(isinstance(data, Mapping), argument, f"be a mapping with the keys {sorted(keys)}", shortened(data))
     require(set(data) == keys, argument, f"have exactly the keys {sorted(keys)}", sorted(map(str, data)))
+
+
+def is_number(value: object, /) -> bool:
+    """Whether `value` is a finite number that 32 bits hold, True and False not among them.
+
+    An int that no float holds is none, nor is NaN.
+    """
+    number: Any = value
+    return isinstance(number, Real) and not isinstance(number, bool) and bool(-_LARGEST <= number <= _LARGEST)
 
 
 def is_whole(value: object, /, *, least: int = 0) -> bool:

@@ -11,7 +11,7 @@ number, all processes of a run agree on it, and there is no state to save.
 import random
 from dataclasses import dataclass
 
-from tokenexit._plain import is_whole
+from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
 
 __all__ = ["Annealed", "Drawn"]
@@ -37,8 +37,9 @@ class Annealed:
         """Check the fields.
 
         Raises:
-            TokenExitError: If `steps` or `wait` is no whole number, or too small.
+            TokenExitError: If `start` or `end` is no number, or `steps` or `wait` no whole number, or too small.
         """
+        _require_numbers(start=self.start, end=self.end)
         require(is_whole(self.steps, least=1), "steps", "be a whole number from 1 up", repr(self.steps))
         require(is_whole(self.wait, least=0), "wait", "be a whole number from 0 up", repr(self.wait))
 
@@ -77,8 +78,9 @@ class Drawn:
         """Check the fields.
 
         Raises:
-            TokenExitError: If `low` is above `high`, or `seed` no whole number from 0 up.
+            TokenExitError: If one of them is no number, `low` is above `high`, or `seed` no whole number from 0 up.
         """
+        _require_numbers(low=self.low, high=self.high)
         require(self.low <= self.high, "low", f"be at most `high`, {self.high}", self.low)
         require(is_whole(self.seed, least=0), "seed", "be a whole number from 0 up", repr(self.seed))
 
@@ -96,6 +98,11 @@ class Drawn:
         """
         _require_step(step)
         return random.Random((self.seed << 32) + step).uniform(self.low, self.high)
+
+
+def _require_numbers(**values: float) -> None:
+    for argument, value in values.items():
+        require(is_number(value), argument, "be a number", repr(value))
 
 
 def _require_step(step: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from tokenexit._plain import is_number
 from tokenexit.errors import require
 
 __all__ = ["loss_weights"]
@@ -23,7 +24,7 @@ def loss_weights(auxiliary: float | Mapping[int, float], /, *, exits: Sequence[i
     """
     given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
     rule = "be a weight from 0 up, or one for each block with an exit"
-    numbers = [isinstance(one, int | float) and not isinstance(one, bool) and one >= 0 for one in given.values()]
+    numbers = [is_number(one) and one >= 0 for one in given.values()]
     blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
     require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
     missing = [after for after in exits if after not in given]

@@ -62,8 +62,8 @@ def stands_for(receipt: Receipt, /, *, grid: tuple[int, int], side: int) -> Floa
     gone = xp.reshape(xp.astype(~receipt.running[:, prefix:], xp.float32), (receipt.images, height, width))
     rows, columns = (_cells(counting(size, position), size, side) for size in grid)
     # Which row of the grid belongs to which row of cells; columns likewise. Sums over cells are then two products.
-    down = xp.astype(counting(_count(height, side), position)[:, None] == rows, xp.float32)
-    across = xp.astype(columns[:, None] == counting(_count(width, side), position), xp.float32)
+    down = xp.astype(counting(_count(height, side), position)[:, None] == rows[None, :], xp.float32)
+    across = xp.astype(columns[:, None] == counting(_count(width, side), position)[None, :], xp.float32)
     missing = xp.matmul(xp.matmul(down, gone), across)
     inside = xp.where(position >= 0, position, xp.zeros_like(position))
     row, column = inside // max(width, 1), inside % max(width, 1)

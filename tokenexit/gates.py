@@ -8,13 +8,12 @@ through them.
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
 
-from tokenexit._array import Array, array_namespace
-from tokenexit._plain import is_whole
+from tokenexit._array import Array, aligned, array_namespace
+from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
 from tokenexit.heads import MLP
 
@@ -86,7 +85,7 @@ def soft_draw(
         f"have one number for each token, shape {tuple(preference.shape)}",
         f"shape {tuple(uniform.shape)}",
     )
-    require(temperature > 0, "temperature", "be positive", temperature)
+    require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
     xp = array_namespace(preference)
     # Away from 0 and 1, where the noise would be infinite.
     inside = xp.clip(xp.astype(uniform, xp.float32), 1e-7, 1 - 1e-7)
@@ -133,7 +132,7 @@ def ratio_loss(
     else:
         share = xp.sum(keep * counts, axis=2) / xp.clip(xp.sum(counts, axis=2), 1.0)
     # Without a gate that decides there is nothing to hold.
-    return xp.sum((share - rates) ** 2) / max(math.prod(share.shape), 1)
+    return xp.sum((share - aligned(rates, share.ndim)) ** 2) / max(math.prod(share.shape), 1)
 
 
 def threshold_for(probability: Float[Array, "tokens"], rate: float, /) -> float:
@@ -180,6 +179,8 @@ def staged_rates(after: Iterable[int], /, *, rates: Iterable[float] = (0.7, 0.49
     Raises:
         TokenExitError: If there is no gate or no rate, or a rate is no share.
     """
+    for argument, value in (("after", after), ("rates", rates)):
+        require(isinstance(value, Iterable), argument, "be several numbers, in a tuple", repr(value))
     blocks, stages = tuple(after), tuple(rates)
     whole = all(is_whole(block, least=1) for block in blocks) and list(blocks) == sorted(set(blocks))
     require(whole and len(blocks) > 0, "after", "be ascending blocks from 1 up, at least one", blocks)
@@ -195,7 +196,7 @@ def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -
     """
     blocks = tuple(after)
     given: dict[int, float] = dict(rates) if isinstance(rates, Mapping) else dict.fromkeys(blocks, rates)
-    fits = sorted(given) == sorted(blocks)
+    fits = set(given) == set(blocks)
     require(fits, "rates", f"be one number, or one for each gate, after blocks {blocks}", repr(rates))
     require(all(map(_is_share, given.values())), "rates", "be numbers in [0, 1]", repr(rates))
     return {block: float(given[block]) for block in blocks}
@@ -233,4 +234,4 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+    return is_number(value) and bool(0 <= value <= 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenexit._plain import from_plain, is_whole, to_plain
+from tokenexit._plain import MOST, from_plain, is_whole, to_plain
 from tokenexit.errors import require
 
 __all__ = ["ATM", "FCN", "MLP", "HeadPlan", "Linear", "Neighbourhood", "from_dict", "to_dict"]
@@ -158,6 +158,6 @@ def from_dict(data: Mapping[str, Any], /) -> HeadPlan:
     return from_plain(data, _KINDS, argument="plan")
 
 
-def _require_size(argument: str, value: object, *, most: int = 1_000_000) -> None:
+def _require_size(argument: str, value: object, *, most: int = MOST) -> None:
     ok = isinstance(value, int) and is_whole(value, least=1) and value <= most
     require(ok, argument, f"be a whole number from 1 to {most:,}", repr(value))

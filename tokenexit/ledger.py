@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import scores
 from tokenexit._array import Array, array_namespace, filled, require_marks, take, take_or
+from tokenexit._plain import is_number
 from tokenexit.errors import TokenExitError, require
 from tokenexit.tokens import Receipt, scatter
 
@@ -181,7 +182,7 @@ def fold_leavers(
         f"shape {tuple(leave.shape)}",
     )
     require(0 <= into < receipt.slots, "into", f"be one of the {receipt.slots} slots", into)
-    require(0 <= above <= 1, "above", "be in [0, 1]", above)
+    require(is_number(above) and 0 <= above <= 1, "above", "be a number in [0, 1]", repr(above))
     xp = array_namespace(features)
     batch = (receipt.images, receipt.slots)
     own = xp.reshape(receipt.slot == into, receipt.layout)

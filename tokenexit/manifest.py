@@ -3,14 +3,13 @@
 Names in it are looked up in closed registries, and unknown keys are refused. `tokenexit.folders` puts it into files.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tokenexit import heads
-from tokenexit._plain import is_whole, require_keys, shortened
+from tokenexit._plain import MOST, is_number, is_whole, require_keys, shortened
 from tokenexit.errors import TokenExitError, require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
@@ -19,7 +18,6 @@ from tokenexit.semantic import SemanticPlan, require_room
 __all__ = ["Manifest", "SemanticManifest", "from_dict", "semantic_from_dict", "semantic_to_dict", "to_dict"]
 
 SCHEMA = 2
-MOST = 1_000_000  # of channels, classes, blocks: larger numbers are a damaged or a hostile file
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def semantic_from_dict(data: Mapping[str, Any], /) -> SemanticManifest:
     require_room(data["after"], data["until"], depth=data["depth"])
     require(data["width"] % data["heads"] == 0, "heads", f"divide the width, {data['width']}", data["heads"])
     epsilon = data["epsilon"]
-    positive = isinstance(epsilon, float) and 0 < epsilon < math.inf
+    positive = isinstance(epsilon, float) and is_number(epsilon) and epsilon > 0
     require(positive, "epsilon", "be a positive number", repr(epsilon))
     values = {field.name: data[field.name] for field in fields(SemanticManifest)}
     values["plan"] = SemanticPlan.from_dict(data["plan"])

@@ -260,7 +260,7 @@ class Evidence:
         return xp.astype(self.gate, xp.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerClass:
     """One threshold for every predicted class, wherever a policy takes a threshold.
 
@@ -281,8 +281,12 @@ class PerClass:
             numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in given)
             ok = numbers and len(given) > 0 and all(0 <= one <= 1 for one in given)
         else:
-            ok = is_array(given) and given.ndim == 1 and given.shape[0] > 0
+            ok = is_array(given) and given.ndim == 1 and given.shape[0] > 0 and _is_numeric(given)
         require(ok, "thresholds", "be a tuple of numbers in [0, 1], or an array with one axis", given)
+
+    def __repr__(self) -> str:
+        """As it is written in code."""
+        return _call(self)
 
     def of(self, label: Int[Array, "*tokens"], /, *, classes: int) -> Float[Array, "*tokens"]:
         """The threshold of every predicted class.
@@ -314,6 +318,9 @@ class Policy(ABC):
     score: ClassVar[str | None] = None
     """What a field `threshold` is compared with; policies that share it can be given one new threshold."""
 
+    _binding: ClassVar[int] = 4
+    """How tightly its expression holds together: 1 for `|`, 2 for `&`, 3 for `~`, 4 for a call."""
+
     @abstractmethod
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """Which tokens this policy lets go, protected ones not yet excepted."""
@@ -332,6 +339,10 @@ class Policy(ABC):
         """
         leave = self.leaves(evidence)
         return leave if evidence.valid is None and evidence.protected is None else leave & evidence.eligible
+
+    def __repr__(self) -> str:
+        """The policy as it is written in code; options that have their defaults are left out."""
+        return _call(self)
 
     def __and__(self, other: "Policy") -> "Policy":
         """A token leaves if both policies let it go."""
@@ -410,16 +421,16 @@ class Policy(ABC):
         return frozenset(own.union(*(value.compared_scores for value in fields.values() if isinstance(value, Policy))))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Threshold(Policy, ABC):
     threshold: Threshold
 
     def __post_init__(self) -> None:
         threshold: Any = self.threshold
         if isinstance(threshold, int | float) and not isinstance(threshold, bool):
-            require(0 <= threshold <= 1, "threshold", "be in [0, 1]", threshold)
+            require(bool(0 <= threshold <= 1), "threshold", "be in [0, 1]", threshold)
         else:  # an array may be traced, so its value is not looked at
-            scalar = is_array(threshold) and tuple(cast(Array, threshold).shape) == ()
+            scalar = is_array(threshold) and tuple(cast(Array, threshold).shape) == () and _is_numeric(threshold)
             ok = scalar or isinstance(threshold, PerClass)
             require(ok, "threshold", "be a number in [0, 1], an array without axes or PerClass", threshold)
 
@@ -430,7 +441,7 @@ class _Threshold(Policy, ABC):
         return self.threshold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConfidenceAbove(_Threshold):
     """A token leaves if its confidence is strictly greater (DToP, ICCV 2023, section 3.2).
 
@@ -445,7 +456,7 @@ class ConfidenceAbove(_Threshold):
         return evidence.confidence > self._limit(lambda: evidence.label, evidence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EntropyBelow(_Threshold):
     """A token leaves if its normalised entropy is strictly lower (PAUMER, BMVC 2022, section 3).
 
@@ -460,7 +471,7 @@ class EntropyBelow(_Threshold):
         return evidence.entropy < self._limit(lambda: evidence.label, evidence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MarginAbove(_Threshold):
     """A token leaves if its two best classes are strictly further apart.
 
@@ -475,7 +486,7 @@ class MarginAbove(_Threshold):
         return evidence.margin > self._limit(lambda: evidence.label, evidence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GateBelow(_Threshold):
     """A token leaves if the learned probability that it is kept is strictly lower (SViT, WACV 2024, section 3.2).
 
@@ -490,7 +501,7 @@ class GateBelow(_Threshold):
         return evidence._gate < self._limit(lambda: evidence.label, evidence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget(Policy):
     """The easiest tokens leave, so that of every image only so many stay (PAUMER, BMVC 2022, section 3: a fraction).
 
@@ -513,7 +524,8 @@ class Budget(Policy):
         """
         keep: Any = self.keep
         if is_array(keep):
-            require(tuple(keep.shape) == (), "keep", "be a number or an array without axes", keep)
+            ok = tuple(keep.shape) == () and _is_numeric(keep)
+            require(ok, "keep", "be a number or an array without axes", keep)
         else:
             fraction = isinstance(keep, float) and 0 <= keep <= 1
             require(fraction or is_whole(keep), "keep", "be a float in [0, 1] or a whole number", keep)
@@ -538,7 +550,7 @@ class Budget(Policy):
         return xp.astype(rank, xp.float32) + 0.5 > keep * float(per * evidence.grid[0] * evidence.grid[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BatchBudget(Budget):
     """The easiest tokens leave, so that of a whole batch only so many stay: its images trade with each other.
 
@@ -553,7 +565,7 @@ class BatchBudget(Budget):
         return self._beyond(evidence, None, per=evidence.images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Patience(Policy):
     """A token leaves if its predicted class has not changed over the exits before this one.
 
@@ -580,10 +592,10 @@ class Patience(Policy):
         if seen < self.exits:
             return evidence.eligible & False
         latest = evidence.previous[seen - self.exits :, :]
-        return xp.all(latest == evidence.label, axis=0) & evidence.known
+        return xp.all(latest == evidence.label[None, :], axis=0) & evidence.known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NeighboursAgree(_Threshold):
     """A token leaves if the grid around it predicts the same class, and is confident too.
 
@@ -644,38 +656,53 @@ class NeighboursAgree(_Threshold):
         return xp.where(confident, label, -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Never(Policy):
+    def __repr__(self) -> str:
+        return "never()"
+
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         return evidence.eligible & False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Always(Policy):
+    def __repr__(self) -> str:
+        return "always()"
+
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         return evidence.eligible
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Both(Policy):
+    _binding: ClassVar[int] = 2
     left: Policy
     right: Policy
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         return self.left(evidence) & self.right(evidence)
 
+    def __repr__(self) -> str:
+        return f"{_part(self.left, 2)} & {_part(self.right, 3)}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class _Either(Policy):
+    _binding: ClassVar[int] = 1
     left: Policy
     right: Policy
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         return self.left(evidence) | self.right(evidence)
 
+    def __repr__(self) -> str:
+        return f"{_part(self.left, 1)} | {_part(self.right, 2)}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class _Not(Policy):
+    _binding: ClassVar[int] = 3
     policy: Policy
 
     def __post_init__(self) -> None:
@@ -685,8 +712,11 @@ class _Not(Policy):
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         return ~self.policy(evidence) & evidence.known
 
+    def __repr__(self) -> str:
+        return f"~{_part(self.policy, 3)}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class _Retaining(Policy):
     policy: Policy
     per_class: int
@@ -706,8 +736,11 @@ class _Retaining(Policy):
         groups = images * classes
         return leave & ~top_k_per_group(leave, evidence.confidence, group, k=self.per_class, groups=groups)
 
+    def __repr__(self) -> str:
+        return f"{_part(self.policy, 4)}.retaining(per_class={self.per_class})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class _Minimum(Policy):
     policy: Policy
     per_image: int
@@ -725,6 +758,9 @@ class _Minimum(Policy):
         order = xp.where(leave, xp.where(hardness > most, most, hardness), xp.inf)
         return leave & (rank_in_group(order, _contest(evidence, evidence.image)) >= self.per_image)
 
+    def __repr__(self) -> str:
+        return f"{_part(self.policy, 4)}.with_minimum(per_image={self.per_image})"
+
 
 def _contest(evidence: Evidence, image: Array | None) -> Array:
     """Image of every token that may leave, 0 if there is but one; and -1 for the others, which compete with none."""
@@ -732,6 +768,28 @@ def _contest(evidence: Evidence, image: Array | None) -> Array:
     if image is None:
         return xp.astype(evidence.eligible, xp.int32) - 1
     return xp.where(evidence.eligible, image, -1)
+
+
+def _is_numeric(value: Array) -> bool:
+    """Whether an array holds real numbers: its values are not looked at, for they may be traced."""
+    return array_namespace(value).isdtype(value.dtype, ("integral", "real floating"))
+
+
+def _part(policy: Policy, least: int) -> str:
+    """A policy inside an expression: in parentheses if it holds together less tightly than what is around it."""
+    return repr(policy) if policy._binding >= least else f"({policy!r})"
+
+
+def _call(value: Any) -> str:
+    """The call that makes a dataclass: its first field, and those of the others that have not their default."""
+    held = [(field.name, getattr(value, field.name), field.default) for field in dataclasses.fields(value)]
+    first = [_literal(one) for _, one, _ in held[:1]]
+    options = [f"{name}={_literal(one)}" for name, one, default in held[1:] if is_array(one) or one != default]
+    return f"{type(value).__name__}({', '.join(first + options)})"
+
+
+def _literal(value: Any) -> str:
+    return repr(float(value)) if isinstance(value, float) else repr(value)  # NumPy's doubles are floats
 
 
 def never() -> Policy:

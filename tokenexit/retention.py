@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit._array import (
     Array,
+    aligned,
     array_namespace,
     counting,
     data_dependent_shapes,
@@ -142,7 +143,8 @@ def _in_order(xp: Any, score: Array, group: Array, numbers: Array, groups: int) 
 
 
 def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
-    group, numbers = xp.where(candidate, group, groups), counting(score.shape[-1], score)
+    group = xp.where(candidate, group, groups)
+    numbers = aligned(counting(score.shape[-1], score), score.ndim)
     order, sorted_group = _in_order(xp, _without_nan(xp, score), group, numbers, groups)
     # Of a token's group, if the k-th before it is not, no k are ahead of it.
     later = sorted_group[..., k:] != sorted_group[..., : score.shape[-1] - k]
@@ -243,7 +245,7 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
     contending = xp.where(candidate, score, xp.full_like(score, -xp.inf))
     contending = xp.reshape(_padded(xp.reshape(contending, (rows, tokens)), chunks * chunk), (rows, 1, chunks, chunk))
     label = xp.reshape(_padded(xp.reshape(group, (rows, tokens)), chunks * chunk), (rows, 1, chunks, chunk))
-    wanted = xp.astype(xp.reshape(counting(groups, group), (groups, 1)), group.dtype)
+    wanted = xp.astype(xp.reshape(counting(groups, group), (1, groups, 1)), group.dtype)
     # The best of each group in every chunk, in steps over whole maps, which compile to vector code: a reduction
     # does not.
     champion = filled((rows, groups, chunks), -xp.inf, score, dtype=score.dtype)
@@ -254,7 +256,7 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
     _, picked = first_k(champion, min(k, chunks))
     picked = xp.sort(picked, axis=-1)
     finals = picked.shape[-1] * chunk
-    place = xp.reshape(picked[..., None] * chunk + counting(chunk, group), (rows, groups, finals))
+    place = xp.reshape(picked[..., None] * chunk + aligned(counting(chunk, group), 4), (rows, groups, finals))
     flat = (rows, groups * finals)
 
     def at_place(values: Array) -> Array:
@@ -267,7 +269,7 @@ def _by_tournament(xp: Any, candidate: Array, score: Array, group: Array, k: int
     own = xp.reshape(group, (rows, tokens))
     least = xp.reshape(take_along_axis(least, own, axis=-1), score.shape)
     last = xp.reshape(take_along_axis(last, own, axis=-1), score.shape)
-    return (score > least) | ((score == least) & (counting(tokens, group) <= last))
+    return (score > least) | ((score == least) & (aligned(counting(tokens, group), score.ndim) <= last))
 
 
 def _above_none(xp: Any, score: Array) -> Array:

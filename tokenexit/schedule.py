@@ -128,7 +128,7 @@ class Schedule:
         require(not row, "threshold", f"be one threshold for all exits, or {several}", repr(threshold))
         if not isinstance(threshold, Mapping):
             threshold = dict.fromkeys(comparing, threshold)
-        unknown = sorted(set(threshold) - set(self.after))
+        unknown = sorted(set(threshold) - set(self.after), key=str)
         require(not unknown, "threshold", f"name blocks with an exit, {self.after}", unknown)
         kinds = sorted(
             set[str]().union(*(exit.policy.compared_scores for exit in self.exits if exit.after in threshold))
@@ -199,7 +199,10 @@ def neighbours(
         TokenExitError: If a radius, a threshold, `per_class` or `cell` is out of range.
     """
     radius = {3: 2, 6: 1, 8: 0} if radius is None else radius
-    require(len(radius) > 0, "radius", "name at least one block", radius)
+    named = isinstance(radius, Mapping) and len(radius) > 0
+    require(named, "radius", "name at least one block", repr(radius))
+    for block in radius:
+        _require_block(block)
     policy = {after: NeighboursAgree(1.0, radius=radius[after]) for after in radius}
     exits = tuple(Exit(after, policy[after].retaining(per_class=per_class)) for after in sorted(policy))
     plan = Schedule(exits, cell=cell)
@@ -283,7 +286,9 @@ def paumer(
         exits = tuple(Exit(block, EntropyBelow(0.0)) for block in _blocks(after))
         return Schedule(exits, Feature()).with_threshold(0.05 if threshold is None else threshold)
     require(threshold is None, "keep", "be given instead of `threshold`", "both")
-    require(isinstance(keep, Mapping) and len(keep) > 0, "keep", "name at least one block", keep)
+    require(isinstance(keep, Mapping) and len(keep) > 0, "keep", "name at least one block", repr(keep))
+    for block in keep:
+        _require_block(block)
     return Schedule(tuple(Exit(block, Budget(keep[block], by="entropy")) for block in sorted(keep)), Feature())
 
 

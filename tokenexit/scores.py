@@ -9,7 +9,7 @@ import math
 
 from jaxtyping import Float
 
-from tokenexit._array import Array, array_namespace, counting
+from tokenexit._array import Array, aligned, array_namespace, counting
 from tokenexit.errors import require
 
 __all__ = ["confidence", "entropy", "margin", "mask_scores"]
@@ -72,7 +72,8 @@ def margin(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"
     xp = array_namespace(logits)
     weight = xp.exp(_shifted(logits))
     best = xp.argmax(weight, axis=-1, keepdims=True)
-    runner_up = xp.max(xp.where(counting(weight.shape[-1], weight) == best, xp.zeros_like(weight), weight), axis=-1)
+    classes = aligned(counting(weight.shape[-1], weight), weight.ndim)
+    runner_up = xp.max(xp.where(classes == best, xp.zeros_like(weight), weight), axis=-1)
     return (xp.max(weight, axis=-1) - runner_up) / xp.sum(weight, axis=-1)
 
 
@@ -105,7 +106,7 @@ def mask_scores(
     mask_logits = xp.astype(mask_logits, xp.float32)
     falling = xp.exp(-xp.abs(mask_logits))  # never overflows
     sigmoid = xp.where(mask_logits >= 0, 1 / (1 + falling), falling / (1 + falling))
-    return xp.astype(presence, xp.float32) * sigmoid
+    return aligned(xp.astype(presence, xp.float32), sigmoid.ndim) * sigmoid
 
 
 def _shifted(logits: Array) -> Array:

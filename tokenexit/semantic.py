@@ -7,7 +7,6 @@ as the tokens: `valid` comes in as a map, and goes out beside what was cut. None
 nothing is masked where nothing has to be.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from jaxtyping import Bool, Float, Shaped
 
 from tokenexit._array import Array, array_namespace, counting, filled, require_marks, take
-from tokenexit._plain import is_whole, require_keys
+from tokenexit._plain import MOST, is_number, is_whole, require_keys
 from tokenexit.errors import require
 
 __all__ = [
@@ -25,6 +24,7 @@ __all__ = [
     "join",
     "neighbourhoods",
     "pool",
+    "require_places",
     "require_room",
     "split",
     "stvit",
@@ -286,19 +286,19 @@ class SemanticPlan:
     layer_scale: float | None = 1e-5
 
     def __post_init__(self) -> None:
-        _require_sides(self.tokens, "tokens")
+        _require_area(self.tokens, "tokens")
         for argument in ("window", "neighbourhood", "second", "recovery", "learned"):
             sides = getattr(self, argument)
             if sides is not None:
-                _require_sides(sides, argument)
+                _require_area(sides, argument)
         require(self.edges in ("inside", "beyond"), "edges", "be 'inside' or 'beyond'", repr(self.edges))
         require(self.pool in ("max", "mean"), "pool", "be 'max' or 'mean'", repr(self.pool))
         for argument in ("residual", "own_keys"):
             value = getattr(self, argument)
             require(isinstance(value, bool), argument, "be True or False", repr(value))
         scale = self.layer_scale
-        number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
-        require(scale is None or number, "layer_scale", "be a positive number or None", repr(scale))
+        number = scale is None or (is_number(scale) and scale > 0)
+        require(number, "layer_scale", "be a positive number or None", repr(scale))
 
     def windows(self, height: int, width: int, /) -> Windows:
         """The geometry of a map under this plan.
@@ -412,6 +412,29 @@ def require_room(after: Any, until: Any, /, *, depth: int) -> None:
     require(fits, "until", f"be a block from {after + 3} to {depth}, three of which are replaced, or None", repr(until))
 
 
+def require_places(plan: SemanticPlan, grid: tuple[int, int], /) -> None:
+    """Raise a `TokenExitError` unless a grid has room for a plan: what adapters ask before anything is computed.
+
+    Args:
+        plan: The plan, which may come from a file.
+        grid: Height and width of the grid.
+
+    Raises:
+        TokenExitError: If the plan makes more semantic tokens than the grid has places, or its windows, with what lies
+            around them, hold so many places that they are a damaged or a hostile file's.
+    """
+    windows, places = plan.windows(*grid), grid[0] * grid[1]
+    tokens = windows.count * plan.tokens[0] * plan.tokens[1]
+    rule = f"make no more semantic tokens than the {places} places of a grid of {grid[0]} x {grid[1]}"
+    require(tokens <= places, "plan", f"{rule} (`tokens`, `window`)", f"{tokens}")
+    most = max(MOST, 100 * places)
+    for argument in ("window", "neighbourhood", "second", "recovery"):
+        high, wide = getattr(plan, argument) or (0, 0)
+        held = windows.count * high * wide
+        rule = f"hold at most {most:,} places in the {windows.count} windows of a grid of {grid[0]} x {grid[1]}"
+        require(held <= most, argument, rule, f"{high, wide}: {held:,}")
+
+
 @dataclass(frozen=True)
 class _Line:
     """Which places along one axis are taken, in pieces of `reach` each, and which of them are there.
@@ -442,8 +465,9 @@ def _around(size: int, side: int, reach: int, edges: Edges, like: Array) -> _Lin
     start = counting(count, like) * side - (reach - side) // 2
     last = (count - 1) * side - (reach - side) // 2
     if edges == "inside":
-        return _Line(_flat(xp.clip(start, 0, size - reach)[:, None] + counting(reach, like)), None, count, reach)
-    place = start[:, None] + counting(reach, like)
+        place = xp.clip(start, 0, size - reach)[:, None] + counting(reach, like)[None, :]
+        return _Line(_flat(place), None, count, reach)
+    place = start[:, None] + counting(reach, like)[None, :]
     every = (reach - side) // 2 <= 0 and last + reach <= size
     there = None if every else (place >= 0) & (place < size)
     return _Line(_flat(xp.clip(place, 0, size - 1)), there, count, reach)
@@ -460,7 +484,7 @@ def _cells(size: int, side: int, to: int, like: Array) -> _Line:
     piece = counting(count * to, like)
     origin, cell = piece // to * side, piece % to
     start, stop = origin + cell * side // to, origin - (-(cell + 1) * side // to)
-    place = start[:, None] + counting(reach, like)
+    place = start[:, None] + counting(reach, like)[None, :]
     there = None if whole and min(spans) == reach else (place < stop[:, None]) & (place < size)
     filled = (count - 1) * side + (to - 1) * side // to < size
     return _Line(_flat(xp.clip(place, 0, size - 1)), there, count * to, reach, filled)
@@ -490,8 +514,8 @@ def _marks(valid: Array | None, down: _Line, across: _Line, like: Array) -> Arra
     shape = (like.shape[0], down.pieces, down.reach, across.pieces, across.reach)
     marks = filled(shape, True, like, dtype=xp.bool) if valid is None else _cut(valid, down, across)
     if down.inside is not None:
-        marks = marks & down.inside[:, :, None, None]
-    return marks if across.inside is None else marks & across.inside
+        marks = marks & down.inside[None, :, :, None, None]
+    return marks if across.inside is None else marks & across.inside[None, None, None, :, :]
 
 
 def _swapped(cut: Array) -> Array:
@@ -521,6 +545,11 @@ def _mean(cut: Array, marks: Array | None) -> Array:
 def _require_sides(sides: Sides, argument: str) -> None:
     pair = isinstance(sides, tuple) and len(sides) == 2 and all(is_whole(side, least=1) for side in sides)
     require(pair, argument, "be two whole numbers from 1 up, rows and columns", repr(sides))
+
+
+def _require_area(sides: Sides, argument: str) -> None:
+    _require_sides(sides, argument)
+    require(sides[0] * sides[1] <= MOST, argument, f"have at most {MOST:,} places", repr(sides))
 
 
 def _require_map(map: Array, windows: Windows, valid: Array | None) -> None:

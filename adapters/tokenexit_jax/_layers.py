@@ -8,6 +8,9 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
+from tokenexit._array import aligned
+from tokenexit_jax._given import new_keys
+
 Weights = Mapping[str, Array]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -30,7 +33,7 @@ def linear(weights: Weights, name: str, x: Float[Array, "*shape wide"]) -> Float
     """`x @ weight.T + bias`, the bias if there is one."""
     y = x @ weights[f"{name}.weight"].T
     bias = weights.get(f"{name}.bias")
-    return y if bias is None else y + bias
+    return y if bias is None else y + aligned(bias, y.ndim)
 
 
 def mlp(weights: Weights, name: str, x: Float[Array, "*shape wide"]) -> Float[Array, "*shape wide"]:
@@ -45,7 +48,8 @@ def layer_norm(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
-    return (normed * weights[f"{name}.weight"] + weights[f"{name}.bias"]).astype(x.dtype)
+    scale, shift = (aligned(weights[f"{name}.{one}"], x.ndim) for one in ("weight", "bias"))
+    return (normed * scale + shift).astype(x.dtype)
 
 
 def batch_norm(weights: Weights, name: str, x: Float[Array, "*shape wide"]) -> Float[Array, "*shape wide"]:
@@ -66,7 +70,7 @@ def batch_norm_in_training(
     several = count > 1
     number = jnp.maximum(count, 1)
     mean = jnp.where(known, rows, 0).sum(axis=axes) / number
-    variance = jnp.square(jnp.where(known, rows - mean, 0)).sum(axis=axes) / number
+    variance = jnp.square(jnp.where(known, rows - aligned(mean, x.ndim), 0)).sum(axis=axes) / number
     stored_mean, stored_variance, batches = (weights[f"{name}.{one}"] for one in STATISTICS)
     used = jnp.where(several, mean, stored_mean), jnp.where(several, variance, stored_variance)
     unbiased = variance * number / jnp.maximum(count - 1, 1)
@@ -99,12 +103,12 @@ def drop_path(added: Float[Array, "groups ..."], rate: float, key: Array | None)
 
 def keys_of(key: Array | None, count: int) -> list[Array | None]:
     """As many keys of their own; none of one that is none."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+    return [None] * count if key is None else [*new_keys(key, count)]
 
 
 def new_linear(key: Array, name: str, wide: int, out: int, *, bias: bool = True) -> dict[str, Array]:
     """Random weights of a linear layer, drawn as PyTorch draws them: uniform within one over the root of `wide`."""
-    for_weight, for_bias = jax.random.split(key)
+    for_weight, for_bias = new_keys(key)
     bound = wide**-0.5
     new = {f"{name}.weight": jax.random.uniform(for_weight, (out, wide), minval=-bound, maxval=bound)}
     if bias:
@@ -131,4 +135,5 @@ def start_linear(key: Array, name: str, wide: int, out: int, *, bias: bool = Tru
 
 def _after_norm(weights: Weights, name: str, x: Array, mean: Array, variance: Array) -> Array:
     scale = weights[f"{name}.weight"] * jax.lax.rsqrt(variance + _EPSILON)
-    return ((x - mean) * scale + weights[f"{name}.bias"]).astype(x.dtype)
+    mean, scale, shift = (aligned(one, x.ndim) for one in (mean, scale, weights[f"{name}.bias"]))
+    return ((x - mean) * scale + shift).astype(x.dtype)

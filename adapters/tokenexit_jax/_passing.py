@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from tokenexit.policies import Evidence
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Selection
 from tokenexit_jax import heads as building
+from tokenexit_jax._given import require_images
 from tokenexit_jax.masks import Masks, log_scores, read_masks
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import Output
@@ -169,7 +171,7 @@ class Run(NamedTuple):
         stop = exits[0].after if exits else self.end
         # Like the tokens, and not merely of a shape: under `shard_map` it is one for each shard.
         nothing = jnp.zeros_like(embedded.tokens[:, 0, 0], dtype=jnp.int32)
-        ran = jnp.broadcast_to(jnp.where(jnp.arange(depth) < stop, slots, nothing[:, None]), (count, depth))
+        ran = jnp.broadcast_to(jnp.where(jnp.arange(depth)[None] < stop, slots, nothing[:, None]), (count, depth))
         running = jnp.broadcast_to(nothing[:, None] == 0, (count, places))
         state = State(
             tokens=self._plain(embedded.tokens, embedded.positions, 0, stop),
@@ -319,7 +321,7 @@ class Run(NamedTuple):
         prefix = jnp.broadcast_to(waiting.astype(jnp.float32)[:, None], (images, state.prefix))
         counts = jnp.concatenate([prefix, patches], axis=1)
         # Of a finished image one entry counts all the same: there is no attention over nothing.
-        first = jnp.arange(state.prefix + places) == 0
+        first = jnp.arange(state.prefix + places)[None] == 0
         return jnp.where(first & ~waiting[:, None], 1.0, counts)
 
     def _exit(self, state: State, selection: Selection, entries: Array, index: int) -> State:
@@ -431,10 +433,19 @@ def embed(network: Network, params: Params, images: Array) -> Embedded:
     Raises:
         TokenExitError: If they do not.
     """
+    require_images(images)
     embedded = network.embed(params, images)
     require(isinstance(embedded, Embedded), "network.embed", "give Embedded", type(embedded).__name__)
-    _, slots, width = embedded.tokens.shape
-    height, across = embedded.grid
+    batch, grid, prefix = embedded.tokens, embedded.grid, embedded.prefix
+    several = isinstance(batch, Array) and batch.ndim == 3 and jnp.issubdtype(batch.dtype, jnp.floating)
+    got = f"shape {batch.shape}, {batch.dtype}" if isinstance(batch, Array) else type(batch).__name__
+    got = f"{got}, for images of shape {', '.join(str(leaf.shape) for leaf in jax.tree.leaves(images))}"
+    require(several, "network.embed", "give floating tokens of shape (images, slots, width)", got)
+    whole = isinstance(grid, tuple) and len(grid) == 2 and all(isinstance(one, Integral) for one in (prefix, *grid))
+    rule = "give a count of prefix tokens, and height and width of the grid"
+    require(whole and min(prefix, *grid) >= 0, "network.embed", rule, f"prefix={prefix!r}, grid={grid!r}")
+    _, slots, width = batch.shape
+    height, across = grid
     require(width == network.width, "network.width", f"be the {width} channels of its tokens", network.width)
     rule = f"give {embedded.prefix} prefix tokens and a grid of {height} x {across}"
     require(slots == embedded.prefix + height * across, "network.embed", rule, f"{slots} tokens")

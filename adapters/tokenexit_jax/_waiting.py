@@ -244,7 +244,7 @@ def closed(
         keep=by_gate([one.keep for one in gates.values()], jnp.bool_),
         probability=by_gate([one.probability for one in gates.values()], jnp.float32),
         tokens_per_block=jnp.stack(ran, axis=1),
-        capacity_per_block=nothing[:, None] + room,
+        capacity_per_block=nothing[:, None] + room[None],
         overflow=nothing + sum(one.overflow for one in gates.values()),
         gates=tuple(gates),
         keys=carry.keys,
@@ -353,5 +353,5 @@ def _as_keys(held: Bool[Array, "images entries"]) -> Float[Array, "images entrie
     """As how many keys each entry counts: of an image of which nothing runs one does all the same, for there is no
     attention over nothing.
     """
-    first = jnp.arange(held.shape[1]) == 0
+    first = jnp.arange(held.shape[1])[None] == 0
     return jnp.where(first & ~held.any(axis=1, keepdims=True), 1.0, held.astype(jnp.float32))

@@ -5,6 +5,9 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
+from tokenexit.errors import require
+from tokenexit_jax._given import require_array
+
 __all__ = ["attend", "key_bias"]
 
 
@@ -25,7 +28,14 @@ def attend(
 
     Returns:
         What each entry has gathered. Of an entry that holds no token it means nothing, and is finite.
+
+    Raises:
+        TokenExitError: If the keys or the counts are no such array, or there is not one count for each key.
     """
+    require_array(key, "key", "images", "entries", "heads", "width")
+    require_array(counts, "counts", "images", "entries")
+    entries = tuple(key.shape[:2])
+    require(counts.shape == entries, "counts", f"have one entry for each key, {entries}", f"shape {counts.shape}")
     return jax.nn.dot_product_attention(query, key, value, bias=key_bias(counts))
 
 
@@ -41,7 +51,11 @@ def key_bias(counts: Float[Array, "images entries"], /) -> Float[Array, "images 
     Returns:
         Logarithms of the counts, minus infinity for 0; the axes are those of
         `jax.nn.dot_product_attention(..., bias=...)`: images, heads, queries, keys.
+
+    Raises:
+        TokenExitError: If the counts are no such array.
     """
+    require_array(counts, "counts", "images", "entries")
     held = counts > 0
     # The inner `where` keeps log 0 away from gradients, of which 0 times infinity would make NaN.
     return jnp.where(held, jnp.log(jnp.where(held, counts, 1)), -jnp.inf)[:, None, None, :]

@@ -12,6 +12,7 @@ from tokenexit.errors import require
 from tokenexit.gates import rates_by_gate, threshold_for
 from tokenexit.policies import GateBelow
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_jax._given import require_array
 from tokenexit_jax.gating import GatedModel, host_run
 from tokenexit_jax.networks import Heads, Params
 
@@ -57,6 +58,9 @@ def gate_thresholds(
     require(len(model.schedule.after) > 0, "model", "have a schedule that decides at one gate at least", "none")
     wanted = rates_by_gate(rates, model.schedule.after)
     whole = isinstance(images, Array | np.ndarray)
+    several = isinstance(images, Iterable) and not isinstance(images, str | bytes)
+    require(several and (not whole or images.ndim > 0), "images", "be an array, or batches", type(images).__name__)
+    require(callable(progress), "progress", "be a function, as `iter` or `tqdm`", repr(progress))
     batches = [images[start : start + 8] for start in range(0, len(images), 8)] if whole else images
     again = not isinstance(batches, Iterator)
     require(again, "images", "be batches that can be passed more than once, as a list", type(images).__name__)
@@ -76,6 +80,7 @@ def _probability(
     model: GatedModel, params: Params, gates: Heads, images: Array | np.ndarray, plan: Schedule
 ) -> Float[np.ndarray, "patches"]:
     """What the last gate of a plan says of every patch; 0 of those that it is not asked about."""
+    require_array(images, "images")
     run = host_run(model, params, gates, plan)
     run.until(jnp.asarray(images), plan.after[-1])
     return np.where(run.running.keep, run.running.probability, 0.0).astype(np.float32).ravel()

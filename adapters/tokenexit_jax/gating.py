@@ -27,6 +27,7 @@ from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit_jax import _waiting
 from tokenexit_jax import heads as building
+from tokenexit_jax._given import new_keys, require_images
 from tokenexit_jax._waiting import GatedParts, GatedRun, MaskedRun
 from tokenexit_jax.networks import Embedded, Heads, Params
 from tokenexit_jax.outputs import GatedOutput
@@ -77,6 +78,7 @@ class GatedModel(GatedParts):
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
+        require_images(images)
         return _HostRun(self, params, *_given(self, gates, schedule)).through(images)
 
     def compiled(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
@@ -97,6 +99,7 @@ class GatedModel(GatedParts):
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
+        require_images(images)
         return GatedRun(self, params, *_given(self, gates, schedule)).through(images)
 
     def masked(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
@@ -116,6 +119,7 @@ class GatedModel(GatedParts):
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
+        require_images(images)
         return MaskedRun(self, params, *_given(self, gates, schedule)).through(images)
 
     def init(self, key: Array) -> Heads:
@@ -127,7 +131,7 @@ class GatedModel(GatedParts):
         Returns:
             The weights, by the blocks before the gates: `{"3": {...}, ...}`.
         """
-        keys = jax.random.split(key, max(len(self.after), 1))
+        keys = new_keys(key, max(len(self.after), 1))
         width = self.network.width
         return {str(after): _new_gate(self.gate_plan, one, width) for after, one in zip(self.after, keys, strict=False)}
 
@@ -151,7 +155,7 @@ class GatedModel(GatedParts):
             TokenExitError: If neither is given, a decision has no gate, or a threshold does not fit.
         """
         require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self.schedule if schedule is None else schedule
+        plan = checked_gates(self, self.schedule if schedule is None else schedule)
         plan = plan if threshold is None else plan.with_threshold(threshold)
         return dataclasses.replace(self, schedule=on_host(checked_gates(self, plan)))
 

@@ -15,6 +15,7 @@ from tokenexit import TokenExitError
 from tokenexit.cost import HeadCost, of_head
 from tokenexit.errors import require
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
+from tokenexit_jax._given import new_keys, require_count
 from tokenexit_jax._layers import (
     Weights,
     batch_norm,
@@ -44,10 +45,13 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
         The weights by name, float32; those of `FCN` have the statistics of its norm among them.
 
     Raises:
-        TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
+        TokenExitError: If `plan` is not of `tokenexit.heads`, `key` no random key, a size no whole number from 1 up, or
+            an `ATM` does not fit the width.
     """
     require(isinstance(plan, HeadPlan), "plan", "be a plan of tokenexit.heads", repr(plan))
-    first, last = jax.random.split(key)
+    for argument, value in (("width", width), ("classes", classes)):
+        require_count(value, argument)
+    first, last = new_keys(key)
     match plan:
         case Linear():
             return {**new_norm("0", width), **new_linear(last, "1", width, classes)}

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from tokenexit.errors import require
 from tokenexit.heads import ATM
+from tokenexit_jax._given import new_keys
 from tokenexit_jax._layers import Weights, layer_norm, linear, new_linear, new_norm
 
 __all__ = ["MaskMaps", "Masks", "log_scores", "read_masks"]
@@ -94,7 +95,7 @@ def new_masks(plan: ATM, key: Array, width: int, classes: int) -> dict[str, Arra
     require(width % 2 == 0, "width", "be even", width)
     _attention_heads(plan, width)
     half = width // 2
-    for_queries, for_memory, for_presence, key = jax.random.split(key, 4)
+    for_queries, for_memory, for_presence, key = new_keys(key, 4)
     params = {
         "queries": jax.random.normal(for_queries, (classes, half)),
         **new_linear(for_memory, "memory.0", width, half),
@@ -106,7 +107,7 @@ def new_masks(plan: ATM, key: Array, width: int, classes: int) -> dict[str, Arra
         "out": (half, half), "mlp.0": (half, 4 * half), "mlp.2": (4 * half, half),
     }  # fmt: skip
     for layer in range(plan.layers):
-        key, *keys = jax.random.split(key, 1 + len(sizes))
+        key, *keys = new_keys(key, 1 + len(sizes))
         for one, (name, (wide, out)) in zip(keys, sizes.items(), strict=True):
             params |= new_linear(one, f"layers.{layer}.{name}", wide, out)
         for norm in range(3):

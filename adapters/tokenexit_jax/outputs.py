@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 from tokenexit import TokenExitError
 from tokenexit.cost import Cost
+from tokenexit.errors import require
+from tokenexit_jax._given import require_size
 from tokenexit_jax.pytrees import register
 
 __all__ = ["GatedOutput", "Output"]
@@ -48,7 +50,11 @@ class Output:
 
         Returns:
             The interpolated logits.
+
+        Raises:
+            TokenExitError: If `size` is no height and width.
         """
+        require_size(size)
         images, _, _, classes = self.logits.shape
         return jax.image.resize(self.logits, (images, *size, classes), "bilinear")
 
@@ -64,6 +70,7 @@ class Output:
         Raises:
             TokenExitError: If the cost is of another network.
         """
+        _require_cost(cost)
         height, width = self.exit_depth.shape[1:]
         ran = np.asarray(self.tokens_per_block)
         return cost.multiply_adds(ran, patches=height * width, exits=self.exits, head_on=self.head_on)
@@ -112,10 +119,11 @@ class GatedOutput:
             The interpolated logits.
 
         Raises:
-            TokenExitError: If there are none, for the model has no head.
+            TokenExitError: If there are none, for the model has no head, or `size` is no height and width.
         """
         if self.logits is None:
             raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
+        require_size(size)
         images, _, _, classes = self.logits.shape
         return jax.image.resize(self.logits, (images, *size, classes), "bilinear")
 
@@ -135,6 +143,7 @@ class GatedOutput:
         Raises:
             TokenExitError: If the cost is of another network.
         """
+        _require_cost(cost)
         height, across = self.keep.shape[2:]
         ran, patches = np.asarray(self.tokens_per_block).astype(np.int64), height * across
         asked = sum(cost.exit_heads[after].per_token for after in self.gates)
@@ -148,3 +157,7 @@ class GatedOutput:
 
 _GATED = ("logits", "maps", "keep", "probability", "tokens_per_block", "capacity_per_block", "overflow")
 register(GatedOutput, leaves=_GATED)
+
+
+def _require_cost(cost: Cost) -> None:
+    require(isinstance(cost, Cost), "cost", "be what `model.cost` gives", type(cost).__name__)

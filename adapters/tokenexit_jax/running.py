@@ -24,6 +24,7 @@ from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
 from tokenexit_jax._counting import multiply_adds, network_cost
+from tokenexit_jax._given import new_keys, require_images
 from tokenexit_jax._passing import Parts, Run, State, needed, on_grid, stages
 from tokenexit_jax.masks import MaskMaps
 from tokenexit_jax.networks import Heads, Params
@@ -69,6 +70,7 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
+        require_images(images)
         plan = as_arrays(checked(self, self.schedule if schedule is None else schedule))
         heads = fitting(self, heads)
         # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
@@ -117,7 +119,7 @@ class ExitingModel(Parts):
         Returns:
             The weights.
         """
-        keys = jax.random.split(key, len(self.after) + 1)
+        keys = new_keys(key, len(self.after) + 1)
         new = partial(building.init, self.head_plan, width=self.network.width, classes=self.classes)
         exit_heads = {str(after): new(one) for after, one in zip(self.after, keys[1:], strict=True)}
         return {"exit_heads": exit_heads} | ({"head": new(keys[0])} if self.head is None else {})
@@ -144,7 +146,7 @@ class ExitingModel(Parts):
             TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
         """
         require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self.schedule if schedule is None else schedule
+        plan = checked(self, self.schedule if schedule is None else schedule)
         plan = plan if threshold is None else plan.with_threshold(threshold)
         return dataclasses.replace(self, schedule=on_host(checked(self, plan)))
 

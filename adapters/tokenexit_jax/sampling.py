@@ -22,9 +22,11 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
 from tokenexit import gates as core
+from tokenexit._plain import is_number
 from tokenexit.errors import require
 from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import Schedule
+from tokenexit_jax._given import require_array, require_key
 from tokenexit_jax._waiting import Asked, MaskedRun, asked, in_place, put_back
 from tokenexit_jax.gating import GatedModel, checked_gates, fitting_gates
 from tokenexit_jax.heads import read_in_training
@@ -69,6 +71,8 @@ class Drawing:
         Raises:
             TokenExitError: If `of_each` is unknown or `valid` does not fit.
         """
+        if valid is not None:
+            require_array(valid, "valid", "images", "grid_height", "grid_width")
         keep = rearrange(self.keep, "images gates height width -> images gates (height width)")
         flat = None if valid is None else valid.reshape(valid.shape[0], -1)
         return core.ratio_loss(keep, self.rates, of_each=of_each, valid=flat)
@@ -118,9 +122,10 @@ def sampled(
             weights do not fit the model.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
-    require(temperature > 0, "temperature", "be positive", temperature)
+    require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
     require(gate_input in ("live", "detached"), "gate_input", "be 'live' or 'detached'", repr(gate_input))
-    require(0 <= random <= 1, "random", "be a share in [0, 1]", random)
+    require(is_number(random) and 0 <= random <= 1, "random", "be a share in [0, 1]", repr(random))
+    require_key(key)
     options = _Options(key, rates_by_gate(rates, model.after), temperature, gate_input, random)
     plan = checked_gates(model, model.schedule if schedule is None else schedule)
     return _SampledRun(model, params, fitting_gates(model, gates), plan, options).drawn(images)

@@ -21,9 +21,11 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
 from tokenexit import semantic
-from tokenexit._plain import is_whole
+from tokenexit._array import aligned
+from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
+from tokenexit_jax._given import new_keys, require_array, require_count
 from tokenexit_jax._layers import (
     Weights,
     cleared,
@@ -127,6 +129,10 @@ class CrossBlock:
     def __post_init__(self) -> None:
         require_heads(self.heads, self.width)
         require_share(self.drop_path)
+        _require_sizes(self.hidden, self.epsilon)
+        scale = self.layer_scale
+        number = scale is None or is_number(scale)
+        require(number, "layer_scale", "be a number or None", repr(scale))
 
     @property
     def inside(self) -> int:
@@ -148,7 +154,7 @@ class CrossBlock:
             "mlp.0": (width, hidden), "mlp.2": (hidden, width),
         }  # fmt: skip
         new = new_norm("norm1", width) | new_norm("norm2", width)
-        for one, (name, (wide, out)) in zip(jax.random.split(key, len(sizes)), sizes.items(), strict=True):
+        for one, (name, (wide, out)) in zip(new_keys(key, len(sizes)), sizes.items(), strict=True):
             new |= start_linear(one, name, wide, out)
         if self.layer_scale is None:
             return new
@@ -194,7 +200,7 @@ class CrossBlock:
         return tokens + drop_path(self._scaled(weights, "scale2", added), self.drop_path, of_mlp)
 
     def _scaled(self, weights: Weights, name: str, added: Array) -> Array:
-        return added if self.layer_scale is None else added * weights[name]
+        return added if self.layer_scale is None else added * aligned(weights[name], added.ndim)
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,11 @@ class SemanticTokens:
     drop_path: tuple[float, float] = field(default=(0.0, 0.0), kw_only=True)
 
     def __post_init__(self) -> None:
+        _require_plan(self.plan)
         require_heads(self.heads, self.width)
+        _require_sizes(self.hidden, self.epsilon)
+        two = isinstance(self.drop_path, tuple) and len(self.drop_path) == 2
+        require(two, "drop_path", "be two shares, one for each layer", repr(self.drop_path))
         for share in self.drop_path:
             require_share(share)
 
@@ -251,7 +261,7 @@ class SemanticTokens:
             The weights by name, float32.
         """
         (first, second), learned = self.blocks, self.plan.learned
-        of_first, of_second, of_learned = jax.random.split(key, 3)
+        of_first, of_second, of_learned = new_keys(key, 3)
         new = named(first.init(of_first), "first") | named(second.init(of_second), "second")
         if learned is None:
             return new
@@ -279,6 +289,7 @@ class SemanticTokens:
         Returns:
             The semantic tokens.
         """
+        require_array(map, "map", "images", "height", "width", "channels")
         plan, (first, second), (of_first, of_second) = self.plan, self.blocks, keys_of(key, 2)
         windows = plan.windows(*map.shape[1:3])
         tokens, held = semantic.pool(map, windows, to=plan.tokens, by=plan.pool, valid=valid)
@@ -407,8 +418,10 @@ class Recovery:
     drop_path: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        _require_plan(self.plan)
         require_heads(self.heads, self.width)
         require_share(self.drop_path)
+        _require_sizes(self.hidden, self.epsilon)
 
     @property
     def block(self) -> CrossBlock:
@@ -489,8 +502,10 @@ class SemanticUnit:
     drop_path: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        _require_plan(self.plan)
+        require(isinstance(self.mixing, tuple), "mixing", "be a tuple of 'window' or 'map'", repr(self.mixing))
         count = 3 + len(self.mixing)
-        fits = self.drop_path is None or len(self.drop_path) == count
+        fits = self.drop_path is None or (isinstance(self.drop_path, tuple) and len(self.drop_path) == count)
         require(fits, "drop_path", f"have {count} shares, one for each layer", repr(self.drop_path))
         require_heads(self.heads, self.width)
         for share in self._rates:
@@ -531,7 +546,7 @@ class SemanticUnit:
         Returns:
             The weights by name, float32.
         """
-        of_tokens, of_recovery, *of_mixing = jax.random.split(key, 2 + len(self.mixing))
+        of_tokens, of_recovery, *of_mixing = new_keys(key, 2 + len(self.mixing))
         new = named(self.tokens.init(of_tokens), "tokens") | named(self.recovery.init(of_recovery), "recovery")
         for number, (layer, one) in enumerate(zip(self.mixers, of_mixing, strict=True)):
             new |= named(layer.init(one), f"mixing.{number}")
@@ -566,12 +581,23 @@ class SemanticUnit:
 
 def require_heads(heads: int, width: int) -> None:
     """Raise a `TokenExitError` unless heads divide the width. It is no part of the public API, nor is the next."""
+    require_count(width, "width")
     require(is_whole(heads, least=1) and width % heads == 0, "heads", f"divide the width, {width}", heads)
 
 
 def require_share(drop_path: float) -> None:
     """Raise a `TokenExitError` unless some of what layers add may be dropped, and not all."""
-    require(0 <= drop_path < 1, "drop_path", "be a share in [0, 1)", drop_path)
+    require(is_number(drop_path) and 0 <= drop_path < 1, "drop_path", "be a share in [0, 1)", repr(drop_path))
+
+
+def _require_sizes(hidden: int | None, epsilon: float) -> None:
+    if hidden is not None:
+        require_count(hidden, "hidden")
+    require(is_number(epsilon) and epsilon > 0, "epsilon", "be a positive number", repr(epsilon))
+
+
+def _require_plan(plan: SemanticPlan) -> None:
+    require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
 
 
 def _require_within(within: object, argument: str) -> None:

@@ -18,9 +18,10 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
 from tokenexit.errors import require
-from tokenexit.semantic import SemanticPlan
+from tokenexit.semantic import SemanticPlan, require_places
 from tokenexit_jax import heads as building
 from tokenexit_jax._counting import network_cost
+from tokenexit_jax._given import new_keys
 from tokenexit_jax._layers import Weights, named, part
 from tokenexit_jax._passing import embed, run_block
 from tokenexit_jax.networks import Network, Params
@@ -142,6 +143,8 @@ class SemanticModel:
                 layer-scale, for which the plan has no place.
         """
         layers, kept, left = dict(fitting_layers(self, layers)), {}, []
+        named = isinstance(blocks, Mapping) and all(isinstance(name, str) for name in blocks)
+        require(named, "blocks", "be weights by name, as `weights.read` gives them", type(blocks).__name__)
         for index, (layer, own) in zip(self.replaced, _put_in(self, layers), strict=True):
             source = part(blocks, f"blocks.{index}")
             names = f"have weights of block {index}, named blocks.{index}.norm1.weight and so on"
@@ -167,14 +170,15 @@ class SemanticModel:
             The finished tokens.
 
         Raises:
-            TokenExitError: If the network's parts do not fit each other, the weights are not of the model, or the
-                blocks ask for positions, which semantic tokens do not have.
+            TokenExitError: If the network's parts do not fit each other, the weights are not of the model, the blocks
+                ask for positions, which semantic tokens do not have, or there are more semantic tokens than patches.
         """
         layers = fitting_layers(self, layers)
         embedded = embed(self.network, params, images)
         rule = "give no positions: semantic tokens have none"
         require(embedded.positions is None, "network.embed", rule, "some")
         prefix, grid = embedded.prefix, embedded.grid
+        require_places(self.plan, grid)
         row = self._run(params, embedded.tokens, range(self.after))
         map = rearrange(row[:, prefix:], "i (h w) c -> i h w c", h=grid[0])
         found = self.tokens(part(layers, "tokens"), map, prefix=row[:, :prefix] if prefix else None)
@@ -205,6 +209,7 @@ class SemanticModel:
         """
         cost, (first, _) = network_cost(self.network, params, images), self.tokens.blocks
         grid = jax.eval_shape(partial(embed, self.network), params, images).grid
+        require_places(self.plan, grid)
         return cost.semantic(self.plan, grid, after=self.after, until=self.until, hidden=first.inside)
 
     def _run(self, params: Params, row: Array, indexes: range, valid: Array | None = None) -> Array:
@@ -221,6 +226,7 @@ def fitting_layers(model: SemanticModel, layers: Weights) -> Weights:
     Raises:
         TokenExitError: If they do not.
     """
+    require(isinstance(layers, Mapping), "layers", "be weights by name, as `init` makes them", type(layers).__name__)
     return building.alike(dict(layers), shapes_of_layers(model), argument="layers")
 
 
@@ -235,7 +241,7 @@ def _shapes(tokens: SemanticTokens, recovery: Recovery | None) -> dict[str, Any]
 
 
 def _new_layers(tokens: SemanticTokens, recovery: Recovery | None, key: Array) -> dict[str, Array]:
-    of_tokens, of_recovery = jax.random.split(key)
+    of_tokens, of_recovery = new_keys(key)
     new = named(tokens.init(of_tokens), "tokens")
     return new if recovery is None else new | named(recovery.init(of_recovery), "recovery")
 

@@ -24,6 +24,7 @@ from tokenexit import semantic
 from tokenexit._array import require_marks
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
+from tokenexit_jax._given import new_keys, require_array, require_count
 from tokenexit_jax._layers import (
     Weights,
     batch_norm,
@@ -102,7 +103,7 @@ class SwinBlock:
         sizes = {
             "qkv": (width, 3 * width), "proj": (width, width), "mlp.0": (width, 4 * width), "mlp.2": (4 * width, width),
         }  # fmt: skip
-        of_bias, *keys = jax.random.split(key, 1 + len(sizes))
+        of_bias, *keys = new_keys(key, 1 + len(sizes))
         distances = (2 * high - 1) * (2 * wide - 1)
         new = {"bias": 0.02 * jax.random.normal(of_bias, (distances, self.heads))}
         new |= new_norm("norm1", width) | new_norm("norm2", width)
@@ -214,6 +215,14 @@ class Swin:
     def __post_init__(self) -> None:
         require_share(self.drop_path)
         Windows(1, 1, self.window)  # raises if `window` is none
+        require(self.plan is None or isinstance(self.plan, SemanticPlan), "plan", "be a plan or None", repr(self.plan))
+        for argument in ("width", "channels"):
+            require_count(getattr(self, argument), argument)
+        for argument in ("depths", "heads"):
+            four = getattr(self, argument)
+            require(isinstance(four, tuple) and len(four) == 4, argument, "be four, one for each stage", repr(four))
+            for one in four:
+                require_count(one, argument)
         units = self.plan is None or self.depths[2] % _UNIT == 0
         require(units, "depths", f"have a multiple of {_UNIT} blocks in the third stage", self.depths)
         for heads, width in zip(self.heads, self.widths, strict=True):
@@ -255,14 +264,14 @@ class Swin:
         Returns:
             The weights by name, float32; the statistics of batch norms among them.
         """
-        of_stem, of_merging, of_stages = jax.random.split(key, 3)
+        of_stem, of_merging, of_stages = new_keys(key, 3)
         new: dict[str, Array] = {}
         sides = ((self.channels, self.width // 2), (self.width // 2, self.width))
-        for number, ((take, give), one) in enumerate(zip(sides, jax.random.split(of_stem, 2), strict=True)):
+        for number, ((take, give), one) in enumerate(zip(sides, new_keys(of_stem), strict=True)):
             bound = (9 * take) ** -0.5
             kernel = jax.random.uniform(one, (give, take, 3, 3), minval=-bound, maxval=bound)
             new |= {f"stem.steps.{number}.0.weight": kernel} | new_batch_norm(f"stem.steps.{number}.1", give)
-        for number, one in enumerate(jax.random.split(of_merging, 3)):
+        for number, one in enumerate(new_keys(of_merging, 3)):
             wide, name = self.widths[number], f"merging.{number}"
             new |= new_norm(f"{name}.norm", 4 * wide)
             new |= start_linear(one, f"{name}.reduction", 4 * wide, 2 * wide, bias=False)
@@ -271,7 +280,7 @@ class Swin:
             for stage, several in enumerate(self.stages)
             for index, layer in enumerate(several)
         }
-        for one, (name, layer) in zip(jax.random.split(of_stages, len(layers)), layers.items(), strict=True):
+        for one, (name, layer) in zip(new_keys(of_stages, len(layers)), layers.items(), strict=True):
             new |= named(layer.init(one), name)
         return new
 
@@ -334,8 +343,10 @@ class Swin:
         self, weights: Weights, images: Array, valid: Array | None, key: Array | None, norm: "_Norm"
     ) -> tuple[tuple[SwinMap, ...], dict[str, Array]]:
         shape = f"have shape (images, height, width, {self.channels})"
-        require(images.ndim == 4 and images.shape[-1] == self.channels, "images", shape, f"shape {images.shape}")
+        require_array(images, "images", "images", "height", "width", "channels")
+        require(images.shape[-1] == self.channels, "images", shape, f"shape {images.shape}")
         if valid is not None:
+            require_array(valid, "valid")
             require_marks(valid, "valid")
             require(valid.shape == images.shape[:3], "valid", f"have shape {images.shape[:3]}", f"shape {valid.shape}")
         stage, statistics = _stem(part(weights, "stem"), images, valid, norm)
@@ -366,6 +377,15 @@ class SwinClassifier:
     swin: Swin
     classes: int = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If `swin` is no `Swin`, or `classes` no whole number from 1 up.
+        """
+        require(isinstance(self.swin, Swin), "swin", "be a Swin", type(self.swin).__name__)
+        require_count(self.classes, "classes")
+
     def init(self, key: Array, /) -> dict[str, Array]:
         """New weights, as for `Swin`.
 
@@ -375,7 +395,7 @@ class SwinClassifier:
         Returns:
             The weights by name, float32.
         """
-        of_swin, of_head = jax.random.split(key)
+        of_swin, of_head = new_keys(key)
         last = self.swin.widths[-1]
         new = named(self.swin.init(of_swin), "swin") | new_norm("norm", last)
         return new | start_linear(of_head, "head", last, self.classes)
@@ -446,6 +466,14 @@ class SwinBackbone:
     """
 
     swin: Swin
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If `swin` is no `Swin`.
+        """
+        require(isinstance(self.swin, Swin), "swin", "be a Swin", type(self.swin).__name__)
 
     def init(self, key: Array, /) -> dict[str, Array]:
         """New weights, as for `Swin`.

@@ -18,6 +18,7 @@ A threshold that changes from step to step is in `tokenexit.annealing`.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
 from tokenexit import TokenExitError, tokens
+from tokenexit._array import aligned
+from tokenexit._plain import is_number
 from tokenexit.auxiliary import loss_weights
 from tokenexit.carries import MaskPrediction
 from tokenexit.errors import require
@@ -34,6 +37,7 @@ from tokenexit.heads import FCN
 from tokenexit.policies import never
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Selection
+from tokenexit_jax._given import require_array
 from tokenexit_jax._layers import STATISTICS
 from tokenexit_jax._passing import Reading, Run, State, joined, on_grid
 from tokenexit_jax.heads import read_in_training
@@ -83,8 +87,9 @@ class Stages:
             The sum.
 
         Raises:
-            TokenExitError: If a weight is missing or negative.
+            TokenExitError: If a weight is missing or negative, or the criterion gives no single number.
         """
+        _require_criterion(criterion)
         return self._sum({after: criterion(logits) for after, logits in self.logits.items()}, auxiliary)
 
     def loss_of_masks(
@@ -104,6 +109,7 @@ class Stages:
         """
         if self.masks is None:
             raise TokenExitError("`stages` must be of mask heads for a loss of masks, got none")
+        _require_criterion(criterion)
         return self._sum({after: criterion(maps) for after, maps in self.masks.items()}, auxiliary)
 
     def _sum(self, losses: Mapping[int, Array], auxiliary: float | Mapping[int, float]) -> Float[Array, ""]:
@@ -118,6 +124,10 @@ class Stages:
         depth = self.output.tokens_per_block.shape[1]
         exits = sorted(set(self.logits) - {depth})
         return loss_weights(auxiliary, exits=exits, depth=depth)
+
+
+def _require_criterion(criterion: Any) -> None:
+    require(callable(criterion), "criterion", "be a function that returns a single number", repr(criterion))
 
 
 register(Stages, leaves=tuple(field.name for field in dataclasses.fields(Stages)))
@@ -164,7 +174,11 @@ def split(heads: Heads, /) -> tuple[Heads, Heads]:
 
     Returns:
         What is learned, and the statistics; the same dictionaries, each without the leaves of the other.
+
+    Raises:
+        TokenExitError: If `heads` are no weights by name.
     """
+    _require_by_name(heads, "heads")
     return _filtered(heads, statistics=False), _filtered(heads, statistics=True)
 
 
@@ -177,11 +191,20 @@ def merge(learned: Mapping[str, Any], statistics: Mapping[str, Any], /) -> Heads
 
     Returns:
         All of them together.
+
+    Raises:
+        TokenExitError: If one of them is no weights by name.
     """
+    _require_by_name(learned, "learned")
+    _require_by_name(statistics, "statistics")
     both = {
         name: merge(value, statistics.get(name, {})) for name, value in learned.items() if isinstance(value, Mapping)
     }
     return {**learned, **statistics, **both}
+
+
+def _require_by_name(weights: Any, argument: str) -> None:
+    require(isinstance(weights, Mapping), argument, "be weights by name, as `init` makes them", type(weights).__name__)
 
 
 def _filtered(heads: Mapping[str, Any], *, statistics: bool) -> Heads:
@@ -312,9 +335,10 @@ def pixel_cross_entropy(
         The loss. It is NaN if a label is neither a class nor `ignore`, where a compiled function cannot raise.
 
     Raises:
-        TokenExitError: If the labels are no whole numbers of shape (images, height, width), or one of them is neither a
-            class nor `ignore`.
+        TokenExitError: If the labels are no whole numbers of shape (images, height, width), one of them is neither a
+            class nor `ignore`, or there are fewer than two classes.
     """
+    _require_logits(logits)
     known, unclear = _labels(label, logits.shape, ignore)
     scores = jax.nn.log_softmax(_upsampled(logits, label.shape[1:]), axis=-1)
     own = jnp.take_along_axis(scores, jnp.where(known, label, 0)[..., None], axis=-1)[..., 0]
@@ -342,9 +366,12 @@ def distillation(
         The loss.
 
     Raises:
-        TokenExitError: If the temperature is not positive, or the teacher's images or classes are others.
+        TokenExitError: If the temperature is not positive, there are fewer than two classes, or the teacher's images or
+            classes are others.
     """
-    require(temperature > 0, "temperature", "be positive", temperature)
+    require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
+    _require_logits(logits)
+    require_array(teacher, "teacher")
     images, classes = logits.shape[0], logits.shape[-1]
     same = teacher.ndim == 4 and (teacher.shape[0], teacher.shape[-1]) == (images, classes)
     got = f"shape {teacher.shape}"
@@ -389,8 +416,12 @@ def mask_loss(
         TokenExitError: If the labels are no whole numbers of shape (images, height, width), or one of them is neither a
             class nor `ignore`.
     """
+    require(isinstance(maps, MaskMaps), "maps", "be masks and presence, `MaskMaps`", type(maps).__name__)
+    weights = {"presence": presence, "focal": focal, "dice": dice, "absent": absent}
+    for argument, weight in weights.items():
+        require(is_number(weight) or isinstance(weight, Array), argument, "be a number", repr(weight))
     known, unclear = _labels(label, maps.mask_logits.shape, ignore)
-    classes = jnp.arange(maps.presence_logits.shape[1])
+    classes = aligned(jnp.arange(maps.presence_logits.shape[1]), 4)
     target = known[..., None] & (label[..., None] == classes)
     there = target.any(axis=(1, 2))
     weight = jnp.where(there, 1.0, absent) * known.any(axis=(1, 2))[:, None]
@@ -421,6 +452,8 @@ def _dice(probability: Array, target: Bool[Array, "..."]) -> Float[Array, "image
 
 def _labels(label: Array, shape: tuple[int, ...], ignore: int) -> tuple[Bool[Array, "..."], Float[Array, ""]]:
     """Which pixels are labelled, and what to add to a loss: 0, or NaN if a label is no class."""
+    require_array(label, "label")
+    require(isinstance(ignore, Integral), "ignore", "be a whole number", repr(ignore))
     whole = jnp.issubdtype(label.dtype, jnp.integer)
     got = f"{label.dtype} of shape {label.shape}"
     fits = whole and label.ndim == 3 and label.shape[0] == shape[0]
@@ -433,6 +466,13 @@ def _labels(label: Array, shape: tuple[int, ...], ignore: int) -> tuple[Bool[Arr
         rule = f"be classes from 0 to {shape[-1] - 1}, or {ignore} to be ignored"
         require(False, "label", rule, f"{int(found.min())} to {int(found.max())}")
     return known & ~others, jnp.where(unclear, jnp.nan, 0.0)
+
+
+def _require_logits(logits: Any) -> None:
+    require_array(logits, "logits", "images", "grid_height", "grid_width", "classes")
+    # Of one class every softmax is 1 and every loss 0, so that nothing is learned.
+    rule = "have two classes at least: use two logits for two classes"
+    require(logits.shape[-1] >= 2, "logits", rule, f"shape {logits.shape}")
 
 
 def _upsampled(logits: Float[Array, "images rows columns classes"], size: tuple[int, ...]) -> Array:

@@ -21,7 +21,9 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
+from tokenexit._array import aligned
 from tokenexit.errors import require
+from tokenexit_jax._given import require_array
 from tokenexit_jax.attention import attend
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.weights import require_exactly
@@ -147,6 +149,7 @@ class ViT(nnx.Module):
         Raises:
             TokenExitError: If the images are of another size.
         """
+        require_array(images, "images")
         shape = (*self.config.image_size, self.config.channels)
         first = images.ndim == 4 and images.shape[1] == shape[2] != images.shape[3]
         got = f"{images.shape}{': the channels come first, and belong last' if first else ''}"
@@ -191,6 +194,10 @@ def load(config: Config, weights: Mapping[str, Any], /, *, besides: tuple[str, .
     Raises:
         TokenExitError: Naming the tensors that are missing, unknown or of another shape.
     """
+    require(isinstance(config, Config), "config", "be a tokenexit_jax.vit.Config", type(config).__name__)
+    named = isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights)
+    require(named, "weights", "be arrays by name, as `weights.read` gives them", type(weights).__name__)
+    require(isinstance(besides, tuple), "besides", 'be a tuple of beginnings of names, as ("head.",)', repr(besides))
     blank = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(blank)
     wanted = {_timm_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
@@ -211,7 +218,11 @@ def split(model: ViT, /) -> tuple[Network, Params]:
 
     Returns:
         The functions, which are equal for networks of one configuration, and the NNX state.
+
+    Raises:
+        TokenExitError: If `model` is no `ViT`.
     """
+    require(isinstance(model, ViT), "model", "be a tokenexit_jax.vit.ViT", type(model).__name__)
     graph, params = nnx.split(model)
     blocks = tuple(_RunBlock(graph, index) for index in range(model.config.depth))
     return Network(_RunEmbed(graph), blocks, _RunFinish(graph), model.config.width), params
@@ -261,7 +272,7 @@ class _LayerScale(nnx.Module):
         self.gamma = nnx.Param(jnp.full(width, 1e-5))
 
     def __call__(self, tokens: Array) -> Array:
-        return tokens * self.gamma[...]
+        return tokens * aligned(self.gamma[...], tokens.ndim)
 
 
 class _Block(nnx.Module):

@@ -28,6 +28,7 @@ def read(file: str | Path, /) -> dict[str, Shaped[np.ndarray, "..."]]:
     Raises:
         TokenExitError: If the file is missing, of another kind, or holds anything but plain arrays.
     """
+    require(isinstance(file, str | Path), "file", "be a path", type(file).__name__)
     file = Path(file)
     kinds = ".npz or .safetensors"
     require(file.is_file() and file.suffix in kinds.split(" or "), "file", f"be an existing {kinds} file", str(file))

@@ -2,10 +2,9 @@
 `check`: whether these keep their word.
 """
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import jax
@@ -13,11 +12,13 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
+from tokenexit._plain import MOST, is_number, is_whole
 from tokenexit.errors import require
 from tokenexit.gates import published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
+from tokenexit_jax._given import require_array, require_count
 from tokenexit_jax._passing import embed, run_block
 from tokenexit_jax.gating import GatedModel
 from tokenexit_jax.networks import Embedded, Network, Params
@@ -49,7 +50,7 @@ def wrap(
         network: The network, as pure functions.
         schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
             exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
-        classes: Class count.
+        classes: Class count: 2 or more, for one logit has no confidence; mask heads (`heads.ATM`) may have one class.
         exit_heads: A plan for the exit heads, and for the final head if none is given.
         head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
             parameters of the network. None builds one from the plan.
@@ -66,9 +67,12 @@ def wrap(
     """
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
-    whole = isinstance(classes, Integral) and not isinstance(classes, bool) and classes >= 1
-    require(whole, "classes", "be a whole number from 1 up", repr(classes))
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
+    require_count(classes, "classes")
+    # The softmax of one logit is 1, whatever it is: every token would leave at once, and sure of itself.
+    several = classes >= 2 or isinstance(exit_heads, ATM)
+    rule = "be at least 2: use two logits for two classes, whose confidence says something (`heads.ATM` may have 1)"
+    require(several, "classes", rule, repr(classes))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     alike = head is None or not isinstance(exit_heads, ATM)
     require(alike, "head", "be None beside mask heads, for the scores of one image must compare", repr(head))
@@ -123,6 +127,7 @@ def wrap_gates(
     each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM | Neighbourhood)
     require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
     depth, after = network.depth, schedule.after
+    require(taps is None or isinstance(taps, Iterable), "taps", "be several blocks, as (6, 12)", repr(taps))
     tapped = (depth,) if taps is None else tuple(taps)
     whole = all(isinstance(tap, int) and not isinstance(tap, bool) and 1 <= tap <= depth for tap in tapped)
     require(whole and list(tapped) == sorted(set(tapped)), "taps", f"be ascending blocks from 1 to {depth}", tapped)
@@ -173,10 +178,9 @@ def wrap_semantic(
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
     require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
     require_room(after, until, depth=network.depth)
-    whole = hidden is None or (isinstance(hidden, int) and not isinstance(hidden, bool) and hidden >= 1)
-    require(whole, "hidden", "be a whole number from 1 up, or None", repr(hidden))
-    number = isinstance(epsilon, Real) and not isinstance(epsilon, bool) and 0 < epsilon < math.inf
-    require(number, "epsilon", "be a positive number", repr(epsilon))
+    whole = hidden is None or (is_whole(hidden, least=1) and hidden <= MOST)
+    require(whole, "hidden", f"be a whole number from 1 to {MOST:,}, or None", repr(hidden))
+    require(is_number(epsilon) and epsilon > 0, "epsilon", "be a positive number", repr(epsilon))
     sizes = {"width": network.width, "heads": heads, "hidden": hidden, "epsilon": float(epsilon)}
     recovery = None if until is None else Recovery(plan, **sizes)
     return SemanticModel(network, SemanticTokens(plan, **sizes), recovery, after, until)
@@ -211,7 +215,9 @@ def check(
     """
     wrapped = isinstance(model, ExitingModel | GatedModel | SemanticModel)
     require(wrapped, "model", "be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`", type(model).__name__)
+    require(dense is None or callable(dense), "dense", "be None or a function", repr(dense))
     network = model.network
+    require_array(images, "images")
     for argument, given in (("params", params), ("images", images)):
         _require_finite(given, argument)
     known = embed(network, params, images)

@@ -14,13 +14,13 @@ from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
-from tokenexit.semantic import SemanticPlan, require_room, stvit
+from tokenexit.semantic import SemanticPlan, require_places, require_room, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import NeighbourhoodHead, build
-from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts import Embedded, Host, embedded_by
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
@@ -283,7 +283,9 @@ def ready(wrapped: SemanticModel, /) -> SemanticModel:
     wrapped.training = mode
     _check(host, like)
     with torch.no_grad(), evaluating(wrapped):
-        wrapped(_drawn(1, *host.image_shape, like=like))
+        images = _drawn(1, *host.image_shape, like=like)
+        require_places(wrapped.plan, embedded_by(host, images).grid)
+        wrapped(images)
     return wrapped
 
 

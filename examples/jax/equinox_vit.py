@@ -84,7 +84,7 @@ class ViT(eqx.Module):
         pattern = "images (rows p) (columns q) colours -> images (rows columns) (p q colours)"
         tokens = each(self.patches, rearrange(images, pattern, p=self.patch, q=self.patch))
         first = jnp.broadcast_to(self.first, (len(images), 1, len(self.first)))
-        return tej.Embedded(jnp.concatenate([first, tokens], axis=1) + self.places, prefix=1, grid=grid)
+        return tej.Embedded(jnp.concatenate([first, tokens], axis=1) + self.places[None], prefix=1, grid=grid)
 
     def finish(self, tokens: Float[Array, "*tokens width"]) -> Float[Array, "*tokens width"]:
         return each(self.norm, tokens)

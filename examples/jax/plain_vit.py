@@ -66,8 +66,8 @@ def _embed(params: Params, images: Float[Array, "images height width 3"], *, pat
     pattern = "images (rows p) (columns q) colours -> images (rows columns) (colours p q)"
     pixels = rearrange(images, pattern, p=patch, q=patch)
     kernel = params["patches.weight"]
-    tokens = pixels @ kernel.reshape(kernel.shape[0], -1).T + params["patches.bias"]
-    return tej.Embedded(tokens + _positions(grid, kernel.shape[0]), prefix=0, grid=grid)
+    tokens = pixels @ kernel.reshape(kernel.shape[0], -1).T + _along(params["patches.bias"], pixels)
+    return tej.Embedded(tokens + _positions(grid, kernel.shape[0])[None], prefix=0, grid=grid)
 
 
 def _block(
@@ -92,13 +92,18 @@ def _block(
 
 
 def _linear(params: Params, name: str, x: Float[Array, "*shape wide"]) -> Float[Array, "*shape out"]:
-    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+    return x @ params[f"{name}.weight"].T + _along(params[f"{name}.bias"], x)
 
 
 def _norm(params: Params, tokens: Float[Array, "*tokens width"], *, name: str) -> Float[Array, "*tokens width"]:
     centred = tokens - tokens.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-5)
-    return normed * params[f"{name}.weight"] + params[f"{name}.bias"]
+    return normed * _along(params[f"{name}.weight"], x) + _along(params[f"{name}.bias"], x)
+
+
+def _along(channels: Array, x: Array) -> Array:
+    """Channels with the axes of tokens: so this runs under `jax_numpy_rank_promotion="raise"` as well."""
+    return channels.reshape(*[1] * (x.ndim - 1), -1)
 
 
 def _positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "slots width"]:

@@ -48,7 +48,7 @@ def test_draws_are_even_and_differ_by_step_and_by_seed():
         (lambda: Annealed(1.0, 0.9, steps=2, wait=-1), "`wait` must be a whole number from 0 up, got -1"),
         (lambda: Annealed(1.0, 0.9, steps=2).at(-1), "`step` must be a whole number from 0 up, got -1"),
         (lambda: Drawn(0.5, 0.4), "`low` must be at most `high`, 0.4, got 0.5"),
-        (lambda: Drawn(float("nan"), 0.4), "`low` must be at most `high`, 0.4, got nan"),
+        (lambda: Drawn(float("nan"), 0.4), "`low` must be a number, got nan"),
         (lambda: Drawn(0.1, 0.4, seed=-1), "`seed` must be a whole number from 0 up, got -1"),
         (lambda: Drawn(0.1, 0.4).at(True), "`step` must be a whole number from 0 up, got True"),
     ],

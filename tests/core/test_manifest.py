@@ -150,3 +150,39 @@ def test_what_is_wrong_in_a_semantic_manifest_is_named(changes, message):
     data = json.loads(json.dumps(manifest.semantic_to_dict(whole))) | changes
     with pytest.raises(TokenExitError, match=message):
         manifest.semantic_from_dict(data)
+
+
+HOSTILE = [10**400, -(10**400), 1e308, math.nan, math.inf, -math.inf, True]
+
+
+def numbers(data, *path):
+    """Where in plain data there are numbers."""
+    if isinstance(data, dict | list):
+        for name, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from numbers(value, *path, name)
+    elif isinstance(data, int | float) and not isinstance(data, bool):
+        yield path
+
+
+def replaced(data, path, value):
+    copy = json.loads(json.dumps(data))
+    inside = copy
+    for name in path[:-1]:
+        inside = inside[name]
+    inside[path[-1]] = value
+    return copy
+
+
+@pytest.mark.usefixtures("unchecked")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(whole=SCHEDULE, head=PLAN.filter(bool), plan=SEMANTIC_PLAN)
+def test_no_number_of_any_plan_may_be_more_than_numbers_hold(whole, head, plan):
+    for read, data in (
+        (schedule.Schedule.from_dict, whole.to_dict()),
+        (heads.from_dict, heads.to_dict(head)),
+        (SemanticPlan.from_dict, plan.to_dict()),
+    ):
+        for path in numbers(data):
+            for value in HOSTILE:
+                with pytest.raises(TokenExitError):
+                    read(replaced(data, path, value))

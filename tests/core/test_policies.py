@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.core import oracles, strategies
 from tests.core.backends import BACKENDS, each_backend
-from tokenexit import TokenExitError, policies, scores
+from tokenexit import TokenExitError, carries, policies, schedule, scores
+from tokenexit.carries import Feature
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -26,6 +27,7 @@ from tokenexit.policies import (
     always,
     never,
 )
+from tokenexit.schedule import Exit, Schedule
 
 BY_SCORE = ("confidence", "entropy", "margin", "gate")
 COMPARED = {"confidence": ConfidenceAbove, "entropy": EntropyBelow, "margin": MarginAbove, "gate": GateBelow}
@@ -544,6 +546,31 @@ def test_a_number_of_tokens_does_not_become_a_fraction():
         assert type(policies.to_dict(BatchBudget(part, by="gate"))["keep"]) is float
 
 
+@given(policy=strategies.policies())
+def test_a_policy_prints_as_it_is_written_and_plans_around_it_too(policy):
+    assert eval(repr(policy), vars(policies)) == policy
+    plan = Schedule((Exit(2, policy),), Feature("last block", 0.1), cell=3)
+    assert eval(repr(plan), vars(policies) | vars(schedule) | vars(carries)) == plan
+
+
+@pytest.mark.parametrize(("policy", "text"), [
+    (ConfidenceAbove(0.95).retaining(per_class=5), "ConfidenceAbove(0.95).retaining(per_class=5)"),
+    (ConfidenceAbove(np.float64(0.5)) & MarginAbove(1.0), "ConfidenceAbove(0.5) & MarginAbove(1.0)"),
+    (never() | always() & Patience(), "never() | always() & Patience(1)"),
+    ((never() | always()) & Patience(2), "(never() | always()) & Patience(2)"),
+    (never() & (always() & never()), "never() & (always() & never())"),
+    (~(never() | always()), "~(never() | always())"),
+    (~~never(), "~~never()"),
+    ((~never()).with_minimum(per_image=2), "(~never()).with_minimum(per_image=2)"),
+    (NeighboursAgree(PerClass((0.5, 1.0)), radius=2), "NeighboursAgree(PerClass((0.5, 1.0)), radius=2)"),
+    (NeighboursAgree(0.9, radius=1), "NeighboursAgree(0.9)"),
+    (BatchBudget(0.5, by="entropy") | Budget(3), "BatchBudget(0.5, by='entropy') | Budget(3)"),
+    (GateBelow(np.array(0.5)), "GateBelow(array(0.5))"),
+])  # fmt: skip
+def test_a_policy_is_printed_without_what_goes_without_saying(policy, text):
+    assert repr(policy) == str(policy) == text
+
+
 def test_an_array_out_of_range_is_not_written_down():
     for threshold in (np.asarray(1.5), PerClass(np.array([0.5, -0.1])), np.asarray(np.nan)):
         with pytest.raises(TokenExitError, match=r"`thresholds?` must be .*in \[0, 1\]"):
@@ -577,7 +604,7 @@ def above(threshold):
         (above(float("nan")), r"`threshold` must be in \[0, 1\], got nan"),
         (above(float("inf")), r"`threshold` must be in \[0, 1\], got inf"),
         (above(10**400), r"`threshold` must be in \[0, 1\], got 1000"),
-        (above({"kind": "always"}), "`threshold` must be a number or PerClass, got _Always()"),
+        (above({"kind": "always"}), "`threshold` must be a number or PerClass, got always()"),
         (above(above(0.5)), "`threshold` must be a number or PerClass, got ConfidenceAbove"),
         (above({"kind": "no"}), "`kind` must be one of .*got 'no'"),
         (above({"kind": "PerClass", "thresholds": 0.5}), "`thresholds` must be a list of numbers, got 0.5"),
@@ -680,7 +707,7 @@ GATE = Evidence(gate=zeros(2))
         (lambda: EntropyBelow(float("nan")), r"`threshold` must be in \[0, 1\], got nan"),
         (lambda: MarginAbove(True), r"`threshold` must be a number in \[0, 1\], an array .* or PerClass, got True"),
         (lambda: ConfidenceAbove(None), r"an array without axes or PerClass, got None"),
-        (lambda: ConfidenceAbove(always()), r"an array without axes or PerClass, got _Always()"),
+        (lambda: ConfidenceAbove(always()), r"an array without axes or PerClass, got always\(\)"),
         (lambda: ConfidenceAbove(np.array([0.5])), r"an array without axes or PerClass, got an array of shape \(1,\)"),
         (lambda: PerClass(()), r"`thresholds` must be a tuple of numbers in \[0, 1\], or an array .*got \(\)"),
         (lambda: PerClass([0.5]), r"`thresholds` must be a tuple of numbers .*got \[0.5\]"),
@@ -717,7 +744,10 @@ GATE = Evidence(gate=zeros(2))
         (lambda: BatchBudget(2, by="label"), "`by` must be one of confidence, entropy, margin, gate, got 'label'"),
         (lambda: ~Budget(2), "`policy` must neither take tokens back nor keep to a budget for `~`, got Budget"),
         (lambda: ~BatchBudget(2), "`policy` must neither take tokens back nor keep to a budget for `~`, got Batch"),
-        (lambda: ~always().retaining(per_class=1), "`policy` must neither take tokens back .*got _Retaining"),
+        (
+            lambda: ~always().retaining(per_class=1),
+            r"`policy` must neither take tokens back .*got always\(\).retaining",
+        ),
         (lambda: ~(never() | always().with_minimum(per_image=1)), "`policy` must neither take tokens back"),
         (lambda: ConfidenceAbove(0.5)(GATE), "`evidence` must have logits or class_scores for this policy, got a gate"),
         (lambda: MarginAbove(0.5)(GATE), "`evidence` must have logits for the margin, got none"),

@@ -1,5 +1,6 @@
 """Geometry of semantic tokens: windows, neighbourhoods and pooling, against loops that walk from place to place."""
 
+import functools
 import math
 
 import numpy as np
@@ -234,8 +235,40 @@ def test_what_does_not_fit_is_named():
         (lambda: SemanticPlan(pool="min"), "`pool` must be 'max' or 'mean', got 'min'"),
         (lambda: SemanticPlan(residual=1), "`residual` must be True or False, got 1"),
         (lambda: SemanticPlan(layer_scale=0), "`layer_scale` must be a positive number or None, got 0"),
+        (lambda: SemanticPlan(layer_scale=10**400), "`layer_scale` must be a positive number or None, got 1000"),
+        (lambda: SemanticPlan(layer_scale=1e39), "`layer_scale` must be a positive number or None, got 1e+39"),
+        (lambda: SemanticPlan(layer_scale=np.nan), "`layer_scale` must be a positive number or None, got nan"),
+        (lambda: SemanticPlan(layer_scale=True), "`layer_scale` must be a positive number or None, got True"),
+        *[
+            (functools.partial(SemanticPlan, **{name: (1_000_000, 4)}), f"`{name}` must have at most 1,000,000 places")
+            for name in ("tokens", "window", "neighbourhood", "second", "recovery", "learned")
+        ],
         (lambda: semantic.stvit_r(7), f"`window` must be {pair}, got 7"),
     ):  # fmt: skip
         with pytest.raises(TokenExitError) as caught:
             call()
+        assert message in str(caught.value)
+
+
+def test_a_grid_must_have_room_for_a_plan():
+    for plan, grid in (
+        (semantic.stvit(), (4, 4)),
+        (semantic.stvit_r(), (14, 14)),
+        (semantic.stvit_r(), (3, 3)),  # one window, over the edge
+        (semantic.stvit_r_dense(), (7, 7)),
+        (semantic.stvit_r_dense(), (50, 68)),
+        (semantic.stvit_r_dense(), (512, 512)),
+        (SemanticPlan(window=None, neighbourhood=None, tokens=(1, 1)), (1, 1)),
+    ):
+        semantic.require_places(plan, grid)
+    for plan, grid, message in (
+        (semantic.stvit(), (3, 5), "`plan` must make no more semantic tokens than the 15 places of a grid of 3 x 5 (`tokens`, `window`), got 16"),
+        (semantic.stvit((2000, 4)), (64, 64), "than the 4096 places of a grid of 64 x 64 (`tokens`, `window`), got 8000"),
+        (SemanticPlan(window=(1, 1), tokens=(2, 2)), (2, 2), "than the 4 places of a grid of 2 x 2 (`tokens`, `window`), got 16"),
+        (SemanticPlan(neighbourhood=(1000, 1000)), (14, 14), "`neighbourhood` must hold at most 1,000,000 places in the 4 windows of a grid of 14 x 14, got (1000, 1000): 4,000,000"),
+        (SemanticPlan(second=(600, 600)), (14, 14), "`second` must hold at most 1,000,000 places"),
+        (SemanticPlan(recovery=(600, 600)), (14, 14), "`recovery` must hold at most 1,000,000 places"),
+    ):  # fmt: skip
+        with pytest.raises(TokenExitError) as caught:
+            semantic.require_places(plan, grid)
         assert message in str(caught.value)

@@ -23,11 +23,16 @@ SIZE = (32, 40)
 PATCH = 8
 
 
+def along(channels, x):
+    """Channels with the axes of tokens: no operation here may rely on the promotion of ranks."""
+    return channels.reshape(*[1] * (x.ndim - 1), -1)
+
+
 def norm(params, name, x, epsilon=1e-6):
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
-    return (scaled * params[f"{name}.weight"] + params[f"{name}.bias"]).astype(x.dtype)
+    return (scaled * along(params[f"{name}.weight"], x) + along(params[f"{name}.bias"], x)).astype(x.dtype)
 
 
 def norm_of(name, epsilon, params, x):
@@ -35,14 +40,14 @@ def norm_of(name, epsilon, params, x):
 
 
 def linear(params, name, x):
-    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+    return x @ params[f"{name}.weight"].T + along(params[f"{name}.bias"], x)
 
 
 def patches_of(params, name, images):
     """A patch embedding as a product; images have their channels last."""
     kernel = params[f"{name}.weight"]
     cut = rearrange(images, "n (gh p) (gw q) c -> n (gh gw) (c p q)", p=PATCH, q=PATCH)
-    return cut @ kernel.reshape(kernel.shape[0], -1).T + params[f"{name}.bias"]
+    return cut @ kernel.reshape(kernel.shape[0], -1).T + along(params[f"{name}.bias"], images[..., 0])
 
 
 def grid_of(images):
@@ -83,9 +88,9 @@ def plain_network(heads=2, depth=5, placed=False):
         grid = grid_of(images)
         table = jnp.asarray(positions(grid, 32).numpy())
         slots = jnp.arange(grid[0] * grid[1])
-        travelling = jnp.sin(slots[:, None] * jnp.arange(1, 33)) if placed else None
+        travelling = jnp.sin(slots[:, None] * jnp.arange(1, 33)[None]) if placed else None
         tokens = patches_of(params, "patches", images)
-        return tej.Embedded(tokens + table.astype(tokens.dtype), 0, grid, travelling)
+        return tej.Embedded(tokens + table.astype(tokens.dtype)[None], 0, grid, travelling)
 
     def block(params, tokens, counts, positions, index):
         name = f"blocks.{index}"

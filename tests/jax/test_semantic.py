@@ -374,7 +374,7 @@ def test_what_does_not_fit_is_named():
         (lambda: wrapped(until=7), "`until` must be a block from 4 to 6"),
         (lambda: wrapped(heads=5), "`heads` must divide the width, 48, got 5"),
         (lambda: wrapped(heads=True), "`heads` must divide the width, 48, got True"),
-        (lambda: wrapped(hidden=0), "`hidden` must be a whole number from 1 up, or None, got 0"),
+        (lambda: wrapped(hidden=0), "`hidden` must be a whole number from 1 to 1,000,000, or None, got 0"),
         (lambda: wrapped(epsilon=0), "`epsilon` must be a positive number, got 0"),
         (lambda: placed(params, layers, images), "`layers` must be of the model, as `init` makes them"),
         (lambda: model(params, {"tokens.first.q.bias": 0}, images), "`layers` must be of the model"),
