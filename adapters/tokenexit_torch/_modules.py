@@ -24,7 +24,13 @@ __all__ = [
 
 
 class Undivided(nn.Module):
-    """A module of which `nn.DataParallel` must not make copies: its host would still be that of the original."""
+    """A module of which `nn.DataParallel` must not make copies: its host would still be that of the original.
+
+    Attributes:
+        patch: Height and width of a patch in pixels, as found at wrapping; None where the host says what a grid covers.
+    """
+
+    patch: tuple[int, int] | None = None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         rule = "not be in nn.DataParallel: its copies would run the weights of one device, so use a process for each"

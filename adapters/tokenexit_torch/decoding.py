@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenexit.area import Area
 from tokenexit.carries import Feature
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
@@ -22,7 +23,7 @@ from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating, kept_eager, linear_weights
 from tokenexit_torch._passing import PackedRun, as_read
 from tokenexit_torch.exits import WithExits
-from tokenexit_torch.hosts import Embedded, embedded_by
+from tokenexit_torch.hosts import Embedded, area_of, embedded_by, require_covered
 from tokenexit_torch.hosts_decoding import DecodingHost
 
 __all__ = ["DecodedOutput", "DecodingModel"]
@@ -37,12 +38,14 @@ class DecodedOutput(NamedTuple):
         tokens_per_block: How many tokens of each image ran through each block before the decoder, prefix tokens
             included.
         exits: The blocks after which an exit head ran.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     decoded: Any
     exit_depth: Int[Tensor, "images grid_height grid_width"]
     tokens_per_block: Int[Tensor, "images blocks"]
     exits: tuple[int, ...]
+    area: Area | None = None
 
 
 class DecodingModel(WithExits[DecodingHost]):
@@ -109,9 +112,11 @@ class DecodingModel(WithExits[DecodingHost]):
             Logits by blocks run.
 
         Raises:
-            TokenExitError: If the images do not fit the model.
+            TokenExitError: If the images do not fit the model, or patches do not cover them exactly, which losses on
+                the logits of patches take for granted.
         """
-        embedded = embedded_by(self.host, images)
+        embedded = embedded_by(self.host, images, patch=self.patch)
+        require_covered(area_of(embedded, images))
         patches, _ = self._trace(embedded)
         height, width = embedded.grid
         pattern = "images (height width) classes -> images classes height width"
@@ -122,11 +127,11 @@ class DecodingModel(WithExits[DecodingHost]):
 
     def patches_and_output(
         self, images: Float[Tensor, "images channels height width"]
-    ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, tuple[int, int]]:
-        """What exit heads read, the model's own output and the grid, in one run in which nothing leaves. Not public."""
-        embedded = embedded_by(self.host, images)
+    ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, Area | None, tuple[int, int]]:
+        """What exit heads read, the model's own output, area and grid, if nothing leaves. Not public."""
+        embedded = embedded_by(self.host, images, patch=self.patch)
         patches, taken = self._trace(embedded)
-        return patches, self.host.decode(taken, embedded, images), embedded.grid
+        return patches, self.host.decode(taken, embedded, images), area_of(embedded, images), embedded.grid
 
     def multiply_adds(self, output: DecodedOutput) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed before the decoder, exit heads and patch embedding included.
@@ -174,7 +179,7 @@ class DecodingModel(WithExits[DecodingHost]):
         image = torch.zeros(1, channels, *(own if size is None else size), device=like.device, dtype=like.dtype)
         # The counter knows the products of attention only where they are written out.
         with evaluating(self.host.module), sdpa_kernel(SDPBackend.MATH):
-            embedded = embedded_by(self.host, image)
+            embedded = embedded_by(self.host, image, patch=self.patch)
             taken = dict.fromkeys(self.host.taps, embedded.tokens)
             with FlopCounterMode(display=False) as counter:
                 self.host.decode(taken, embedded, image)
@@ -211,6 +216,7 @@ class _DecodingRun(PackedRun):
             self._exit_depth().unflatten(1, (height, width)),
             self.ran(),
             tuple(self.exits),
+            self.area,
         )
 
     @property
@@ -236,6 +242,23 @@ def pooled(scores: Float[Tensor, "images classes height width"], grid: tuple[int
     """Logits of a map, averaged to patches as probabilities, and back to logits. It is no part of the public API."""
     probability = functional.adaptive_avg_pool2d(scores.float().softmax(dim=1), grid)
     return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
+
+
+def require_placed(area: Area | None, given: Callable[[Any], Any] | None, argument: str, /) -> None:
+    """Raise unless it is known of which area class scores are: a host's own are of what the grid covers. Not public.
+
+    Args:
+        area: The area that the grid covers; None if it is the whole image.
+        given: What the caller gave to make class scores; the model's own if None.
+        argument: The name of that argument.
+
+    Raises:
+        TokenExitError: If it is not.
+    """
+    if area is not None and given is not None:
+        (height, width), (rows, columns) = area.image, area.covered
+        rule = f"be covered exactly by their patches where `{argument}` is given: cut or pad them to whole patches"
+        require(False, "images", rule, f"{height} x {width} pixels, of which patches cover {rows} x {columns}")
 
 
 def class_scores(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, policies, tokens
+from tokenexit.area import Area
 from tokenexit.carries import Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.gates import keep_probability
@@ -24,7 +25,8 @@ from tokenexit.tokens import Packing
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.exits import Planned
-from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
+from tokenexit_torch.hosts import Host, area_of, embedded_by, embedding_weights
+from tokenexit_torch.outputs import upsampled
 
 __all__ = ["GatedModel", "GatedOutput"]
 
@@ -41,6 +43,7 @@ class GatedOutput(NamedTuple):
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         gates: After how many blocks these gates stood.
         keys: Whom those that ran attended to: each other, or those that waited as well.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"] | None
@@ -50,12 +53,13 @@ class GatedOutput(NamedTuple):
     tokens_per_block: Int[Tensor, "images blocks"]
     gates: tuple[int, ...]
     keys: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly.
+        """The logits at another size, bilinearly, as by `Output.upsample`.
 
         Args:
-            size: Height and width, in pixels.
+            size: Height and width at which the whole images are shown, in pixels.
 
         Returns:
             The interpolated logits.
@@ -65,7 +69,7 @@ class GatedOutput(NamedTuple):
         """
         if self.logits is None:
             raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
-        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+        return upsampled(self.logits, size, self.area)
 
 
 class GatedModel(Planned):
@@ -201,7 +205,8 @@ class _Run:
         self.model = model
         self.carry = plan.carry
         self.policy = {exit.after: exit.policy for exit in plan.active}
-        self.embedded = embedded_by(model.host, images)
+        self.embedded = embedded_by(model.host, images, patch=model.patch)
+        self.area = area_of(self.embedded, images)
         self.tokens = self.embedded.tokens
         self.images, self.slots, _ = self.tokens.shape
         self.patches = self.slots - self.embedded.prefix
@@ -233,6 +238,7 @@ class _Run:
             torch.stack(self.counts, dim=1),
             tuple(self.policy),
             self.carry.keys,
+            self.area,
         )
 
     def ask(self, after: int) -> None:

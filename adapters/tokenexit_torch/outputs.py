@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from tokenexit.area import Area
+
 __all__ = ["Output", "StaticOutput"]
 
 
@@ -19,6 +21,7 @@ class Output(NamedTuple):
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         exits: The blocks after which an exit head ran.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -26,17 +29,20 @@ class Output(NamedTuple):
     tokens_per_block: Int[Tensor, "images blocks"]
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
 
+        Pixels beyond the last whole patch, where the network leaves some out, get the logits of the patch beside them.
+
         Args:
-            size: Height and width, in pixels.
+            size: Height and width at which the whole images are shown, in pixels.
 
         Returns:
             The interpolated logits.
         """
-        return upsampled(self.logits, size)
+        return upsampled(self.logits, size, self.area)
 
 
 class StaticOutput(NamedTuple):
@@ -51,6 +57,7 @@ class StaticOutput(NamedTuple):
         overflow: How many tokens of each image left only because there was no room for them.
         exits: The blocks after which an exit head ran.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -60,21 +67,40 @@ class StaticOutput(NamedTuple):
     overflow: Int[Tensor, "images"]
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly.
+        """The logits at another size, bilinearly, as by `Output.upsample`.
 
         Args:
-            size: Height and width, in pixels.
+            size: Height and width at which the whole images are shown, in pixels.
 
         Returns:
             The interpolated logits.
         """
-        return upsampled(self.logits, size)
+        return upsampled(self.logits, size, self.area)
 
 
 def upsampled(
-    logits: Float[Tensor, "images classes grid_height grid_width"], size: tuple[int, int], /
+    logits: Float[Tensor, "images classes grid_height grid_width"], size: tuple[int, int], area: Area | None, /
 ) -> Float[Tensor, "images classes height width"]:
-    """Class scores at another size, bilinearly. It is no part of the public API."""
-    return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+    """Class scores at another size, bilinearly. It is no part of the public API.
+
+    Args:
+        logits: Class scores of the patches, or of any map over the same area.
+        size: Height and width at which the whole images are shown.
+        area: The area of the images that the map covers; None if it is the whole of them.
+    """
+    if area is None:
+        return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+    grid = (logits.shape[2], logits.shape[3])
+    below, beside = area.missing(grid)
+    reaching = functional.pad(logits, (0, beside, 0, below), mode="replicate") if below or beside else logits
+    shown = functional.interpolate(
+        reaching,
+        scale_factor=area.per_patch(grid, size),
+        mode="bilinear",
+        align_corners=False,
+        recompute_scale_factor=False,
+    )
+    return shown[..., : size[0], : size[1]]

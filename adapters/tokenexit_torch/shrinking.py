@@ -126,7 +126,7 @@ class SemanticModel(Undivided):
             TokenExitError: If the images do not fit the model, or its blocks ask for positions, which semantic tokens
                 do not have.
         """
-        embedded = embedded_by(self.host, images)
+        embedded = embedded_by(self.host, images, patch=self.patch)
         require(embedded.positions is None, "model.embed", "give no positions: semantic tokens have none", "some")
         prefix, grid, row = embedded.prefix, embedded.grid, embedded.tokens
         for index in range(self.after):
