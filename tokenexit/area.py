@@ -46,18 +46,3 @@ class Area:
             for covered, shown, cells, side in zip(self.covered, size, grid, self.image, strict=True)
         )
         return height, width
-
-    def missing(self, grid: tuple[int, int], /) -> tuple[int, int]:
-        """How many more rows and columns of patches would reach over the lower and the right edge of the image.
-
-        Args:
-            grid: Height and width of the grid.
-
-        Returns:
-            Rows and columns; 0 where the area ends beyond the image.
-        """
-        below, beside = (
-            max((side - covered) * cells // covered + 1, 0)
-            for covered, cells, side in zip(self.covered, grid, self.image, strict=True)
-        )
-        return below, beside

@@ -4,6 +4,7 @@ An exit says who leaves, and nothing of the result: that is the decoder's, for e
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +12,14 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenexit.area import Area
 from tokenexit.carries import Feature
-from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
-from tokenexit_torch._modules import evaluating, kept_eager, linear_weights
+from tokenexit_torch._counting import executed, head_cost, network_cost
+from tokenexit_torch._modules import evaluating, kept_eager
 from tokenexit_torch._passing import PackedRun, as_read
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.hosts import Embedded, area_of, embedded_by, require_covered
@@ -145,17 +144,18 @@ class DecodingModel(WithExits[DecodingHost]):
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network.
+            TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        cost = Cost(
-            embed=linear_weights(self.host.embedding),
-            blocks=tuple(linear_weights(block) for block in self.host.blocks),
-            width=self.host.width,
+        known = {"width": self.host.width, "like": next(self.host.module.parameters())}
+        cost = replace(
+            network_cost(self.host, self.counted),
             prefix=slots - height * width,
-            exit_heads={int(after): HeadCost(linear_weights(head)) for after, head in self.exit_heads.items()},
-            head=HeadCost(0),
+            exit_heads={
+                int(after): head_cost(head, self.counted, f"exit_heads[{after}]", **known)
+                for after, head in self.exit_heads.items()
+            },
         )
         return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=output.exits, head_on="all")
 
@@ -177,13 +177,10 @@ class DecodingModel(WithExits[DecodingHost]):
         channels, *own = self.host.image_shape
         like = next(self.host.module.parameters())
         image = torch.zeros(1, channels, *(own if size is None else size), device=like.device, dtype=like.dtype)
-        # The counter knows the products of attention only where they are written out.
-        with evaluating(self.host.module), sdpa_kernel(SDPBackend.MATH):
+        with evaluating(self.host.module):
             embedded = embedded_by(self.host, image, patch=self.patch)
-            taken = dict.fromkeys(self.host.taps, embedded.tokens)
-            with FlopCounterMode(display=False) as counter:
-                self.host.decode(taken, embedded, image)
-        return counter.get_total_flops() // 2
+        taken = dict.fromkeys(self.host.taps, embedded.tokens)
+        return executed(lambda: self.host.decode(taken, embedded, image), [self.host.module])
 
     def _trace(self, embedded: Embedded) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """What every exit head reads, and all tokens by tap, if nothing leaves."""

@@ -6,6 +6,7 @@ next gate may call it back (SViT, WACV 2024). So the result is a whole map of fe
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,15 +18,15 @@ from torch.nn import functional
 from tokenexit import TokenExitError, policies, tokens
 from tokenexit.area import Area
 from tokenexit.carries import Preserved
-from tokenexit.cost import Cost, HeadCost
+from tokenexit.cost import HeadCost
 from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
-from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._counting import head_cost, network_cost
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.exits import Planned
-from tokenexit_torch.hosts import Host, area_of, embedded_by, embedding_weights
+from tokenexit_torch.hosts import Host, area_of, embedded_by
 from tokenexit_torch.outputs import upsampled
 
 __all__ = ["GatedModel", "GatedOutput"]
@@ -175,25 +176,26 @@ class GatedModel(Planned):
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network.
+            TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.keep.shape[2:]
         patches, channels = height * width, self.host.width
         ran = output.tokens_per_block
         slots = int(ran.max()) if ran.numel() else patches
-        cost = Cost(
-            embed=embedding_weights(self.host),
-            blocks=tuple(linear_weights(block) for block in self.host.blocks),
-            width=channels,
-            prefix=0,
-            exit_heads={},
-            head=HeadCost(0 if self.head is None else linear_weights(self.head)),
-            decoder=slots * sum(linear_weights(self.gates[str(after)]) for after in output.gates),
+        options = {"width": channels, "like": next(self.host.module.parameters())}
+        gates = [
+            head_cost(self.gates[str(after)], self.counted, f"gates[{after}]", **options) for after in output.gates
+        ]
+        cost = network_cost(self.host, self.counted)
+        cost = replace(
+            cost,
+            head=HeadCost(0) if self.head is None else head_cost(self.head, self.counted, "head", **options),
+            decoder=cost.decoder + slots * sum(gate.per_token for gate in gates),
         )
         total = cost.multiply_adds(ran, patches=patches, head_on="all")
         if output.keys == "all":
             waiting = ran.amax(dim=1, keepdim=True) - ran
-            total = total + (waiting * (3 * channels**2 + 2 * channels * ran)).sum(dim=1)
+            total = total + (waiting * (3 * channels**2 + 2 * cost.width * ran)).sum(dim=1)
         return total
 
 

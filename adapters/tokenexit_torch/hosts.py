@@ -147,8 +147,8 @@ def patch_of(embedded: Embedded, images: Tensor, known: tuple[int, int] | None =
 def area_of(embedded: Embedded, images: Tensor) -> Area | None:
     """The area of the images that the grid covers; None if it is the whole of them. It is no part of the public API."""
     height, width = images.shape[-2:]
-    covers = embedded.covers
-    return None if covers is None or tuple(covers) == (height, width) else Area(tuple(covers), (height, width))
+    rows, columns = embedded.covers or (height, width)
+    return None if (rows, columns) == (height, width) else Area((rows, columns), (height, width))
 
 
 def require_covered(area: Area | None) -> None:
@@ -161,13 +161,6 @@ def require_covered(area: Area | None) -> None:
         (height, width), (rows, columns) = area.image, area.covered
         rule = "be covered exactly by their patches for losses: cut or pad them and their labels to whole patches"
         require(False, "images", rule, f"{height} x {width} pixels, of which patches cover {rows} x {columns}")
-
-
-def embedding_weights(host: Host) -> int:
-    """Weights of the convolutions outside of a host's blocks: multiply-adds of a patch's embedding."""
-    inside = {id(layer) for block in host.blocks for layer in block.modules()}
-    outside = (layer for layer in host.module.modules() if id(layer) not in inside)
-    return sum(layer.weight.numel() for layer in outside if isinstance(layer, nn.Conv2d))
 
 
 def full_name(model: object) -> str:

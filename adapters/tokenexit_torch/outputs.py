@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
@@ -93,14 +94,17 @@ def upsampled(
     """
     if area is None:
         return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
-    grid = (logits.shape[2], logits.shape[3])
-    below, beside = area.missing(grid)
-    reaching = functional.pad(logits, (0, beside, 0, below), mode="replicate") if below or beside else logits
-    shown = functional.interpolate(
-        reaching,
-        scale_factor=area.per_patch(grid, size),
-        mode="bilinear",
-        align_corners=False,
-        recompute_scale_factor=False,
-    )
-    return shown[..., : size[0], : size[1]]
+    for axis, pixels in zip((2, 3), area.per_patch((logits.shape[2], logits.shape[3]), size), strict=True):
+        logits = _between(logits, axis, size[axis - 2], pixels)
+    return logits
+
+
+def _between(logits: Tensor, axis: int, side: int, pixels: float) -> Tensor:
+    """Scores of pixels along an axis, from the two patches between whose middles they lie; beyond the last, its own."""
+    last = logits.shape[axis] - 1
+    at = ((torch.arange(side, device=logits.device) + 0.5) / pixels - 0.5).clamp(0, last)
+    low = at.floor().long()
+    first, second = (logits.index_select(axis, near) for near in (low, (low + 1).clamp(max=last)))
+    weight = (at - low).to(logits.dtype)
+    weight = weight[:, None] if axis == 2 else weight
+    return first * (1 - weight) + second * weight

@@ -5,21 +5,21 @@ that still run, attention works image by image. At each exit point there is one 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenexit.area import Area
-from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit_torch._counting import head_cost, network_cost
 from tokenexit_torch._mixing import MixedRun
-from tokenexit_torch._modules import linear_weights
 from tokenexit_torch._passing import Reading, as_read, packed, read_batch
 from tokenexit_torch.exits import WithExits
-from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by, embedding_weights, require_covered
+from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by, require_covered
 from tokenexit_torch.masks import MaskHead, MaskMaps, as_maps
 from tokenexit_torch.outputs import Output
 
@@ -176,8 +176,9 @@ class ExitingModel(WithExits[Host]):
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
 
-        They are read off the linear and convolution layers and the executed tokens; heads are counted for patches, and
-        a mask head says itself what it costs.
+        Layers say what a token takes, quantised and sharded ones as well. At the first question each part is also run
+        on a few tokens, under PyTorch's own counter: what layers do not explain, such as products of bare parameters,
+        counts too. Heads are counted for patches, and a mask head says itself what it costs.
 
         Args:
             output: What the call returned.
@@ -186,17 +187,19 @@ class ExitingModel(WithExits[Host]):
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network.
+            TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        cost = Cost(
-            embed=embedding_weights(self.host),
-            blocks=tuple(linear_weights(block) for block in self.host.blocks),
-            width=self.host.width,
+        known = {"width": self.host.width, "like": next(self.host.module.parameters())}
+        cost = replace(
+            network_cost(self.host, self.counted),
             prefix=slots - height * width,
-            exit_heads={int(after): _head_cost(head) for after, head in self.exit_heads.items()},
-            head=_head_cost(self.head),
+            exit_heads={
+                int(after): head_cost(head, self.counted, f"exit_heads[{after}]", **known)
+                for after, head in self.exit_heads.items()
+            },
+            head=head_cost(self.head, self.counted, "head", **known),
         )
         return cost.multiply_adds(
             output.tokens_per_block, patches=height * width, exits=output.exits, head_on=output.head_on
@@ -220,7 +223,3 @@ class ExitingModel(WithExits[Host]):
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
         return embedded, patches
-
-
-def _head_cost(head: nn.Module) -> HeadCost:
-    return head.cost if isinstance(head, MaskHead) else HeadCost(linear_weights(head))
