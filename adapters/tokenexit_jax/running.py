@@ -18,12 +18,12 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit import TokenExitError
-from tokenexit.cost import Cost, HeadCost
+from tokenexit.cost import Cost
 from tokenexit.errors import require
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
-from tokenexit_jax._counting import multiply_adds, network_cost
+from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._passing import Parts, Run, State, needed, on_grid, require_covered, stages
 from tokenexit_jax.masks import MaskMaps
 from tokenexit_jax.networks import Heads, Params
@@ -233,7 +233,7 @@ class ExitingModel(Parts):
         found = network_cost(self.network, params, images)
         head = building.cost(self.head_plan, width=width, classes=self.classes)
         token = jax.ShapeDtypeStruct((1, 1, width), jax.eval_shape(self.network.embed, params, images).tokens.dtype)
-        last = head if self.head is None else HeadCost(multiply_adds(self.head, params, token))
+        last = head if self.head is None else head_cost(self.head, params, token)
         return dataclasses.replace(found, exit_heads=dict.fromkeys(self.after, head), head=last)
 
 
