@@ -29,7 +29,7 @@ class Area:
     def __post_init__(self) -> None:
         for name, pair in (("covered", self.covered), ("image", self.image)):
             fits = isinstance(pair, tuple) and len(pair) == 2 and all(is_whole(side, least=1) for side in pair)
-            require(fits, name, "be a height and a width from 1 up, in pixels", repr(pair))
+            require(fits, name, "be a height and a width from 1 up, in pixels", pair)
 
     def per_patch(self, grid: tuple[int, int], size: tuple[int, int], /) -> tuple[float, float]:
         """Height and width of a patch in pixels, where the whole image is shown at another size.

@@ -26,7 +26,7 @@ from tokenexit_torch.hosts import Embedded, Host, full_name
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.masks import MaskHead
 
-__all__ = ["Known", "executed", "head_cost", "layer_work", "network_cost"]
+__all__ = ["Known", "executed", "head_cost", "layer_work", "network_cost", "weight_of"]
 
 Known = dict[tuple[Any, ...], Any]
 """What has been counted, by what the part is made of: other layers, or layers of another kind, are counted anew."""
@@ -84,7 +84,12 @@ def network_cost(host: Host, known: Known, /) -> Cost:
     return Cost(embed, each, width=first // 2, prefix=0, exit_heads={}, head=HeadCost(0), decoder=rest)
 
 
-def head_cost(head: nn.Module, known: Known, argument: str, /, *, width: int, like: Tensor) -> HeadCost:
+def weight_of(module: nn.Module, /) -> Tensor | None:
+    """A tensor of the device and dtype of a module; None if all its weights are elsewhere, as under FSDP."""
+    return next(module.parameters(), None)
+
+
+def head_cost(head: nn.Module, known: Known, argument: str, /, *, width: int, like: Tensor | None) -> HeadCost:
     """Multiply-adds of a head, or of a gate.
 
     Args:
@@ -92,7 +97,7 @@ def head_cost(head: nn.Module, known: Known, argument: str, /, *, width: int, li
         known: What has been counted before; it is added to.
         argument: What the head is called in messages.
         width: Channels of the tokens.
-        like: A tensor of the device and dtype of the tokens.
+        like: A tensor of the device and dtype of the tokens; None if there is none.
 
     Returns:
         Its cost. A mask head says itself what it costs; if it is seen to compute more, that counts.
@@ -163,10 +168,12 @@ def _watching(layer: nn.Module, work: int, counter: FlopCounterMode, unseen: lis
 
 def _embedding_work(host: Host) -> tuple[Embedded | None, tuple[int, int]]:
     """An image as tokens; and what that takes, for each patch and beyond."""
-    like = next(host.module.parameters())
-    image = torch.zeros(1, *host.image_shape, device=like.device, dtype=like.dtype)
+    like = weight_of(host.module)
     made: list[Embedded] = []
-    total, reason = _tried(lambda: made.append(host.embed(image)), [host.module])
+    total, reason = None, "weights that are elsewhere"
+    if like is not None:
+        image = like.new_zeros(1, *host.image_shape)
+        total, reason = _tried(lambda: made.append(host.embed(image)), [host.module])
     if total is not None:
         return made[0], divmod(total, made[0].grid[0] * made[0].grid[1])
     if isinstance(host, DecodingHost):
@@ -207,14 +214,16 @@ def _run(host: Host, index: int, embedded: Embedded, count: int) -> None:
     host.run(index, tokens.index_select(1, slots), None if positions is None else positions.index_select(0, slots))
 
 
-def _head_work(head: nn.Module, argument: str, width: int, like: Tensor) -> HeadCost:
+def _head_work(head: nn.Module, argument: str, width: int, like: Tensor | None) -> HeadCost:
     masks = isinstance(head, MaskHead)
     said = head.cost if masks else HeadCost(layer_work(head))
-    tokens = like.new_zeros(4, 2 * width if isinstance(head, NeighbourhoodHead) else width)
+    wide = 2 * width if isinstance(head, NeighbourhoodHead) else width
     seen: list[int] = []
     for count in (2, 4):
-        call = partial(head, tokens[:count], [count]) if masks else partial(head, tokens[:count])
-        total, reason = _tried(call, [head])
+        total, reason = None, "weights that are elsewhere"
+        if like is not None:
+            tokens = like.new_zeros(count, wide)
+            total, reason = _tried(partial(head, tokens, [count]) if masks else partial(head, tokens), [head])
         if total is None:
             if not masks:
                 _require_explained(head, argument, reason)
@@ -288,7 +297,8 @@ def _said(layer: nn.Module) -> int:
         _whole(layer, "out_channels"),
         getattr(layer, "kernel_size", None),
     )
-    if take and give and isinstance(kernel, tuple):
+    # A transposed convolution makes several pixels of one: only the counter tells what of them.
+    if take and give and isinstance(kernel, tuple) and not getattr(layer, "transposed", False):
         return take // (_whole(layer, "groups") or 1) * give * math.prod(kernel)
     return 0
 

@@ -18,7 +18,7 @@ from tokenexit.carries import Feature
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
-from tokenexit_torch._counting import executed, head_cost, network_cost
+from tokenexit_torch._counting import executed, head_cost, network_cost, weight_of
 from tokenexit_torch._modules import evaluating, kept_eager
 from tokenexit_torch._passing import PackedRun, as_read
 from tokenexit_torch.exits import WithExits
@@ -148,7 +148,7 @@ class DecodingModel(WithExits[DecodingHost]):
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        known = {"width": self.host.width, "like": next(self.host.module.parameters())}
+        known = {"width": self.host.width, "like": weight_of(self.host.module)}
         cost = replace(
             network_cost(self.host, self.counted),
             prefix=slots - height * width,

@@ -23,7 +23,7 @@ from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
-from tokenexit_torch._counting import head_cost, network_cost
+from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.exits import Planned
 from tokenexit_torch.hosts import Host, area_of, embedded_by
@@ -182,7 +182,7 @@ class GatedModel(Planned):
         patches, channels = height * width, self.host.width
         ran = output.tokens_per_block
         slots = int(ran.max()) if ran.numel() else patches
-        options = {"width": channels, "like": next(self.host.module.parameters())}
+        options = {"width": channels, "like": weight_of(self.host.module)}
         gates = [
             head_cost(self.gates[str(after)], self.counted, f"gates[{after}]", **options) for after in output.gates
         ]

@@ -15,7 +15,7 @@ from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
-from tokenexit_torch._counting import head_cost, network_cost
+from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._mixing import MixedRun
 from tokenexit_torch._passing import Reading, as_read, packed, read_batch
 from tokenexit_torch.exits import WithExits
@@ -191,7 +191,7 @@ class ExitingModel(WithExits[Host]):
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        known = {"width": self.host.width, "like": next(self.host.module.parameters())}
+        known = {"width": self.host.width, "like": weight_of(self.host.module)}
         cost = replace(
             network_cost(self.host, self.counted),
             prefix=slots - height * width,

@@ -212,7 +212,7 @@ STEMS = {
         nn.Conv2d(8, 16, 3, padding=1, groups=4),
         nn.Conv2d(16, 16, 2, stride=2),
     ),
-    "a class token's own": lambda: nn.Conv2d(3, 16, 8, stride=8),
+    "one convolution": lambda: nn.Conv2d(3, 16, 8, stride=8),
 }
 
 
@@ -235,7 +235,7 @@ def test_blocks_that_attend_over_other_channels_than_the_first_are_named():
 
 
 class Uncountable(Raw):
-    """Runs on no fewer than twelve tokens, so that it is not to be counted."""
+    """Does not run on two tokens, as it would to be counted."""
 
     def forward(self, tokens):
         if tokens.shape[1] < 3:

@@ -141,7 +141,7 @@ def edges(draw):
 
 
 @pytest.mark.parametrize("way", ["cuts", "pads"])
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(edges())
 @example(((8, 8), (32, 49), 3, 40))
 @example(((4, 7), (33, 34), 3, 14))
