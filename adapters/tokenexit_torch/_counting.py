@@ -190,8 +190,10 @@ def _embedding_work(host: Host) -> tuple[Embedded | None, tuple[int, int]]:
 def _block_work(host: Host, index: int, embedded: Embedded | None) -> _Work:
     block, said, reason = host.blocks[index], layer_work(host.blocks[index]), "images that cannot be embedded"
     seen: list[int] = []
-    for count in _TOKENS if embedded is not None else ():
-        total, reason = _tried(partial(_run, host, index, embedded, count), [block])
+    for count in _TOKENS:
+        total = None
+        if embedded is not None:
+            total, reason = _tried(partial(_run, host, index, embedded, count), [block])
         if total is None:
             break
         seen.append(total)
@@ -304,7 +306,7 @@ def _said(layer: nn.Module) -> int:
 
 
 def _whole(layer: nn.Module, name: str) -> int:
-    value = getattr(layer, name, None)
+    value: Any = getattr(layer, name, None)
     return value if is_whole(value) else 0
 
 

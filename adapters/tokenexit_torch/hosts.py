@@ -132,7 +132,9 @@ def patch_of(embedded: Embedded, images: Tensor, known: tuple[int, int] | None =
     height, width = images.shape[-2:]
     (rows, columns), covers = embedded.grid, embedded.covers
     if covers is not None:
-        require(min(covers) > 0, "model.embed", "give a height and a width that the grid covers, from 1 up", covers)
+        if min(covers) <= 0:
+            got = f"{height} x {width} pixels, of which the grid covers {covers[0]} x {covers[1]}"
+            require(False, "images", "hold a whole patch", got)
         return None
     patch = (height // rows, width // columns)
     if (rows * patch[0], columns * patch[1]) != (height, width) or known not in (None, patch):
