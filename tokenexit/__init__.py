@@ -5,6 +5,7 @@ The functions take arrays of any library that follows the array API standard and
 
 from tokenexit import (
     annealing,
+    area,
     auxiliary,
     bounds,
     calibration,
@@ -35,6 +36,7 @@ from tokenexit.errors import TokenExitError
 __all__ = [
     "TokenExitError",
     "annealing",
+    "area",
     "auxiliary",
     "bounds",
     "calibration",

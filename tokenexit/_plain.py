@@ -65,8 +65,10 @@ def is_number(value: object, /) -> bool:
 
     An int that no float holds is none, nor is NaN.
     """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
     number: Any = value
-    return isinstance(number, Real) and not isinstance(number, bool) and bool(-_LARGEST <= number <= _LARGEST)
+    return bool(-_LARGEST <= number <= _LARGEST)
 
 
 def is_whole(value: object, /, *, least: int = 0) -> bool:

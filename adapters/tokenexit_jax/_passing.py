@@ -17,6 +17,7 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import cells, ledger, scores, surroundings, tokens
+from tokenexit.area import Area
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
 from tokenexit.heads import ATM, HeadPlan, Neighbourhood
@@ -32,6 +33,7 @@ from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
 
 __all__ = [
+    "DECLARED",
     "Parts",
     "Reading",
     "Run",
@@ -41,8 +43,10 @@ __all__ = [
     "joined",
     "needed",
     "on_grid",
+    "require_covered",
     "run_block",
     "stages",
+    "whole_sides",
 ]
 
 
@@ -105,6 +109,7 @@ class State:
         overflow: Tokens that left for lack of room.
         prefix: Prefix tokens of an image.
         grid: Height and width of the grid.
+        area: The area of the images that it covers; None if it is the whole of them.
         kept: What training keeps of each head; see `tokenexit_jax.training`.
     """
 
@@ -119,10 +124,11 @@ class State:
     overflow: Int[Array, "images"]
     prefix: int
     grid: tuple[int, int]
+    area: Area | None
     kept: Any = None
 
 
-_STATIC = ("prefix", "grid")
+_STATIC = ("prefix", "grid", "area")
 register(State, leaves=tuple(field.name for field in dataclasses.fields(State) if field.name not in _STATIC))
 
 
@@ -185,6 +191,7 @@ class Run(NamedTuple):
             overflow=nothing,
             prefix=prefix,
             grid=embedded.grid,
+            area=embedded.area,
         )
         if not exits:
             return state
@@ -258,10 +265,11 @@ class Run(NamedTuple):
             overflow=state.overflow,
             exits=tuple(exit.after for exit in self.plan.active),
             head_on="running" if self.feature is None else "all",
+            area=state.area,
         )
 
-    def patches_after(self, images: Array) -> tuple[dict[int, Float[Array, "images patches width"]], tuple[int, int]]:
-        """Patches as every head would read them, in one dense run, and the grid."""
+    def patches_after(self, images: Array) -> tuple[dict[int, Float[Array, "images patches width"]], Embedded]:
+        """Patches as every head would read them, in one dense run, and the images before the first block."""
         network = self.model.network
         embedded = embed(network, self.params, images)
         running, patches, start = embedded.tokens, {}, 0
@@ -270,7 +278,7 @@ class Run(NamedTuple):
             patches[stop] = running[:, embedded.prefix :]
         running = self._plain(running, embedded.positions, start, network.depth)
         patches[network.depth] = network.finish(self.params, running)[:, embedded.prefix :]
-        return patches, embedded.grid
+        return patches, embedded
 
     def read(
         self,
@@ -453,7 +461,47 @@ def embed(network: Network, params: Params, images: Array) -> Embedded:
     placed = positions is None or positions.shape[:1] == (slots,)
     rule = f"give positions for {slots} slots"
     require(placed, "network.embed", rule, None if positions is None else f"shape {positions.shape}")
+    area = embedded.area
+    require(area is None or isinstance(area, Area), "network.embed", "give a tokenexit.area.Area or None", repr(area))
+    embedded = dataclasses.replace(embedded, area=None) if area is not None and area.covered == area.image else embedded
+    if embedded.area is None and len(getattr(images, "shape", ())) == 4:
+        _require_whole(embedded.grid, images.shape)
     return embedded
+
+
+DECLARED = "`network.embed` say what area the grid covers: Embedded(..., area=tokenexit.area.Area(covered, image))"
+
+
+def whole_sides(grid: tuple[int, int], shape: tuple[int, ...]) -> list[int]:
+    """Which axes may be the heights of images of this shape, cut into whole patches: channels come last or first.
+
+    It is no part of the public API.
+    """
+    return [axis for axis in (1, 2) if shape[axis] % grid[0] == 0 and shape[axis + 1] % grid[1] == 0]
+
+
+def _require_whole(grid: tuple[int, int], shape: tuple[int, ...]) -> None:
+    """Raise unless images are cut into whole patches; height and width of the grid are exchanged if that tells why."""
+    height, width = grid
+    got = f"{height} x {width} for images of shape {shape}"
+    whole = len(whole_sides(grid, shape)) > 0
+    exchanged = any(
+        rows % width == 0 and rows * height == columns * width for rows, columns in (shape[1:3], shape[2:4])
+    )
+    require(whole or not exchanged, "network.embed", "give height and width of the grid in this order", got)
+    require(whole, "images", f"have whole patches, or {DECLARED}", f"a grid of {got}")
+
+
+def require_covered(area: Area | None) -> None:
+    """Raise unless patches cover the images exactly: losses on bare logits know of nothing else. Not public.
+
+    Raises:
+        TokenExitError: If they do not.
+    """
+    if area is not None:
+        (height, width), (rows, columns) = area.image, area.covered
+        rule = "be covered exactly by their patches for losses: cut or pad them and their labels to whole patches"
+        require(False, "images", rule, f"{height} x {width} pixels, of which patches cover {rows} x {columns}")
 
 
 def run_block(

@@ -248,6 +248,7 @@ def closed(
         overflow=nothing + sum(one.overflow for one in gates.values()),
         gates=tuple(gates),
         keys=carry.keys,
+        area=embedded.area,
     )
 
 

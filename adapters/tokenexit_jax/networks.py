@@ -12,6 +12,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float, Shaped
 
+from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_jax.pytrees import register
 
@@ -37,19 +38,23 @@ one is greater than 0. `positions`, `(images, entries, ...)`, is what belongs to
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images as tokens, ready for the first block. A pytree, of which `prefix` and `grid` are static.
+    """Images as tokens, ready for the first block. A pytree, of which `tokens` and `positions` are leaves.
 
     Attributes:
         tokens: The tokens; prefix tokens first, then the patches of the grid, row by row.
         prefix: How many leading tokens are no patches (cls, registers). They never leave.
         grid: Height and width of the patch grid.
         positions: What belongs to each slot and travels with its token to every block (rotary tables), if anything.
+        area: The area of the images that the grid covers, `tokenexit.area.Area(covered, image)`; None if it is the
+            whole of them, in patches of one size. It is smaller than the images where pixels beyond the last whole
+            patch are left out, and larger where images are padded to whole patches.
     """
 
     tokens: Float[Array, "images slots width"]
     prefix: int
     grid: tuple[int, int]
     positions: Shaped[Array, "slots ..."] | None = None
+    area: Area | None = None
 
 
 register(Embedded, leaves=("tokens", "positions"))

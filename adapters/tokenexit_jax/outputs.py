@@ -7,9 +7,11 @@ from typing import Literal
 import jax
 import numpy as np
 from jax import Array
+from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import TokenExitError
+from tokenexit.area import Area
 from tokenexit.cost import Cost
 from tokenexit.errors import require
 from tokenexit_jax._given import require_size
@@ -32,6 +34,7 @@ class Output:
         overflow: How many tokens of each image left only because the greatest capacity had no room for them.
         exits: The blocks with an exit head that the plan asks; of a finished batch it reads nothing.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Array, "images grid_height grid_width classes"]
@@ -41,12 +44,15 @@ class Output:
     overflow: Int[Array, "images"]
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Array, "images height width classes"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
 
+        Pixels beyond the last whole patch, where the network leaves some out, get the logits of the patch beside them.
+
         Args:
-            size: Height and width, in pixels, neither less than the grid's.
+            size: Height and width at which the whole images are shown, in pixels, neither less than the grid's.
 
         Returns:
             The interpolated logits.
@@ -55,8 +61,7 @@ class Output:
             TokenExitError: If `size` is no height and width.
         """
         require_size(size)
-        images, _, _, classes = self.logits.shape
-        return jax.image.resize(self.logits, (images, *size, classes), "bilinear")
+        return _upsampled(self.logits, size, self.area)
 
     def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
         """Multiply-adds that the call stands for, heads and patch embedding included: of tokens, not of empty entries.
@@ -97,6 +102,7 @@ class GatedOutput:
             no room for them.
         gates: After how many blocks these gates stood.
         keys: Whom those that ran attended to: each other, or those that waited as well.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Array, "images grid_height grid_width classes"] | None
@@ -108,12 +114,13 @@ class GatedOutput:
     overflow: Int[Array, "images"]
     gates: tuple[int, ...]
     keys: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Array, "images height width classes"]:
-        """The logits at another size, bilinearly.
+        """The logits at another size, bilinearly, as by `Output.upsample`.
 
         Args:
-            size: Height and width, in pixels, neither less than the grid's.
+            size: Height and width at which the whole images are shown, in pixels, neither less than the grid's.
 
         Returns:
             The interpolated logits.
@@ -124,8 +131,7 @@ class GatedOutput:
         if self.logits is None:
             raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
         require_size(size)
-        images, _, _, classes = self.logits.shape
-        return jax.image.resize(self.logits, (images, *size, classes), "bilinear")
+        return _upsampled(self.logits, size, self.area)
 
     def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
         """Multiply-adds that the call stands for, gates, head and patch embedding included; no decoder of yours.
@@ -161,3 +167,23 @@ register(GatedOutput, leaves=_GATED)
 
 def _require_cost(cost: Cost) -> None:
     require(isinstance(cost, Cost), "cost", "be what `model.cost` gives", type(cost).__name__)
+
+
+def _upsampled(logits: Array, size: tuple[int, int], area: Area | None) -> Float[Array, "images height width classes"]:
+    images, height, width, classes = logits.shape
+    shape = (images, *size, classes)
+    if area is None:
+        return jax.image.resize(logits, shape, "bilinear")
+    for axis, pixels in zip((1, 2), area.per_patch((height, width), size), strict=True):
+        logits = _between(logits, axis, size[axis - 1], pixels)
+    return logits
+
+
+def _between(logits: Array, axis: int, side: int, pixels: float) -> Array:
+    """Scores of pixels along an axis, from the two patches between whose middles they lie; beyond the last, its own."""
+    last = logits.shape[axis] - 1
+    at = jnp.clip((jnp.arange(side) + 0.5) / pixels - 0.5, 0, last)
+    low = jnp.floor(at).astype(jnp.int32)
+    first, second = (jnp.take(logits, near, axis=axis) for near in (low, jnp.minimum(low + 1, last)))
+    weight = (at - low).astype(logits.dtype).reshape((1, side, 1, 1) if axis == 1 else (1, 1, side, 1))
+    return first * (1 - weight) + second * weight

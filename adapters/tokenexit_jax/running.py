@@ -18,14 +18,14 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit import TokenExitError
-from tokenexit.cost import Cost, HeadCost
+from tokenexit.cost import Cost
 from tokenexit.errors import require
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
 from tokenexit_jax import heads as building
-from tokenexit_jax._counting import multiply_adds, network_cost
+from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
-from tokenexit_jax._passing import Parts, Run, State, needed, on_grid, stages
+from tokenexit_jax._passing import Parts, Run, State, needed, on_grid, require_covered, stages
 from tokenexit_jax.masks import MaskMaps
 from tokenexit_jax.networks import Heads, Params
 from tokenexit_jax.outputs import Output
@@ -164,10 +164,13 @@ class ExitingModel(Parts):
             Logits by blocks run; the last entry is the final head's.
 
         Raises:
-            TokenExitError: If the weights do not fit the model, or the network's parts not each other.
+            TokenExitError: If the weights do not fit the model, the network's parts not each other, or patches do not
+                cover the images exactly, which losses on the logits of patches take for granted.
         """
         run = Run(self, params, fitting(self, heads), Schedule())
-        patches, grid = run.patches_after(images)
+        patches, embedded = run.patches_after(images)
+        require_covered(embedded.area)
+        grid = embedded.grid
         return {after: on_grid(run.read(after, rows, grid).logits, grid) for after, rows in patches.items()}
 
     def every_mask(self, params: Params, heads: Heads, images: Array) -> dict[int, MaskMaps]:
@@ -182,12 +185,14 @@ class ExitingModel(Parts):
             Masks and presence by blocks run; the last entry is the final head's.
 
         Raises:
-            TokenExitError: If the heads are no mask heads, their weights do not fit the model, or the network's parts
-                not each other.
+            TokenExitError: If the heads are no mask heads, their weights do not fit the model, the network's parts not
+                each other, or patches do not cover the images exactly.
         """
         require(self.gives_masks, "model", "have mask heads", repr(self.head_plan))
         run = Run(self, params, fitting(self, heads), Schedule())
-        patches, grid = run.patches_after(images)
+        patches, embedded = run.patches_after(images)
+        require_covered(embedded.area)
+        grid = embedded.grid
         readings = {after: run.read(after, rows, grid).masks for after, rows in patches.items()}
         return {
             after: MaskMaps(on_grid(masks.mask_logits, grid), masks.presence_logits)
@@ -211,8 +216,8 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If the network's parts do not fit each other.
         """
-        patches, grid = Run(self, params, {}, Schedule()).patches_after(images)
-        return {after: on_grid(rows, grid) for after, rows in patches.items()}
+        patches, embedded = Run(self, params, {}, Schedule()).patches_after(images)
+        return {after: on_grid(rows, embedded.grid) for after, rows in patches.items()}
 
     def cost(self, params: Params, images: Any) -> Cost:
         """What the parts of the network cost, read off the products and convolutions in its programs; nothing is run.
@@ -232,7 +237,7 @@ class ExitingModel(Parts):
         found = network_cost(self.network, params, images)
         head = building.cost(self.head_plan, width=width, classes=self.classes)
         token = jax.ShapeDtypeStruct((1, 1, width), jax.eval_shape(self.network.embed, params, images).tokens.dtype)
-        last = head if self.head is None else HeadCost(multiply_adds(self.head, params, token))
+        last = head if self.head is None else head_cost(self.head, params, token)
         return dataclasses.replace(found, exit_heads=dict.fromkeys(self.after, head), head=last)
 
 

@@ -27,6 +27,7 @@ from tokenexit.errors import require
 from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import Schedule
 from tokenexit_jax._given import require_array, require_key
+from tokenexit_jax._passing import require_covered
 from tokenexit_jax._waiting import Asked, MaskedRun, asked, in_place, put_back
 from tokenexit_jax.gating import GatedModel, checked_gates, fitting_gates
 from tokenexit_jax.heads import read_in_training
@@ -118,8 +119,8 @@ def sampled(
         Output, decisions and rates.
 
     Raises:
-        TokenExitError: If the model has no gates, a rate is missing, an option is out of its range, or the plan or the
-            weights do not fit the model.
+        TokenExitError: If the model has no gates, a rate is missing, an option is out of its range, the plan or the
+            weights do not fit the model, or patches do not cover the images exactly.
     """
     require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
     require(is_number(temperature) and temperature > 0, "temperature", "be positive", repr(temperature))
@@ -157,6 +158,7 @@ class _SampledRun(MaskedRun):
 
     def drawn(self, images: Array) -> Drawing:
         output = self.through(images)
+        require_covered(output.area)
         height, width = output.keep.shape[2:]
         none = jnp.zeros((output.keep.shape[0], 0, height * width))
         keep = jnp.stack([one.keep for one in self.asked.values()], axis=1) if self.asked else none

@@ -210,7 +210,8 @@ class SemanticModel:
         cost, (first, _) = network_cost(self.network, params, images), self.tokens.blocks
         grid = jax.eval_shape(partial(embed, self.network), params, images).grid
         require_places(self.plan, grid)
-        return cost.semantic(self.plan, grid, after=self.after, until=self.until, hidden=first.inside)
+        sizes = {"after": self.after, "until": self.until, "hidden": first.inside}
+        return cost.decoder + cost.semantic(self.plan, grid, **sizes)
 
     def _run(self, params: Params, row: Array, indexes: range, valid: Array | None = None) -> Array:
         """Blocks on a row of tokens; those that stand for nothing count as no key."""

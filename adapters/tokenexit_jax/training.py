@@ -39,7 +39,7 @@ from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Selection
 from tokenexit_jax._given import require_array
 from tokenexit_jax._layers import STATISTICS
-from tokenexit_jax._passing import Reading, Run, State, joined, on_grid
+from tokenexit_jax._passing import Reading, Run, State, joined, on_grid, require_covered
 from tokenexit_jax.heads import read_in_training
 from tokenexit_jax.masks import MaskMaps, Masks, log_scores
 from tokenexit_jax.networks import Heads, Params
@@ -153,7 +153,8 @@ def staged(
         Class scores of every head, and the output.
 
     Raises:
-        TokenExitError: As for a call of the model.
+        TokenExitError: As for a call of the model; or if patches do not cover the images exactly, which losses on the
+            logits of patches take for granted.
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     plan = checked(model, model.schedule if schedule is None else schedule)
@@ -248,6 +249,7 @@ class _StagedRun(Run):
         return Reading(logits, statistics=statistics)
 
     def staged(self, state: State) -> Stages:
+        require_covered(state.area)
         depth, kept = self.model.depth, state.kept
         if state.ledger is None or self.feature is not None:
             state, reading = self.rejoined(state)

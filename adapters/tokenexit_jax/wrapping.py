@@ -19,7 +19,7 @@ from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_jax._given import require_array, require_count
-from tokenexit_jax._passing import embed, run_block
+from tokenexit_jax._passing import DECLARED, embed, run_block, whole_sides
 from tokenexit_jax.gating import GatedModel
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.running import ExitingModel
@@ -221,7 +221,7 @@ def check(
     for argument, given in (("params", params), ("images", images)):
         _require_finite(given, argument)
     known = embed(network, params, images)
-    _require_upright(known.grid, images)
+    _require_reaching(network, params, images, known)
     batch = known.tokens
     if dense is not None:
         finished = network.finish(params, _through(network, params, known))
@@ -326,11 +326,14 @@ def _require_finite(values: Any, argument: str) -> None:
     require(not wrong, argument, "be finite", f"NaN or infinity in {', '.join(wrong[:4]) or 'it'}")
 
 
-def _require_upright(grid: tuple[int, int], images: Array) -> None:
-    """Raise if the images say that height and width are exchanged: patches are then square, and otherwise in pieces."""
-    height, width = grid
-    sides = [images.shape[first : first + 2] for first in (1, 2)] if images.ndim == 4 else []  # either layout
-    whole = any(rows % height == 0 and columns % width == 0 for rows, columns in sides)
-    exchanged = any(rows % width == 0 and rows * height == columns * width for rows, columns in sides)
-    got = f"{height} x {width} for images of shape {images.shape}"
-    require(whole or not exchanged, "network.embed", "give height and width of the grid in this order", got)
+def _require_reaching(network: Network, params: Params, images: Array, known: Embedded) -> None:
+    """Raise if a grid that is said to cover the whole images leaves their last row or column out."""
+    heights = whole_sides(known.grid, images.shape) if images.ndim == 4 else []
+    if known.area is not None or len(heights) != 1 or not jnp.issubdtype(images.dtype, jnp.floating):
+        return
+    weights = jax.random.normal(jax.random.key(0), known.tokens.shape)
+    slope = jax.grad(lambda given: (weights * network.embed(params, given).tokens.astype(jnp.float32)).sum())(images)
+    last = {axis: jnp.take(slope, -1, axis=axis) for axis in (heights[0], heights[0] + 1)}
+    left_out = [axis for axis, line in last.items() if not line.any()] if slope.any() else []
+    got = f"tokens that do not depend on the last pixels along axis {left_out} of images of shape {images.shape}"
+    require(not left_out, "images", f"be looked at as a whole, or {DECLARED}", got)

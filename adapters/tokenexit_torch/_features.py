@@ -15,6 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from tokenexit import TokenExitError
+from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
@@ -38,8 +39,8 @@ __all__ = [
 
 Batch = Tensor | Sequence[Tensor]
 Progress = Callable[[Iterable], Iterable]
-Seen = Callable[[Tensor], tuple[dict[int, Tensor], Tensor, tuple[int, int]]]
-"""From images: patches by exit, class scores `(images, patches, classes)`, and the grid."""
+Seen = Callable[[Tensor], tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]]
+"""From images: patches by exit, class scores `(images, patches, classes)`, the area that they cover, and the grid."""
 
 Rows = dict[str, Tensor]
 """One row for each patch: what an exit head reads, by the block before it as text; `TARGET` and `FINAL`."""
@@ -77,11 +78,12 @@ class Teacher:
         """Rows of a batch, and how many there are of each image: patches with a NaN or an infinity are left out."""
         images, label = _parted(batch)
         with evaluating(self._model):
-            exits, scores, grid = self._seen(images)
+            exits, scores, area, grid = self._seen(images)
         scores = scores.float()
         target = scores.softmax(dim=-1)
         if label is not None:
-            share = label_share(label.to(target.device), grid, classes=target.shape[-1], ignore=self._ignore)
+            known = {"classes": target.shape[-1], "ignore": self._ignore}
+            share = label_share(label.to(target.device), grid, area, **known)
             target = target + self._label_weight * (share - share.sum(dim=-1, keepdim=True) * target)
         finite = torch.stack([part.isfinite().all(dim=-1) for part in (scores, *exits.values())]).all(dim=0)
         every = {str(after): patches for after, patches in exits.items()}
@@ -90,19 +92,30 @@ class Teacher:
 
 
 def label_share(
-    label: Integer[Tensor, "images height width"], grid: tuple[int, int], /, *, classes: int, ignore: int
+    label: Integer[Tensor, "images height width"],
+    grid: tuple[int, int],
+    area: Area | None = None,
+    /,
+    *,
+    classes: int,
+    ignore: int,
 ) -> Float[Tensor, "images patches classes"]:
     """Which share of its pixels each patch has of each class; they sum to the share of the pixels with a label.
 
-    A pixel belongs to the one patch that its upper left corner is in, whatever the size of the label map.
+    A pixel belongs to the one patch that its upper left corner is in, whatever the size of the label map. Pixels that
+    no patch covers do not count, nor do those by which an image was padded.
     """
     images, height, width = label.shape
     known = label != ignore
     fits = bool(((label >= 0) & (label < classes) | ~known).all())
     rule = f"have labels from 0 to {classes - 1}, or {ignore} to be ignored"
     require(fits, "images", rule, f"{int(label.min())} to {int(label.max())}")
-    rows = torch.arange(height, device=label.device) * grid[0] // height
-    columns = torch.arange(width, device=label.device) * grid[1] // width
+    (down, across), (below, beside) = ((1, 1), (1, 1)) if area is None else (area.image, area.covered)
+    rows = torch.arange(height, device=label.device) * (grid[0] * down) // (height * below)
+    columns = torch.arange(width, device=label.device) * (grid[1] * across) // (width * beside)
+    if area is not None:
+        rows, columns = rows[rows < grid[0]], columns[columns < grid[1]]
+        label, known = (one[:, : len(rows), : len(columns)] for one in (label, known))
     patch = rows[:, None] * grid[1] + columns
     patches, pixels = grid[0] * grid[1], patch.flatten().bincount(minlength=grid[0] * grid[1])
     # One bin more than there are classes, for pixels without a label.

@@ -69,10 +69,10 @@ class MixedRun:
         found: dict[int, Output] = {}
         for part, where in zip(self.parts, self.which, strict=True):
             part.unpack()
-            logits, depth, ran, exits, head_on = part.output()
+            logits, depth, ran, exits, head_on, area = part.output()
             for number, at in enumerate(where):
                 one = slice(number, number + 1)
-                found[at] = Output(logits[one], depth[one], ran[one], exits, head_on)
+                found[at] = Output(logits[one], depth[one], ran[one], exits, head_on, area)
         return tuple(found[at] for at in sorted(found))
 
 

@@ -16,7 +16,6 @@ __all__ = [
     "Undivided",
     "evaluating",
     "kept_eager",
-    "linear_weights",
     "mlp",
     "require_heads",
     "start_anew",
@@ -24,7 +23,19 @@ __all__ = [
 
 
 class Undivided(nn.Module):
-    """A module of which `nn.DataParallel` must not make copies: its host would still be that of the original."""
+    """A module of which `nn.DataParallel` must not make copies: its host would still be that of the original.
+
+    Attributes:
+        patch: Height and width of a patch in pixels, as found at wrapping; None where the host says what a grid covers.
+        counted: Multiply-adds of parts that have been counted.
+    """
+
+    patch: tuple[int, int] | None = None
+    counted: dict[tuple[Any, ...], Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = {}
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         rule = "not be in nn.DataParallel: its copies would run the weights of one device, so use a process for each"
@@ -49,17 +60,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def kept_eager(function: Function) -> Function:
     """A function that `torch.compile` leaves as it is, with all that it calls."""
     return cast(Function, torch.compiler.disable(function))
-
-
-def linear_weights(module: nn.Module) -> int:
-    """Weights of the linear layers and 1 x 1 convolutions inside: the multiply-adds of one token."""
-    inside = list(module.modules())
-    weights = [layer.weight for layer in inside if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    # Its projections in are a bare parameter; that out is a linear layer, and counted above.
-    for layer in inside:
-        if isinstance(layer, nn.MultiheadAttention):
-            weights += [layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
-    return sum(weight.numel() for weight in weights if weight is not None)
 
 
 class DropPath(nn.Module):

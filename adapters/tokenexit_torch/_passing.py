@@ -22,7 +22,7 @@ from tokenexit_torch._modules import kept_eager
 from tokenexit_torch.attention import Padded, PerImage
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
-from tokenexit_torch.hosts import Host, embedded_by
+from tokenexit_torch.hosts import Host, area_of, embedded_by
 from tokenexit_torch.masks import MaskHead, Masks, log_scores, patch_rows, widened
 from tokenexit_torch.outputs import Output
 
@@ -78,9 +78,10 @@ class Run:
 
     def __init__(self, model: WithExits[Any], images: Tensor, schedule: Schedule | None) -> None:
         plan = model.schedule if schedule is None else model.checked(schedule)
-        embedded = embedded_by(model.host, images)
+        embedded = embedded_by(model.host, images, patch=model.patch)
         self.model = model
         self.embedded = embedded
+        self.area = area_of(embedded, images)
         self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
         self.feature = plan.carry if isinstance(plan.carry, Feature) else None
         folds = self.feature is not None and self.feature.fold_above is not None
@@ -341,6 +342,7 @@ class Run:
             self.ran(),
             tuple(self.exits),
             "running" if self.feature is None else "all",
+            self.area,
         )
 
 

@@ -34,7 +34,7 @@ from tokenexit_torch._features import in_batches, require_plain
 from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.certifying import fingerprints
-from tokenexit_torch.decoding import DecodedOutput, DecodingModel, class_scores, pooled
+from tokenexit_torch.decoding import DecodedOutput, DecodingModel, class_scores, pooled, require_placed
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.outputs import Output, upsampled
 from tokenexit_torch.running import ExitingModel
@@ -137,7 +137,7 @@ def calibrate(
         test: Which test (`tokenexit.bounds`).
         size: Height and width of the label maps that are compared: class scores are upsampled to it, as by
             `Output.upsample`, before the best class is taken. That of the images if left out, and that of `labels` in
-            any case; the patch grid for what is used patch by patch, which is faster.
+            any case; the patch grid for what is used patch by patch, which is faster, and leaves patches as they are.
         seed: Of the order in which the test takes the images.
         allow_fitted: Why images that the exit heads were fitted to may be among these all the same, in your own words,
             which the report and the certificate repeat.
@@ -405,7 +405,7 @@ class _Outcome(NamedTuple):
 
     Attributes:
         output: What it returned.
-        scores: Class scores at any resolution.
+        scores: Class scores at any resolution, of the area that the grid covers.
         multiply_adds: Executed, of every image.
     """
 
@@ -415,8 +415,9 @@ class _Outcome(NamedTuple):
 
     def label_maps(self, size: tuple[int, int]) -> Tensor:
         """Class of every pixel, image by image: upsampled scores of a batch may be large."""
-        maps = [upsampled(one, size).argmax(dim=1) for one in self.scores.split(1)]
-        found = torch.cat(maps)
+        patches = self.output.exit_depth.shape[1:] == size == self.scores.shape[2:]
+        area = None if patches else self.output.area
+        found = torch.cat([upsampled(one, size, area).argmax(dim=1) for one in self.scores.split(1)])
         return found.to(torch.int16 if self.scores.shape[1] <= 2**15 else torch.int32).cpu()
 
 
@@ -444,7 +445,12 @@ def _reader(
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     if isinstance(model, DecodingModel):
         read = class_scores(model, scores, argument="scores")
-        return lambda output: read(output.decoded, len(output.exit_depth))
+
+        def placed(output: DecodedOutput) -> Tensor:
+            require_placed(output.area, scores, "scores")
+            return read(output.decoded, len(output.exit_depth))
+
+        return placed
     require(scores is None, "scores", "be left out for a model with a final head", repr(scores))
     return lambda output: output.logits
 

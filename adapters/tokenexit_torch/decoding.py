@@ -4,6 +4,7 @@ An exit says who leaves, and nothing of the result: that is the decoder's, for e
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +12,17 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from tokenexit.area import Area
 from tokenexit.carries import Feature
-from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
-from tokenexit_torch._modules import evaluating, kept_eager, linear_weights
+from tokenexit_torch._counting import executed, head_cost, network_cost, weight_of
+from tokenexit_torch._modules import evaluating, kept_eager
 from tokenexit_torch._passing import PackedRun, as_read
 from tokenexit_torch.exits import WithExits
-from tokenexit_torch.hosts import Embedded, embedded_by
+from tokenexit_torch.hosts import Embedded, area_of, embedded_by, require_covered
 from tokenexit_torch.hosts_decoding import DecodingHost
 
 __all__ = ["DecodedOutput", "DecodingModel"]
@@ -37,12 +37,14 @@ class DecodedOutput(NamedTuple):
         tokens_per_block: How many tokens of each image ran through each block before the decoder, prefix tokens
             included.
         exits: The blocks after which an exit head ran.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     decoded: Any
     exit_depth: Int[Tensor, "images grid_height grid_width"]
     tokens_per_block: Int[Tensor, "images blocks"]
     exits: tuple[int, ...]
+    area: Area | None = None
 
 
 class DecodingModel(WithExits[DecodingHost]):
@@ -109,9 +111,11 @@ class DecodingModel(WithExits[DecodingHost]):
             Logits by blocks run.
 
         Raises:
-            TokenExitError: If the images do not fit the model.
+            TokenExitError: If the images do not fit the model, or patches do not cover them exactly, which losses on
+                the logits of patches take for granted.
         """
-        embedded = embedded_by(self.host, images)
+        embedded = embedded_by(self.host, images, patch=self.patch)
+        require_covered(area_of(embedded, images))
         patches, _ = self._trace(embedded)
         height, width = embedded.grid
         pattern = "images (height width) classes -> images classes height width"
@@ -122,11 +126,11 @@ class DecodingModel(WithExits[DecodingHost]):
 
     def patches_and_output(
         self, images: Float[Tensor, "images channels height width"]
-    ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, tuple[int, int]]:
-        """What exit heads read, the model's own output and the grid, in one run in which nothing leaves. Not public."""
-        embedded = embedded_by(self.host, images)
+    ) -> tuple[dict[int, Float[Tensor, "images patches channels_out"]], Any, Area | None, tuple[int, int]]:
+        """What exit heads read, the model's own output, area and grid, if nothing leaves. Not public."""
+        embedded = embedded_by(self.host, images, patch=self.patch)
         patches, taken = self._trace(embedded)
-        return patches, self.host.decode(taken, embedded, images), embedded.grid
+        return patches, self.host.decode(taken, embedded, images), area_of(embedded, images), embedded.grid
 
     def multiply_adds(self, output: DecodedOutput) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed before the decoder, exit heads and patch embedding included.
@@ -140,17 +144,18 @@ class DecodingModel(WithExits[DecodingHost]):
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network.
+            TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        cost = Cost(
-            embed=linear_weights(self.host.embedding),
-            blocks=tuple(linear_weights(block) for block in self.host.blocks),
-            width=self.host.width,
+        known = {"width": self.host.width, "like": weight_of(self.host.module)}
+        cost = replace(
+            network_cost(self.host, self.counted),
             prefix=slots - height * width,
-            exit_heads={int(after): HeadCost(linear_weights(head)) for after, head in self.exit_heads.items()},
-            head=HeadCost(0),
+            exit_heads={
+                int(after): head_cost(head, self.counted, f"exit_heads[{after}]", **known)
+                for after, head in self.exit_heads.items()
+            },
         )
         return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=output.exits, head_on="all")
 
@@ -172,13 +177,10 @@ class DecodingModel(WithExits[DecodingHost]):
         channels, *own = self.host.image_shape
         like = next(self.host.module.parameters())
         image = torch.zeros(1, channels, *(own if size is None else size), device=like.device, dtype=like.dtype)
-        # The counter knows the products of attention only where they are written out.
-        with evaluating(self.host.module), sdpa_kernel(SDPBackend.MATH):
-            embedded = embedded_by(self.host, image)
-            taken = dict.fromkeys(self.host.taps, embedded.tokens)
-            with FlopCounterMode(display=False) as counter:
-                self.host.decode(taken, embedded, image)
-        return counter.get_total_flops() // 2
+        with evaluating(self.host.module):
+            embedded = embedded_by(self.host, image, patch=self.patch)
+        taken = dict.fromkeys(self.host.taps, embedded.tokens)
+        return executed(lambda: self.host.decode(taken, embedded, image), [self.host.module])
 
     def _trace(self, embedded: Embedded) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """What every exit head reads, and all tokens by tap, if nothing leaves."""
@@ -211,6 +213,7 @@ class _DecodingRun(PackedRun):
             self._exit_depth().unflatten(1, (height, width)),
             self.ran(),
             tuple(self.exits),
+            self.area,
         )
 
     @property
@@ -236,6 +239,23 @@ def pooled(scores: Float[Tensor, "images classes height width"], grid: tuple[int
     """Logits of a map, averaged to patches as probabilities, and back to logits. It is no part of the public API."""
     probability = functional.adaptive_avg_pool2d(scores.float().softmax(dim=1), grid)
     return probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
+
+
+def require_placed(area: Area | None, given: Callable[[Any], Any] | None, argument: str, /) -> None:
+    """Raise unless it is known of which area class scores are: a host's own are of what the grid covers. Not public.
+
+    Args:
+        area: The area that the grid covers; None if it is the whole image.
+        given: What the caller gave to make class scores; the model's own if None.
+        argument: The name of that argument.
+
+    Raises:
+        TokenExitError: If it is not.
+    """
+    if area is not None and given is not None:
+        (height, width), (rows, columns) = area.image, area.covered
+        rule = f"be covered exactly by their patches where `{argument}` is given: cut or pad them to whole patches"
+        require(False, "images", rule, f"{height} x {width} pixels, of which patches cover {rows} x {columns}")
 
 
 def class_scores(

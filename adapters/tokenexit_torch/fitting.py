@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
+from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teacher, gathered
 from tokenexit_torch._files import fingerprint
 from tokenexit_torch._fit import Fit, Recipe
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.decoding import DecodingModel, class_scores, pooled
+from tokenexit_torch.decoding import DecodingModel, class_scores, pooled, require_placed
 from tokenexit_torch.running import ExitingModel
 
 __all__ = ["FitReport", "HeldOut", "fit_exits"]
@@ -201,11 +202,12 @@ def _of_decoder(model: DecodingModel, targets: Targets | None) -> Seen:
     """Patches before every exit head of some images, and what the decoder says of them."""
     read = class_scores(model, targets, argument="targets")
 
-    def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor, tuple[int, int]]:
-        exits, decoded, grid = model.patches_and_output(images)
+    def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:
+        exits, decoded, area, grid = model.patches_and_output(images)
+        require_placed(area, targets, "targets")
         scores = read(decoded, len(images))
         patches = rearrange(pooled(scores, grid), "images classes height width -> images (height width) classes")
-        return exits, patches, grid
+        return exits, patches, area, grid
 
     return seen
 

@@ -6,6 +6,7 @@ next gate may call it back (SViT, WACV 2024). So the result is a whole map of fe
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, policies, tokens
+from tokenexit.area import Area
 from tokenexit.carries import Preserved
-from tokenexit.cost import Cost, HeadCost
+from tokenexit.cost import HeadCost
 from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
-from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.exits import Planned
-from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
+from tokenexit_torch.hosts import Host, area_of, embedded_by
+from tokenexit_torch.outputs import upsampled
 
 __all__ = ["GatedModel", "GatedOutput"]
 
@@ -41,6 +44,7 @@ class GatedOutput(NamedTuple):
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         gates: After how many blocks these gates stood.
         keys: Whom those that ran attended to: each other, or those that waited as well.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"] | None
@@ -50,12 +54,13 @@ class GatedOutput(NamedTuple):
     tokens_per_block: Int[Tensor, "images blocks"]
     gates: tuple[int, ...]
     keys: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly.
+        """The logits at another size, bilinearly, as by `Output.upsample`.
 
         Args:
-            size: Height and width, in pixels.
+            size: Height and width at which the whole images are shown, in pixels.
 
         Returns:
             The interpolated logits.
@@ -65,7 +70,7 @@ class GatedOutput(NamedTuple):
         """
         if self.logits is None:
             raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
-        return functional.interpolate(self.logits, size, mode="bilinear", align_corners=False)
+        return upsampled(self.logits, size, self.area)
 
 
 class GatedModel(Planned):
@@ -171,25 +176,26 @@ class GatedModel(Planned):
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network.
+            TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.keep.shape[2:]
         patches, channels = height * width, self.host.width
         ran = output.tokens_per_block
         slots = int(ran.max()) if ran.numel() else patches
-        cost = Cost(
-            embed=embedding_weights(self.host),
-            blocks=tuple(linear_weights(block) for block in self.host.blocks),
-            width=channels,
-            prefix=0,
-            exit_heads={},
-            head=HeadCost(0 if self.head is None else linear_weights(self.head)),
-            decoder=slots * sum(linear_weights(self.gates[str(after)]) for after in output.gates),
+        options = {"width": channels, "like": weight_of(self.host.module)}
+        gates = [
+            head_cost(self.gates[str(after)], self.counted, f"gates[{after}]", **options) for after in output.gates
+        ]
+        cost = network_cost(self.host, self.counted)
+        cost = replace(
+            cost,
+            head=HeadCost(0) if self.head is None else head_cost(self.head, self.counted, "head", **options),
+            decoder=cost.decoder + slots * sum(gate.per_token for gate in gates),
         )
         total = cost.multiply_adds(ran, patches=patches, head_on="all")
         if output.keys == "all":
             waiting = ran.amax(dim=1, keepdim=True) - ran
-            total = total + (waiting * (3 * channels**2 + 2 * channels * ran)).sum(dim=1)
+            total = total + (waiting * (3 * channels**2 + 2 * cost.width * ran)).sum(dim=1)
         return total
 
 
@@ -201,7 +207,8 @@ class _Run:
         self.model = model
         self.carry = plan.carry
         self.policy = {exit.after: exit.policy for exit in plan.active}
-        self.embedded = embedded_by(model.host, images)
+        self.embedded = embedded_by(model.host, images, patch=model.patch)
+        self.area = area_of(self.embedded, images)
         self.tokens = self.embedded.tokens
         self.images, self.slots, _ = self.tokens.shape
         self.patches = self.slots - self.embedded.prefix
@@ -233,6 +240,7 @@ class _Run:
             torch.stack(self.counts, dim=1),
             tuple(self.policy),
             self.carry.keys,
+            self.area,
         )
 
     def ask(self, after: int) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tokenexit import TokenExitError
+from tokenexit.area import Area
 from tokenexit.errors import require
 
 __all__ = ["Embedded", "Host"]
@@ -27,12 +28,17 @@ class Embedded:
         prefix: How many leading tokens are no patches (cls, registers). They never leave.
         grid: Height and width of the patch grid.
         positions: What belongs to each slot and travels with its token to every block (rotary tables), if anything.
+        covers: Height and width of the area that the grid covers, in pixels of the images, from their top left corner
+            on; None if it is the whole image, in patches of one size. It is smaller than the image where pixels beyond
+            the last whole patch are left out, and larger where images are padded to whole patches. If patches of
+            another size cover the whole image, give the size of the image.
     """
 
     tokens: Float[Tensor, "images slots width"]
     prefix: int
     grid: tuple[int, int]
     positions: Shaped[Tensor, "slots ..."] | None = None
+    covers: tuple[int, int] | None = None
 
 
 @runtime_checkable
@@ -76,11 +82,17 @@ class Host(Protocol):
         ...
 
 
-def embedded_by(host: Host, images: Tensor) -> Embedded:
+def embedded_by(host: Host, images: Tensor, /, *, patch: tuple[int, int] | None = None) -> Embedded:
     """What a host makes of images, after a check that it can take them. It is no part of the public API.
 
+    Args:
+        host: The host.
+        images: The images.
+        patch: Pixels of a patch where the host does not say what its grid covers (`patch_of`), if they are known.
+
     Raises:
-        TokenExitError: If the shape, device or dtype of the images is not one that the model takes.
+        TokenExitError: If the shape, device or dtype of the images is not one that the model takes, or it is not known
+            where on them the patches lie.
     """
     require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
     channels = host.image_shape[0]
@@ -98,17 +110,59 @@ def embedded_by(host: Host, images: Tensor) -> Embedded:
         cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
     )
     try:
-        return host.embed(images)
+        embedded = host.embed(images)
     except (AssertionError, ValueError) as error:
         got = f"{tuple(images.shape)}: {error}"
         raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
+    patch_of(embedded, images, patch)
+    return embedded
 
 
-def embedding_weights(host: Host) -> int:
-    """Weights of the convolutions outside of a host's blocks: multiply-adds of a patch's embedding."""
-    inside = {id(layer) for block in host.blocks for layer in block.modules()}
-    outside = (layer for layer in host.module.modules() if id(layer) not in inside)
-    return sum(layer.weight.numel() for layer in outside if isinstance(layer, nn.Conv2d))
+def patch_of(embedded: Embedded, images: Tensor, known: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Height and width of a patch in pixels; None if the host says what its grid covers. Not public.
+
+    Args:
+        embedded: What the host has made of the images.
+        images: The images.
+        known: What a patch must be; any whole number of pixels if None.
+
+    Raises:
+        TokenExitError: If the images are no whole patches of that size, or the area that the grid covers is none.
+    """
+    height, width = images.shape[-2:]
+    (rows, columns), covers = embedded.grid, embedded.covers
+    if covers is not None:
+        if min(covers) <= 0:
+            got = f"{height} x {width} pixels, of which the grid covers {covers[0]} x {covers[1]}"
+            require(False, "images", "hold a whole patch", got)
+        return None
+    patch = (height // rows, width // columns)
+    if (rows * patch[0], columns * patch[1]) != (height, width) or known not in (None, patch):
+        size = "whole" if known is None else f"of {known[0]} x {known[1]} pixels, as they are for `image_shape`"
+        rule = f"have sides of patches that are {size}, or `model.embed` say what area the grid covers"
+        declared = "Embedded(..., covers=(height, width))"
+        got = f"{height} x {width} pixels in a grid of {rows} x {columns}"
+        require(False, "images", f"{rule}: {declared}", got)
+    return patch
+
+
+def area_of(embedded: Embedded, images: Tensor) -> Area | None:
+    """The area of the images that the grid covers; None if it is the whole of them. It is no part of the public API."""
+    height, width = images.shape[-2:]
+    rows, columns = embedded.covers or (height, width)
+    return None if (rows, columns) == (height, width) else Area((rows, columns), (height, width))
+
+
+def require_covered(area: Area | None) -> None:
+    """Raise unless patches cover the images exactly: losses on bare logits know of nothing else. Not public.
+
+    Raises:
+        TokenExitError: If they do not.
+    """
+    if area is not None:
+        (height, width), (rows, columns) = area.image, area.covered
+        rule = "be covered exactly by their patches for losses: cut or pad them and their labels to whole patches"
+        require(False, "images", rule, f"{height} x {width} pixels, of which patches cover {rows} x {columns}")
 
 
 def full_name(model: object) -> str:

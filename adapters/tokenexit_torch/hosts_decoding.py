@@ -25,7 +25,8 @@ class DecodingHost(Host, Protocol):
     norm as well, belongs to the decoder, so that `finish` hands tokens on as they are.
 
     Attributes:
-        embedding: What embeds patches; its linear and convolution layers are counted for every patch.
+        embedding: What embeds patches; its linear and convolution layers are counted for every patch where `embed`
+            cannot be run to count its multiply-adds.
         taps: After how many blocks the decoder is given all tokens, ascending; the last after all `blocks`.
         classes: How many classes the model's output scores; None if it does not.
     """
@@ -68,7 +69,10 @@ class DecodingHost(Host, Protocol):
         ...
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
-        """Logits of every class, at any resolution, from the model's own output. Not asked if `classes` is None."""
+        """Logits of every class, at any resolution, from the model's own output. Not asked if `classes` is None.
+
+        Its map is of the area that the grid covers (`Embedded.covers`): of the whole image, as a rule.
+        """
         ...
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, finfo, nn
 from tokenexit.errors import require
 from tokenexit_torch.hosts import Embedded, full_name
 from tokenexit_torch.hosts_decoding import Given, Last, Passing, Reached, view
-from tokenexit_torch.hosts_transformers import pair, require_interceptable, with_prefix
+from tokenexit_torch.hosts_transformers import pair, require_interceptable, whole_patches, with_prefix
 
 __all__ = ["TransformersDPT", "TransformersEoMT"]
 
@@ -68,12 +68,12 @@ class TransformersEoMT:
         self._require_plain()
         if images.shape[-2:] != self.image_shape[1:]:
             raise ValueError(f"its masks are of images of {self.image_shape[1]} x {self.image_shape[2]}")
-        height, width = eomt.grid_size
+        grid, covers = whole_patches(images, eomt.config)
         if not self._rotary:
-            return Embedded(eomt.embeddings(images), self._prefix, (height, width))
+            return Embedded(eomt.embeddings(images), self._prefix, grid, covers=covers)
         tokens = eomt.dropout(eomt.embeddings(images))
         tables = eomt.rope_embeddings(images.to(tokens.dtype))
-        return Embedded(tokens, self._prefix, (height, width), with_prefix(tables, self._prefix))
+        return Embedded(tokens, self._prefix, grid, with_prefix(tables, self._prefix), covers)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
@@ -167,14 +167,12 @@ class TransformersDPT:
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
         self._require_plain()
-        height, width = (
-            side // patch for side, patch in zip(images.shape[-2:], pair(self._vit.config.patch_size), strict=True)
-        )
-        if not self._backed and height != width:
-            raise ValueError(f"its maps are square, which {height} x {width} patches are not")
+        grid, covers = whole_patches(images, self._vit.config)
+        if not self._backed and grid[0] != grid[1]:
+            raise ValueError(f"its maps are square, which {grid[0]} x {grid[1]} patches are not")
         embedded = self._vit.embeddings(images)
         tokens = embedded if self._backed else embedded.last_hidden_states
-        return Embedded(tokens, 1, (height, width))
+        return Embedded(tokens, 1, grid, covers=covers)
 
     def run(self, index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""

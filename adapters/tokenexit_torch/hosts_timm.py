@@ -47,7 +47,8 @@ class TimmViT:
         vit = self._vit
         _require_no_checkpoints(vit)
         tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-        return Embedded(tokens, vit.num_prefix_tokens, tuple(vit.patch_embed.dynamic_feat_size(images.shape[-2:])))
+        grid, covers = _grid(vit.patch_embed, images)
+        return Embedded(tokens, vit.num_prefix_tokens, grid, covers=covers)
 
     def run(self, index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
@@ -92,9 +93,9 @@ class TimmEva:
         eva = self._eva
         _require_no_checkpoints(eva)
         tokens, table = eva._pos_embed(eva.patch_embed(images))
-        prefix, grid = eva.num_prefix_tokens, tuple(eva.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        prefix, (grid, covers) = eva.num_prefix_tokens, _grid(eva.patch_embed, images)
         positions = None if table is None else _by_slot(table, prefix)
-        return Embedded(eva.norm_pre(tokens), prefix, grid, positions)
+        return Embedded(eva.norm_pre(tokens), prefix, grid, positions, covers)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
@@ -132,6 +133,13 @@ def _by_slot(table: Tensor, prefix: int) -> Tensor:
     still = torch.zeros_like(table[:1]).expand(prefix, *table.shape[1:]).clone()
     still[..., table.shape[-1] // 2 :] = 1
     return torch.cat([still, table])
+
+
+def _grid(patch_embed: Any, images: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The grid, and the pixels that it covers: a fixed size may be cut off, `dynamic_img_pad` pads."""
+    rows, columns = patch_embed.dynamic_feat_size(images.shape[-2:])
+    height, width = patch_embed.feat_ratio(as_scalar=False)
+    return (rows, columns), (rows * height, columns * width)
 
 
 def _image_shape(patch_embed: Any) -> tuple[int, int, int]:

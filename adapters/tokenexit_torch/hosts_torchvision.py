@@ -42,7 +42,8 @@ class TorchvisionViT:
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
         encoder, side = self._vit.encoder, self._vit.image_size // self._vit.patch_size
-        return Embedded(encoder.dropout(self._tokens(images) + encoder.pos_embedding), 1, (side, side))
+        tokens, covered = encoder.dropout(self._tokens(images) + encoder.pos_embedding), side * self._vit.patch_size
+        return Embedded(tokens, 1, (side, side), covers=(covered, covered))
 
     def run(self, index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""

@@ -92,13 +92,11 @@ class TransformersViT:
         if parts.before is not None:
             tokens = vit.get_submodule(parts.before)(tokens)
         prefix = parts.cls + (vit.config.num_register_tokens if parts.registers else 0)
-        height, width = (
-            side // patch for side, patch in zip(images.shape[-2:], pair(vit.config.patch_size), strict=True)
-        )
+        grid, covers = whole_patches(images, vit.config)
         positions = None
         if parts.rotary is not None:
             positions = with_prefix(vit.get_submodule(parts.rotary)(images), prefix)
-        return Embedded(tokens, prefix, (height, width), positions)
+        return Embedded(tokens, prefix, grid, positions, covers)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
@@ -149,6 +147,13 @@ def with_prefix(tables: tuple[Tensor, Tensor], prefix: int) -> Float[Tensor, "sl
     cos, sin = tables
     still = torch.stack([cos.new_ones(prefix, cos.shape[1]), sin.new_zeros(prefix, sin.shape[1])], dim=1)
     return torch.cat([still, torch.stack([cos, sin], dim=1)])
+
+
+def whole_patches(images: Tensor, config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The grid, and the pixels that it covers: those beyond the last whole patch are left out. Not public."""
+    height, width = pair(config.patch_size)
+    rows, columns = images.shape[-2] // height, images.shape[-1] // width
+    return (rows, columns), (rows * height, columns * width)
 
 
 def pair(size: Any) -> tuple[int, int]:

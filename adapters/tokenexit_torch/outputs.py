@@ -2,9 +2,12 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from tokenexit.area import Area
 
 __all__ = ["Output", "StaticOutput"]
 
@@ -19,6 +22,7 @@ class Output(NamedTuple):
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         exits: The blocks after which an exit head ran.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -26,17 +30,20 @@ class Output(NamedTuple):
     tokens_per_block: Int[Tensor, "images blocks"]
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
 
+        Pixels beyond the last whole patch, where the network leaves some out, get the logits of the patch beside them.
+
         Args:
-            size: Height and width, in pixels.
+            size: Height and width at which the whole images are shown, in pixels.
 
         Returns:
             The interpolated logits.
         """
-        return upsampled(self.logits, size)
+        return upsampled(self.logits, size, self.area)
 
 
 class StaticOutput(NamedTuple):
@@ -51,6 +58,7 @@ class StaticOutput(NamedTuple):
         overflow: How many tokens of each image left only because there was no room for them.
         exits: The blocks after which an exit head ran.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -60,21 +68,43 @@ class StaticOutput(NamedTuple):
     overflow: Int[Tensor, "images"]
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
+    area: Area | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly.
+        """The logits at another size, bilinearly, as by `Output.upsample`.
 
         Args:
-            size: Height and width, in pixels.
+            size: Height and width at which the whole images are shown, in pixels.
 
         Returns:
             The interpolated logits.
         """
-        return upsampled(self.logits, size)
+        return upsampled(self.logits, size, self.area)
 
 
 def upsampled(
-    logits: Float[Tensor, "images classes grid_height grid_width"], size: tuple[int, int], /
+    logits: Float[Tensor, "images classes grid_height grid_width"], size: tuple[int, int], area: Area | None, /
 ) -> Float[Tensor, "images classes height width"]:
-    """Class scores at another size, bilinearly. It is no part of the public API."""
-    return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+    """Class scores at another size, bilinearly. It is no part of the public API.
+
+    Args:
+        logits: Class scores of the patches, or of any map over the same area.
+        size: Height and width at which the whole images are shown.
+        area: The area of the images that the map covers; None if it is the whole of them.
+    """
+    if area is None:
+        return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+    for axis, pixels in zip((2, 3), area.per_patch((logits.shape[2], logits.shape[3]), size), strict=True):
+        logits = _between(logits, axis, size[axis - 2], pixels)
+    return logits
+
+
+def _between(logits: Tensor, axis: int, side: int, pixels: float) -> Tensor:
+    """Scores of pixels along an axis, from the two patches between whose middles they lie; beyond the last, its own."""
+    last = logits.shape[axis] - 1
+    at = ((torch.arange(side, device=logits.device) + 0.5) / pixels - 0.5).clamp(0, last)
+    low = at.floor().long()
+    first, second = (logits.index_select(axis, near) for near in (low, (low + 1).clamp(max=last)))
+    weight = (at - low).to(logits.dtype)
+    weight = weight[:, None] if axis == 2 else weight
+    return first * (1 - weight) + second * weight

@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
+from tokenexit.area import Area
 from tokenexit.errors import require
+from tokenexit_torch.outputs import upsampled
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.windows import Windows, sliding
 
@@ -195,8 +197,8 @@ class Predictor:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             said = self._said(model, prepared)
         return [
-            self._picked(scores, depth, tokens, (int(size[0]), int(size[1])))
-            for scores, depth, tokens in zip(*said, strict=True)
+            self._picked(scores, depth, tokens, said.area, (int(size[0]), int(size[1])))
+            for scores, depth, tokens in zip(said.scores, said.depth, said.tokens, strict=True)
         ]
 
     def _prepared(self, images: Tensor) -> Tensor:
@@ -211,18 +213,20 @@ class Predictor:
     def _said(self, model: ExitingModel, images: Tensor) -> "_Said":
         if self.windows is None:
             out = model(images)
-            return _Said(out.logits, out.exit_depth, out.tokens_per_block)
+            return _Said(out.logits, out.exit_depth, out.tokens_per_block, out.area)
         wide = sliding(model, images, self.windows)
         count = {"images": len(images)}
         depth = rearrange(wide.windows.exit_depth, "(images windows) h w -> images windows h w", **count)
         tokens = reduce(wide.windows.tokens_per_block, "(images windows) blocks -> images blocks", "sum", **count)
-        return _Said(wide.logits, depth, tokens)
+        return _Said(wide.logits, depth, tokens, None)
 
-    def _picked(self, scores: Tensor, depth: Tensor, tokens: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _picked(
+        self, scores: Tensor, depth: Tensor, tokens: Tensor, area: Area | None, size: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
         told = {"exit_depth": depth, "tokens": tokens}
         found = {name: value.cpu().numpy() for name, value in told.items() if name in self.outputs}
         if "label" in self.outputs or "scores" in self.outputs:
-            pixels = functional.interpolate(scores[None].float(), size, mode="bilinear", align_corners=False)[0]
+            pixels = upsampled(scores[None].float(), size, area)[0]
             if "label" in self.outputs:
                 found["label"] = pixels.argmax(0).cpu().numpy().astype(np.min_scalar_type(len(pixels) - 1))
             if "scores" in self.outputs:
@@ -231,11 +235,12 @@ class Predictor:
 
 
 class _Said(NamedTuple):
-    """What a model says of some images: scores of patches, or of pixels where it saw windows."""
+    """What a model says of some images: scores of patches, or of pixels where it saw windows; and of which area."""
 
     scores: Tensor
     depth: Tensor
     tokens: Tensor
+    area: Area | None
 
 
 class _Recipes(pickle.Pickler):
@@ -271,6 +276,7 @@ def _alike(images: Sequence[Any], *, channels: int) -> list[list[int]]:
         fits = len(shape) == 3 and axis is not None and shape[axis] == channels
         rule = f"be an array of uint8 (height, width, {channels}) or float32 ({channels}, height, width)"
         require(fits, f"{_IMAGES}[{number}]", rule, f"{dtype} {shape}" if array else type(image).__name__)
+        require(0 not in shape, f"{_IMAGES}[{number}]", "have pixels", f"shape {shape}")
         groups.setdefault((dtype, shape), []).append(number)
     return list(groups.values())
 

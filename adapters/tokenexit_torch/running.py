@@ -5,20 +5,21 @@ that still run, attention works image by image. At each exit point there is one 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tokenexit.cost import Cost, HeadCost
+from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._mixing import MixedRun
-from tokenexit_torch._modules import linear_weights
 from tokenexit_torch._passing import Reading, as_read, packed, read_batch
 from tokenexit_torch.exits import WithExits
-from tokenexit_torch.hosts import Embedded, Host, embedded_by, embedding_weights
+from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by, require_covered
 from tokenexit_torch.masks import MaskHead, MaskMaps, as_maps
 from tokenexit_torch.outputs import Output
 
@@ -110,9 +111,11 @@ class ExitingModel(WithExits[Host]):
             Logits by blocks run; the last entry is the final head's.
 
         Raises:
-            TokenExitError: If the images do not fit the model.
+            TokenExitError: If the images do not fit the model, or patches do not cover them exactly, which losses on
+                the logits of patches take for granted.
         """
-        readings, (height, width) = self._read_all(images)
+        readings, area, (height, width) = self.read_all(images)
+        require_covered(area)
         pattern = "images (height width) classes -> images classes height width"
         return {after: rearrange(one.logits, pattern, height=height, width=width) for after, one in readings.items()}
 
@@ -126,10 +129,12 @@ class ExitingModel(WithExits[Host]):
             Masks and presence by blocks run; the last entry is the final head's.
 
         Raises:
-            TokenExitError: If the heads are no mask heads, or the images do not fit the model.
+            TokenExitError: If the heads are no mask heads, the images do not fit the model, or patches do not cover
+                them exactly.
         """
         require(self.gives_masks, "model", "have mask heads", type(self.head).__name__)
-        readings, grid = self._read_all(images)
+        readings, area, grid = self.read_all(images)
+        require_covered(area)
         return {after: as_maps(one.masks, grid) for after, one in readings.items() if one.masks is not None}
 
     def patches_after(
@@ -154,9 +159,10 @@ class ExitingModel(WithExits[Host]):
     ) -> tuple[
         dict[int, Float[Tensor, "images patches channels_out"]],
         Float[Tensor, "images patches classes"],
+        Area | None,
         tuple[int, int],
     ]:
-        """What exit heads read, the final head's class scores and the grid, in one run in which nothing leaves.
+        """What exit heads read, the final head's class scores, area and grid, in one run in which nothing leaves.
 
         It is no part of the public API.
 
@@ -165,13 +171,14 @@ class ExitingModel(WithExits[Host]):
         embedded, patches = self._trace(images)
         finished, grid = patches.pop(self.depth), embedded.grid
         read = {after: as_read(self.exit_heads[str(after)], rows, grid) for after, rows in patches.items()}
-        return read, read_batch(self.head, finished, grid).logits, grid
+        return read, read_batch(self.head, finished, grid).logits, area_of(embedded, images), grid
 
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
 
-        They are read off the linear and convolution layers and the executed tokens; heads are counted for patches, and
-        a mask head says itself what it costs.
+        Layers say what a token takes, quantised and sharded ones as well. At the first question each part is also run
+        on a few tokens, under PyTorch's own counter: what layers do not explain, such as products of bare parameters,
+        counts too. Heads are counted for patches, and a mask head says itself what it costs.
 
         Args:
             output: What the call returned.
@@ -180,32 +187,35 @@ class ExitingModel(WithExits[Host]):
             Multiply-adds per image.
 
         Raises:
-            TokenExitError: If the output is of another network.
+            TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.exit_depth.shape[1:]
         slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        cost = Cost(
-            embed=embedding_weights(self.host),
-            blocks=tuple(linear_weights(block) for block in self.host.blocks),
-            width=self.host.width,
+        known = {"width": self.host.width, "like": weight_of(self.host.module)}
+        cost = replace(
+            network_cost(self.host, self.counted),
             prefix=slots - height * width,
-            exit_heads={int(after): _head_cost(head) for after, head in self.exit_heads.items()},
-            head=_head_cost(self.head),
+            exit_heads={
+                int(after): head_cost(head, self.counted, f"exit_heads[{after}]", **known)
+                for after, head in self.exit_heads.items()
+            },
+            head=head_cost(self.head, self.counted, "head", **known),
         )
         return cost.multiply_adds(
             output.tokens_per_block, patches=height * width, exits=output.exits, head_on=output.head_on
         )
 
-    def _read_all(self, images: Tensor) -> tuple[dict[int, Reading], tuple[int, int]]:
+    def read_all(self, images: Tensor) -> tuple[dict[int, Reading], Area | None, tuple[int, int]]:
+        """What every head says of all tokens, area and grid, in one dense run. It is no part of the public API."""
         embedded, patches = self._trace(images)
         heads, grid = [*self.exit_heads.values(), self.head], embedded.grid
         readings = {
             after: read_batch(head, rows, grid) for (after, rows), head in zip(patches.items(), heads, strict=True)
         }
-        return readings, grid
+        return readings, area_of(embedded, images), grid
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
-        embedded = embedded_by(self.host, images)
+        embedded = embedded_by(self.host, images, patch=self.patch)
         running, patches = embedded.tokens, {}
         for block in range(self.depth):
             running = self.host.run(block, running, embedded.positions)
@@ -213,7 +223,3 @@ class ExitingModel(WithExits[Host]):
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
         return embedded, patches
-
-
-def _head_cost(head: nn.Module) -> HeadCost:
-    return head.cost if isinstance(head, MaskHead) else HeadCost(linear_weights(head))

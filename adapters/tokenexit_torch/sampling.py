@@ -22,6 +22,7 @@ from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.policies import Policy
 from tokenexit.schedule import Schedule
 from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun
+from tokenexit_torch.hosts import require_covered
 
 __all__ = ["Drawing", "Sampled"]
 
@@ -117,7 +118,7 @@ class Sampled(nn.Module):
             Output, decisions and rates.
 
         Raises:
-            TokenExitError: If the images or the plan do not fit the model.
+            TokenExitError: If the images or the plan do not fit the model, or patches do not cover the images exactly.
         """
         require(isinstance(generator, torch.Generator), "generator", "be a torch.Generator", repr(generator))
         plan = self.model.schedule if schedule is None else self.model.checked(schedule)
@@ -130,6 +131,7 @@ class _SampledRun(MaskedRun):
         self._sampled, self._generator = sampled, generator
 
     def drawn(self) -> Drawing:
+        require_covered(self.area)
         output = self.through()
         height, width = self.embedded.grid
         none = self.tokens.new_zeros((self.images, 0, self.patches), dtype=torch.float32)

@@ -16,12 +16,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan
-from tokenexit_torch._modules import Undivided, linear_weights
+from tokenexit_torch._counting import layer_work, network_cost
+from tokenexit_torch._modules import Undivided
 from tokenexit_torch.attention import attending_to
-from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
+from tokenexit_torch.hosts import Host, embedded_by
 from tokenexit_torch.semantic import CrossBlock, Recovery, SemanticTokens
 
 __all__ = ["SemanticModel", "SemanticOutput"]
@@ -126,7 +126,7 @@ class SemanticModel(Undivided):
             TokenExitError: If the images do not fit the model, or its blocks ask for positions, which semantic tokens
                 do not have.
         """
-        embedded = embedded_by(self.host, images)
+        embedded = embedded_by(self.host, images, patch=self.patch)
         require(embedded.positions is None, "model.embed", "give no positions: semantic tokens have none", "some")
         prefix, grid, row = embedded.prefix, embedded.grid, embedded.tokens
         for index in range(self.after):
@@ -156,11 +156,21 @@ class SemanticModel(Undivided):
 
         Returns:
             Multiply-adds: linear and convolution layers, and the two products of attention.
+
+        Raises:
+            TokenExitError: If there is no telling what a part costs, or the layers that were put in have other work
+                than they had, as adapters add.
         """
-        blocks = tuple(linear_weights(block) for block in self.host.blocks)
-        embed, width = embedding_weights(self.host), self.host.width
-        cost = Cost(embed=embed, blocks=blocks, width=width, prefix=prefix, exit_heads={}, head=HeadCost(0))
-        return cost.semantic(self.plan, grid, after=self.after, until=self.until, hidden=self.tokens.first.hidden)
+        cost, width = network_cost(self.host, self.counted), self.host.width
+        rule = f"attend over {width} channels, as semantic tokens do, for its multiply-adds to be counted"
+        require(cost.width == width, "model", rule, cost.width)
+        for name, block in self.layers.named_modules():
+            if isinstance(block, CrossBlock):
+                said, known = layer_work(block), 4 * width**2 + 2 * width * block.hidden
+                rule = f"have the {known} multiply-adds for a token that it was made with, for them to be counted"
+                require(said == known, f"layers.{name}", rule, said)
+        sizes = {"after": self.after, "until": self.until, "hidden": self.tokens.first.hidden}
+        return cost.decoder + replace(cost, prefix=prefix).semantic(self.plan, grid, **sizes)
 
     @property
     def _on_semantic_tokens(self) -> range:

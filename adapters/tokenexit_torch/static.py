@@ -97,7 +97,7 @@ class StaticModel(nn.Module):
         Raises:
             TokenExitError: If the output is of another network.
         """
-        logits, depth, _, capacity, _, exits, head_on = output
+        logits, depth, _, capacity, _, exits, head_on, _ = output
         return self.model.multiply_adds(Output(logits, depth, capacity, exits, head_on))
 
 
@@ -139,9 +139,9 @@ class StaticRun(Run):
 
     def static(self) -> StaticOutput:
         """The whole pass."""
-        logits, depth, ran, exits, head_on = self.through()
+        logits, depth, ran, exits, head_on, area = self.through()
         worked = torch.stack([torch.full_like(self.overflow, entries) for entries in self.worked], dim=1)
-        return StaticOutput(logits, depth, ran, worked, self.overflow, exits, head_on)
+        return StaticOutput(logits, depth, ran, worked, self.overflow, exits, head_on, area)
 
     def counted(self, start: int, stop: int) -> None:
         everyone = torch.full_like(self.overflow, self.slots)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from tokenexit.area import Area
 from tokenexit.carries import Prediction
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
@@ -37,11 +38,13 @@ class Trace:
         logits: Class scores by head; along the second axis the heads, by the blocks before them.
         after: The blocks before each head; the last is the final head's.
         prefix: Prefix tokens of the model, which run with the patches.
+        area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
     logits: Float[Tensor, "images heads classes grid_height grid_width"]
     after: tuple[int, ...]
     prefix: int
+    area: Area | None = None
 
     def __len__(self) -> int:
         """Image count."""
@@ -76,6 +79,7 @@ class Trace:
             tokens_per_block=torch.cat([part.tokens_per_block for part in parts]),
             exits=tuple(sorted({after for part in parts for after in part.exits})),
             head_on="running",
+            area=self.area,
         )
 
 
@@ -100,19 +104,25 @@ def trace(
         The trace.
 
     Raises:
-        TokenExitError: If there are no images, or their patch grids differ.
+        TokenExitError: If there are no images, or their patch grids, or what these cover, differ.
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     batches = images.split(8) if isinstance(images, Tensor) else images
-    parts, prefix = [], 0
+    parts, sizes, prefix = [], set(), 0
+    pattern = "images (height width) classes -> images classes height width"
     with evaluating(model):
         for batch in progress(batches):
-            parts.append(torch.stack(list(model.every_exit(batch).values()), dim=1))
+            readings, area, (height, width) = model.read_all(batch)
+            heads = [rearrange(one.logits, pattern, height=height, width=width) for one in readings.values()]
+            parts.append(torch.stack(heads, dim=1))
+            sizes.add((area, (height, width)))
             prefix = model.host.embed(batch[:1]).prefix
     require(sum(map(len, parts)) > 0, "images", "hold at least one image", "none")
-    grids = sorted({tuple(part.shape[3:]) for part in parts})
+    grids = sorted({grid for _, grid in sizes})
     require(len(grids) == 1, "images", "have patch grids of one size", grids)
-    return Trace(torch.cat(parts), (*(int(after) for after in model.exit_heads), model.depth), prefix)
+    areas = [area for area, _ in sizes]
+    require(len(areas) == 1, "images", "have patch grids that cover one area", areas)
+    return Trace(torch.cat(parts), (*(int(after) for after in model.exit_heads), model.depth), prefix, areas[0])
 
 
 class _Recording:

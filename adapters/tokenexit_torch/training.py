@@ -27,6 +27,7 @@ from tokenexit.auxiliary import loss_weights
 from tokenexit.errors import require
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch._passing import PackedRun, Reading
+from tokenexit_torch.hosts import require_covered
 from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores
 from tokenexit_torch.outputs import Output
 from tokenexit_torch.running import ExitingModel
@@ -138,7 +139,8 @@ class Staged(nn.Module):
             Class scores of every head that ran, and the output.
 
         Raises:
-            TokenExitError: As for a call of the model.
+            TokenExitError: As for a call of the model; or if patches do not cover the images exactly, which losses on
+                the logits of patches take for granted.
         """
         return _StagedRun(self.model, images, schedule).staged()
 
@@ -154,6 +156,7 @@ class _StagedRun(PackedRun):
         return plan.exits
 
     def staged(self) -> Stages:
+        require_covered(self.area)
         output = self.through()
         height, width = self.embedded.grid
         stages = {

@@ -18,7 +18,7 @@ from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
-from tokenexit_torch.outputs import Output
+from tokenexit_torch.outputs import Output, upsampled
 
 __all__ = ["WindowedOutput", "Windows", "sliding"]
 
@@ -120,7 +120,7 @@ def sliding(
     below, beside = (max(0, side - own) for side, own in zip(windows.size, (height, width), strict=True))
     padded = functional.pad(images, (0, beside, 0, below))
     said = _said(model, padded, corners, windows, schedule)
-    logits = _blended(said.logits, corners, windows, padded)
+    logits = _blended(said, corners, windows, padded)
     return WindowedOutput(logits[..., :height, :width], corners, said)
 
 
@@ -167,8 +167,9 @@ def _joined(parts: Sequence[Output]) -> Output:
     return parts[0]._replace(**together, exits=exits)
 
 
-def _blended(logits: Tensor, corners: Sequence[tuple[int, int]], windows: Windows, images: Tensor) -> Tensor:
+def _blended(said: Output, corners: Sequence[tuple[int, int]], windows: Windows, images: Tensor) -> Tensor:
     """Scores of windows as scores of the pixels under them."""
+    logits = said.logits
     count, _, height, width = images.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     total = logits.new_zeros((count, logits.shape[1], height, width), dtype=dtype)
@@ -179,7 +180,7 @@ def _blended(logits: Tensor, corners: Sequence[tuple[int, int]], windows: Window
         _under(shares, top, left, windows).add_(share)
     # One window at a time, for scores of pixels are what needs the memory.
     for (image, (top, left)), patches in zip(product(range(count), corners), logits.to(total), strict=True):
-        seen = functional.interpolate(patches[None], windows.size, mode="bilinear", align_corners=False)
+        seen = upsampled(patches[None], windows.size, said.area)
         _under(total[image], top, left, windows).add_(share * seen[0])
     return total.div_(shares)
 

@@ -20,7 +20,7 @@ from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import NeighbourhoodHead, build
-from tokenexit_torch.hosts import Embedded, Host, embedded_by
+from tokenexit_torch.hosts import Embedded, Host, embedded_by, patch_of
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
@@ -98,7 +98,7 @@ def wrap(
     wrapped = ExitingModel(host, schedule, final, chosen, classes, plan, built_head=head is None)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
-    _check(host, like)
+    wrapped.patch = _check(host, like)
     return wrapped
 
 
@@ -154,7 +154,7 @@ def wrap_decoder(
     wrapped = DecodingModel(host, schedule, chosen, classes, plan)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
-    _check(host, like)
+    wrapped.patch = _check(host, like)
     _check_decoder(host, like)
     return wrapped
 
@@ -216,7 +216,7 @@ def wrap_gates(
     wrapped = GatedModel(host, schedule, chosen, head, tapped, plan)
     # Not `train(mode)`, which would reach into the model and the head that were given.
     wrapped.training = wrapped.gates.training = mode
-    _check(host, like)
+    wrapped.patch = _check(host, like)
     return wrapped
 
 
@@ -281,7 +281,7 @@ def ready(wrapped: SemanticModel, /) -> SemanticModel:
     wrapped.layers.to(like).train(mode)
     # Not `train(mode)`, which would reach into the model.
     wrapped.training = mode
-    _check(host, like)
+    wrapped.patch = _check(host, like)
     with torch.no_grad(), evaluating(wrapped):
         images = _drawn(1, *host.image_shape, like=like)
         require_places(wrapped.plan, embedded_by(host, images).grid)
@@ -388,8 +388,12 @@ def _is_close(together: Tensor, alone: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _check(host: Host, like: Tensor) -> None:
-    """Run a whole image and half of another as one packed row, and compare with each of them alone."""
+def _check(host: Host, like: Tensor) -> tuple[int, int] | None:
+    """Run a whole image and half of another as one packed row, and compare with each of them alone.
+
+    Returns:
+        Pixels of a patch, if the host does not say what its grid covers.
+    """
     images = _drawn(2, *host.image_shape, like=like)
     with evaluating(host.module):
         embedded = host.embed(images)
@@ -421,6 +425,7 @@ def _check(host: Host, like: Tensor) -> None:
         packed, alone = host.finish(row), host.finish(alone)
         _require_close(packed[:, :slots], dense, "give the same tokens packed as in its own dense forward")
         _require_close(packed[:, slots:], alone, "give the same tokens packed as alone")
+    return patch_of(embedded, images)
 
 
 @torch.no_grad()

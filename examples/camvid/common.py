@@ -30,7 +30,12 @@ def vit_config(patch: int, size: tuple[int, int]) -> dict[str, Any]:
     Args:
         patch: Patch size in pixels.
         size: Image height and width in pixels.
+
+    Raises:
+        UsageError: If patches do not divide the size: pages and losses take whole patches for granted.
     """
+    if any(side % patch for side in size):
+        raise shell.UsageError(f"patches must divide images of {size[0]} x {size[1]} pixels, got a side of {patch}")
     return {"patch_size": patch, "img_size": list(size), "num_classes": 0, "final_norm": False}
 
 

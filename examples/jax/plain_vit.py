@@ -98,7 +98,7 @@ def _linear(params: Params, name: str, x: Float[Array, "*shape wide"]) -> Float[
 def _norm(params: Params, tokens: Float[Array, "*tokens width"], *, name: str) -> Float[Array, "*tokens width"]:
     centred = tokens - tokens.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-5)
-    return normed * _along(params[f"{name}.weight"], x) + _along(params[f"{name}.bias"], x)
+    return normed * _along(params[f"{name}.weight"], tokens) + _along(params[f"{name}.bias"], tokens)
 
 
 def _along(channels: Array, x: Array) -> Array:

@@ -155,7 +155,7 @@ def test_a_fit_stops_when_it_gets_worse_on_images_held_out_and_keeps_the_best_he
     assert (report.images, report.held_out.images) == (8, 8)
     last, _ = fitted(images[:8], learning_rate=0.01, steps=600)  # the same fit without a stop
     with torch.no_grad():
-        exits, scores, _ = model.patches_and_output(images[8:])
+        exits, scores, *_ = model.patches_and_output(images[8:])
         wish = scores.softmax(dim=-1).flatten(0, 1)
 
     def loss(heads):
