@@ -12,8 +12,9 @@ from torch import Tensor
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Packing
+from tokenexit_torch._blocks import run_blocks
 from tokenexit_torch._modules import kept_eager
-from tokenexit_torch._passing import PackedRun, packed, run_blocks
+from tokenexit_torch._passing import PackedRun, packed
 from tokenexit_torch.attention import PerImage
 from tokenexit_torch.outputs import Output
 

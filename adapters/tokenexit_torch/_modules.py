@@ -12,9 +12,9 @@ from tokenexit._plain import is_whole
 from tokenexit.errors import require
 
 __all__ = [
+    "AroundHost",
     "DropPath",
-    "Undivided",
-    "evaluating",
+        "evaluating",
     "kept_eager",
     "linear_weights",
     "mlp",
@@ -23,9 +23,47 @@ __all__ = [
 ]
 
 
-class Undivided(nn.Module):
-    """A module of which `nn.DataParallel` must not make copies: its host would still be that of the original."""
+class AroundHost(nn.Module):
+    """A module around a host, which is of one wrapped model for good.
 
+    Attributes:
+        host: The host of the wrapped model.
+        model: The wrapped model itself, its weights shared.
+    """
+
+    host: Any
+    model: nn.Module
+
+    def __init__(self, host: Any) -> None:
+        super().__init__()
+        self.host = host
+        self.model = host.module
+        self._blocks_when_wrapped = len(host.blocks)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("host", "model"):
+            present = vars(self).get(name, self._modules.get(name))
+            if present is not None and present is not value:
+                rule = "stay as it was wrapped, for its parts are called by the host: wrap the other model, or change"
+                raise TokenExitError(f"`{name}` must {rule} parts inside of this one, got {type(value).__name__}")
+        super().__setattr__(name, value)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are in which tokens run.
+
+        Raises:
+            TokenExitError: If they are not as many as when the model was wrapped, or it is another model.
+        """
+        rule = "be that of its host, whose parts are called: wrap the other model"
+        if self.model is not self.host.module:
+            raise TokenExitError(f"`model` must {rule}, got another {type(self.model).__name__}")
+        depth, wrapped = len(self.host.blocks), self._blocks_when_wrapped
+        if depth != wrapped:
+            raise TokenExitError(f"`model` must have {wrapped} blocks, as when it was wrapped: wrap it again, got {depth}")
+        return depth
+
+    # Its copies would still have the host of the original.
     def _replicate_for_data_parallel(self) -> NoReturn:
         rule = "not be in nn.DataParallel: its copies would run the weights of one device, so use a process for each"
         raise TokenExitError(f"`model` must {rule}, got a copy of it")

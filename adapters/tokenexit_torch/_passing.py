@@ -3,7 +3,6 @@
 It is no part of the public API.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -18,18 +17,19 @@ from tokenexit.errors import require
 from tokenexit.ledger import Ledger
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing, Receipt, Selection
+from tokenexit_torch._blocks import run_blocks
 from tokenexit_torch._modules import kept_eager
 from tokenexit_torch.attention import Padded, PerImage
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
-from tokenexit_torch.hosts import Host, embedded_by
+from tokenexit_torch.hosts import embedded_by
 from tokenexit_torch.masks import MaskHead, Masks, log_scores, patch_rows, widened
 from tokenexit_torch.outputs import Output
 
 if TYPE_CHECKING:
     from tokenexit_torch.running import ExitingModel
 
-__all__ = ["Move", "PackedRun", "Reading", "Run", "as_read", "has_to_wait", "packed", "read_batch", "run_blocks"]
+__all__ = ["Move", "PackedRun", "Reading", "Run", "as_read", "has_to_wait", "packed", "read_batch"]
 
 
 class Reading(NamedTuple):
@@ -402,16 +402,6 @@ def has_to_wait(tensor: Tensor) -> bool:
 def packed(model: "ExitingModel", images: Tensor, schedule: Schedule | None) -> PackedRun:
     """A pass that has embedded its images."""
     return PackedRun(model, images, schedule)
-
-
-def run_blocks(
-    host: Host, start: int, stop: int, row: Tensor, positions: Tensor | None, attention: PerImage | Padded | None
-) -> Tensor:
-    """Some blocks in a row, between two exit points: what `torch.compile` makes one program of."""
-    with nullcontext() if attention is None else attention:
-        for index in range(start, stop):
-            row = host.run(index, row, positions)
-    return row
 
 
 def as_read(head: nn.Module, patches: Tensor, grid: tuple[int, int]) -> Tensor:

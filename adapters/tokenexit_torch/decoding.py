@@ -19,6 +19,7 @@ from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import evaluating, kept_eager, linear_weights
 from tokenexit_torch._passing import PackedRun, as_read
 from tokenexit_torch.exits import WithExits
@@ -184,7 +185,7 @@ class DecodingModel(WithExits[DecodingHost]):
         """What every exit head reads, and all tokens by tap, if nothing leaves."""
         running, patches, taken = embedded.tokens, {}, {}
         for block in range(self.depth):
-            running = self.host.run(block, running, embedded.positions)
+            running = run_block(self.host, block, running, embedded.positions)
             if str(block + 1) in self.exit_heads:
                 head = self.exit_heads[str(block + 1)]
                 patches[block + 1] = as_read(head, running[:, embedded.prefix :], embedded.grid)

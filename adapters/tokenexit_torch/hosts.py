@@ -40,17 +40,19 @@ class Host(Protocol):
     """What a vision transformer must offer.
 
     Attributes:
-        module: The model; it owns the weights.
-        blocks: Its blocks, in order. Attention in them must go through
-            `torch.nn.functional.scaled_dot_product_attention`, without a mask.
+        module: The model; it owns the weights. It stays the same.
+        blocks: Its blocks, in order, looked up in the model whenever they are asked for: one that was exchanged runs.
+            Attention in them must go through `torch.nn.functional.scaled_dot_product_attention`, without a mask.
         width: Channels of a token.
         image_shape: Shape of an image that it takes, `(channels, height, width)`; the self-check draws one.
     """
 
     module: nn.Module
-    blocks: Sequence[nn.Module]
     width: int
     image_shape: tuple[int, int, int]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]: ...
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """All that happens before the first block."""

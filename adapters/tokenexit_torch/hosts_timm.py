@@ -38,9 +38,13 @@ class TimmViT:
         require(keeps, "model", "keep all its patches", "one with patch_drop_rate > 0")
         self._vit = vit
         self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = vit.blocks
         self.width: int = vit.embed_dim
         self.image_shape: tuple[int, int, int] = _image_shape(vit.patch_embed)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Host.blocks`."""
+        return tuple(self._vit.blocks)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -83,9 +87,13 @@ class TimmEva:
         require(eva.patch_drop is None, "model", "keep all its patches", "one with patch_drop_rate > 0")
         self._eva = eva
         self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = eva.blocks
         self.width: int = eva.embed_dim
         self.image_shape: tuple[int, int, int] = _image_shape(eva.patch_embed)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Host.blocks`."""
+        return tuple(self._eva.blocks)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""

@@ -14,6 +14,7 @@ from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._mixing import MixedRun
 from tokenexit_torch._modules import linear_weights
 from tokenexit_torch._passing import Reading, as_read, packed, read_batch
@@ -208,7 +209,7 @@ class ExitingModel(WithExits[Host]):
         embedded = embedded_by(self.host, images)
         running, patches = embedded.tokens, {}
         for block in range(self.depth):
-            running = self.host.run(block, running, embedded.positions)
+            running = run_block(self.host, block, running, embedded.positions)
             if str(block + 1) in self.exit_heads:
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
