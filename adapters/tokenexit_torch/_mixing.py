@@ -28,10 +28,20 @@ class MixedRun:
     """One forward pass over images of any sizes: a pass for each size, whose blocks run together."""
 
     def __init__(self, model: "ExitingModel", images: Sequence[Tensor], schedule: Schedule | None) -> None:
+        listed = isinstance(images, Sequence | Tensor) and not isinstance(images, str)
+        require(listed, "images", "be a list of tensors of shape (channels, height, width)", type(images).__name__)
         for number, image in enumerate(images):
-            threefold = isinstance(image, Tensor) and image.ndim == 3
+            threefold = isinstance(image, Tensor) and image.ndim == 3 and image.layout == torch.strided
             got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            require(threefold, f"images[{number}]", "be a tensor of shape (channels, height, width)", got)
+            got = got if threefold or not isinstance(image, Tensor) else f"{got}, {image.layout}"
+            require(threefold, f"images[{number}]", "be a dense tensor of shape (channels, height, width)", got)
+            there, weight = image.device, next(model.host.module.parameters())
+            require(
+                there == weight.device,
+                f"images[{number}]",
+                f"be on the device of the model, {weight.device}",
+                str(there),
+            )
         shapes = [image.shape for image in images]
         self.model = model
         self.which = [[at for at, one in enumerate(shapes) if one == shape] for shape in dict.fromkeys(shapes)]

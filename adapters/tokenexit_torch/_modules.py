@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, NoReturn, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
@@ -14,11 +17,15 @@ from tokenexit.errors import require
 __all__ = [
     "AroundHost",
     "DropPath",
-        "evaluating",
+    "counts_batches",
+    "evaluating",
+    "is_training",
     "kept_eager",
     "linear_weights",
     "mlp",
     "require_heads",
+    "require_not_exported",
+    "require_not_traced",
     "start_anew",
 ]
 
@@ -60,7 +67,9 @@ class AroundHost(nn.Module):
             raise TokenExitError(f"`model` must {rule}, got another {type(self.model).__name__}")
         depth, wrapped = len(self.host.blocks), self._blocks_when_wrapped
         if depth != wrapped:
-            raise TokenExitError(f"`model` must have {wrapped} blocks, as when it was wrapped: wrap it again, got {depth}")
+            raise TokenExitError(
+                f"`model` must have {wrapped} blocks, as when it was wrapped: wrap it again, got {depth}"
+            )
         return depth
 
     # Its copies would still have the host of the original.
@@ -71,14 +80,65 @@ class AroundHost(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while, and every part of it back as it was."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
+    """Put a module into evaluation mode for a while, and every part of it back as it was.
+
+    Several threads may do so at once: the last of them puts parts back as the first has found them.
+    """
+    own = object()
+    with _CHANGING:
+        parts = list(module.modules())
+        for part in parts:
+            _BEFORE.setdefault(part, []).append((own, part.training))
+        module.eval()
     try:
         yield
     finally:
-        for part, was in before:
-            part.training = was
+        with _CHANGING:
+            for part in parts:
+                _put_back(part, own)
+
+
+_CHANGING = Lock()
+_BEFORE: WeakKeyDictionary[nn.Module, list[tuple[object, bool]]] = WeakKeyDictionary()
+"""How every part was when each of the contexts that it is in now was entered, the latest last."""
+
+
+def _put_back(part: nn.Module, own: object) -> None:
+    contexts = _BEFORE[part]
+    at = next(index for index, (context, _) in enumerate(contexts) if context is own)
+    _, was = contexts.pop(at)
+    if at < len(contexts):  # another thread has entered since, and still evaluates: it puts back what this one found
+        contexts[at] = contexts[at][0], was
+        return
+    part.training = was
+    if not contexts:
+        del _BEFORE[part]
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a module, or any part of it, is in training mode."""
+    return any(part.training for part in module.modules())
+
+
+def counts_batches(module: nn.Module) -> bool:
+    """Whether a module normalises by the statistics of what it is given now."""
+    return any(isinstance(part, BatchNorm) and part.training for part in module.modules())
+
+
+EXPORT = "use export_program(StaticModel(model, ...), images)"
+
+
+def require_not_traced(model: str, *, instead: str = EXPORT) -> None:
+    """Raise a `TokenExitError` if `torch.jit` traces, which would keep the counts of the traced images for all."""
+    jit: Any = torch.jit
+    if jit.is_tracing():
+        raise TokenExitError(f"`model` must not be traced by torch.jit where tokens leave: {instead}, got {model}")
+
+
+def require_not_exported(model: str, *, instead: str = EXPORT) -> None:
+    """Raise a `TokenExitError` if `torch.export` runs, for which shapes must not depend on the data."""
+    if torch.compiler.is_exporting():
+        raise TokenExitError(f"`model` must be static to be exported: {instead}, got {model}")
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -18,7 +18,7 @@ from tokenexit.ledger import Ledger
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing, Receipt, Selection
 from tokenexit_torch._blocks import run_blocks
-from tokenexit_torch._modules import kept_eager
+from tokenexit_torch._modules import is_training, kept_eager, require_not_exported, require_not_traced
 from tokenexit_torch.attention import Padded, PerImage
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
@@ -169,6 +169,7 @@ class Run:
             self._rejoin()
 
     def _exit(self, after: int, policy: policies.Policy) -> None:
+        require_not_traced(type(self.model).__name__)
         self.after = after
         receipt = self.pack()
         reading = self._read(self.model.exit_heads[str(after)], self.row[0])
@@ -237,9 +238,9 @@ class Run:
             beside = surroundings.beside_running(
                 self.laid(flat), self.receipt, grid=self.embedded.grid, radius=head.radius
             )
-            return Reading(head(beside.flatten(0, -2)))
+            flat = beside.flatten(0, -2)
         if not isinstance(head, MaskHead):
-            return Reading(head(flat))
+            return Reading(self._scored(head, flat))
         rows, patches = patch_rows(self.lengths, self.embedded.prefix, flat.device)
         found = widened(head(flat.index_select(0, rows), patches))
         nothing = found.mask_logits.new_zeros(flat.shape[0], found.mask_logits.shape[1])
@@ -247,6 +248,10 @@ class Run:
         presence = masks.presence_logits.index_select(0, self.receipt.image)
         class_scores = scores.mask_scores(masks.mask_logits.detach(), presence.detach().sigmoid())
         return Reading(log_scores(masks.mask_logits, presence), class_scores, masks)
+
+    def _scored(self, head: nn.Module, flat: Tensor) -> Tensor:
+        """Class scores of every token of the row."""
+        return head(flat)
 
     def _settle(self, after: int, leave: Tensor, reading: Reading, confidence: Tensor) -> None:
         """Write down what tokens of the row leave behind."""
@@ -293,7 +298,8 @@ class Run:
         """All tokens of all images as a plain batch, those that have left as they left; the run goes on as it is."""
         if self.receipt is None:
             return self.row
-        assert self.ledger is not None
+        if self.ledger is None:  # nothing could leave
+            return self.row.reshape(self.images, self.slots, -1)
         return ledger.rejoin(self.ledger, self.receipt, self.laid(self.row[0]))
 
     def _rejoin(self) -> None:
@@ -381,6 +387,7 @@ class PackedRun(Run):
         return Packing(everything, torch.arange(self.images * self.slots, device=self.row.device))
 
     def repack(self, stay: Tensor, kept: Tensor, confidence: Tensor) -> "Move":  # noqa: ARG002
+        require_not_exported(type(self.model).__name__)
         assert isinstance(self.receipt, Packing)
         # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
         counted = functional.pad(stay.cumsum(0), (1, 0)).index_select(0, self.receipt.offsets)
@@ -388,8 +395,17 @@ class PackedRun(Run):
         packing, rows = tokens.repack(self.receipt, stay, count=sum(self.lengths) if has_to_wait(stay) else None)
         return Move(packing, rows, stay)
 
+    def _scored(self, head: nn.Module, flat: Tensor) -> Tensor:
+        prefix = self.embedded.prefix
+        if prefix == 0 or not is_training(head):
+            return head(flat)
+        # What a head learns from, statistics of batch norm among it, are patches alone.
+        rows, _ = patch_rows(self.lengths, prefix, flat.device)
+        found = head(flat.index_select(0, rows))
+        return found.new_zeros(flat.shape[0], *found.shape[1:]).index_copy(0, rows, found)
+
     def ran(self) -> Tensor:
-        counts = torch.tensor(self.counts, dtype=torch.int64).to(self.row.device, non_blocking=True)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device="cpu").to(self.row.device, non_blocking=True)
         return counts.reshape(self.model.depth, self.images).T
 
 

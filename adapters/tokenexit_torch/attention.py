@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
@@ -31,7 +32,14 @@ CALL = (
 )
 """Why: the rule of errors."""
 
-attend = torch._C._nn.scaled_dot_product_attention
+UNQUANTISED = (
+    "have no dynamically quantised layers: their scale is that of the whole batch, so that images depend on each other"
+    " (torchao's weight-only and per-token layers are taken)"
+)
+"""Why layers are refused."""
+
+_BUILT_IN: Any = torch._C
+attend = _BUILT_IN._nn.scaled_dot_product_attention
 """PyTorch's own attention. A function put in its place in `torch.nn.functional` is another, and may ignore masks."""
 
 
@@ -74,6 +82,8 @@ class Attending(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not attend:
+            if isinstance(func, OpOverloadPacket) and self.needed:
+                _require_no_dynamic(func)
             return func(*args, **(kwargs or {}))
         self._require_no_checkpoint()
         self.calls += 1
@@ -95,11 +105,18 @@ class Attending(TorchFunctionMode):
             raise TokenExitError(f"`model` must {rule}, got {got if within else got + ' a reentrant checkpoint'}")
 
 
+def _require_no_dynamic(operator: OpOverloadPacket) -> None:
+    """Raise for an operator that quantises activations by the scale of the whole row, of all its images."""
+    name = operator._qualified_op_name
+    if name.startswith("quantized::") and "dynamic" in name:
+        raise TokenExitError(f"`model` must {UNQUANTISED}, got {name}")
+
+
 def _saving() -> Callable[..., Any] | None:
     """What packs the tensors that autograd saves now: a checkpoint that is not reentrant puts in its own."""
     if torch.compiler.is_compiling():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _BUILT_IN._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
@@ -169,7 +186,7 @@ class PerImage(_OverRow):
         self._lengths = list(lengths)
         self.needed = stands_for is not None or sum(length > 0 for length in self._lengths) > 1
         # On the host, so that reading it back is no wait.
-        self._counts = torch.tensor(self._lengths, dtype=torch.int64)
+        self._counts = torch.tensor(self._lengths, dtype=torch.int64, device="cpu")
         # Neighbouring images with equally many tokens share one call: (images, tokens of each).
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         self._runs = [(images, length) for length, images in runs if length]
@@ -394,9 +411,7 @@ class _Keys(Attending):
         if not fits:
             rule = f"have shape ({images}, heads, {tokens}, width) where tokens wait"
             raise TokenExitError(f"`key` must {rule}, got {tuple(key.shape)}")
-        return attend(
-            query, key, value, attn_mask=self._mask, dropout_p=dropout_p, **options
-        )
+        return attend(query, key, value, attn_mask=self._mask, dropout_p=dropout_p, **options)
 
 
 def keys_and_values(block: Callable[[], Tensor], /, *, name: str) -> tuple[Tensor, Tensor]:
@@ -434,7 +449,9 @@ class _Offering(Attending):
 
 
 @contextmanager
-def attending_beside(lengths: Sequence[int], waiting: Sequence[int], key: Tensor, value: Tensor, /) -> Iterator[Attending]:
+def attending_beside(
+    lengths: Sequence[int], waiting: Sequence[int], key: Tensor, value: Tensor, /
+) -> Iterator[Attending]:
     """As `attending_per_image`, and every image's tokens attend to other tokens of it as well.
 
     Args:

@@ -22,7 +22,7 @@ from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
 from tokenexit_torch._blocks import run_block
-from tokenexit_torch._modules import linear_weights
+from tokenexit_torch._modules import is_training, linear_weights, require_not_exported, require_not_traced
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.exits import Planned
 from tokenexit_torch.hosts import Host, embedded_by, embedding_weights
@@ -232,9 +232,12 @@ class _Run:
     def ask(self, after: int) -> None:
         """Ask a gate how probable it is that each patch is kept; all tokens are together again."""
         self.wait(None)
-        # All slots are read, which lie in one piece: without the prefix they would be copied first.
-        logits = self.model.gates[str(after)](self.gate_input(self.tokens).flatten(0, 1))
-        self.logits = logits.unflatten(0, (self.images, self.slots))[:, self.embedded.prefix :]
+        gate, read = self.model.gates[str(after)], self.gate_input(self.tokens)
+        # All slots are read, which lie in one piece: without the prefix they would be copied first. But what a gate
+        # learns from, statistics of batch norm among it, are patches alone.
+        skipped = self.embedded.prefix if is_training(gate) else 0
+        logits = gate(read[:, skipped:].flatten(0, 1)).unflatten(0, (self.images, self.slots - skipped))
+        self.logits = logits[:, self.embedded.prefix - skipped :]
         self.probability.append(keep_probability(self.logits))
 
     def asked(self) -> Tensor:
@@ -336,6 +339,9 @@ class PackedRun(_Run):
         """From now on, only these slots run; all of them if None."""
         self.tokens, self.waiting = self.now(), None
         super().wait(running)
+        if running is not None:
+            require_not_traced("GatedModel", instead="export a module that calls `masked` by torch.export")
+            require_not_exported("GatedModel", instead="export a module that calls `masked`")
         self.packing = None if running is None else tokens.pack(running)
         if self.packing is None or running is None:
             return

@@ -115,7 +115,7 @@ class TransformersEoMT:
 
     def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """See `DecodingHost.own`."""
-        return self._eomt(images, **inputs, return_dict=True)
+        return self._eomt(images, **_asked(inputs))
 
     def decode(self, taken: Mapping[int, Tensor], embedded: Embedded, images: Tensor, /, **inputs: Any) -> Any:
         """See `DecodingHost.decode`."""
@@ -127,7 +127,7 @@ class TransformersEoMT:
             # Those of the other blocks: in training they are drawn. And there has been dropout.
             tables = embedded.positions[self._prefix :].unbind(dim=1)
             parts |= {"rope_embeddings": Given(tables), "dropout": nn.Identity()}
-        return view(self._eomt, **parts)(images, **inputs, return_dict=True)
+        return view(self._eomt, **parts)(images, **_asked(inputs))
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
         """Logarithms of how much the masks of each class say, summed over queries, as for semantic segmentation."""
@@ -166,7 +166,9 @@ class TransformersDPT:
         require(not hybrid, "model", "have a plain vision transformer", "a hybrid, whose first maps are convolved")
         self._backed = anything or (full_name(model) == _DPT_DEPTH and dpt.config.backbone_config is not None)
         if self._backed:
-            require(full_name(dpt.backbone) == _DINOV2, "model.backbone", "be a Dinov2Backbone", full_name(dpt.backbone))
+            require(
+                full_name(dpt.backbone) == _DINOV2, "model.backbone", "be a Dinov2Backbone", full_name(dpt.backbone)
+            )
         config = self._vit.config
         self.module: nn.Module = model
         self.width: int = config.hidden_size
@@ -225,7 +227,7 @@ class TransformersDPT:
 
     def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """See `DecodingHost.own`."""
-        return self._dpt(images, **inputs, return_dict=True)
+        return self._dpt(images, **_asked(inputs))
 
     def decode(self, taken: Mapping[int, Tensor], embedded: Embedded, images: Tensor, /, **inputs: Any) -> Any:
         """See `DecodingHost.decode`."""
@@ -235,7 +237,7 @@ class TransformersDPT:
         if self._backed:
             # Which maps are given on, and whether normed, is the backbone's own business.
             vit = view(self._vit, embeddings=Given(embedded.tokens), encoder=vit)
-        return view(self._dpt, **{"backbone" if self._backed else "dpt": vit})(images, **inputs, return_dict=True)
+        return view(self._dpt, **{"backbone" if self._backed else "dpt": vit})(images, **_asked(inputs))
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
         """Its logits."""
@@ -246,6 +248,14 @@ class TransformersDPT:
         require_interceptable(self._vit.config, self.blocks)
         _require_nothing_asked(self._vit.config)
         _require_nothing_asked(self._dpt.config)
+
+
+def _asked(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with: it gives named parts, and no states of blocks, which run in two parts."""
+    require(inputs.get("return_dict") in (None, True), "return_dict", "be True or left out", inputs.get("return_dict"))
+    for name in ("output_hidden_states", "output_attentions"):
+        require(not inputs.get(name), name, "be False or left out, for blocks run in two parts", inputs.get(name))
+    return {**inputs, "return_dict": True}
 
 
 def _require_nothing_asked(config: Any) -> None:

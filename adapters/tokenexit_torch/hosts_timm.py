@@ -144,7 +144,7 @@ def _by_slot(table: Tensor, prefix: int) -> Tensor:
 
 def _image_shape(patch_embed: Any) -> tuple[int, int, int]:
     size = patch_embed.img_size or tuple(4 * side for side in patch_embed.patch_size)
-    return (patch_embed.proj.in_channels, *size)
+    return (patch_embed.proj.weight.shape[1], *size)
 
 
 def _require_no_checkpoints(model: Any) -> None:

@@ -34,12 +34,12 @@ class TorchvisionViT:
     def __init__(self, model: nn.Module) -> None:
         require(full_name(model) == TORCHVISION_VIT, "model", "be a torchvision VisionTransformer", full_name(model))
         vit: Any = model
-        plain = isinstance(vit.conv_proj, nn.Conv2d)
+        plain = not isinstance(vit.conv_proj, nn.Sequential)
         require(plain, "model", "embed its patches by one convolution", "one with conv_stem_configs")
         self._vit = vit
         self.module: nn.Module = model
         self.width: int = vit.hidden_dim
-        self.image_shape: tuple[int, int, int] = (vit.conv_proj.in_channels, vit.image_size, vit.image_size)
+        self.image_shape: tuple[int, int, int] = (vit.conv_proj.weight.shape[1], vit.image_size, vit.image_size)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -94,11 +94,11 @@ def _attended(
     bias: Tensor | None,
     bias_k: Tensor | None,
     bias_v: Tensor | None,
-    add_zero_attn: bool,  # noqa: FBT001
+    add_zero_attn: bool,
     dropout: float,
     out_weight: Tensor,
     out_bias: Tensor | None,
-    training: bool = True,  # noqa: FBT001, FBT002
+    training: bool = True,
     **options: Any,
 ) -> tuple[Float[Tensor, "tokens rows width"], None]:
     """As `torch.nn.functional.multi_head_attention_forward` for tokens that attend to themselves."""
@@ -111,5 +111,7 @@ def _attended(
     pattern = "rows tokens (three heads width) -> three rows heads tokens width"
     q, k, v = rearrange(projected, pattern, three=3, heads=heads)
     mixed = attend(q, k, v, dropout_p=dropout if training else 0.0)
-    found = functional.linear(rearrange(mixed, "rows heads tokens width -> rows tokens (heads width)"), out_weight, out_bias)
+    found = functional.linear(
+        rearrange(mixed, "rows heads tokens width -> rows tokens (heads width)"), out_weight, out_bias
+    )
     return found.transpose(0, 1), None

@@ -731,7 +731,9 @@ GATE = Evidence(gate=zeros(2))
         (lambda: Evidence(), "`logits` must be given, or `class_scores` or `gate` instead, got nothing"),
         (lambda: Evidence(zeros(2, 3), class_scores=zeros(2, 3)), "`class_scores` must be given instead of `logits`"),
         (lambda: Evidence(zeros(3)), r"`logits` must have shape \(tokens, classes\).*got shape \(3,\)"),
-        (lambda: Evidence(zeros(3, 0)), r"`logits` must .*at least one class, got shape \(3, 0\)"),
+        (lambda: Evidence(zeros(3, 0)), r"`logits` must .*at least two classes .*, got shape \(3, 0\)"),
+        (lambda: Evidence(zeros(3, 1)), r"`logits` must .*two classes \(the softmax of one .*, got shape \(3, 1\)"),
+        (lambda: Evidence(class_scores=zeros(3, 0)), r"`class_scores` must .*at least one class, got shape \(3, 0\)"),
         (lambda: Evidence(class_scores=zeros(3)), r"`class_scores` must have shape .*got shape \(3,\)"),
         (
             lambda: Evidence(zeros(3, 2), gate=zeros(2)),

@@ -94,7 +94,7 @@ class Crooked:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"calls": 0}, r"`model.blocks\[0\]` must call .*scaled_dot_product_attention, got no call"),
+        ({"calls": 0}, r"`model.blocks\[0\]` must call .*scaled_dot_product_attention, .*, got no call"),
         ({"prefix": 2}, "`model.embed` must give 2 prefix tokens and a grid of 2 x 3, got 7 tokens"),
         ({"grid": (3, 3)}, "grid of 3 x 3, got 7 tokens"),
         ({"width": 9}, "`model.width` must be the 8 channels of its tokens, got 9"),
