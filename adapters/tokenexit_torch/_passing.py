@@ -78,10 +78,12 @@ class Run:
 
     def __init__(self, model: WithExits[Any], images: Tensor, schedule: Schedule | None) -> None:
         plan = model.schedule if schedule is None else model.checked(schedule)
+        self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
+        if self.policy:
+            require_not_traced(type(model).__name__)
         embedded = embedded_by(model.host, images)
         self.model = model
         self.embedded = embedded
-        self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
         self.feature = plan.carry if isinstance(plan.carry, Feature) else None
         folds = self.feature is not None and self.feature.fold_above is not None
         require(
@@ -169,7 +171,6 @@ class Run:
             self._rejoin()
 
     def _exit(self, after: int, policy: policies.Policy) -> None:
-        require_not_traced(type(self.model).__name__)
         self.after = after
         receipt = self.pack()
         reading = self._read(self.model.exit_heads[str(after)], self.row[0])

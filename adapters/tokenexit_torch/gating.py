@@ -320,6 +320,8 @@ class PackedRun(_Run):
     """Those that run are gathered into one row at a gate, and put back at the next."""
 
     def __init__(self, model: GatedModel, images: Tensor, plan: Schedule) -> None:
+        if plan.active:
+            require_not_traced("GatedModel", instead="export a module that calls `masked` by torch.export")
         super().__init__(model, images, plan)
         self.packing: Packing | None = None
         self.row = self.tokens
@@ -340,7 +342,6 @@ class PackedRun(_Run):
         self.tokens, self.waiting = self.now(), None
         super().wait(running)
         if running is not None:
-            require_not_traced("GatedModel", instead="export a module that calls `masked` by torch.export")
             require_not_exported("GatedModel", instead="export a module that calls `masked`")
         self.packing = None if running is None else tokens.pack(running)
         if self.packing is None or running is None:

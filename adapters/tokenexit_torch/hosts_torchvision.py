@@ -103,8 +103,9 @@ def _attended(
 ) -> tuple[Float[Tensor, "tokens rows width"], None]:
     """As `torch.nn.functional.multi_head_attention_forward` for tokens that attend to themselves."""
     alike = query is key and key is value and bias_k is None and bias_v is None and not add_zero_attn
-    asked = [name for name in ("key_padding_mask", "attn_mask", "use_separate_proj_weight") if options.get(name)]
-    if not alike or asked or options.get("need_weights"):
+    names = ("key_padding_mask", "attn_mask", "use_separate_proj_weight", "need_weights", "is_causal")
+    asked = [name for name in names if isinstance(options.get(name), Tensor) or options.get(name)]
+    if not alike or asked:
         rule = "attend to the tokens that they are given alone, without a mask, as torchvision's do"
         raise TokenExitError(f"`model.blocks` must {rule}, got {asked or 'other keys'}")
     projected = functional.linear(query.transpose(0, 1), weight, bias)
