@@ -141,7 +141,7 @@ def wrap_decoder(
     like, mode = next(host.module.parameters()), host.module.training
     classes: Any = host.classes if num_classes is None else num_classes
     why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
-    _require_count(classes, least=2, why=why, got=num_classes)
+    _require_count(classes, least=2, why=why)
     plan = None if isinstance(exit_heads, Mapping) else exit_heads
     if isinstance(exit_heads, Mapping):
         each = not any(isinstance(head, MaskHead) for head in exit_heads.values())
@@ -305,12 +305,12 @@ def _new_gate(plan: HeadPlan, width: int, like: Tensor, mode: bool) -> nn.Module
     return gate
 
 
-def _require_count(classes: Any, *, least: int, why: str = "", got: object = None) -> None:
+def _require_count(classes: Any, *, least: int, why: str = "") -> None:
     """Raise unless there can be so many classes: a softmax of one leaves no doubt."""
     fits = is_whole(classes, least=least) and classes <= MOST
     hint = f" ({ONE})" if classes == 1 else ""
     rule = f"be a whole number from {least} to {MOST}{why}{hint}"
-    require(fits, "num_classes", rule, repr(classes if got is None else got))
+    require(fits, "num_classes", rule, repr(classes))
 
 
 def _is_block(value: object) -> bool:

@@ -198,7 +198,7 @@ class Mixing(nn.Module):
         (lambda v: tet.wrap(tet.wrap(v, PLAN, num_classes=5), PLAN, num_classes=5), "must not be wrapped already"),
         (lambda v: tet.wrap(v, PLAN), "`head` must be given, or `num_classes`.*got head=None and num_classes=None"),
         (lambda v: tet.wrap(v, PLAN, head=nn.Linear(48, 5), num_classes=5), "head=Linear and num_classes=5"),
-        (lambda v: tet.wrap(v, PLAN, num_classes=0), "`num_classes` must be a whole number from 1 up, got 0"),
+        (lambda v: tet.wrap(v, PLAN, num_classes=0), "`num_classes` must be a whole number from 2 to 1000000, got 0"),
         (lambda v: tet.wrap(v, "dtop", num_classes=5), "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
         (
             lambda v: tet.wrap(v, schedule.dtop(after=(6,)), num_classes=5),
@@ -228,7 +228,7 @@ class Mixing(nn.Module):
             r"`exit_heads\[2\]` must be a torch.nn.Module",
         ),
         (lambda v: tet.wrap(v, PLAN, num_classes=5, exit_heads="mlp"), "`exit_heads` must be a plan .* got 'mlp'"),
-        (lambda v: tet.wrap(v, PLAN, num_classes=True), "`num_classes` must be a whole number from 1 up, got True"),
+        (lambda v: tet.wrap(v, PLAN, num_classes=True), "`num_classes` must be a whole number from 2 to 1000000, got True"),
         (lambda v: tet.wrap(v, PLAN, head=len), "`head` must be a torch.nn.Module, got <built-in function len>"),
         (
             lambda v: tet.wrap(v, PLAN, head=(h := nn.Linear(48, 5)), exit_heads={2: h, 4: nn.Linear(48, 5)}),
