@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenexit import TokenExitError
 from tokenexit_torch.attention import CALL, Attending
-from tokenexit_torch.hosts import Host
+from tokenexit_torch.hosts import Host, Inattentive
 
 __all__ = ["run_block", "run_blocks"]
 
@@ -44,7 +44,7 @@ def run_block(
     """
     calls = 0 if attention is None else attention.calls
     ran = host.run(index, row, positions)
-    if attention is not None and attention.needed and attention.calls == calls:
+    if attention is not None and attention.needed and attention.calls == calls and not isinstance(host, Inattentive):
         raise TokenExitError(f"`model.blocks[{index}]` must {CALL}, got no call")
     if not isinstance(ran, Tensor) or ran.shape != row.shape:
         got = f"shape {tuple(ran.shape)}" if isinstance(ran, Tensor) else type(ran).__name__

@@ -31,16 +31,13 @@ class MixedRun:
         listed = isinstance(images, Sequence | Tensor) and not isinstance(images, str)
         require(listed, "images", "be a list of tensors of shape (channels, height, width)", type(images).__name__)
         for number, image in enumerate(images):
-            threefold = isinstance(image, Tensor) and image.ndim == 3 and image.layout == torch.strided
+            threefold = isinstance(image, Tensor) and image.ndim == 3
             got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            got = got if threefold or not isinstance(image, Tensor) else f"{got}, {image.layout}"
-            require(threefold, f"images[{number}]", "be a dense tensor of shape (channels, height, width)", got)
-            there, weight = image.device, next(model.host.module.parameters())
+            require(threefold, f"images[{number}]", "be a tensor of shape (channels, height, width)", got)
+            require(image.layout == torch.strided, f"images[{number}]", "be dense", str(image.layout))
+            first = images[0].device
             require(
-                there == weight.device,
-                f"images[{number}]",
-                f"be on the device of the model, {weight.device}",
-                str(there),
+                image.device == first, f"images[{number}]", f"be on the device of the first, {first}", str(image.device)
             )
         shapes = [image.shape for image in images]
         self.model = model

@@ -80,6 +80,10 @@ class Host(Protocol):
         ...
 
 
+class Inattentive:
+    """A host whose blocks treat each token by itself, and call no attention. It is no part of the public API."""
+
+
 def embedded_by(host: Host, images: Tensor) -> Embedded:
     """What a host makes of images, after a check that it can take them. It is no part of the public API.
 

@@ -132,6 +132,8 @@ class StaticRun(Run):
     def __init__(self, static: StaticModel, images: Tensor, schedule: Schedule | None) -> None:
         require_not_traced("StaticModel")
         super().__init__(static.model, images, schedule)
+        lacking = [after for after in self.policy if after not in static.capacities]
+        require(not lacking, "capacities", "have one for each exit of the model that is static now", lacking)
         least = min(self.embedded.prefix + 1, self.slots)
         self.room = {after: max(least, round(share * self.slots)) for after, share in static.capacities.items()}
         self.overflow = torch.zeros(self.images, dtype=torch.int64, device=self.row.device)

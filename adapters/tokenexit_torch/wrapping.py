@@ -308,7 +308,7 @@ def _new_gate(plan: HeadPlan, width: int, like: Tensor, mode: bool) -> nn.Module
 def _require_count(classes: Any, *, least: int, why: str = "") -> None:
     """Raise unless there can be so many classes: a softmax of one leaves no doubt."""
     fits = is_whole(classes, least=least) and classes <= MOST
-    hint = f" ({ONE})" if classes == 1 else ""
+    hint = f" ({ONE})" if is_whole(classes) and classes == 1 else ""
     rule = f"be a whole number from {least} to {MOST}{why}{hint}"
     require(fits, "num_classes", rule, repr(classes))
 

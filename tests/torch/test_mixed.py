@@ -120,8 +120,12 @@ def test_features_that_rejoin_though_nothing_could_leave(exits):
     [
         (None, "`images` must be a list of tensors of shape .*, got NoneType"),
         (iter([]), "`images` must be a list of tensors of shape .*, got list_iterator"),
-        ([torch.zeros(3, 32, 48).to_sparse()], r"`images\[0\]` must be a dense tensor .*, torch.sparse_coo"),
-        ([torch.zeros(3, 32, 48, device="meta")], r"`images\[0\]` must be on the device of the model, cpu, got meta"),
+        ([torch.zeros(3, 32, 48).to_sparse()], r"`images\[0\]` must be dense, got torch.sparse_coo"),
+        ([torch.zeros(3, 32, 48, device="meta")], "`images` must be on the device of the model, cpu, got meta"),
+        (
+            [torch.zeros(3, 32, 48), torch.zeros(3, 32, 48, device="meta")],
+            r"`images\[1\]` must be on the device of the first, cpu, got meta",
+        ),
     ],
 )
 def test_what_is_no_list_of_images_is_named(images, message):

@@ -228,7 +228,10 @@ class Mixing(nn.Module):
             r"`exit_heads\[2\]` must be a torch.nn.Module",
         ),
         (lambda v: tet.wrap(v, PLAN, num_classes=5, exit_heads="mlp"), "`exit_heads` must be a plan .* got 'mlp'"),
-        (lambda v: tet.wrap(v, PLAN, num_classes=True), "`num_classes` must be a whole number from 2 to 1000000, got True"),
+        (
+            lambda v: tet.wrap(v, PLAN, num_classes=True),
+            "`num_classes` must be a whole number from 2 to 1000000, got True",
+        ),
         (lambda v: tet.wrap(v, PLAN, head=len), "`head` must be a torch.nn.Module, got <built-in function len>"),
         (
             lambda v: tet.wrap(v, PLAN, head=(h := nn.Linear(48, 5)), exit_heads={2: h, 4: nn.Linear(48, 5)}),
