@@ -12,6 +12,7 @@ __all__ = [
     "Array",
     "aligned",
     "array_namespace",
+    "comparable",
     "counting",
     "data_dependent_shapes",
     "device",
@@ -128,6 +129,13 @@ def is_traced(value: Any, /) -> bool:
     from jax.core import Tracer
 
     return isinstance(value, Tracer)
+
+
+def comparable(value: Any, like: Array, /) -> Any:
+    """A number or array as operators of the library of `like` take it: PyTorch's do not take arrays of NumPy."""
+    if not _is_torch(like) or not array_api_compat.is_numpy_array(value):
+        return value
+    return value.item() if value.ndim == 0 else array_namespace(like).asarray(value, device=device(like))
 
 
 def like_numbers(values: tuple[float | Array, ...], like: Array, /) -> Array:

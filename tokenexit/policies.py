@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, cast
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace, filled, is_array, like_numbers, take, take_or
+from tokenexit._array import Array, array_namespace, comparable, filled, is_array, like_numbers, take, take_or
 from tokenexit._grid import extremes, lay_out
 from tokenexit._lazy import lazy
 from tokenexit._plain import from_plain, is_whole, to_plain
@@ -62,7 +62,7 @@ class Evidence:
     policy does then has shapes that do not depend on the data: it compiles.
 
     Attributes:
-        logits: Class scores before softmax, from the head at this exit.
+        logits: Class scores before softmax, from the head at this exit; of at least two classes.
         class_scores: Instead of logits, scores of every class that are not a softmax's, the greatest of which is the
             confidence: those of an ATM head (`scores.mask_scores`).
         gate: Learned probability that the token is kept; with it alone, there need be no class scores.
@@ -104,12 +104,15 @@ class Evidence:
             self.logits is None or self.class_scores is None, "class_scores", "be given instead of `logits`", "both"
         )
         require(self._given is not None, "logits", "be given, or `class_scores` or `gate` instead", "nothing")
-        for name in ("logits", "class_scores"):
+        for name, least, many in (
+            ("logits", 2, f"two classes ({scores.ONE})"),
+            ("class_scores", 1, "one class"),
+        ):
             table = getattr(self, name)
             require(
-                table is None or (table.ndim == 2 and table.shape[1] >= 1),
+                table is None or (table.ndim == 2 and table.shape[1] >= least),
                 name,
-                "have shape (tokens, classes) with at least one class",
+                f"have shape (tokens, classes) with at least {many}",
                 f"shape {None if table is None else tuple(table.shape)}",
             )
         tokens = self.tokens
@@ -300,8 +303,7 @@ class PerClass:
         """
         xp = array_namespace(label)
         given: Any = self.thresholds
-        if isinstance(given, tuple):
-            given = like_numbers(given, label)
+        given = like_numbers(given, label) if isinstance(given, tuple) else comparable(given, label)
         require(given.shape[0] == classes, "thresholds", f"be one for each of the {classes} classes", given.shape[0])
         flat = xp.reshape(xp.where(label < 0, 0, label), (math.prod(label.shape),))
         return xp.reshape(take(given, flat), label.shape)
@@ -438,7 +440,7 @@ class _Threshold(Policy, ABC):
         """The threshold, or that of each of some labels."""
         if isinstance(self.threshold, PerClass):
             return self.threshold.of(label(), classes=evidence.classes)
-        return self.threshold
+        return comparable(self.threshold, cast(Array, evidence._given))
 
 
 @dataclass(frozen=True, repr=False)
@@ -542,7 +544,7 @@ class Budget(Policy):
         hardness = evidence.hardness(self.by)
         xp = array_namespace(hardness)
         rank = rank_in_group(hardness, _contest(evidence, image))
-        keep: Any = self.keep
+        keep: Any = comparable(self.keep, hardness)
         whole = xp.isdtype(keep.dtype, "integral") if is_array(keep) else isinstance(keep, int)
         if whole:
             return rank >= keep

@@ -14,6 +14,9 @@ from tokenexit.errors import require
 
 __all__ = ["confidence", "entropy", "margin", "mask_scores"]
 
+ONE = "the softmax of one is always 1, so that every token would be certain: for yes or no, use two logits"
+"""Why logits of one class are refused. It is no part of the public API."""
+
 
 def confidence(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:
     """Largest softmax probability: the score of DToP (ICCV 2023, section 3.2) and DoViT (2023, section 3.1).
@@ -25,7 +28,7 @@ def confidence(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tok
         Confidence in (0, 1], float32; 1 is certain.
 
     Raises:
-        TokenExitError: If `logits` has no class axis or no classes.
+        TokenExitError: If `logits` has no class axis, or fewer than two classes.
     """
     xp = array_namespace(logits)
     return 1 / xp.sum(xp.exp(_shifted(logits)), axis=-1)
@@ -40,10 +43,10 @@ def entropy(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens
         logits: Class scores before softmax.
 
     Returns:
-        Normalised entropy in [0, 1], float32; 0 is certain. With one class it is 0.
+        Normalised entropy in [0, 1], float32; 0 is certain.
 
     Raises:
-        TokenExitError: If `logits` has no class axis or no classes.
+        TokenExitError: If `logits` has no class axis, or fewer than two classes.
     """
     xp = array_namespace(logits)
     shifted = _shifted(logits)
@@ -53,8 +56,7 @@ def entropy(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens
     weighted = xp.where(weight == 0, xp.zeros_like(weight), weight * shifted)
     nats = xp.log(total) - xp.sum(weighted, axis=-1) / total
     nats = xp.where(nats < 0, xp.zeros_like(nats), nats)  # rounding; NaN is kept
-    classes = logits.shape[-1]
-    return nats / math.log(classes) if classes > 1 else nats
+    return nats / math.log(logits.shape[-1])
 
 
 def margin(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:
@@ -64,10 +66,10 @@ def margin(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"
         logits: Class scores before softmax.
 
     Returns:
-        Margin in [0, 1], float32; 1 is certain. With one class it is 1.
+        Margin in [0, 1], float32; 1 is certain.
 
     Raises:
-        TokenExitError: If `logits` has no class axis or no classes.
+        TokenExitError: If `logits` has no class axis, or fewer than two classes.
     """
     xp = array_namespace(logits)
     weight = xp.exp(_shifted(logits))
@@ -95,7 +97,7 @@ def mask_scores(
     Raises:
         TokenExitError: If `mask_logits` has no class axis or no classes, or the classes of the two differ.
     """
-    _require_classes(mask_logits, "mask_logits")
+    _require_classes(mask_logits, "mask_logits", "one class on its last axis", least=1)
     require(
         presence.ndim >= 1 and presence.shape[-1] == mask_logits.shape[-1],
         "presence",
@@ -112,15 +114,15 @@ def mask_scores(
 def _shifted(logits: Array) -> Array:
     """Logits in float32, less their maximum, so that no exponential overflows."""
     xp = array_namespace(logits)
-    _require_classes(logits, "logits")
+    _require_classes(logits, "logits", f"two classes on its last axis ({ONE})", least=2)
     logits = xp.astype(logits, xp.float32)
     return logits - xp.max(logits, axis=-1, keepdims=True)
 
 
-def _require_classes(values: Array, argument: str) -> None:
+def _require_classes(values: Array, argument: str, classes: str, *, least: int) -> None:
     require(
-        values.ndim >= 1 and values.shape[-1] >= 1,
+        values.ndim >= 1 and values.shape[-1] >= least,
         argument,
-        "have at least one class on its last axis",
+        f"have at least {classes}",
         f"shape {tuple(values.shape)}",
     )

@@ -12,8 +12,9 @@ from torch import Tensor
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Packing
+from tokenexit_torch._blocks import run_blocks
 from tokenexit_torch._modules import kept_eager
-from tokenexit_torch._passing import PackedRun, packed, run_blocks
+from tokenexit_torch._passing import PackedRun, packed
 from tokenexit_torch.attention import PerImage
 from tokenexit_torch.outputs import Output
 
@@ -27,10 +28,17 @@ class MixedRun:
     """One forward pass over images of any sizes: a pass for each size, whose blocks run together."""
 
     def __init__(self, model: "ExitingModel", images: Sequence[Tensor], schedule: Schedule | None) -> None:
+        listed = isinstance(images, Sequence | Tensor) and not isinstance(images, str)
+        require(listed, "images", "be a list of tensors of shape (channels, height, width)", type(images).__name__)
         for number, image in enumerate(images):
             threefold = isinstance(image, Tensor) and image.ndim == 3
             got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             require(threefold, f"images[{number}]", "be a tensor of shape (channels, height, width)", got)
+            require(image.layout == torch.strided, f"images[{number}]", "be dense", str(image.layout))
+            first = images[0].device
+            require(
+                image.device == first, f"images[{number}]", f"be on the device of the first, {first}", str(image.device)
+            )
         shapes = [image.shape for image in images]
         self.model = model
         self.which = [[at for at, one in enumerate(shapes) if one == shape] for shape in dict.fromkeys(shapes)]

@@ -3,7 +3,6 @@
 It is no part of the public API.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -18,18 +17,19 @@ from tokenexit.errors import require
 from tokenexit.ledger import Ledger
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing, Receipt, Selection
-from tokenexit_torch._modules import kept_eager
+from tokenexit_torch._blocks import run_blocks
+from tokenexit_torch._modules import is_training, kept_eager, require_not_exported, require_not_traced
 from tokenexit_torch.attention import Padded, PerImage
 from tokenexit_torch.exits import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
-from tokenexit_torch.hosts import Host, area_of, embedded_by
+from tokenexit_torch.hosts import area_of, embedded_by
 from tokenexit_torch.masks import MaskHead, Masks, log_scores, patch_rows, widened
 from tokenexit_torch.outputs import Output
 
 if TYPE_CHECKING:
     from tokenexit_torch.running import ExitingModel
 
-__all__ = ["Move", "PackedRun", "Reading", "Run", "as_read", "has_to_wait", "packed", "read_batch", "run_blocks"]
+__all__ = ["Move", "PackedRun", "Reading", "Run", "as_read", "has_to_wait", "packed", "read_batch"]
 
 
 class Reading(NamedTuple):
@@ -78,11 +78,13 @@ class Run:
 
     def __init__(self, model: WithExits[Any], images: Tensor, schedule: Schedule | None) -> None:
         plan = model.schedule if schedule is None else model.checked(schedule)
+        self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
+        if self.policy:
+            require_not_traced(type(model).__name__)
         embedded = embedded_by(model.host, images, patch=model.patch)
         self.model = model
         self.embedded = embedded
         self.area = area_of(embedded, images)
-        self.policy = {exit.after: exit.policy for exit in self._asked(plan)}
         self.feature = plan.carry if isinstance(plan.carry, Feature) else None
         folds = self.feature is not None and self.feature.fold_above is not None
         require(
@@ -238,9 +240,9 @@ class Run:
             beside = surroundings.beside_running(
                 self.laid(flat), self.receipt, grid=self.embedded.grid, radius=head.radius
             )
-            return Reading(head(beside.flatten(0, -2)))
+            flat = beside.flatten(0, -2)
         if not isinstance(head, MaskHead):
-            return Reading(head(flat))
+            return Reading(self._scored(head, flat))
         rows, patches = patch_rows(self.lengths, self.embedded.prefix, flat.device)
         found = widened(head(flat.index_select(0, rows), patches))
         nothing = found.mask_logits.new_zeros(flat.shape[0], found.mask_logits.shape[1])
@@ -248,6 +250,10 @@ class Run:
         presence = masks.presence_logits.index_select(0, self.receipt.image)
         class_scores = scores.mask_scores(masks.mask_logits.detach(), presence.detach().sigmoid())
         return Reading(log_scores(masks.mask_logits, presence), class_scores, masks)
+
+    def _scored(self, head: nn.Module, flat: Tensor) -> Tensor:
+        """Class scores of every token of the row."""
+        return head(flat)
 
     def _settle(self, after: int, leave: Tensor, reading: Reading, confidence: Tensor) -> None:
         """Write down what tokens of the row leave behind."""
@@ -294,7 +300,8 @@ class Run:
         """All tokens of all images as a plain batch, those that have left as they left; the run goes on as it is."""
         if self.receipt is None:
             return self.row
-        assert self.ledger is not None
+        if self.ledger is None:  # nothing could leave
+            return self.row.reshape(self.images, self.slots, -1)
         return ledger.rejoin(self.ledger, self.receipt, self.laid(self.row[0]))
 
     def _rejoin(self) -> None:
@@ -383,6 +390,7 @@ class PackedRun(Run):
         return Packing(everything, torch.arange(self.images * self.slots, device=self.row.device))
 
     def repack(self, stay: Tensor, kept: Tensor, confidence: Tensor) -> "Move":  # noqa: ARG002
+        require_not_exported(type(self.model).__name__)
         assert isinstance(self.receipt, Packing)
         # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
         counted = functional.pad(stay.cumsum(0), (1, 0)).index_select(0, self.receipt.offsets)
@@ -390,8 +398,17 @@ class PackedRun(Run):
         packing, rows = tokens.repack(self.receipt, stay, count=sum(self.lengths) if has_to_wait(stay) else None)
         return Move(packing, rows, stay)
 
+    def _scored(self, head: nn.Module, flat: Tensor) -> Tensor:
+        prefix = self.embedded.prefix
+        if prefix == 0 or not is_training(head):
+            return head(flat)
+        # What a head learns from, statistics of batch norm among it, are patches alone.
+        rows, _ = patch_rows(self.lengths, prefix, flat.device)
+        found = head(flat.index_select(0, rows))
+        return found.new_zeros(flat.shape[0], *found.shape[1:]).index_copy(0, rows, found)
+
     def ran(self) -> Tensor:
-        counts = torch.tensor(self.counts, dtype=torch.int64).to(self.row.device, non_blocking=True)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device="cpu").to(self.row.device, non_blocking=True)
         return counts.reshape(self.model.depth, self.images).T
 
 
@@ -404,16 +421,6 @@ def has_to_wait(tensor: Tensor) -> bool:
 def packed(model: "ExitingModel", images: Tensor, schedule: Schedule | None) -> PackedRun:
     """A pass that has embedded its images."""
     return PackedRun(model, images, schedule)
-
-
-def run_blocks(
-    host: Host, start: int, stop: int, row: Tensor, positions: Tensor | None, attention: PerImage | Padded | None
-) -> Tensor:
-    """Some blocks in a row, between two exit points: what `torch.compile` makes one program of."""
-    with nullcontext() if attention is None else attention:
-        for index in range(start, stop):
-            row = host.run(index, row, positions)
-    return row
 
 
 def as_read(head: nn.Module, patches: Tensor, grid: tuple[int, int]) -> Tensor:

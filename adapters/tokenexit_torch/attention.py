@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,25 @@ from torch.overrides import TorchFunctionMode
 from tokenexit import TokenExitError
 
 __all__ = ["attending_per_image"]
+
+ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
+"""What a block must call. It is no part of the public API, nor are the next."""
+
+CALL = (
+    f"call PyTorch's own {ATTENTION}, for otherwise images would attend to each other"
+    ' (timm: attn.fused_attn = True, transformers: set_attn_implementation("sdpa"))'
+)
+"""Why: the rule of errors."""
+
+UNQUANTISED = (
+    "have no dynamically quantised layers: their scale is that of the whole batch, so that images depend on each other"
+    " (torchao's weight-only and per-token layers are taken)"
+)
+"""Why layers are refused."""
+
+_BUILT_IN: Any = torch._C
+attend = _BUILT_IN._nn.scaled_dot_product_attention
+"""PyTorch's own attention. A function put in its place in `torch.nn.functional` is another, and may ignore masks."""
 
 
 @contextmanager
@@ -45,24 +65,62 @@ def attending_per_image(
         yield mode
 
 
-class _Attending(TorchFunctionMode):
-    """Takes over the attention calls of whatever runs within it, and counts them."""
+class Attending(TorchFunctionMode):
+    """Takes over the attention calls of whatever runs within it, and counts them. It is no part of the public API.
+
+    Attributes:
+        calls: How many there were.
+        needed: Whether results would be wrong without it. A row that holds one image alone needs no help.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self.needed = True
+        self._grads = torch.is_grad_enabled()
+        self._saving = _saving()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not functional.scaled_dot_product_attention:
+        if func is not attend:
+            if isinstance(func, OpOverloadPacket) and self.needed:
+                _require_no_dynamic(func)
             return func(*args, **(kwargs or {}))
+        self._require_no_checkpoint()
         self.calls += 1
         return self._attend(*args, **(kwargs or {}))
 
     def _attend(self, *args: Any, **options: Any) -> Any:
         raise NotImplementedError
 
+    def _require_no_checkpoint(self) -> None:
+        # What is computed again in the backward pass is computed without this mode. A compiled program holds what it
+        # took over.
+        if not self._grads or torch.compiler.is_compiling():
+            return
+        saving = _saving()
+        within = saving is not self._saving and getattr(saving, "__module__", None) == "torch.utils.checkpoint"
+        if within or not torch.is_grad_enabled():
+            rule = "not checkpoint gradients inside of it or its blocks: checkpoint the call of what wraps it instead"
+            got = "torch.utils.checkpoint around attention" if within else "attention run without gradients, as by"
+            raise TokenExitError(f"`model` must {rule}, got {got if within else got + ' a reentrant checkpoint'}")
 
-class _OverRow(_Attending):
+
+def _require_no_dynamic(operator: OpOverloadPacket) -> None:
+    """Raise for an operator that quantises activations by the scale of the whole row, of all its images."""
+    name = operator._qualified_op_name
+    if name.startswith("quantized::") and "dynamic" in name:
+        raise TokenExitError(f"`model` must {UNQUANTISED}, got {name}")
+
+
+def _saving() -> Callable[..., Any] | None:
+    """What packs the tensors that autograd saves now: a checkpoint that is not reentrant puts in its own."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = _BUILT_IN._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+class _OverRow(Attending):
     """Attention over a packed row, image by image."""
 
     def __init__(self, total: int) -> None:
@@ -126,8 +184,9 @@ class PerImage(_OverRow):
         self._stands_for = stands_for
         self._offsets = offsets
         self._lengths = list(lengths)
+        self.needed = stands_for is not None or sum(length > 0 for length in self._lengths) > 1
         # On the host, so that reading it back is no wait.
-        self._counts = torch.tensor(self._lengths, dtype=torch.int64)
+        self._counts = torch.tensor(self._lengths, dtype=torch.int64, device="cpu")
         # Neighbouring images with equally many tokens share one call: (images, tokens of each).
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         self._runs = [(images, length) for length, images in runs if length]
@@ -149,7 +208,7 @@ class PerImage(_OverRow):
 
     def _each(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         if self._bias is None and len(self._runs) == 1 and self._runs[0][0] == 1:
-            return functional.scaled_dot_product_attention(query, key, value, **options)
+            return attend(query, key, value, **options)
         results = []
         start = 0
         for images, length in self._runs:
@@ -158,7 +217,7 @@ class PerImage(_OverRow):
             if self._bias is not None:
                 # Of keys alone, left to the kernel to broadcast: expanded over queries it took longer.
                 options["attn_mask"] = self._bias[start:stop].to(query.dtype).view(images, 1, 1, length)
-            attended = functional.scaled_dot_product_attention(q, k, v, **options)
+            attended = attend(q, k, v, **options)
             # Token by token, as fused attention leaves it in memory and as blocks read it next: no copy here or there.
             results.append(rearrange(attended, "images heads tokens width -> 1 (images tokens) heads width"))
             start = stop
@@ -199,7 +258,7 @@ class Padded(_OverRow):
         if self._stands_for is not None:
             weight = self._stands_for.log().to(query.dtype).view(images, 1, 1, capacity)
             mask = torch.where(keys, weight, -torch.inf)
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        attended = attend(q, k, v, attn_mask=mask, **options)
         return rearrange(attended, "images heads entries width -> 1 heads (images entries) width")
 
 
@@ -321,20 +380,23 @@ per_image.register_autograd(_backward, setup_context=_keep)
 
 
 @contextmanager
-def attending_to(keys: Bool[Tensor, "images tokens"]) -> Iterator[None]:
+def attending_to(keys: Bool[Tensor, "images tokens"]) -> Iterator[Attending]:
     """Within this context, the tokens of a plain batch attend to some of their image alone.
 
     Args:
         keys: Which tokens are attended to. Of an image without any, all are: its softmax must be over something.
 
+    Yields:
+        An object whose `calls` counts the attention calls that were taken over.
+
     Raises:
         TokenExitError: From the attention call, if it carries a mask, is causal, or is not over that batch.
     """
-    with _Keys(keys | ~keys.any(dim=1, keepdim=True)):
-        yield
+    with _Keys(keys | ~keys.any(dim=1, keepdim=True)) as mode:
+        yield mode
 
 
-class _Keys(_Attending):
+class _Keys(Attending):
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
         self._mask = keys[:, None, None, :]
@@ -349,16 +411,15 @@ class _Keys(_Attending):
         if not fits:
             rule = f"have shape ({images}, heads, {tokens}, width) where tokens wait"
             raise TokenExitError(f"`key` must {rule}, got {tuple(key.shape)}")
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=self._mask, dropout_p=dropout_p, **options
-        )
+        return attend(query, key, value, attn_mask=self._mask, dropout_p=dropout_p, **options)
 
 
-def keys_and_values(block: Callable[[], Tensor], /) -> tuple[Tensor, Tensor]:
+def keys_and_values(block: Callable[[], Tensor], /, *, name: str) -> tuple[Tensor, Tensor]:
     """What a block's tokens offer to attention; the block runs no further than there.
 
     Args:
         block: Runs the block on some tokens.
+        name: What the block is called in an error.
 
     Returns:
         Keys and values, `(1, heads, tokens, width)` each.
@@ -371,7 +432,7 @@ def keys_and_values(block: Callable[[], Tensor], /) -> tuple[Tensor, Tensor]:
             block()
     except _Offer as offer:
         return offer.key, offer.value
-    raise TokenExitError("`block` must call torch.nn.functional.scaled_dot_product_attention, got no call")
+    raise TokenExitError(f"`{name}` must {CALL}, got no call")
 
 
 class _Offer(Exception):
@@ -382,13 +443,15 @@ class _Offer(Exception):
         self.key, self.value = key, value
 
 
-class _Offering(_Attending):
+class _Offering(Attending):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> NoReturn:  # noqa: ARG002
         raise _Offer(key, value)
 
 
 @contextmanager
-def attending_beside(lengths: Sequence[int], waiting: Sequence[int], key: Tensor, value: Tensor, /) -> Iterator[None]:
+def attending_beside(
+    lengths: Sequence[int], waiting: Sequence[int], key: Tensor, value: Tensor, /
+) -> Iterator[Attending]:
     """As `attending_per_image`, and every image's tokens attend to other tokens of it as well.
 
     Args:
@@ -397,14 +460,17 @@ def attending_beside(lengths: Sequence[int], waiting: Sequence[int], key: Tensor
         key: The keys of the others, `(1, heads, others, width)`.
         value: Their values.
 
+    Yields:
+        An object whose `calls` counts the attention calls that were taken over.
+
     Raises:
         TokenExitError: From the attention call, if it carries a mask, is causal, or is not the only one of the block.
     """
-    with _Beside(lengths, key.split(list(waiting), dim=2), value.split(list(waiting), dim=2)):
-        yield
+    with _Beside(lengths, key.split(list(waiting), dim=2), value.split(list(waiting), dim=2)) as mode:
+        yield mode
 
 
-class _Beside(_Attending):
+class _Beside(Attending):
     def __init__(self, lengths: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
         self._lengths, self._keys, self._values = list(lengths), keys, values
@@ -419,7 +485,7 @@ class _Beside(_Attending):
         options["dropout_p"] = dropout_p
         own = (tensor.split(self._lengths, dim=2) for tensor in (query, key, value))
         results = [
-            functional.scaled_dot_product_attention(q, torch.cat([k, ks], dim=2), torch.cat([v, vs], dim=2), **options)
+            attend(q, torch.cat([k, ks], dim=2), torch.cat([v, vs], dim=2), **options)
             for q, k, v, ks, vs in zip(*own, self._keys, self._values, strict=True)
             if q.shape[2]
         ]
@@ -443,14 +509,14 @@ def turning(turn: Callable[[Tensor], Tensor], /) -> Iterator["_Turned"]:
         yield mode
 
 
-class _Turned(_Attending):
+class _Turned(Attending):
     def __init__(self, turn: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._turn = turn
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         query, key = self._turn(query).type_as(value), self._turn(key).type_as(value)
-        return functional.scaled_dot_product_attention(query, key, value, *args, **options)
+        return attend(query, key, value, *args, **options)
 
 
 def _require_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:

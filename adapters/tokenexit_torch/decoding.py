@@ -18,6 +18,7 @@ from tokenexit.carries import Feature
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import executed, head_cost, network_cost, weight_of
 from tokenexit_torch._modules import evaluating, kept_eager
 from tokenexit_torch._passing import PackedRun, as_read
@@ -186,7 +187,7 @@ class DecodingModel(WithExits[DecodingHost]):
         """What every exit head reads, and all tokens by tap, if nothing leaves."""
         running, patches, taken = embedded.tokens, {}, {}
         for block in range(self.depth):
-            running = self.host.run(block, running, embedded.positions)
+            running = run_block(self.host, block, running, embedded.positions)
             if str(block + 1) in self.exit_heads:
                 head = self.exit_heads[str(block + 1)]
                 patches[block + 1] = as_read(head, running[:, embedded.prefix :], embedded.grid)

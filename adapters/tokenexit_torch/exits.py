@@ -9,7 +9,7 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
-from tokenexit_torch._modules import Undivided
+from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.hosts import Host
 
 __all__: list[str] = []
@@ -17,7 +17,7 @@ __all__: list[str] = []
 AnyHost = TypeVar("AnyHost", bound=Host)
 
 
-class Planned(Undivided):
+class Planned(AroundHost):
     """A model with a plan that is exchanged at run time. It is no part of the public API."""
 
     _schedule: Schedule
@@ -77,18 +77,11 @@ class WithExits(Planned, Generic[AnyHost]):
     def __init__(
         self, host: AnyHost, exit_heads: Mapping[int, nn.Module], classes: int, head_plan: HeadPlan | None
     ) -> None:
-        super().__init__()
-        self.host = host
-        self.model = host.module
+        super().__init__(host)
         self.exit_heads = nn.ModuleDict({str(after): exit_heads[after] for after in sorted(exit_heads)})
         self.classes = classes
         self.head_plan = head_plan
         self.fitted = ()
-
-    @property
-    def depth(self) -> int:
-        """How many blocks there are in which tokens run, and may leave."""
-        return len(self.host.blocks)
 
     @property
     def gives_masks(self) -> bool:

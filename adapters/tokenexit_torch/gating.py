@@ -23,7 +23,9 @@ from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit.tokens import Packing
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
+from tokenexit_torch._modules import is_training, require_not_exported, require_not_traced
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
 from tokenexit_torch.exits import Planned
 from tokenexit_torch.hosts import Host, area_of, embedded_by
@@ -104,19 +106,12 @@ class GatedModel(Planned):
         taps: tuple[int, ...],
         gate_plan: HeadPlan | None,
     ) -> None:
-        super().__init__()
-        self.host = host
-        self.model = host.module
+        super().__init__(host)
         self.gates = nn.ModuleDict({str(after): gates[after] for after in sorted(gates)})
         self.head = head
         self.taps = taps
         self.gate_plan = gate_plan
         self._schedule = require_gates_fit(schedule, depth=self.depth, after=sorted(gates))
-
-    @property
-    def depth(self) -> int:
-        """How many blocks the network has."""
-        return len(self.host.blocks)
 
     def checked(self, schedule: Schedule, /) -> Schedule:
         """A plan, after a check that it fits the gates. Not public."""
@@ -246,9 +241,12 @@ class _Run:
     def ask(self, after: int) -> None:
         """Ask a gate how probable it is that each patch is kept; all tokens are together again."""
         self.wait(None)
-        # All slots are read, which lie in one piece: without the prefix they would be copied first.
-        logits = self.model.gates[str(after)](self.gate_input(self.tokens).flatten(0, 1))
-        self.logits = logits.unflatten(0, (self.images, self.slots))[:, self.embedded.prefix :]
+        gate, read = self.model.gates[str(after)], self.gate_input(self.tokens)
+        # All slots are read, which lie in one piece: without the prefix they would be copied first. But what a gate
+        # learns from, statistics of batch norm among it, are patches alone.
+        skipped = self.embedded.prefix if is_training(gate) else 0
+        logits = gate(read[:, skipped:].flatten(0, 1)).unflatten(0, (self.images, self.slots - skipped))
+        self.logits = logits[:, self.embedded.prefix - skipped :]
         self.probability.append(keep_probability(self.logits))
 
     def asked(self) -> Tensor:
@@ -331,6 +329,8 @@ class PackedRun(_Run):
     """Those that run are gathered into one row at a gate, and put back at the next."""
 
     def __init__(self, model: GatedModel, images: Tensor, plan: Schedule) -> None:
+        if plan.active:
+            require_not_traced("GatedModel", instead="export a module that calls `masked` by torch.export")
         super().__init__(model, images, plan)
         self.packing: Packing | None = None
         self.row = self.tokens
@@ -350,6 +350,8 @@ class PackedRun(_Run):
         """From now on, only these slots run; all of them if None."""
         self.tokens, self.waiting = self.now(), None
         super().wait(running)
+        if running is not None:
+            require_not_exported("GatedModel", instead="export a module that calls `masked`")
         self.packing = None if running is None else tokens.pack(running)
         if self.packing is None or running is None:
             return
@@ -361,18 +363,18 @@ class PackedRun(_Run):
 
     def run(self, block: int) -> None:
         """Run one block."""
-        run = self.model.host.run
+        host = self.model.host
         if self.packing is None:
-            self.tokens = run(block, self.tokens, self.embedded.positions)
+            self.tokens = run_block(host, block, self.tokens, self.embedded.positions)
         elif self.waiting is None:
             if any(self.lengths):
-                with attending_per_image(self.lengths):
-                    self.row = run(block, self.row, self.positions)
+                with attending_per_image(self.lengths) as attention:
+                    self.row = run_block(host, block, self.row, self.positions, attention)
         elif any(self.lengths):
             row, positions = self._gathered(self.waiting)
-            key, value = keys_and_values(lambda: run(block, row, positions))
-            with attending_beside(self.lengths, self.waiting.lengths.tolist(), key, value):
-                self.row = run(block, self.row, self.positions)
+            key, value = keys_and_values(lambda: host.run(block, row, positions), name=f"model.blocks[{block}]")
+            with attending_beside(self.lengths, self.waiting.lengths.tolist(), key, value) as attention:
+                self.row = run_block(host, block, self.row, self.positions, attention)
 
     def _gathered(self, packing: Packing) -> tuple[Tensor, Tensor | None]:
         flat = rearrange(self.tokens, "images slots width -> (images slots) width")
@@ -389,8 +391,8 @@ class MaskedRun(_Run):
         running, before = self.running, self.tokens
         # With nobody waiting, or those that wait among the keys, attention is as it always is.
         plain = running is None or self.carry.keys == "all"
-        with nullcontext() if plain else attending_to(running):
-            after = self.model.host.run(block, before, self.embedded.positions)
+        with nullcontext() if plain else attending_to(running) as attention:
+            after = run_block(self.model.host, block, before, self.embedded.positions, attention)
         self.tokens = after if running is None else self.mixed(after, before, running)
 
     def mixed(self, after: Tensor, before: Tensor, running: Tensor) -> Tensor:

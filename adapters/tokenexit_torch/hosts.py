@@ -46,17 +46,21 @@ class Host(Protocol):
     """What a vision transformer must offer.
 
     Attributes:
-        module: The model; it owns the weights.
-        blocks: Its blocks, in order. Attention in them must go through
-            `torch.nn.functional.scaled_dot_product_attention`, without a mask.
+        module: The model; it owns the weights. It stays the same.
+        blocks: Its blocks, in order, looked up in the model whenever they are asked for: one that was exchanged runs.
+            Attention in them must go through `torch.nn.functional.scaled_dot_product_attention`, without a mask.
         width: Channels of a token.
         image_shape: Shape of an image that it takes, `(channels, height, width)`; the self-check draws one.
     """
 
     module: nn.Module
-    blocks: Sequence[nn.Module]
     width: int
     image_shape: tuple[int, int, int]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its blocks."""
+        ...
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """All that happens before the first block."""
@@ -82,6 +86,10 @@ class Host(Protocol):
         ...
 
 
+class Inattentive:
+    """A host whose blocks treat each token by itself, and call no attention. It is no part of the public API."""
+
+
 def embedded_by(host: Host, images: Tensor, /, *, patch: tuple[int, int] | None = None) -> Embedded:
     """What a host makes of images, after a check that it can take them. It is no part of the public API.
 
@@ -102,7 +110,9 @@ def embedded_by(host: Host, images: Tensor, /, *, patch: tuple[int, int] | None 
         f"have shape (images, {channels}, height, width)",
         f"shape {tuple(images.shape)}",
     )
+    require(images.layout == torch.strided, "images", "be dense", str(images.layout))
     weight = next(host.module.parameters())
+    _require_whole(weight, images)
     there = images.device == weight.device
     require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
     cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
@@ -110,12 +120,40 @@ def embedded_by(host: Host, images: Tensor, /, *, patch: tuple[int, int] | None 
         cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
     )
     try:
-        embedded = host.embed(images)
+        found = host.embed(images)
+    except TokenExitError:
+        raise
     except (AssertionError, ValueError) as error:
+        if not _takes_its_own_size(host, images):
+            raise
         got = f"{tuple(images.shape)}: {error}"
         raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
-    patch_of(embedded, images, patch)
-    return embedded
+    require(isinstance(found, Embedded), "model.embed", "give an Embedded", full_name(found))
+    patch_of(found, images, patch)
+    return found
+
+
+def _takes_its_own_size(host: Host, images: Tensor) -> bool:
+    """Whether images of the size that a host names embed: then what others failed by is their size."""
+    try:
+        host.embed(images.new_zeros((1, *host.image_shape)))
+    except (AssertionError, ValueError):
+        return False
+    return True
+
+
+def _require_whole(weight: Tensor, images: Tensor) -> None:
+    """Weights must be there: parts are called one by one, so that what loads weights for a whole call does not."""
+    if weight.is_meta and not images.is_meta:
+        rule = "have its weights on a device: offloading brings them for calls of modules that are not called here"
+        raise TokenExitError(f"`model` must {rule}, got weights on meta")
+    plain = type(weight) in (nn.Parameter, Tensor, type(images))
+    if not plain and type(weight).__module__.startswith("torch.distributed.tensor"):
+        rule = (
+            "have its weights whole: shard what `wrap` returns and not the model in it, and name other methods than"
+            " its forward to torch.distributed.fsdp.register_fsdp_forward_method"
+        )
+        raise TokenExitError(f"`model` must {rule}, got sharded weights")
 
 
 def patch_of(embedded: Embedded, images: Tensor, known: tuple[int, int] | None = None) -> tuple[int, int] | None:

@@ -31,9 +31,17 @@ class DecodingHost(Host, Protocol):
         classes: How many classes the model's output scores; None if it does not.
     """
 
-    embedding: nn.Module
-    taps: Sequence[int]
     classes: int | None
+
+    @property
+    def embedding(self) -> nn.Module:
+        """What embeds patches."""
+        ...
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """After how many blocks the decoder is given all tokens."""
+        ...
 
     def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """The model's own forward, from images to output: what the self-check compares with.

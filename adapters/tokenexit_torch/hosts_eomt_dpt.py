@@ -1,6 +1,7 @@
 """Models of Hugging Face's transformers whose vision transformer feeds a decoder of their own."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,19 +49,35 @@ class TransformersEoMT:
         require(full_name(model) in EOMTS, "model", "be an EoMT of transformers", full_name(model))
         eomt: Any = model
         config = eomt.config
-        early = len(eomt.layers) - config.num_blocks
-        require(early > 0, "model", "have blocks before its queries", f"{config.num_blocks} of {len(eomt.layers)} with")
         self._eomt = eomt
+        early = self._early
+        require(early > 0, "model", "have blocks before its queries", f"{config.num_blocks} of {len(eomt.layers)} with")
         self._rotary = full_name(model) == _EOMT_DINOV3
         self._prefix: int = 1 + config.num_register_tokens
         self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = eomt.layers[:early]
-        self.embedding: nn.Module = eomt.embeddings
         self.width: int = config.hidden_size
         self.image_shape: tuple[int, int, int] = (config.num_channels, *pair(config.image_size))
-        self.taps: Sequence[int] = (early,)
         self.classes: int | None = config.num_labels
         self._require_plain()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Those before the first with queries, as they are now."""
+        return tuple(islice(self._eomt.layers, self._early))
+
+    @property
+    def embedding(self) -> nn.Module:
+        """See `DecodingHost`."""
+        return self._eomt.embeddings
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """See `DecodingHost`."""
+        return (self._early,)
+
+    @property
+    def _early(self) -> int:
+        return len(self._eomt.layers) - self._eomt.config.num_blocks
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -78,7 +95,7 @@ class TransformersEoMT:
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
         given = {} if positions is None else {"position_embeddings": positions.unbind(dim=1)}
-        return self.blocks[index](tokens, **given)
+        return self._eomt.layers[index](tokens, **given)
 
     def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
         """The tokens: the norm that follows belongs to the decoder."""
@@ -88,7 +105,8 @@ class TransformersEoMT:
         self, images: Float[Tensor, "images channels height width"], /
     ) -> Float[Tensor, "images slots channels_out"]:
         """See `Host.dense`."""
-        layers = nn.ModuleList([*self.blocks[:-1], Last(self.blocks[-1])])
+        *before, last = self.blocks
+        layers = nn.ModuleList([*before, Last(last)])
         try:
             view(self._eomt, layers=layers)(images)
         except Reached as reached:
@@ -97,11 +115,11 @@ class TransformersEoMT:
 
     def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """See `DecodingHost.own`."""
-        return self._eomt(images, **inputs, return_dict=True)
+        return self._eomt(images, **_asked(inputs))
 
     def decode(self, taken: Mapping[int, Tensor], embedded: Embedded, images: Tensor, /, **inputs: Any) -> Any:
         """See `DecodingHost.decode`."""
-        early = len(self.blocks)
+        early = self._early
         ready = Given(taken[early], num_prefix_tokens=self._prefix)
         layers = [*(Passing() for _ in range(early)), *self._eomt.layers[early:]]
         parts: dict[str, nn.Module] = {"embeddings": ready, "layers": nn.ModuleList(layers)}
@@ -109,7 +127,7 @@ class TransformersEoMT:
             # Those of the other blocks: in training they are drawn. And there has been dropout.
             tables = embedded.positions[self._prefix :].unbind(dim=1)
             parts |= {"rope_embeddings": Given(tables), "dropout": nn.Identity()}
-        return view(self._eomt, **parts)(images, **inputs, return_dict=True)
+        return view(self._eomt, **parts)(images, **_asked(inputs))
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
         """Logarithms of how much the masks of each class say, summed over queries, as for semantic segmentation."""
@@ -148,21 +166,38 @@ class TransformersDPT:
         require(not hybrid, "model", "have a plain vision transformer", "a hybrid, whose first maps are convolved")
         self._backed = anything or (full_name(model) == _DPT_DEPTH and dpt.config.backbone_config is not None)
         if self._backed:
-            self._name, self._vit = "backbone", dpt.backbone
-            require(full_name(self._vit) == _DINOV2, "model.backbone", "be a Dinov2Backbone", full_name(self._vit))
-            taps = [self._vit.stage_names.index(name) for name in self._vit.out_features]
-        else:
-            self._name, self._vit = "dpt", dpt.dpt
-            taps = [index + 1 for index in dpt.config.backbone_out_indices]
+            require(
+                full_name(dpt.backbone) == _DINOV2, "model.backbone", "be a Dinov2Backbone", full_name(dpt.backbone)
+            )
         config = self._vit.config
         self.module: nn.Module = model
-        self.taps: Sequence[int] = tuple(sorted({tap for tap in taps if tap > 0}))
-        self.blocks: Sequence[nn.Module] = self._vit.encoder.layer[: self.taps[-1]]
-        self.embedding: nn.Module = self._vit.embeddings
         self.width: int = config.hidden_size
         self.image_shape: tuple[int, int, int] = (config.num_channels, *pair(config.image_size))
         self.classes: int | None = dpt.config.num_labels if full_name(model) == _DPT_SEGMENTATION else None
         self._require_plain()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Those before the last tap, as they are now."""
+        return tuple(islice(self._vit.encoder.layer, self.taps[-1]))
+
+    @property
+    def embedding(self) -> nn.Module:
+        """See `DecodingHost`."""
+        return self._vit.embeddings
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """See `DecodingHost`."""
+        if self._backed:
+            found = (self._vit.stage_names.index(name) for name in self._vit.out_features)
+        else:
+            found = (index + 1 for index in self._dpt.config.backbone_out_indices)
+        return tuple(sorted({tap for tap in found if tap > 0}))
+
+    @property
+    def _vit(self) -> Any:
+        return self._dpt.backbone if self._backed else self._dpt.dpt
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -176,7 +211,7 @@ class TransformersDPT:
 
     def run(self, index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""
-        return self.blocks[index](tokens)
+        return self._vit.encoder.layer[index](tokens)
 
     def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
         """The tokens: the norm that follows, if any does, belongs to the decoder."""
@@ -190,7 +225,7 @@ class TransformersDPT:
 
     def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """See `DecodingHost.own`."""
-        return self._dpt(images, **inputs, return_dict=True)
+        return self._dpt(images, **_asked(inputs))
 
     def decode(self, taken: Mapping[int, Tensor], embedded: Embedded, images: Tensor, /, **inputs: Any) -> Any:
         """See `DecodingHost.decode`."""
@@ -200,7 +235,7 @@ class TransformersDPT:
         if self._backed:
             # Which maps are given on, and whether normed, is the backbone's own business.
             vit = view(self._vit, embeddings=Given(embedded.tokens), encoder=vit)
-        return view(self._dpt, **{self._name: vit})(images, **inputs, return_dict=True)
+        return view(self._dpt, **{"backbone" if self._backed else "dpt": vit})(images, **_asked(inputs))
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
         """Its logits."""
@@ -211,6 +246,14 @@ class TransformersDPT:
         require_interceptable(self._vit.config, self.blocks)
         _require_nothing_asked(self._vit.config)
         _require_nothing_asked(self._dpt.config)
+
+
+def _asked(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with: it gives named parts, and no states of blocks, which run in two parts."""
+    require(inputs.get("return_dict") in (None, True), "return_dict", "be True or left out", inputs.get("return_dict"))
+    for name in ("output_hidden_states", "output_attentions"):
+        require(not inputs.get(name), name, "be False or left out, for blocks run in two parts", inputs.get(name))
+    return {**inputs, "return_dict": True}
 
 
 def _require_nothing_asked(config: Any) -> None:

@@ -38,9 +38,13 @@ class TimmViT:
         require(keeps, "model", "keep all its patches", "one with patch_drop_rate > 0")
         self._vit = vit
         self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = vit.blocks
         self.width: int = vit.embed_dim
         self.image_shape: tuple[int, int, int] = _image_shape(vit.patch_embed)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Host.blocks`."""
+        return tuple(self._vit.blocks)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -84,9 +88,13 @@ class TimmEva:
         require(eva.patch_drop is None, "model", "keep all its patches", "one with patch_drop_rate > 0")
         self._eva = eva
         self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = eva.blocks
         self.width: int = eva.embed_dim
         self.image_shape: tuple[int, int, int] = _image_shape(eva.patch_embed)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Host.blocks`."""
+        return tuple(self._eva.blocks)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -144,7 +152,7 @@ def _grid(patch_embed: Any, images: Tensor) -> tuple[tuple[int, int], tuple[int,
 
 def _image_shape(patch_embed: Any) -> tuple[int, int, int]:
     size = patch_embed.img_size or tuple(4 * side for side in patch_embed.patch_size)
-    return (patch_embed.proj.in_channels, *size)
+    return (patch_embed.proj.weight.shape[1], *size)
 
 
 def _require_no_checkpoints(model: Any) -> None:

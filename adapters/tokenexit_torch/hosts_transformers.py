@@ -79,10 +79,18 @@ class TransformersViT:
         self._parts = PARTS[full_name(model)]
         self._vit = vit
         self.module: nn.Module = model
-        self.blocks: Sequence[nn.Module] = vit.get_submodule(self._parts.blocks)
         self.width: int = vit.config.hidden_size
         self.image_shape: tuple[int, int, int] = (vit.config.num_channels, *pair(vit.config.image_size))
         self._require_interceptable()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Host.blocks`."""
+        return tuple(self._blocks)
+
+    @property
+    def _blocks(self) -> Any:
+        return self._vit.get_submodule(self._parts.blocks)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -103,7 +111,7 @@ class TransformersViT:
         given: dict[str, Any] = dict.fromkeys(self._parts.given)
         if positions is not None:
             given["position_embeddings"] = positions.unbind(dim=1)
-        return self.blocks[index](tokens, **given)
+        return self._blocks[index](tokens, **given)
 
     def finish(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
         """See `Host.finish`."""
@@ -122,7 +130,7 @@ class TransformersViT:
         return {} if own or not self._parts.must_ask else {"interpolate_pos_encoding": True}
 
     def _require_interceptable(self) -> None:
-        require_interceptable(self._vit.config, self.blocks)
+        require_interceptable(self._vit.config, self._blocks)
 
 
 def require_interceptable(config: Any, blocks: Iterable[Any]) -> None:

@@ -3,12 +3,14 @@
 Names are compared, so that no framework is imported for a question about one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from tokenexit import TokenExitError
+from tokenexit.errors import require
+from tokenexit_torch.attention import UNQUANTISED
 from tokenexit_torch.hosts import Host, full_name
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_eomt_dpt import DPTS, EOMTS, TransformersDPT, TransformersEoMT
@@ -78,13 +80,18 @@ REFUSED = {
 
 _COMPILED = "its parts are called one by one: wrap it first, then compile what `wrap` returns"
 
+_OUTSIDE = "its own forward is never called: put it around what `wrap` returns"
+
 AROUND = {
     "torch._dynamo.eval_frame.OptimizedModule": _COMPILED,
     "torch.nn.parallel.data_parallel.DataParallel": "it runs copies of its parts: use one process for each device",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "its own forward is never called: put it around what"
-    " `wrap` returns",
+    "torch.nn.parallel.distributed.DistributedDataParallel": _OUTSIDE,
 }
 """Why modules that go around others must not be inside of a host. It is no part of the public API."""
+
+
+_MEMBERS = ("module", "blocks", "width", "image_shape", "embed", "run", "finish", "dense")
+_DECODING_MEMBERS = (*_MEMBERS, "embedding", "taps", "classes", "own", "decode", "class_scores")
 
 
 def host_of(model: object, /) -> Host:
@@ -103,6 +110,7 @@ def host_of(model: object, /) -> Host:
         TokenExitError: If there is no host for this model; where it is known why, the error says so.
     """
     _require_bare(model)
+    _require_weights(model)
     if isinstance(model, nn.Module):
         _require_not_refused(model)
         if full_name(model) in _HOSTS:
@@ -116,7 +124,17 @@ def host_of(model: object, /) -> Host:
     if isinstance(model, nn.Module):
         inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]
         got += f", whose part `{inside[0]}` is one" if inside else ""
+    got += _lacking(model, _MEMBERS)
     raise TokenExitError(f"`model` must be {_TAKEN} or a plain object that follows Host, got {got}")
+
+
+def _lacking(model: object, members: Iterable[str]) -> str:
+    """What an object that is no host lacks for one, if it has any of it."""
+    if isinstance(model, nn.Module):
+        return ""
+    there = {name: hasattr(model, name) for name in members}
+    lacking = [name for name, has in there.items() if not has]
+    return f", which lacks {', '.join(lacking)}" if lacking and any(there.values()) else ""
 
 
 def _require_bare(model: object) -> None:
@@ -128,6 +146,39 @@ def _require_bare(model: object) -> None:
             got = f"{full_name(part)}, compiled" if compiled else full_name(part)
             where = f" at `{path}`" if path else ""
             raise TokenExitError(f"`model` must have nothing around it or its parts, got {got}{where}: {reason}")
+    if any(ancestor.__name__ in ("FSDPModule", "FullyShardedDataParallel") for ancestor in type(model).__mro__):
+        raise TokenExitError(f"`model` must have nothing around it or its parts, got {full_name(model)}: {_OUTSIDE}")
+
+
+def _require_weights(model: object) -> None:
+    """Weights must be there, as numbers that do not depend on the batch."""
+    module = model.module if isinstance(model, Host) else model
+    if not isinstance(module, nn.Module):
+        return
+    if isinstance(model, Host):
+        require(any(True for _ in module.parameters()), "model.module", "have parameters", "none")
+    meta = [name for name, weight in module.named_parameters() if weight.is_meta]
+    rule = "have its weights on a device: load them before it is wrapped, and do not offload them"
+    require(not meta, "model", rule, f"{len(meta)} on meta, as `{meta[0] if meta else ''}`")
+    require_not_quantised(module, "model")
+
+
+def require_not_quantised(module: nn.Module, argument: str) -> None:
+    """Raise if activations are quantised by the batch. It is no part of the public API.
+
+    Args:
+        module: The module.
+        argument: What it is called in the error.
+
+    Raises:
+        TokenExitError: If it has a dynamically quantised layer.
+    """
+    found = [path for path, part in module.named_modules() if type(part).__module__.startswith(_DYNAMIC)]
+    where = f"`{found[0] or type(module).__name__}`" if found else ""
+    require(not found, argument, UNQUANTISED, where)
+
+
+_DYNAMIC = "torch.ao.nn.quantized.dynamic"
 
 
 def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
@@ -135,8 +186,10 @@ def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(model, nn.Module):
         yield from model.named_modules()
     elif isinstance(model, Host):
+        require(isinstance(model.module, nn.Module), "model.module", "be a torch.nn.Module", full_name(model.module))
         yield from model.module.named_modules()
         for index, block in enumerate(model.blocks):
+            require(isinstance(block, nn.Module), f"model.blocks[{index}]", "be a torch.nn.Module", full_name(block))
             yield from block.named_modules(prefix=f"blocks[{index}]")
 
 
@@ -155,6 +208,7 @@ def decoding_host_of(model: object, /) -> DecodingHost:
         TokenExitError: If there is no host for this model; where it is known why, the error says so.
     """
     _require_bare(model)
+    _require_weights(model)
     if isinstance(model, nn.Module):
         for part in model.modules():  # the model itself comes first
             _require_not_refused(part, of=model)
@@ -163,7 +217,8 @@ def decoding_host_of(model: object, /) -> DecodingHost:
     elif isinstance(model, DecodingHost):
         return model
     rule = f"be {_TAKEN_WITH_DECODER}, or a plain object that follows DecodingHost"
-    raise TokenExitError(f"`model` must {rule}, got {full_name(model)}")
+    got = full_name(model) + _lacking(model, _DECODING_MEMBERS)
+    raise TokenExitError(f"`model` must {rule}, got {got}")
 
 
 def _require_not_refused(part: nn.Module, *, of: nn.Module | None = None) -> None:

@@ -15,6 +15,7 @@ from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._mixing import MixedRun
 from tokenexit_torch._passing import Reading, as_read, packed, read_batch
@@ -218,7 +219,7 @@ class ExitingModel(WithExits[Host]):
         embedded = embedded_by(self.host, images, patch=self.patch)
         running, patches = embedded.tokens, {}
         for block in range(self.depth):
-            running = self.host.run(block, running, embedded.positions)
+            running = run_block(self.host, block, running, embedded.positions)
             if str(block + 1) in self.exit_heads:
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]

@@ -20,6 +20,7 @@ from tokenexit import semantic
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
+from tokenexit_torch.attention import attend
 
 __all__ = ["CrossBlock", "Recovery", "Semantic", "SemanticMixing", "SemanticTokens", "SemanticUnit"]
 
@@ -143,7 +144,7 @@ class CrossBlock(nn.Module):
         q = rearrange(self.q(normed), "groups n (heads d) -> groups heads n d", heads=self.heads)
         k, v = rearrange(self.kv(seen), "groups n (two heads d) -> two groups heads n d", two=2, heads=self.heads)
         mask = None if valid is None else (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None]
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = attend(q, k, v, attn_mask=mask)
         mixed = self.proj(rearrange(mixed, "groups heads n d -> groups n (heads d)"))
         tokens = (queries if onto is None else onto) + self.drop(_scaled(mixed, self.scale1))
         return tokens + self.drop(_scaled(self.mlp(self.norm2(tokens)), self.scale2))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import layer_work, network_cost
-from tokenexit_torch._modules import Undivided
+from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.attention import attending_to
 from tokenexit_torch.hosts import Host, embedded_by
 from tokenexit_torch.semantic import CrossBlock, Recovery, SemanticTokens
@@ -64,7 +65,7 @@ class SemanticOutput(NamedTuple):
         return rearrange(self.tokens[:, self.prefix :], "i (h w) c -> i c h w", h=self.grid[0])
 
 
-class SemanticModel(Undivided):
+class SemanticModel(AroundHost):
     """A vision transformer on semantic tokens; made by `wrap_semantic`.
 
     Attributes:
@@ -89,18 +90,12 @@ class SemanticModel(Undivided):
     def __init__(
         self, host: Host, tokens: SemanticTokens, recovery: Recovery | None, /, *, after: int, until: int | None
     ) -> None:
-        super().__init__()
-        self.host, self.model = host, host.module
+        super().__init__(host)
         self.plan, self.after, self.until = tokens.plan, after, until
         self.tokens, self.recovery = tokens, recovery
         self.kept: dict[str, str] = {}
         self.new: tuple[str, ...] = ()
         self.left: tuple[str, ...] = ()
-
-    @property
-    def depth(self) -> int:
-        """How many blocks the wrapped model has."""
-        return len(self.host.blocks)
 
     @property
     def replaced(self) -> tuple[int, ...]:
@@ -130,13 +125,13 @@ class SemanticModel(Undivided):
         require(embedded.positions is None, "model.embed", "give no positions: semantic tokens have none", "some")
         prefix, grid, row = embedded.prefix, embedded.grid, embedded.tokens
         for index in range(self.after):
-            row = self.host.run(index, row, None)
+            row = run_block(self.host, index, row, None)
         map = rearrange(row[:, prefix:], "i (h w) c -> i h w c", h=grid[0])
         found = self.tokens(map, prefix=row[:, :prefix] if prefix else None)
         row, valid = found.to_row()
-        with nullcontext() if valid is None else attending_to(valid):
+        with nullcontext() if valid is None else attending_to(valid) as attention:
             for index in self._on_semantic_tokens:
-                row = self.host.run(index, row, None)
+                row = run_block(self.host, index, row, None, attention)
         found, marks = found.from_row(row), found.valid_map
         if self.until is None or self.recovery is None:
             map, grid = found.map, (found.grid.height, found.grid.width)
@@ -144,7 +139,7 @@ class SemanticModel(Undivided):
             map, marks = self.recovery(map, found), None
         row = torch.cat([row[:, :prefix], map.flatten(1, 2)], dim=1)
         for index in range(self.depth if self.until is None else self.until, self.depth):
-            row = self.host.run(index, row, None)
+            row = run_block(self.host, index, row, None)
         return SemanticOutput(self.host.finish(row), prefix, grid, marks)
 
     def multiply_adds(self, grid: tuple[int, int], /, *, prefix: int) -> int:

@@ -16,6 +16,7 @@ from tokenexit import tokens
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit.tokens import Receipt, Selection
+from tokenexit_torch._modules import counts_batches, require_not_traced
 from tokenexit_torch._passing import Move, Run
 from tokenexit_torch.attention import Padded
 from tokenexit_torch.outputs import Output, StaticOutput
@@ -129,7 +130,10 @@ class StaticRun(Run):
     """
 
     def __init__(self, static: StaticModel, images: Tensor, schedule: Schedule | None) -> None:
+        require_not_traced("StaticModel")
         super().__init__(static.model, images, schedule)
+        lacking = [after for after in self.policy if after not in static.capacities]
+        require(not lacking, "capacities", "have one for each exit of the model that is static now", lacking)
         least = min(self.embedded.prefix + 1, self.slots)
         self.room = {after: max(least, round(share * self.slots)) for after, share in static.capacities.items()}
         self.overflow = torch.zeros(self.images, dtype=torch.int64, device=self.row.device)
@@ -156,6 +160,12 @@ class StaticRun(Run):
             return None
         assert isinstance(self.receipt, Selection)
         return Padded(self.receipt.valid, self.stands_for)
+
+    def _scored(self, head: nn.Module, flat: Tensor) -> Tensor:
+        # Which entries hold a patch is known on the device alone.
+        rule = "have no batch norm in training, which would count entries without a patch: train by `Staged`"
+        require(not counts_batches(head), "model", rule, type(head).__name__)
+        return head(flat)
 
     def first(self) -> Receipt:
         slots = torch.arange(self.slots, device=self.row.device).expand(self.images, -1)

@@ -19,6 +19,7 @@ from tokenexit._array import require_marks
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
+from tokenexit_torch.attention import attend
 from tokenexit_torch.semantic import CrossBlock, SemanticUnit
 
 __all__ = ["Swin", "SwinBackbone", "SwinBlock", "SwinClassifier", "SwinMap", "swin_base", "swin_small"]
@@ -135,7 +136,7 @@ class SwinBlock(nn.Module):
             bias = torch.where(allowed, bias, -torch.inf)
         # Windows lie beside heads, so that all images share one mask where they may.
         bias = bias.expand(-1, windows, -1, -1, -1).flatten(1, 2)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        mixed = attend(q, k, v, attn_mask=bias)
         return self.proj(rearrange(mixed, "i (w heads) n d -> i w n (heads d)", heads=self.heads))
 
 

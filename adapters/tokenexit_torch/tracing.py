@@ -21,7 +21,7 @@ from tokenexit.carries import Prediction
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.hosts import Embedded
+from tokenexit_torch.hosts import Embedded, Inattentive
 from tokenexit_torch.outputs import Output
 from tokenexit_torch.running import ExitingModel
 
@@ -125,7 +125,7 @@ def trace(
     return Trace(torch.cat(parts), (*(int(after) for after in model.exit_heads), model.depth), prefix, areas[0])
 
 
-class _Recording:
+class _Recording(Inattentive):
     """A host whose tokens are what all heads say of them, and whose blocks do nothing."""
 
     def __init__(self, recorded: Trace) -> None:

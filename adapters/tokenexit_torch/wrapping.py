@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit import TokenExitError
+from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
+from tokenexit.manifest import MOST
 from tokenexit.schedule import Schedule, neighbours, svit
+from tokenexit.scores import ONE
 from tokenexit.semantic import SemanticPlan, require_places, require_room, stvit
+from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.decoding import DecodingModel
@@ -24,7 +28,7 @@ from tokenexit_torch.hosts import Embedded, Host, embedded_by, patch_of
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
-from tokenexit_torch.registry import decoding_host_of, host_of
+from tokenexit_torch.registry import decoding_host_of, host_of, require_not_quantised
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
@@ -76,16 +80,14 @@ def wrap(
     known = plan is None or isinstance(plan, HeadPlan)
     require(known, "exit_heads", "be a plan of tokenexit.heads, or modules by block", repr(plan))
     if head is None:
-        whole = isinstance(num_classes, int) and not isinstance(num_classes, bool) and num_classes >= 1
-        require(whole, "num_classes", "be a whole number from 1 up", repr(num_classes))
-        final = build(plan or MLP(), width=host.width, classes=int(num_classes or 0)).to(like).train(mode)
+        _require_count(num_classes, least=1 if isinstance(plan, ATM) else 2)
+        final = _built(plan or MLP(), host.width, int(num_classes or 0), like, mode)
     else:
         require(isinstance(head, nn.Module), "head", "be a torch.nn.Module", repr(head))
         final = head
-    classes = _classes_of(final, host.width, like, "head")
+    classes = _classes_of(final, host.width, like, "head", least=1 if isinstance(final, MaskHead) else 2)
     if plan is not None:
-        new = {after: build(plan, width=host.width, classes=classes) for after in schedule.after}
-        chosen = {after: exit_head.to(like).train(mode) for after, exit_head in new.items()}
+        chosen = {after: _built(plan, host.width, classes, like, mode) for after in schedule.after}
     else:
         alike = "classes, as the final head"
         chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, alike, host.width, like)
@@ -138,8 +140,8 @@ def wrap_decoder(
     host = decoding_host_of(model)
     like, mode = next(host.module.parameters()), host.module.training
     classes: Any = host.classes if num_classes is None else num_classes
-    rule = "be a whole number from 1 up" + (", for the model has no classes" if host.classes is None else "")
-    require(_is_block(classes) and classes >= 1, "num_classes", rule, repr(num_classes))
+    why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
+    _require_count(classes, least=2, why=why)
     plan = None if isinstance(exit_heads, Mapping) else exit_heads
     if isinstance(exit_heads, Mapping):
         each = not any(isinstance(head, MaskHead) for head in exit_heads.values())
@@ -148,8 +150,7 @@ def wrap_decoder(
     else:
         each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM)
         require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(plan))
-        new = {after: build(exit_heads, width=host.width, classes=classes) for after in schedule.after}
-        chosen = {after: head.to(like).train(mode) for after, head in new.items()}
+        chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.after}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
     wrapped = DecodingModel(host, schedule, chosen, classes, plan)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
@@ -202,12 +203,12 @@ def wrap_gates(
     else:
         each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM | Neighbourhood)
         require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
-        chosen = {after: _new_gate(plan, host.width).to(like).train(mode) for after in schedule.after}
+        chosen = {after: _new_gate(plan, host.width, like, mode) for after in schedule.after}
     if head is not None:
         require(isinstance(head, nn.Module), "head", "be a torch.nn.Module", repr(head))
         each = not isinstance(head, MaskHead | NeighbourhoodHead)
         require(each, "head", "treat each token by itself", type(head).__name__)
-        _classes_of(head, host.width, like, "head")
+        _classes_of(head, host.width, like, "head", least=1)
     tapped = (depth,) if taps is None else tuple(taps)
     fits = list(tapped) == sorted(set(tapped)) and all(_is_block(tap) and 1 <= tap <= depth for tap in tapped)
     require(fits, "taps", f"be ascending blocks from 1 to {depth}", tapped)
@@ -271,7 +272,9 @@ def wrap_semantic(
     unknown = {own: name for own, name in names.items() if name not in there}
     require(not unknown, "names", f"name layers and parameters of block {after}", repr(unknown))
     sizes = {"heads": int(heads or 0), "names": names}
-    return ready(in_place_of_blocks(host, plan, after=after, until=until, **sizes))
+    with torch.device("cpu"):
+        model = in_place_of_blocks(host, plan, after=after, until=until, **sizes)
+    return ready(model)
 
 
 def ready(wrapped: SemanticModel, /) -> SemanticModel:
@@ -289,12 +292,27 @@ def ready(wrapped: SemanticModel, /) -> SemanticModel:
     return wrapped
 
 
-def _new_gate(plan: HeadPlan, width: int) -> nn.Module:
-    gate = build(plan, width=width, classes=2)
+def _built(plan: HeadPlan, width: int, classes: int, like: Tensor, mode: bool) -> nn.Module:
+    """A new head in a training mode, beside the weights of the model; its own are drawn where they always are."""
+    with torch.device("cpu"):
+        head = build(plan, width=width, classes=classes)
+    return head.to(like).train(mode)
+
+
+def _new_gate(plan: HeadPlan, width: int, like: Tensor, mode: bool) -> nn.Module:
+    gate = _built(plan, width, 2, like, mode)
     *_, last = (layer for layer in gate.modules() if isinstance(layer, nn.Linear))
     with torch.no_grad():
-        last.bias.copy_(torch.tensor(FIRST_BIAS))
+        last.bias.copy_(torch.tensor(FIRST_BIAS, device="cpu"))
     return gate
+
+
+def _require_count(classes: Any, *, least: int, why: str = "") -> None:
+    """Raise unless there can be so many classes: a softmax of one leaves no doubt."""
+    fits = is_whole(classes, least=least) and classes <= MOST
+    hint = f" ({ONE})" if is_whole(classes) and classes == 1 else ""
+    rule = f"be a whole number from {least} to {MOST}{why}{hint}"
+    require(fits, "num_classes", rule, repr(classes))
 
 
 def _is_block(value: object) -> bool:
@@ -310,7 +328,7 @@ def _given_heads(
     for after, head in heads.items():
         one = f"{argument}[{after}]"
         require(isinstance(head, nn.Module), one, "be a torch.nn.Module", repr(head))
-        found = _classes_of(head, width, like, one)
+        found = _classes_of(head, width, like, one, least=1)
         require(found == classes, one, f"give {classes} {alike}", found)
     return dict(heads)
 
@@ -339,8 +357,9 @@ def _require_unwrapped(model: object) -> None:
 
 
 @torch.no_grad()
-def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int:
+def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str, *, least: int) -> int:
     """Class count of a head, after a check that it treats each token by itself, or each image if it gives masks."""
+    require_not_quantised(head, argument)
     if isinstance(head, MaskHead):
         return _mask_classes_of(head, width, like, argument)
     width = 2 * width if isinstance(head, NeighbourhoodHead) else width
@@ -348,19 +367,25 @@ def _classes_of(head: nn.Module, width: int, like: Tensor, argument: str) -> int
         probe = _drawn(3, width, like=like)
         try:
             together, alone = head(probe), head(probe[1:2])
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TokenExitError(
-                f"`{argument}` must take tokens of shape (tokens, {width}), got the error: {error}"
-            ) from error
+        except TokenExitError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            rule = f"take tokens of shape (tokens, {width})"
+            if any(isinstance(part, nn.Conv2d) for part in head.modules()):
+                rule += " (a head that convolves a map is a decoder: see `wrap_decoder` and `DecodingHost`)"
+            raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
     require(
         isinstance(together, Tensor) and together.ndim == 2 and together.shape[0] == 3,
         argument,
         "turn tokens (3, width) into logits (3, classes)",
         getattr(together, "shape", type(together).__name__),
     )
+    classes = together.shape[1]
+    hint = f" ({ONE})" if classes == 1 else ""
+    require(classes >= least, argument, f"give at least {least} classes{hint}", classes)
     close = _is_close(together[1:2], alone)
     require(close, argument, "treat each token by itself", "logits that depend on other tokens")
-    return together.shape[1]
+    return classes
 
 
 def _mask_classes_of(head: MaskHead, width: int, like: Tensor, argument: str) -> int:
@@ -368,13 +393,16 @@ def _mask_classes_of(head: MaskHead, width: int, like: Tensor, argument: str) ->
         probe = _drawn(5, width, like=like)
         try:
             together, alone = head(probe, [2, 0, 3]), head(probe[2:], [3])
-        except (RuntimeError, ValueError, TypeError) as error:
+        except TokenExitError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             rule = f"take patches of shape (patches, {width}), and how many of each image"
             raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
     require(isinstance(together, Masks), argument, "give Masks", type(together).__name__)
     shapes = tuple(together.mask_logits.shape), tuple(together.presence_logits.shape)
     classes = shapes[0][-1]
     wanted = (5, classes), (3, classes)
+    require(classes >= 1, argument, "give at least 1 class", classes)
     require(shapes == wanted, argument, f"give masks and presence of shapes {wanted} for 5 patches, 3 images", shapes)
     close = _is_close(together.mask_logits[2:], alone.mask_logits)
     close = close and _is_close(together.presence_logits[2:], alone.presence_logits)
@@ -396,7 +424,7 @@ def _check(host: Host, like: Tensor) -> tuple[int, int] | None:
     """
     images = _drawn(2, *host.image_shape, like=like)
     with evaluating(host.module):
-        embedded = host.embed(images)
+        embedded = embedded_by(host, images)
         _, slots, width = embedded.tokens.shape
         height, across = embedded.grid
         require(width == host.width, "model.width", f"be the {width} channels of its tokens", host.width)
@@ -417,11 +445,10 @@ def _check(host: Host, like: Tensor) -> tuple[int, int] | None:
         own = None if positions is None else positions[half]
         both = None if positions is None or own is None else torch.cat([positions, own])
         for index in range(len(host.blocks)):
-            with attending_per_image([slots, len(half)]) as attention:
-                row = host.run(index, row, both)
-            alone = host.run(index, alone, own)
-            function = "torch.nn.functional.scaled_dot_product_attention"
-            require(attention.calls > 0, f"model.blocks[{index}]", f"call {function}", "no call")
+            # With gradients, so that a block that checkpoints them is noticed here.
+            with torch.enable_grad(), attending_per_image([slots, len(half)]) as attention:
+                row = run_block(host, index, row, both, attention).detach()
+            alone = run_block(host, index, alone, own)
         packed, alone = host.finish(row), host.finish(alone)
         _require_close(packed[:, :slots], dense, "give the same tokens packed as in its own dense forward")
         _require_close(packed[:, slots:], alone, "give the same tokens packed as alone")
@@ -440,7 +467,7 @@ def _check_decoder(host: DecodingHost, like: Tensor) -> None:
         embedded = host.embed(image)
         row, taken = embedded.tokens, {}
         for index in range(last):
-            row = host.run(index, row, embedded.positions)
+            row = run_block(host, index, row, embedded.positions)
             taken[index + 1] = row
         with _drawing_alike(like.device):
             own = host.own(image)
@@ -504,7 +531,7 @@ def _require_close(packed: Tensor, reference: Tensor, rule: str) -> None:
 
 def _drawn(*shape: int, like: Tensor) -> Tensor:
     """Normal numbers, always the same ones; the global random state is left alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(like)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

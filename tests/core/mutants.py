@@ -49,7 +49,7 @@ MUTANTS = (
     Mutant(
         "entropy in bits",
         "scores.py",
-        "return nats / math.log(classes) if classes > 1 else nats",
+        "return nats / math.log(logits.shape[-1])",
         "return nats / math.log(2)",
         SCORES,
     ),

@@ -31,7 +31,7 @@ def fewer(share: int):
     return settings(max_examples=examples if examples >= 2000 else max(6, examples // share))
 
 
-def logits(tokens=st.integers(0, 40), classes=st.integers(1, 9), odd=True):
+def logits(tokens=st.integers(0, 40), classes=st.integers(2, 9), odd=True):
     """Class scores, (tokens, classes), with ties, and with NaN and infinities if `odd`."""
     value = st.floats(-20, 20, width=32) | st.integers(-3, 3).map(float)
     value = value | st.sampled_from(ODD) if odd else value
@@ -48,7 +48,7 @@ def batches(draw, odd=True):
     """Images on one grid, some of their tokens running: (running, grid, logits of the running tokens)."""
     grid = draw(st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 4), (5, 6)]))
     mask = draw(running(st.integers(1, 3), st.just(grid[0] * grid[1])))
-    rows = draw(logits(st.just(int(mask.sum())), st.integers(1, 4), odd))
+    rows = draw(logits(st.just(int(mask.sum())), st.integers(2, 4), odd))
     return mask, grid, rows
 
 
@@ -101,7 +101,7 @@ def scenes(draw, odd=st.booleans()):
     grid = draw(st.sampled_from([(1, 1), (1, 5), (4, 1), (3, 4), (4, 3)]))
     images, places = draw(st.integers(1, 3)), grid[0] * grid[1]
     density = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
-    classes, odd = draw(st.integers(1, 4)), draw(odd)
+    classes, odd = draw(st.integers(2, 4)), draw(odd)
     rng = np.random.default_rng(draw(st.integers(0, 2**20)))
     mask = rng.random((images, places)) < density
     image, position = np.nonzero(mask)

@@ -761,7 +761,9 @@ GATE = Evidence(gate=zeros(2))
         (lambda: Evidence(), "`logits` must be given, or `class_scores` or `gate` instead, got nothing"),
         (lambda: Evidence(zeros(2, 3), class_scores=zeros(2, 3)), "`class_scores` must be given instead of `logits`"),
         (lambda: Evidence(zeros(3)), r"`logits` must have shape \(tokens, classes\).*got shape \(3,\)"),
-        (lambda: Evidence(zeros(3, 0)), r"`logits` must .*at least one class, got shape \(3, 0\)"),
+        (lambda: Evidence(zeros(3, 0)), r"`logits` must .*at least two classes .*, got shape \(3, 0\)"),
+        (lambda: Evidence(zeros(3, 1)), r"`logits` must .*two classes \(the softmax of one .*, got shape \(3, 1\)"),
+        (lambda: Evidence(class_scores=zeros(3, 0)), r"`class_scores` must .*at least one class, got shape \(3, 0\)"),
         (lambda: Evidence(class_scores=zeros(3)), r"`class_scores` must have shape .*got shape \(3,\)"),
         (
             lambda: Evidence(zeros(3, 2), gate=zeros(2)),
@@ -845,3 +847,24 @@ def test_policies_are_frozen():
 def test_several_images_need_the_image_of_every_token():
     with pytest.raises(TokenExitError, match="`image` must be given for several images, got none"):
         Evidence(np.eye(4, 2, dtype=np.float32), images=2)
+
+
+@each_backend
+def test_thresholds_of_numpy_are_taken_by_every_library(backend):
+    if backend.name == "array-api-strict":
+        pytest.skip("it takes no arrays of other libraries")
+    rows = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+    evidence = Evidence(backend.array(rows), grid=(3, 4))
+    for taken, number in (
+        (ConfidenceAbove(np.array(0.5)), ConfidenceAbove(0.5)),
+        (ConfidenceAbove(np.float32(0.5)), ConfidenceAbove(0.5)),
+        (ConfidenceAbove(PerClass(np.array([0.4, 0.5, 0.6]))), ConfidenceAbove(PerClass((0.4, 0.5, 0.6)))),
+        (Budget(np.array(0.5)), Budget(0.5)),
+        (Budget(np.array(5)), Budget(5)),
+    ):
+        np.testing.assert_array_equal(backend.numpy(taken(evidence)), backend.numpy(number(evidence)))
+
+
+def test_class_scores_may_be_of_one_class():
+    scores = np.array([[0.3], [0.8]], np.float32)
+    assert ConfidenceAbove(0.5)(Evidence(class_scores=scores)).tolist() == [False, True]

@@ -86,6 +86,7 @@ def test_mask_scores_of_extreme_logits(backend):
 
 
 FAILURES = [
+    *((lambda array, name=name: getattr(scores, name)(array(np.zeros((3, 1), np.float32)))) for name in NAMES),
     *((lambda array, name=name: getattr(scores, name)(array(np.zeros((3, 0), np.float32)))) for name in NAMES),
     *((lambda array, name=name: getattr(scores, name)(array(np.float32(0)))) for name in NAMES),
     lambda array: scores.mask_scores(array(np.zeros((3, 0), np.float32)), array(np.zeros(0, np.float32))),
@@ -94,8 +95,9 @@ FAILURES = [
     lambda array: scores.mask_scores(array(np.zeros((3, 2), np.float32)), array(np.float32(0))),
 ]
 MESSAGES = [
-    *["`logits` must have at least one class on its last axis, got shape (3, 0)"] * 3,
-    *["`logits` must have at least one class on its last axis, got shape ()"] * 3,
+    *[f"`logits` must have at least two classes on its last axis ({scores.ONE}), got shape (3, 1)"] * 3,
+    *[f"`logits` must have at least two classes on its last axis ({scores.ONE}), got shape (3, 0)"] * 3,
+    *[f"`logits` must have at least two classes on its last axis ({scores.ONE}), got shape ()"] * 3,
     "`mask_logits` must have at least one class on its last axis, got shape (3, 0)",
     "`presence` must have 2 classes on its last axis, got shape (3,)",
     "`presence` must have 2 classes on its last axis, got shape (3, 1)",

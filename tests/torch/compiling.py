@@ -7,13 +7,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
 from tests.torch.test_running import CELLS, FEATURES, PLANS
-from tokenexit import policies, schedule
+from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
 
@@ -133,3 +134,19 @@ def test_the_default_compiler_makes_the_same_of_a_packed_pass():
     for seed in range(2):
         images = models.images(3, seed=seed)
         torch.testing.assert_close(compiled(images).logits, model(images).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_that_is_switched_later_is_refused_in_programs_too():
+    plan = schedule.paumer(keep={2: 0.5})
+    model, images = models.wrapped_after(models.timm_vit(depth=3), plan, after=(2,)), models.images(2)
+    packed = torch.compile(model, dynamic=True, backend="eager")
+    static = torch.compile(tet.StaticModel(model, capacities=0.5), fullgraph=True, backend="eager")
+    for run in (packed, static):
+        run(images)
+    model.model.blocks[2].attn.fused_attn = False
+    wanted = r"`model.blocks\[2\]` must call PyTorch's own .*got no call"
+    with pytest.raises(TokenExitError, match=wanted):
+        packed(images)
+    with pytest.raises(Unsupported, match=wanted):
+        static(images)

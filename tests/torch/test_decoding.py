@@ -502,7 +502,7 @@ PLAN = schedule.paumer(keep={1: 0.5})
         ),
         ({"exit_heads": {1: nn.Linear(WIDTH, 4)}}, r"`exit_heads\[1\]` must give 3 classes, got 4"),
         ({"exit_heads": {3: nn.Linear(WIDTH, 3)}}, "`exit_heads` must have blocks from 1 to 2 as keys, for 3 blocks"),
-        ({"num_classes": 0}, "`num_classes` must be a whole number from 1 up, got 0"),
+        ({"num_classes": 0}, "`num_classes` must be a whole number from 2 to 1000000, got 0"),
     ],
 )
 def test_what_does_not_fit_is_named(options, message):
@@ -637,3 +637,29 @@ def test_blocks_behind_the_last_tap_are_not_run():
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
     wrapped(models.images(1, SIZE), schedule=told(1))
     assert ran == [*range(DEPTH - 1)]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"return_dict": False}, "`return_dict` must be True or left out, got False"),
+        ({"output_hidden_states": True}, "`output_hidden_states` must be False or left out, .*, got True"),
+        ({"output_attentions": True}, "`output_attentions` must be False or left out, .*, got True"),
+    ],
+)
+@pytest.mark.parametrize("name", ["EoMT", "DPT, segmentation"])
+def test_what_a_model_cannot_be_asked_for(name, inputs, message):
+    model = tet.wrap_decoder(DECODERS[name].make(), schedule.paumer(keep={1: 0.5}))
+    with pytest.raises(TokenExitError, match=message):
+        model(models.images(1, SIZE), **inputs)
+    model(models.images(1, SIZE), return_dict=True)
+
+
+def test_exit_heads_of_one_class_are_refused_also_if_the_model_has_one():
+    one = r"`num_classes` must be a whole number from 2 to 1000000.* \(the softmax of one is always 1, .*\), got"
+    with pytest.raises(TokenExitError, match=f"{one} 1"):
+        tet.wrap_decoder(DECODERS["DPT, depth"].make(), schedule.paumer(keep={1: 0.5}), num_classes=1)
+    binary = DECODERS["DPT, segmentation"].make()
+    binary.config.num_labels = 1
+    with pytest.raises(TokenExitError, match=f"{one} 1"):
+        tet.wrap_decoder(binary, schedule.paumer(keep={1: 0.5}))

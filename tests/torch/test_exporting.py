@@ -135,3 +135,19 @@ def test_bad_input_is_named(tmp_path):
         tet.export_onnx(model.model, images, tmp_path / "model.onnx")
     with pytest.raises(TokenExitError, match="`file` must lie in a folder that is there, got .*nowhere"):
         tet.export_onnx(model, images, tmp_path / "nowhere" / "model.onnx")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_depends_on_the_data_is_refused_with_the_call_that_works():
+    plan = schedule.paumer(keep={2: 0.5})
+    model, images = models.wrapped_after(models.timm_vit(), plan, after=(2,)), models.images(2)
+    gates = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,))).eval()
+    with pytest.raises(TokenExitError, match="`model` must be static to be exported: use export_program"):
+        torch.export.export(model, (images,))
+    with pytest.raises(TokenExitError, match="`model` must be static to be exported: .*`masked`, got GatedModel"):
+        torch.export.export(gates, (images,))
+    for run in (model, gates, tet.StaticModel(model, capacities=1.0)):
+        with pytest.raises(
+            TokenExitError, match="`model` must not be traced by torch.jit where tokens leave: .*export"
+        ):
+            torch.jit.trace(run, (images,), check_trace=False, strict=False)

@@ -16,7 +16,7 @@ from tests.torch import models
 from tokenexit import TokenExitError, gates, policies, schedule
 from tokenexit.carries import Preserved
 from tokenexit.cost import of_head, plain_vit
-from tokenexit.heads import ATM, MLP, Linear
+from tokenexit.heads import ATM, FCN, MLP, Linear
 from tokenexit.schedule import Exit, Schedule
 
 HOSTS = {
@@ -545,3 +545,22 @@ def test_a_model_without_gates_is_saved_and_loaded(tmp_path):
     host = models.timm_vit()
     tet.save_gates(tet.wrap_gates(host, schedule.dense()), tmp_path)
     assert len(tet.load_gates(tmp_path, host).gates) == 0
+
+
+@torch.no_grad()
+def test_gates_learn_from_patches_alone():
+    vit = models.timm_vit(prefix=5)
+    vit.reg_token.normal_(std=15, generator=torch.Generator().manual_seed(0))
+    plan, images = schedule.svit(after=(1,), threshold=0.0), models.images(4)
+    model = tet.wrap_gates(vit, plan, gates=FCN(hidden=8)).train()
+    runs = [model, model.masked, lambda x: tet.Sampled(model, rates=0.5)(x, generator=torch.Generator())]
+    norm, seen = model.gates["1"][1], []
+    model.gates["1"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for run in runs:
+        norm.reset_running_stats()
+        run(images)
+        assert norm.running_var.max() < 10
+    assert [len(given) for given in seen] == [4 * 24] * 3
+    seen.clear()
+    model.eval()(images)
+    assert len(seen[0]) == 4 * 29  # without a copy

@@ -318,3 +318,85 @@ def test_models_that_need_the_dense_grid_are_refused_by_name_and_with_the_reason
             wrap(model)
         rule = "`model` must have blocks that run on any tokens, got "
         assert str(caught.value) == f"{rule}{type(model).__module__}.{type(model).__name__}: {REFUSED[name]}"
+
+
+HOOKED = {"timm distilled": 4, "timm DINOv3": 4, "torchvision": 4, "transformers DINOv2": 4}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_on_blocks_see_a_batch_then_one_row_of_all_images(name):
+    foreign, images = FOREIGN[name], models.images(3, SIZE)
+    model = foreign.make()
+    wrapped, seen = exiting(model), []
+    for block in foreign.blocks(model):
+        block.register_forward_hook(lambda _, given, out: seen.append((tuple(given[0].shape), tuple(out.shape))))
+    slots, out = PATCHES + foreign.prefix, wrapped(images, schedule=told(3))
+    left = [int(count) for count in out.tokens_per_block.sum(dim=0)]
+    shapes = [(3, slots, WIDTH), *((1, count, WIDTH) for count in left[1:])]
+    assert seen == [(shape, shape) for shape in shapes]
+    gates = gated(model, Preserved(keys="all"))
+    seen.clear()
+    gates(images, schedule=told(3, carry=Preserved(keys="all")))
+    assert len(seen) == DEPTH  # that which waits only offers its keys: no call that ends
+
+
+@torch.no_grad()
+def test_torchvisions_blocks_and_their_attention_are_called():
+    model, images = torchvision_vit(), models.images(2, SIZE)
+    wrapped, blocks = exiting(model), model.encoder.layers
+    blocks[1].self_attention.register_forward_hook(lambda _, given, out: (2 * out[0], out[1]))
+    blocks[2].register_forward_pre_hook(lambda _, given: (given[0] + 0.1,))
+    blocks[3] = nn.Sequential(blocks[3])
+    own = FOREIGN["torchvision"].dense(model, images)[:, 1:]
+    torch.testing.assert_close(wrapped(images, schedule=schedule.dense()).logits, as_map(own), atol=1e-5, rtol=1e-5)
+    plan = told(2)
+    torch.testing.assert_close(
+        wrapped(images, schedule=plan).logits, slow(FOREIGN["torchvision"], model, images, plan), atol=2e-5, rtol=1e-5
+    )
+
+
+def test_attention_of_torchvision_that_is_asked_for_more_is_refused():
+    class Masked(nn.MultiheadAttention):
+        def forward(self, query, key, value, **options):
+            mask = torch.zeros(query.shape[1], query.shape[1], dtype=torch.bool)
+            return super().forward(query, key, value, attn_mask=mask, need_weights=False)
+
+    model = torchvision_vit()
+    model.encoder.layers[1].self_attention.__class__ = Masked
+    with pytest.raises(TokenExitError, match=r"`model.blocks` must attend .*without a mask, .*, got \['attn_mask'\]"):
+        exiting(model)
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone", "unchecked")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_sharded_models_run_by_forward_and_say_what_else_to_do():
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    images, plan = models.images(2), schedule.paumer(keep={2: 0.5})
+    model = models.wrapped_after(models.timm_vit(), plan, after=(2,))
+    wanted = model(images).logits
+    for block in model.model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    sharded = "`model` must have its weights whole: .*register_fsdp_forward_method, got sharded weights"
+    for run in (model.every_exit, lambda images: model.mixed([*images])):
+        with pytest.raises(TokenExitError, match=sharded):
+            run(images)
+    torch.testing.assert_close(model(images).logits, wanted)
+    register_fsdp_forward_method(model, "every_exit")
+    assert len(model.every_exit(images)) == 2
+    inner = models.wrapped_after(models.timm_vit(), plan, after=(2,))
+    fully_shard(inner.model)
+    with pytest.raises(TokenExitError, match=sharded):
+        inner(images)
+    with pytest.raises(TokenExitError, match="`model` must have nothing around it .*put it around what `wrap` returns"):
+        tet.wrap(fully_shard(models.timm_vit()), plan, num_classes=5)

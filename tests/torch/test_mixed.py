@@ -11,6 +11,7 @@ from tests.torch.hosts import FOREIGN
 from tests.torch.test_hosts import exiting
 from tests.torch.test_static import ALL, BARE, ONE_BY_ONE, on
 from tokenexit import TokenExitError, policies, schedule
+from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
 
 SIZES = [(32, 48), (64, 32), (32, 48), (16, 16), (64, 32)]
@@ -99,3 +100,34 @@ def test_bad_input_is_named(images, message):
     model = models.wrapped(dynamic(), schedule.dense())
     with pytest.raises(TokenExitError, match=message):
         model.mixed(images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exits", [(), (Exit(2, policies.never()),)])
+def test_features_that_rejoin_though_nothing_could_leave(exits):
+    model, plan = models.wrapped(models.timm_vit(), schedule.dense()), Schedule(exits, Feature("last block"))
+    images = models.images(2)
+    for found, image in zip(model.mixed([*images], schedule=plan), images, strict=True):
+        wanted = model(image[None], schedule=plan)
+        torch.testing.assert_close(found.logits, wanted.logits, atol=1e-5, rtol=1e-5)
+        assert torch.equal(found.tokens_per_block, wanted.tokens_per_block)
+        assert found.head_on == wanted.head_on == "all"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "`images` must be a list of tensors of shape .*, got NoneType"),
+        (iter([]), "`images` must be a list of tensors of shape .*, got list_iterator"),
+        ([torch.zeros(3, 32, 48).to_sparse()], r"`images\[0\]` must be dense, got torch.sparse_coo"),
+        ([torch.zeros(3, 32, 48, device="meta")], "`images` must be on the device of the model, cpu, got meta"),
+        (
+            [torch.zeros(3, 32, 48), torch.zeros(3, 32, 48, device="meta")],
+            r"`images\[1\]` must be on the device of the first, cpu, got meta",
+        ),
+    ],
+)
+def test_what_is_no_list_of_images_is_named(images, message):
+    with pytest.raises(TokenExitError, match=message):
+        models.wrapped(models.timm_vit(), schedule.dense()).mixed(images)

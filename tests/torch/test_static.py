@@ -295,3 +295,12 @@ def test_cells_stand_for_their_own_under_half_precision_too():
         packed, out = model(images), tet.StaticModel(model, capacities=1.0)(images)
     assert (packed.exit_depth == out.exit_depth).float().mean() > 0.9
     assert out.logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_another_model_in_its_place_needs_capacities_for_its_exits():
+    plan = schedule.paumer(keep={2: 0.5})
+    static = tet.StaticModel(models.wrapped_after(models.timm_vit(), plan, after=(2,)), capacities=0.7)
+    static.model = models.wrapped_after(models.timm_vit(), schedule.paumer(keep={3: 0.5}), after=(3,))
+    with pytest.raises(TokenExitError, match=r"`capacities` must have one for each exit of the model .*, got \[3\]"):
+        static(models.images())

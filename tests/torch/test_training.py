@@ -409,3 +409,63 @@ def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(TokenExitError) as found:
         call()
     assert str(found.value) == message
+
+
+NORMED = FCN(hidden=8)
+
+
+def with_batch_norm(vit, plan):
+    """Its registers are outliers in norm, as they are in trained networks."""
+    with torch.no_grad():
+        vit.reg_token.normal_(std=15, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    return tet.wrap(vit, plan, num_classes=models.CLASSES, exit_heads=NORMED).train()
+
+
+def statistics(model):
+    return {name: one for name, one in model.state_dict().items() if "running" in name and "model." not in name}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["staged", "forward", "mixed"])
+def test_batch_norm_counts_patches_alone_in_every_way_of_training(way):
+    plan = schedule.Schedule(tuple(Exit(after, policies.ConfidenceAbove(1.0)) for after in (1, 2)))  # nothing leaves
+    model = with_batch_norm(models.timm_vit(prefix=5), plan)
+    other, images = copy.deepcopy(model), models.images(4)
+    {
+        "staged": lambda: tet.Staged(model)(images, schedule=plan),
+        "forward": lambda: model(images),
+        "mixed": lambda: model.mixed([*images]),
+    }[way]()
+    other.every_exit(images)
+    found, wanted = statistics(model), statistics(other)
+    assert len(found) == 6
+    assert all(torch.allclose(found[name], one, rtol=1e-4) for name, one in wanted.items())
+    assert not all(torch.equal(one, torch.ones_like(one)) for one in found.values())
+
+
+@torch.no_grad()
+def test_batch_norm_counts_the_patches_that_are_left():
+    model = with_batch_norm(models.timm_vit(prefix=5), schedule.paumer(keep={1: 0.5, 2: 0.25}))
+    seen = []
+    for head in model.exit_heads.values():
+        head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    out = model(models.images(3))
+    assert seen == [3 * 24, 3 * 12]
+    assert out.logits.isfinite().all()
+    seen.clear()
+    model.eval()(models.images(3))
+    assert seen == [3 * 29, 3 * 17]  # without a copy of the row
+
+
+@torch.no_grad()
+def test_a_static_model_does_not_train_batch_norm():
+    model = with_batch_norm(models.timm_vit(prefix=5), schedule.paumer(keep={1: 0.5}))
+    static = tet.StaticModel(model, capacities=0.7)
+    with pytest.raises(TokenExitError, match="`model` must have no batch norm in training, .*: train by `Staged`"):
+        static(models.images())
+    static.eval()(models.images())
+    for head in (model.head, *model.exit_heads.values()):
+        head.train()
+        head[1].eval()
+    static(models.images())

@@ -94,7 +94,7 @@ class Crooked:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"calls": 0}, r"`model.blocks\[0\]` must call .*scaled_dot_product_attention, got no call"),
+        ({"calls": 0}, r"`model.blocks\[0\]` must call .*scaled_dot_product_attention, .*, got no call"),
         ({"prefix": 2}, "`model.embed` must give 2 prefix tokens and a grid of 2 x 3, got 7 tokens"),
         ({"grid": (3, 3)}, "grid of 3 x 3, got 7 tokens"),
         ({"width": 9}, "`model.width` must be the 8 channels of its tokens, got 9"),
@@ -198,7 +198,7 @@ class Mixing(nn.Module):
         (lambda v: tet.wrap(tet.wrap(v, PLAN, num_classes=5), PLAN, num_classes=5), "must not be wrapped already"),
         (lambda v: tet.wrap(v, PLAN), "`head` must be given, or `num_classes`.*got head=None and num_classes=None"),
         (lambda v: tet.wrap(v, PLAN, head=nn.Linear(48, 5), num_classes=5), "head=Linear and num_classes=5"),
-        (lambda v: tet.wrap(v, PLAN, num_classes=0), "`num_classes` must be a whole number from 1 up, got 0"),
+        (lambda v: tet.wrap(v, PLAN, num_classes=0), "`num_classes` must be a whole number from 2 to 1000000, got 0"),
         (lambda v: tet.wrap(v, "dtop", num_classes=5), "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
         (
             lambda v: tet.wrap(v, schedule.dtop(after=(6,)), num_classes=5),
@@ -228,7 +228,10 @@ class Mixing(nn.Module):
             r"`exit_heads\[2\]` must be a torch.nn.Module",
         ),
         (lambda v: tet.wrap(v, PLAN, num_classes=5, exit_heads="mlp"), "`exit_heads` must be a plan .* got 'mlp'"),
-        (lambda v: tet.wrap(v, PLAN, num_classes=True), "`num_classes` must be a whole number from 1 up, got True"),
+        (
+            lambda v: tet.wrap(v, PLAN, num_classes=True),
+            "`num_classes` must be a whole number from 2 to 1000000, got True",
+        ),
         (lambda v: tet.wrap(v, PLAN, head=len), "`head` must be a torch.nn.Module, got <built-in function len>"),
         (
             lambda v: tet.wrap(v, PLAN, head=(h := nn.Linear(48, 5)), exit_heads={2: h, 4: nn.Linear(48, 5)}),
@@ -251,3 +254,181 @@ def test_another_vision_transformer_of_timm_is_refused_by_name():
     )
     with pytest.raises(TokenExitError, match=r"got timm\.models\.swin_transformer\.SwinTransformer"):
         tet.wrap(swin, PLAN, num_classes=5)
+
+
+class First(nn.Module):
+    """Hands the first channels out."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, tokens):
+        return tokens[..., : self.channels]
+
+
+ONE = r"\(the softmax of one is always 1, .*use two logits\)"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_classes": 1}, f"`num_classes` must be a whole number from 2 to 1000000 {ONE}, got 1"),
+        ({"num_classes": 0}, "`num_classes` must be a whole number from 2 to 1000000, got 0"),
+        ({"num_classes": 10**9}, "`num_classes` must be a whole number from 2 to 1000000, got 1000000000"),
+        ({"head": nn.Linear(48, 1)}, f"`head` must give at least 2 classes {ONE}, got 1"),
+        ({"head": First(0)}, "`head` must give at least 2 classes, got 0"),
+        ({"num_classes": 2, "exit_heads": {2: nn.Linear(48, 1)}}, "must give 2 classes, as the final head, got 1"),
+        ({"head": nn.Conv2d(48, 5, 3)}, "`head` must .*convolves a map is a decoder: see `wrap_decoder`"),
+    ],
+)
+def test_class_counts_that_leave_no_doubt_or_no_room(given, message):
+    with pytest.raises(TokenExitError, match=message):
+        tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), **given)
+
+
+def test_mask_heads_may_have_one_class_and_gated_models_one_logit():
+    masks = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=1, exit_heads=heads.ATM(layers=1))
+    assert masks.eval()(models.images(1), schedule=schedule.dtop(after=(2,), threshold=0.5)).logits.shape[1] == 1
+    gates = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,)), head=nn.Linear(48, 1))
+    assert gates.eval()(models.images(1)).logits.shape[1] == 1
+
+
+class Partial:
+    """Some of what a host must have."""
+
+    def __init__(self, module):
+        self.module, self.blocks = module, []
+
+    def embed(self, images):
+        return images
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Partial(nn.Linear(2, 2)),
+            "follows Host, got .*Partial, which lacks width, image_shape, run, finish, dense",
+        ),
+        (lambda: wrong_host(module=len), "`model.module` must be a torch.nn.Module, got builtins.builtin_function"),
+        (lambda: wrong_host(module=nn.Identity()), "`model.module` must have parameters, got none"),
+        (lambda: wrong_host(blocks=[len]), r"`model.blocks\[0\]` must be a torch.nn.Module, got builtins.builtin_f"),
+        (lambda: wrong_host(embed=lambda images: images), "`model.embed` must give an Embedded, got torch.Tensor"),
+        (
+            lambda: models.timm_vit().to("meta"),
+            "`model` must have its weights on a device: .*, got .* on meta, as `cls_token",
+        ),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(models.timm_vit(), {nn.Linear}),
+            "`model` must have no dynamically quantised layers: .*images depend on each other .*, got `blocks.0.attn.qkv`",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_models_and_hosts_that_cannot_be_wrapped_are_told_why(make, message):
+    with pytest.raises(TokenExitError, match=message):
+        tet.wrap(make(), schedule.dense(), num_classes=5)
+
+
+def wrong_host(**wrong):
+    host = Crooked()
+    vars(host).update(wrong)
+    return host
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_layers_that_are_quantised_by_the_batch_later_are_noticed_where_images_meet():
+    model = models.wrapped_after(models.timm_vit(), schedule.paumer(keep={2: 0.5}), after=(2,))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(
+        TokenExitError, match="`model` must have no dynamically quantised layers: .*quantized::linear_dyn"
+    ):
+        quantised(models.images())
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_the_default_device_is_not_that_of_the_model(device):
+    vit, plan, images = models.timm_vit(), schedule.paumer(keep={2: 0.5}), models.images()
+    gates = schedule.svit(after=(2,))
+    with torch.device(device), torch.no_grad():
+        model = tet.wrap(vit, plan, num_classes=5).eval()
+        runs = [
+            model,
+            tet.StaticModel(model, capacities=0.7),
+            tet.wrap_gates(vit, gates, head=nn.Linear(48, 5, device="cpu")),
+        ]
+        for run in runs:
+            assert run(images).logits.isfinite().all()
+        assert model.mixed([*images])[0].logits.isfinite().all()
+        assert tet.wrap_semantic(vit, after=1, until=5)(images).tokens.isfinite().all()
+    torch.manual_seed(0)
+    one = tet.wrap(vit, plan, num_classes=5)
+    torch.manual_seed(0)
+    with torch.device(device):
+        other = tet.wrap(vit, plan, num_classes=5)
+    assert torch.equal(one.head[1].weight, other.head[1].weight)
+
+
+def test_an_error_that_is_not_about_the_size_is_not_called_one():
+    host = Crooked()
+    model = tet.wrap(host, schedule.dense(), num_classes=2)
+
+    def embed(images):
+        raise ValueError("no licence")
+
+    host.embed = embed
+    with pytest.raises(ValueError, match="^no licence$"):
+        model(torch.zeros(1, 3, 16, 24))
+
+    def refuse(images):
+        raise TokenExitError("`me` must be asked otherwise, got this")
+
+    host.embed = refuse
+    with pytest.raises(TokenExitError, match="^`me` must be asked otherwise, got this$"):
+        model(torch.zeros(1, 3, 16, 24))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 3, 32, 48).to_sparse(), "`images` must be dense, got torch.sparse_coo"),
+        (torch.zeros(1, 3, 32, 48, device="meta"), "`images` must be on the device of the model, cpu, got meta"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_images_that_hold_no_rows_of_numbers(images, message):
+    model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=5)
+    with pytest.raises(TokenExitError, match=message):
+        model(images)
+
+
+def test_weights_that_are_offloaded_are_named():
+    model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=5)
+    model.model.to("meta")
+    with pytest.raises(
+        TokenExitError, match="`model` must have its weights on a device: offloading .*, got .* on meta"
+    ):
+        model(models.images(1))
+
+
+def test_a_patch_embedding_inside_of_an_adapter():
+    class Adapted(nn.Module):  # as LoRA of peft has it
+        def __init__(self, conv):
+            super().__init__()
+            self.base_layer = conv
+
+        @property
+        def weight(self):
+            return self.base_layer.weight
+
+        def forward(self, images):
+            return self.base_layer(images)
+
+    vit = models.timm_vit()
+    vit.patch_embed.proj = Adapted(vit.patch_embed.proj)
+    assert tet.wrap(vit, schedule.dense(after=(2,)), num_classes=5)(models.images(1)).logits.shape == (1, 5, 4, 6)
