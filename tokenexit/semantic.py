@@ -420,13 +420,16 @@ def require_places(plan: SemanticPlan, grid: tuple[int, int], /) -> None:
         grid: Height and width of the grid.
 
     Raises:
-        TokenExitError: If the plan makes more semantic tokens than the grid has places, or its windows, with what lies
-            around them, hold so many places that they are a damaged or a hostile file's.
+        TokenExitError: If the plan makes more semantic tokens than its windows have places on the grid, or its windows,
+            with what lies around them, hold so many places that they are a damaged or a hostile file's.
     """
     windows, places = plan.windows(*grid), grid[0] * grid[1]
     tokens = windows.count * plan.tokens[0] * plan.tokens[1]
-    rule = f"make no more semantic tokens than the {places} places of a grid of {grid[0]} x {grid[1]}"
-    require(tokens <= places, "plan", f"{rule} (`tokens`, `window`)", f"{tokens}")
+    # Windows that hang over the edge have places there as well, which are counted up to a grid more along each side.
+    across = (windows.rows * windows.window[0], windows.columns * windows.window[1])
+    room = min(across[0], 2 * grid[0]) * min(across[1], 2 * grid[1])
+    rule = f"make no more semantic tokens than the {room} places of its windows on a grid of {grid[0]} x {grid[1]}"
+    require(tokens <= room, "plan", f"{rule} (`tokens`, `window`)", f"{tokens}")
     most = max(MOST, 100 * places)
     for argument in ("window", "neighbourhood", "second", "recovery"):
         high, wide = getattr(plan, argument) or (0, 0)

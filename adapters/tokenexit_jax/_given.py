@@ -56,13 +56,8 @@ def new_keys(key: Array, count: int = 2, /) -> list[Array]:
 
 def require_size(size: Any, /) -> None:
     """Raise a `TokenExitError` unless a value is a height and a width in pixels."""
-    pair = isinstance(size, tuple | list) and len(size) == 2
-    require(
-        pair and all(map(_is_count, size)),
-        "size",
-        "be a height and a width, whole numbers of pixels from 1 up",
-        repr(size),
-    )
+    pair = isinstance(size, tuple | list) and len(size) == 2 and all(map(_is_count, size))
+    require(pair, "size", "be a height and a width, whole numbers of pixels from 1 up", repr(size))
 
 
 def _is_count(value: Any) -> bool:

@@ -171,7 +171,7 @@ class SemanticModel:
 
         Raises:
             TokenExitError: If the network's parts do not fit each other, the weights are not of the model, the blocks
-                ask for positions, which semantic tokens do not have, or there are more semantic tokens than patches.
+                ask for positions, which semantic tokens do not have, or the grid has no room for the plan.
         """
         layers = fitting_layers(self, layers)
         embedded = embed(self.network, params, images)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from tokenexit import semantic
 from tokenexit._array import require_marks
+from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_jax._given import new_keys, require_array, require_count
@@ -218,11 +219,10 @@ class Swin:
         require(self.plan is None or isinstance(self.plan, SemanticPlan), "plan", "be a plan or None", repr(self.plan))
         for argument in ("width", "channels"):
             require_count(getattr(self, argument), argument)
-        for argument in ("depths", "heads"):
+        for argument, least in (("depths", 0), ("heads", 1)):
             four = getattr(self, argument)
-            require(isinstance(four, tuple) and len(four) == 4, argument, "be four, one for each stage", repr(four))
-            for one in four:
-                require_count(one, argument)
+            whole = isinstance(four, tuple) and len(four) == 4 and all(is_whole(one, least=least) for one in four)
+            require(whole, argument, f"be four whole numbers from {least} up, one for each stage", repr(four))
         units = self.plan is None or self.depths[2] % _UNIT == 0
         require(units, "depths", f"have a multiple of {_UNIT} blocks in the third stage", self.depths)
         for heads, width in zip(self.heads, self.widths, strict=True):
@@ -635,4 +635,4 @@ def _distances(window: tuple[int, int]) -> Int[np.ndarray, "places places"]:
 def _seams(windows: Windows, shift: tuple[int, int]) -> Int[Array, "height width"]:
     """On which side of the seams every place of the rolled map is: who was apart must not meet."""
     rows, columns = jnp.arange(windows.height), jnp.arange(windows.width)
-    return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])
+    return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])[None, :]

@@ -254,7 +254,8 @@ def test_a_grid_must_have_room_for_a_plan():
     for plan, grid in (
         (semantic.stvit(), (4, 4)),
         (semantic.stvit_r(), (14, 14)),
-        (semantic.stvit_r(), (3, 3)),  # one window, over the edge
+        (semantic.stvit_r(), (2, 2)),  # one window, over the edge
+        (SemanticPlan(window=(3, 4), tokens=(2, 3)), (4, 5)),
         (semantic.stvit_r_dense(), (7, 7)),
         (semantic.stvit_r_dense(), (50, 68)),
         (semantic.stvit_r_dense(), (512, 512)),
@@ -262,9 +263,10 @@ def test_a_grid_must_have_room_for_a_plan():
     ):
         semantic.require_places(plan, grid)
     for plan, grid, message in (
-        (semantic.stvit(), (3, 5), "`plan` must make no more semantic tokens than the 15 places of a grid of 3 x 5 (`tokens`, `window`), got 16"),
-        (semantic.stvit((2000, 4)), (64, 64), "than the 4096 places of a grid of 64 x 64 (`tokens`, `window`), got 8000"),
-        (SemanticPlan(window=(1, 1), tokens=(2, 2)), (2, 2), "than the 4 places of a grid of 2 x 2 (`tokens`, `window`), got 16"),
+        (semantic.stvit(), (3, 5), "`plan` must make no more semantic tokens than the 15 places of its windows on a grid of 3 x 5 (`tokens`, `window`), got 16"),
+        (semantic.stvit((2000, 4)), (64, 64), "than the 4096 places of its windows on a grid of 64 x 64 (`tokens`, `window`), got 8000"),
+        (SemanticPlan(window=(1, 1), tokens=(2, 2)), (2, 2), "than the 4 places of its windows on a grid of 2 x 2 (`tokens`, `window`), got 16"),
+        (SemanticPlan(window=(1000, 1000), tokens=(1000, 1000)), (4, 4), "than the 64 places of its windows on a grid of 4 x 4 (`tokens`, `window`), got 1000000"),
         (SemanticPlan(neighbourhood=(1000, 1000)), (14, 14), "`neighbourhood` must hold at most 1,000,000 places in the 4 windows of a grid of 14 x 14, got (1000, 1000): 4,000,000"),
         (SemanticPlan(second=(600, 600)), (14, 14), "`second` must hold at most 1,000,000 places"),
         (SemanticPlan(recovery=(600, 600)), (14, 14), "`recovery` must hold at most 1,000,000 places"),

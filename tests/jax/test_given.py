@@ -148,7 +148,7 @@ BAD = {
     "no plan": (lambda: semantic.SemanticTokens(None, width=8, heads=1), "`plan` must be a tokenexit.semantic.SemanticPlan"),
     "width None": (lambda: semantic.CrossBlock(None, 1), "`width` must be a whole number from 1"),
     "drop path None": (lambda: semantic.CrossBlock(8, 1, drop_path=None), "`drop_path` must be a share in [0, 1), got None"),
-    "depths of three stages": (lambda: swin.Swin(depths=(2, 2, 6)), "`depths` must be four, one for each stage"),
+    "depths of three stages": (lambda: swin.Swin(depths=(2, 2, 6)), "`depths` must be four whole numbers from 0 up, one for each stage"),
     "depths None": (lambda: swin.Swin(depths=None), "`depths` must be four"),
 }  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_a_batch_without_images_gives_none():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"tokens": (5, 5)}, "`plan` must make no more semantic tokens than the 20 places of a grid of 4 x 5 (`tokens`, `window`), got 25"),
+    ({"tokens": (5, 5)}, "`plan` must make no more semantic tokens than the 20 places of its windows on a grid of 4 x 5 (`tokens`, `window`), got 25"),
     ({"neighbourhood": (1000, 1000), "window": (2, 2), "tokens": (1, 1), "edges": "beyond"}, "`neighbourhood` must hold at most 1,000,000 places in the 6 windows of a grid of 4 x 5"),
 ])  # fmt: skip
 def test_a_plan_that_a_grid_has_no_room_for_is_refused_before_anything_runs(changes, message):

@@ -193,12 +193,10 @@ def test_any_grid_and_any_batch(count, grid):
     assert np.isfinite(out.logits).all()
 
 
-def test_with_one_class_all_are_certain_but_those_that_are_kept():
-    model, params, heads = small(classes=1, per_class=2)
-    depths = np.asarray(model(params, heads, shown()).exit_depth)
-    np.testing.assert_array_equal((depths == 2).sum(axis=(1, 2)), [2, 2, 2])
-    model, params, heads = small(classes=1, per_class=1000)
-    assert (np.asarray(model(params, heads, shown()).exit_depth) == 2).all()
+def test_one_class_is_refused():
+    model, params, heads = small(classes=1)
+    with pytest.raises(TokenExitError, match="`logits` must have .*at least two classes .*use two logits"):
+        model(params, heads, shown())
 
 
 def test_a_nan_never_leaves_and_harms_no_other_image():

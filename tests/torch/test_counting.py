@@ -227,6 +227,14 @@ def test_what_no_layer_explains_is_seen_by_the_counter(stem, blocks):
     assert sum(counted(model, images)) == by_pytorch(lambda: model(images))
 
 
+def test_an_exchanged_block_is_counted_anew_whatever_it_is_made_of():
+    host, images = Host(Own(Cut(), [Raw(16), Raw(16)])), torch.randn(1, 3, 16, 24)
+    model = tet.wrap(host, schedule.dense(after=(1,)), num_classes=5).eval()
+    before = counted(model, images)
+    host.module.blocks[0], host.module.blocks[1] = Raw(16, rounds=2), Raw(16, rounds=2)
+    assert counted(model, images)[0] - before[0] == 2 * (6 * 4 * 16 * 16 + 2 * 6 * 6 * 16)
+
+
 def test_blocks_that_attend_over_other_channels_than_the_first_are_named():
     host = Host(Own(Cut(), [Raw(16), Raw(16, keys=8)]))
     model = tet.wrap(host, schedule.dense(after=(1,)), num_classes=5).eval()
