@@ -19,7 +19,9 @@ from torch.nn import functional
 from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
 from tokenexit.area import Area
+from tokenexit.certificate import Certificate, require_matches
 from tokenexit.errors import require
+from tokenexit_torch.certifying import fingerprints
 from tokenexit_torch.outputs import upsampled
 from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.windows import Windows, sliding
@@ -55,6 +57,7 @@ class Predictor:
         device: Where the model runs.
         autocast: The type of `torch.autocast`; None for the model's own.
         outputs: What is told of each image.
+        certificate: What the model must be certified for; None if it need not be.
     """
 
     build: Callable[[], ExitingModel]
@@ -65,6 +68,7 @@ class Predictor:
     device: torch.device
     autocast: torch.dtype | None
     outputs: tuple[_Column, ...]
+    certificate: Certificate | None
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         autocast: torch.dtype | None = None,
         outputs: Sequence[_Column] = ("label", "exit_depth", "tokens"),
+        certificate: Certificate | None = None,
     ) -> None:
         """What is needed to build and feed the model; nothing is built yet.
 
@@ -92,6 +97,9 @@ class Predictor:
             device: Where the model runs.
             autocast: Runs the model under `torch.autocast` to this type.
             outputs: What is told of each image: some of the names above.
+            certificate: What `calibrate` has certified. The model that is built must be the one that it is for, and
+                follow its schedule; pictures that are shown to it in another size than its resolution are refused.
+                Whether they were prepared as its words say is not seen.
 
         Raises:
             TokenExitError: If `build` cannot be pickled, or only with weights, or another argument is not what it must
@@ -112,6 +120,11 @@ class Predictor:
         known = len(outputs) > 0 and len(set(outputs)) == len(outputs) and set(outputs) <= set(_COLUMNS)
         require(known, "outputs", f"be different names among {', '.join(_COLUMNS)}", repr(outputs))
         self.outputs = tuple(outputs)
+        known = certificate is None or isinstance(certificate, Certificate)
+        require(known, "certificate", "be a Certificate", type(certificate).__name__)
+        whole = certificate is None or windows is None
+        require(whole, "windows", "be left out beside a certificate, which holds for whole images", repr(windows))
+        self.certificate = certificate
         self._forget()
 
     def load(self) -> ExitingModel:
@@ -121,15 +134,29 @@ class Predictor:
             The model that all calls run.
 
         Raises:
-            TokenExitError: If `build` returns something else than a model from `wrap`.
+            TokenExitError: If `build` returns something else than a model from `wrap`, one of a single class, whose
+                labels would all be alike, or another one than that of the certificate.
         """
         with self._lock:
             if self._model is None:
                 model = self.build()
                 wrapped = isinstance(model, ExitingModel)
                 require(wrapped, "build", "return a model from `wrap`", type(model).__name__)
-                self._model = model.to(self.device).eval()
+                told = model.classes >= 2 or "label" not in self.outputs
+                require(told, "outputs", "leave out `label` for a model of one class", repr(self.outputs))
+                model = model.to(self.device).eval()
+                if self.certificate is not None:
+                    self._require_certified(model, self.certificate)
+                self._model = model
             return self._model
+
+    def _require_certified(self, model: ExitingModel, certified: Certificate) -> None:
+        claims = certified.fingerprints
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            prints = fingerprints(model, resolution=claims.resolution, preprocessing=claims.preprocessing)
+        require_matches(certified, prints)
+        rule = "return a model with the schedule of the certificate, as `load_certificate` gives it"
+        require(model.schedule == certified.schedule, "build", rule, repr(model.schedule))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Segment a batch of pictures.
@@ -194,6 +221,9 @@ class Predictor:
         """What is told of pictures of one size, one by one: scores of pixels need more memory than all else."""
         size = images.shape[1:3] if images.dtype == np.uint8 else images.shape[2:]
         prepared = self._prepared(torch.from_numpy(images).to(self.device)).to(next(model.parameters()).dtype)
+        if self.certificate is not None:
+            wanted, shown = self.certificate.fingerprints.resolution, tuple(prepared.shape[2:])
+            require(shown == wanted, "size", f"be that of the certificate, {wanted}", f"pictures shown in {shown}")
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             said = self._said(model, prepared)
         return [

@@ -313,3 +313,41 @@ def test_bad_batches_are_named(folder, batch, message):
 def test_a_function_that_builds_something_else_is_named():
     with pytest.raises(TokenExitError, match="`build` must return a model from `wrap`, got str"):
         tet.Predictor(recipes.from_nothing, mean=MEAN, std=STD).load()
+
+
+def certified(folder):
+    """A certificate for the model of a folder, and the folder with exits that follow it."""
+    model = from_folder(folder).eval()
+    images = torch.randn(24, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    given = {"at_most": 0.9, "preprocessing": "as drawn", "settings": [PLAN], "progress": iter}
+    found = tet.calibrate(model, images, **given).certificate
+    assert found is not None
+    return found
+
+
+def test_with_a_certificate_only_what_was_certified_is_run(folder, tmp_path):
+    found = certified(folder)
+    whole = pictures(2)
+    told, plain = predictor(folder, certificate=found)({"image": whole}), predictor(folder)({"image": whole})
+    np.testing.assert_array_equal(told["label"], plain["label"])
+    again = pickle.loads(pickle.dumps(predictor(folder, certificate=found)))
+    assert again.certificate == found
+    resized = predictor(folder, certificate=found, size=SIZE)({"image": pictures(1, (50, 70))})
+    assert resized["label"].shape == (1, 50, 70)
+    with pytest.raises(
+        TokenExitError, match=r"`size` must be that of the certificate, \(32, 48\), got pictures shown in"
+    ):
+        predictor(folder, certificate=found)({"image": pictures(1, (64, 48))})
+    with pytest.raises(TokenExitError, match="`windows` must be left out beside a certificate"):
+        predictor(folder, certificate=found, windows=tet.Windows(SIZE, SIZE))
+    with pytest.raises(TokenExitError, match="got dtype 'float32, autocast to bfloat16' instead of 'float32'"):
+        predictor(folder, certificate=found, autocast=torch.bfloat16).load()
+    other = models.wrapped(models.plain_host(), PLAN.with_threshold(0.1))
+    tet.save(other, tmp_path / "other")
+    with pytest.raises(TokenExitError, match="`build` must return a model with the schedule of the certificate"):
+        predictor(tmp_path / "other", certificate=found).load()
+    with torch.no_grad():
+        other.exit_heads["2"][-1].bias[0] += 1
+    tet.save(other, tmp_path / "other")
+    with pytest.raises(TokenExitError, match="other weights in 1 of"):
+        predictor(tmp_path / "other", certificate=found).load()
