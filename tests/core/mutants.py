@@ -481,6 +481,13 @@ MUTANTS = (
         ("test_risks",),
     ),
     Mutant(
+        "patches lie over the whole image",
+        "area.py",
+        "covered * shown / (cells * side)",
+        "side * shown / (cells * side)",
+        ("test_area",),
+    ),
+    Mutant(
         "too few images see no drift",
         "drift.py",
         "if self.blind:",
