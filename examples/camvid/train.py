@@ -367,6 +367,7 @@ def train(
     saved = load_checkpoint(out / CHECKPOINT, identity)
     if saved is None and recipe.start == "init" and isinstance(model, tet.ExitingModel):
         fit(model, recipe, chosen, device)
+    seen = saved["fitted"] if saved is not None else model.fitted if isinstance(model, tet.ExitingModel) else ()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
     training = Training(model, average, optimizer, new_scheduler(optimizer, recipe, steps))
     history: list[dict[str, float]] = []
@@ -384,8 +385,13 @@ def train(
         if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
             entry["val_miou"] = validated(training.result, validation, device)
         history.append(entry)
-        checkpoints.save(out / CHECKPOINT, {"identity": identity, "history": history, "training": training.state()})
+        checkpoints.save(
+            out / CHECKPOINT,
+            {"identity": identity, "history": history, "fitted": seen, "training": training.state()},
+        )
         print(_line(len(history), recipe.epochs, entry), flush=True)
+    if isinstance(training.result, tet.ExitingModel):
+        training.result.fitted = seen  # no state dict has it
     if recipe.start == "weights" and isinstance(training.result, tet.ExitingModel):
         fit(training.result, recipe, chosen, device)
     finish(training.result, recipe, chosen, out=out, history=history, device=device)

@@ -20,9 +20,14 @@ from tokenexit.semantic import SemanticPlan
 from tokenexit_jax import heads, semantic, swin, vit, weights
 
 NETWORK, PLAN = networks.timm_network(), schedule.dtop(after=(2,))
-KEY = jax.random.key(0)
-LOGITS, LABEL = jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 4, 4), dtype=int)
-ONE = jnp.zeros((1, 2, 2, 1))
+# Of NumPy, for JAX must not begin where a file is only collected: its threads are in the way of forks.
+LOGITS, LABEL = np.zeros((1, 2, 2, 3), np.float32), np.zeros((1, 4, 4), np.int32)
+ONE = np.zeros((1, 2, 2, 1), np.float32)
+
+
+@functools.cache
+def key():
+    return jax.random.key(0)
 
 
 @functools.cache
@@ -56,7 +61,7 @@ def output():
 
 def sampled(**options):
     both = gated()
-    return tej.sampled(both.model, both.params, both.gates, two_images(), **({"key": KEY, "rates": 0.5} | options))
+    return tej.sampled(both.model, both.params, both.gates, two_images(), **({"key": key(), "rates": 0.5} | options))
 
 
 def thresholds(images, **options):
@@ -79,8 +84,8 @@ BAD = {
     "one class": (lambda: tej.wrap(NETWORK, PLAN, classes=1), "`classes` must be at least 2: use two logits"),
     "too many classes": (lambda: tej.wrap(NETWORK, PLAN, classes=10**9), "`classes` must be a whole number from 1 to 1,000,000"),
     "no class for masks": (lambda: tej.wrap(NETWORK, PLAN, classes=0, exit_heads=ATM()), "`classes` must be a whole number"),
-    "a head of no class": (lambda: heads.init(MLP(), KEY, width=4, classes=0), "`classes` must be a whole number from 1"),
-    "a head of no width": (lambda: heads.init(MLP(), KEY, width=0, classes=2), "`width` must be a whole number from 1"),
+    "a head of no class": (lambda: heads.init(MLP(), key(), width=4, classes=0), "`classes` must be a whole number from 1"),
+    "a head of no width": (lambda: heads.init(MLP(), key(), width=0, classes=2), "`width` must be a whole number from 1"),
     "a classifier of no class": (lambda: swin.SwinClassifier(small_swin(), classes=0), "`classes` must be a whole number"),
     "cross-entropy of one class": (lambda: tej.pixel_cross_entropy(ONE, LABEL), "`logits` must have two classes at least: use two logits"),
     "a teacher of one class": (lambda: tej.distillation(ONE, ONE), "`logits` must have two classes at least"),
@@ -185,7 +190,7 @@ def test_a_batch_without_images_gives_none():
 ])  # fmt: skip
 def test_a_plan_that_a_grid_has_no_room_for_is_refused_before_anything_runs(changes, message):
     model = semantic_model(dataclasses.replace(semantic_model().plan, **changes))
-    layers = jax.eval_shape(model.init, KEY)  # no weights: nothing could run
+    layers = jax.eval_shape(model.init, key())  # no weights: nothing could run
     with pytest.raises(TokenExitError, match=re.escape(message)):
         jax.eval_shape(model, pair("timm").params, layers, two_images())
     with pytest.raises(TokenExitError, match=re.escape(message)):

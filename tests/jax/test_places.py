@@ -49,7 +49,7 @@ def network(way, says=True):
     return tej.Network(embed, (block, block), lambda params, tokens: tokens, WIDTH)
 
 
-PARAMS = {"zero": jnp.zeros(())}
+PARAMS = {"zero": np.zeros((), np.float32)}  # of NumPy: JAX must not begin where a file is only collected
 
 
 def bright(_params, tokens):

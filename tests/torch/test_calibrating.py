@@ -481,8 +481,9 @@ def test_a_network_whose_images_see_each_other_is_refused():
 def test_classes_beyond_sixteen_bits_are_told_apart():
     scores = torch.zeros(1, 2**15 + 2, 1, 1)
     scores[0, 2**15 + 1] = 1
-    none = torch.zeros(1)
-    assert calibrating._Outcome(none, scores, none).label_maps((1, 1)).item() == 2**15 + 1
+    none = torch.zeros(1, 1, 1, dtype=torch.int64)
+    output = tet.Output(scores, none, none[0], (), "running")
+    assert calibrating._Outcome(output, scores, none).label_maps((1, 1)).item() == 2**15 + 1
 
 
 def test_options_that_are_refused_leave_no_folder_behind(tmp_path):
