@@ -102,6 +102,17 @@ def embedded_by(host: Host, images: Tensor, /, *, patch: tuple[int, int] | None 
         TokenExitError: If the shape, device or dtype of the images is not one that the model takes, or it is not known
             where on them the patches lie.
     """
+    embedded = embedded_anywhere(host, images)
+    patch_of(embedded, images, patch)
+    return embedded
+
+
+def embedded_anywhere(host: Host, images: Tensor, /) -> Embedded:
+    """What a host makes of images, wherever its patches lie on them. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If the shape, device or dtype of the images is not one that the model takes.
+    """
     require(isinstance(images, Tensor), "images", "be a torch.Tensor", type(images).__name__)
     channels = host.image_shape[0]
     require(
@@ -129,7 +140,6 @@ def embedded_by(host: Host, images: Tensor, /, *, patch: tuple[int, int] | None 
         got = f"{tuple(images.shape)}: {error}"
         raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
     require(isinstance(found, Embedded), "model.embed", "give an Embedded", full_name(found))
-    patch_of(found, images, patch)
     return found
 
 

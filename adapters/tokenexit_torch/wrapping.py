@@ -24,7 +24,7 @@ from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.decoding import DecodingModel
 from tokenexit_torch.gating import GatedModel
 from tokenexit_torch.heads import NeighbourhoodHead, build
-from tokenexit_torch.hosts import Embedded, Host, embedded_by, patch_of
+from tokenexit_torch.hosts import Embedded, Host, embedded_anywhere, embedded_by, patch_of
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
 from tokenexit_torch.masks import MaskHead, Masks
@@ -424,7 +424,7 @@ def _check(host: Host, like: Tensor) -> tuple[int, int] | None:
     """
     images = _drawn(2, *host.image_shape, like=like)
     with evaluating(host.module):
-        embedded = embedded_by(host, images)
+        embedded = embedded_anywhere(host, images)
         _, slots, width = embedded.tokens.shape
         height, across = embedded.grid
         require(width == host.width, "model.width", f"be the {width} channels of its tokens", host.width)
