@@ -313,7 +313,7 @@ def test_what_folding_is_given_is_checked():
         with pytest.raises(TokenExitError, match=rf"`into` must be one of the 2 slots, got {into}"):
             ledger.fold_leavers(row, packing, leave, into=into)
     for above in (-0.1, 1.5):
-        with pytest.raises(TokenExitError, match=rf"`above` must be in \[0, 1\], got {above}"):
+        with pytest.raises(TokenExitError, match=rf"`above` must be a number in \[0, 1\], got {above}"):
             ledger.fold_leavers(row, packing, leave, above=above)
 
 
