@@ -193,12 +193,6 @@ def test_any_grid_and_any_batch(count, grid):
     assert np.isfinite(out.logits).all()
 
 
-def test_one_class_is_refused():
-    model, params, heads = small(classes=1)
-    with pytest.raises(TokenExitError, match="`logits` must have .*at least two classes .*use two logits"):
-        model(params, heads, shown())
-
-
 def test_a_nan_never_leaves_and_harms_no_other_image():
     model, params, heads = small(threshold=0.0)
     images = shown().at[1].set(jnp.nan)
