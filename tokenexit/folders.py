@@ -217,12 +217,9 @@ def _opened(text: str, kind: Kind, plan_of: Callable[[Mapping[str, Any]], Plan])
     # What is wrong with the content is named first: it says more than a checksum does.
     plan = plan_of({key: value for key, value in content.items() if key != "weights"})
     weights = Weights.from_dict(content.get("weights"), kind)
-    return plan, weights if by_hand else _of_whole(data, weights)
-
-
-def _of_whole(data: Mapping[str, Any], weights: Weights) -> Weights:
-    require_whole(data, rule=_EDITED)
-    return weights
+    if not by_hand:
+        require_whole(data, rule=_EDITED)
+    return plan, weights
 
 
 def _difference(file: Path, weights: Weights) -> str | None:

@@ -95,11 +95,13 @@ def run(work: str, *, kills: int, scratch: Path, seed: int = 0) -> int:
             if child == 0:
                 try:
                     task()
-                finally:
                     os._exit(0)
+                finally:
+                    os._exit(1)
             time.sleep(draw.uniform(0.002, longest))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, f"{work} failed by itself"
             killed += os.WIFSIGNALED(status)
             if work == "save":
                 assert holds(), f"after {killed} kills of {work}"
