@@ -26,7 +26,8 @@ import tokenexit_torch as tet
 from examples import demo, runs, shell
 from examples.about import About
 from examples.camvid import common, data
-from tokenexit.bounds import images_needed
+from tokenexit.guarantees.bounds import images_needed
+from tokenexit.guarantees.calibrate import Calibrated
 from tokenexit.heads import MLP, Neighbourhood
 from tokenexit_torch.registry import host_of
 
@@ -220,7 +221,7 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
     return model, agreement
 
 
-def keep(out: Path, found: tet.Calibrated, agreement: Mapping[str, float]) -> list[str]:
+def keep(out: Path, found: Calibrated, agreement: Mapping[str, float]) -> list[str]:
     """Write what was found, and say which files there are now."""
     _write(out / "report.json", found.report.to_dict() | {"agreement_of_exit_heads": dict(agreement)})
     _write(out / "drift.json", found.before.to_dict())

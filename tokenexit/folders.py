@@ -6,7 +6,8 @@ replaced in one step, which is the moment from which the new save counts; then t
 A process that ends anywhere in between leaves the old save or the new one. Files of two saves in one folder do not fit
 each other, and are refused.
 
-For adapters: `save` and `read` are the whole of it; `replacing` writes any other file whole or not at all.
+For adapters: `save` and `read` are the whole of it; `replacing` writes any other file whole or not at all, and
+`require_metadata` binds it to what it belongs to.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from tokenexit._plain import require_keys, shortened
 from tokenexit.errors import TokenExitError, require
 from tokenexit.sealed import BY_HAND, parse, require_whole, seal
 
-__all__ = ["Kind", "Weights", "read", "replacing", "save", "text_of", "write"]
+__all__ = ["Kind", "Weights", "read", "replacing", "require_metadata", "save", "text_of", "write"]
 
 Kind = Literal["exits", "gates", "semantic"]
 """What is saved."""
@@ -176,6 +177,24 @@ def write(file: Path, content: bytes, /, *, argument: str = "folder") -> None:
     """
     with replacing(file, argument=argument) as part:
         part.write_bytes(content)
+
+
+def require_metadata(argument: str, file: Path, wanted: Mapping[str, str], found: Mapping[str, str], /) -> None:
+    """Raise a `TokenExitError` unless the metadata of a file are those of what it should belong to.
+
+    Args:
+        argument: The name of the argument that gave the folder.
+        file: The file.
+        wanted: Texts by name, all of which the file must have.
+        found: What the file has.
+
+    Raises:
+        TokenExitError: If the file lacks one, or has another; the message names the first.
+    """
+    for name, text in wanted.items():
+        got = found.get(name, "none")
+        rule = f"be for the same {name} as {file.name} in it, or another folder"
+        require(got == text, argument, rule, f"{got[:16]} there, and now {text[:16]}")
 
 
 @contextmanager

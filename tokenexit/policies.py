@@ -320,6 +320,9 @@ class Policy(ABC):
     score: ClassVar[str | None] = None
     """What a field `threshold` is compared with; policies that share it can be given one new threshold."""
 
+    _direction: ClassVar[Literal["above", "below"] | None] = None
+    """On which side of a threshold of its own a token leaves."""
+
     _binding: ClassVar[int] = 4
     """How tightly its expression holds together: 1 for `|`, 2 for `&`, 3 for `~`, 4 for a call."""
 
@@ -416,6 +419,19 @@ class Policy(ABC):
         return counts or any(one.takes_back for one in inside if isinstance(one, Policy))
 
     @property
+    def direction(self) -> Literal["above", "below"] | None:
+        """On which side of its threshold, or of the first threshold inside it, tokens leave; None without one."""
+        inside = (getattr(self, field.name) for field in dataclasses.fields(self))
+        found = (one.direction for one in inside if isinstance(one, Policy))
+        return self._direction or next((one for one in found if one is not None), None)
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether the result of an image depends on its batch mates, by this policy or by one inside it."""
+        inside = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return any(one.mixes_images for one in inside if isinstance(one, Policy))
+
+    @property
     def compared_scores(self) -> frozenset[str]:
         """The kinds of score that this policy, and those inside it, compare with a threshold."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -425,6 +441,7 @@ class Policy(ABC):
 
 @dataclass(frozen=True, repr=False)
 class _Threshold(Policy, ABC):
+    _direction: ClassVar[Literal["above", "below"] | None] = "above"
     threshold: Threshold
 
     def __post_init__(self) -> None:
@@ -467,6 +484,7 @@ class EntropyBelow(_Threshold):
     """
 
     score: ClassVar[str | None] = "entropy"
+    _direction: ClassVar[Literal["above", "below"] | None] = "below"
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
@@ -497,6 +515,7 @@ class GateBelow(_Threshold):
     """
 
     score: ClassVar[str | None] = "gate"
+    _direction: ClassVar[Literal["above", "below"] | None] = "below"
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
@@ -559,6 +578,11 @@ class BatchBudget(Budget):
     The one policy by which an image's result depends on its batch mates. A fraction is one of the patches that all
     images had at first.
     """
+
+    @property
+    def mixes_images(self) -> bool:
+        """See `Policy.mixes_images`."""
+        return True
 
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""

@@ -12,7 +12,7 @@ scores for the tokens that still run, and for the others those they left with. T
 
     slopes, statistics = jax.jit(jax.grad(loss, has_aux=True))((params, learned), statistics, images, labels)
 
-A threshold that changes from step to step is in `tokenexit.annealing`.
+A threshold that changes from step to step is in `tokenexit.training`.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from jaxtyping import Bool, Float, Integer
 from tokenexit import TokenExitError, tokens
 from tokenexit._array import aligned
 from tokenexit._plain import is_number
-from tokenexit.auxiliary import loss_weights
 from tokenexit.carries import MaskPrediction
 from tokenexit.errors import require
 from tokenexit.heads import FCN
 from tokenexit.policies import never
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Selection
+from tokenexit.training import loss_weights
 from tokenexit_jax._given import require_array
 from tokenexit_jax._layers import STATISTICS
 from tokenexit_jax._passing import Reading, Run, State, joined, on_grid, require_covered

@@ -9,7 +9,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.calibrating import Calibrated, calibrate, default_settings, drift_sample
+from tokenexit_torch.calibrating import calibrate, default_settings, drift_sample
 from tokenexit_torch.certifying import fingerprints, load_certificate, save_certificate
 from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
@@ -39,7 +39,6 @@ from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semant
 
 __all__ = [
     "AttentionToMask",
-    "Calibrated",
     "CrossBlock",
     "DecodedOutput",
     "DecodingHost",

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenexit import TokenExitError, certificate, folders
+from tokenexit import TokenExitError, folders
 from tokenexit.errors import require
+from tokenexit.guarantees import certificate
 
-__all__ = ["digest", "fingerprint", "read", "require_marks", "require_shapes", "require_weights", "write"]
+__all__ = ["digest", "fingerprint", "read", "require_shapes", "require_weights", "write"]
 
 _CONTENT = "content"
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,14 +71,6 @@ def read(file: Path, argument: str, /) -> tuple[dict[str, Tensor], dict[str, str
     rule = f"hold {file.name} as it was written"
     require(found == _content(tensors, marks), argument, rule, f"{file}, which is damaged or of another version")
     return tensors, marks
-
-
-def require_marks(argument: str, file: Path, wanted: Mapping[str, str], found: Mapping[str, str], /) -> None:
-    """Raise a `TokenExitError` that names the first mark that a file has not, or has another of."""
-    for name, mark in wanted.items():
-        got = found.get(name, "none")
-        rule = f"be for the same {name} as {file.name} in it, or another folder"
-        require(got == mark, argument, rule, f"{got[:16]} there, and now {mark[:16]}")
 
 
 def require_weights(argument: str, source: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], /) -> None:

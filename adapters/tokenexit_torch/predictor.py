@@ -19,8 +19,8 @@ from torch.nn import functional
 from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
 from tokenexit.area import Area
-from tokenexit.certificate import Certificate, require_matches
 from tokenexit.errors import require
+from tokenexit.guarantees.certificate import Certificate, require_matches
 from tokenexit_torch.certifying import fingerprints
 from tokenexit_torch.outputs import upsampled
 from tokenexit_torch.running import ExitingModel

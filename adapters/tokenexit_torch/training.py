@@ -9,7 +9,7 @@ data are yours.
     loss = stages.loss(lambda logits: tet.pixel_cross_entropy(logits, labels, ignore=255))
     loss.backward()
 
-A threshold that changes from step to step is in `tokenexit.annealing`; averaged weights are
+A threshold that changes from step to step is in `tokenexit.training`; averaged weights are
 `torch.optim.swa_utils.AveragedModel`.
 """
 
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, tokens
-from tokenexit.auxiliary import loss_weights
 from tokenexit.errors import require
 from tokenexit.schedule import Exit, Schedule
+from tokenexit.training import loss_weights
 from tokenexit_torch._passing import PackedRun, Reading
 from tokenexit_torch.hosts import require_covered
 from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores

@@ -8,8 +8,10 @@ import pytest
 USE = """
 import numpy as np
 import tokenexit
-from tokenexit import calibration, carries, certificate, cost, drift, heads, ladders, ledger, manifest, policies
-from tokenexit import folders, retention, risks, schedule, scores, sealed, semantic, surroundings, tokens
+from tokenexit import carries, cost, heads, ledger, manifest, policies
+from tokenexit.guarantees import calibration, certificate, drift, ladders
+from tokenexit import folders, retention, schedule, scores, sealed, semantic, surroundings, tokens
+from tokenexit.guarantees import risks
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
 evidence = policies.Evidence(

@@ -16,8 +16,10 @@ from examples.about import About
 from examples.scenes.draw import draw
 from examples.scenes.vit import Config
 from tests.torch import models
-from tokenexit import drift, heads, schedule
-from tokenexit.calibration import Report
+from tokenexit import heads, schedule
+from tokenexit.guarantees import drift
+from tokenexit.guarantees.calibrate import Calibrated
+from tokenexit.guarantees.calibration import Report
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
@@ -127,7 +129,7 @@ def test_never_exit_leaves_no_certificate(network, pictures, tmp_path, monkeypat
     def never(*positional, **options):
         found = whole(*positional, **options)
         report = Report(**(vars(found.report) | {"chosen": None}))
-        return tet.Calibrated(report, None, found.before)
+        return Calibrated(report, None, found.before)
 
     whole = tet.calibrate
     monkeypatch.setattr(tet, "calibrate", never)

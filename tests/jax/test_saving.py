@@ -17,7 +17,8 @@ from tests.jax import networks
 from tests.jax.networks import heads_of, pair
 from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
-from tokenexit import TokenExitError, certificate, heads, ladders, schedule
+from tokenexit import TokenExitError, heads, schedule
+from tokenexit.guarantees import certificate, ladders
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4, per_class=1)
 PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.Neighbourhood(6, 2), heads.ATM(1, 2))
