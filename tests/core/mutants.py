@@ -35,6 +35,7 @@ class Mutant:
 SCORES, POLICIES, RETENTION = ("test_scores",), ("test_policies", "test_static"), ("test_retention", "test_static")
 CELLS = ("test_cells", "test_static")
 SURROUNDINGS = ("test_surroundings",)
+CALIBRATE = ("test_calibrate",)
 SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 
@@ -493,6 +494,90 @@ MUTANTS = (
         "if self.blind:",
         "if False:",
         ("test_drift",),
+    ),
+    Mutant(
+        "copies of an image are independent",
+        "guarantees/calibrate.py",
+        "if first.setdefault(one, at) != at:",
+        "if first.setdefault(one, at) > at:",
+        CALIBRATE,
+    ),
+    Mutant(
+        "images of later passes are not looked at",
+        "guarantees/calibrate.py",
+        "self._require(digests == self.digests[rows])",
+        "self._require(True)",
+        CALIBRATE,
+    ),
+    Mutant(
+        "a pass may end early",
+        "guarantees/calibrate.py",
+        "self._require(start == len(self))",
+        "self._require(start <= len(self))",
+        CALIBRATE,
+    ),
+    Mutant(
+        "a batch that trades is calibrated",
+        "guarantees/calibrate.py",
+        "mixed = any(exit.policy.mixes_images for exit in plan.exits)",
+        "mixed = False",
+        CALIBRATE,
+    ),
+    Mutant(
+        "images that fitted the heads are like any others",
+        "guarantees/calibrate.py",
+        "    if known == 0:",
+        "    if known >= 0:",
+        CALIBRATE,
+    ),
+    Mutant(
+        "each batch is compared with the first",
+        "guarantees/calibrate.py",
+        "self.loss(maps, reference[rows, ...], rows), losses)",
+        "self.loss(maps, reference[: maps.shape[0], ...], rows), losses)",
+        CALIBRATE,
+    ),
+    Mutant(
+        "labels are those of the first batch",
+        "guarantees/calibrate.py",
+        "with_doubles(self.risk.labels)[rows, ...]",
+        "with_doubles(self.risk.labels)[: maps.shape[0], ...]",
+        CALIBRATE,
+    ),
+    Mutant(
+        "a cost is a share of itself",
+        "guarantees/calibrate.py",
+        "for one in (found, self.reference))",
+        "for one in (found, found))",
+        CALIBRATE,
+    ),
+    Mutant(
+        "what was kept may be of another setting",
+        "guarantees/calibrate.py",
+        '"part": name}',
+        '"part": "setting"}',
+        CALIBRATE,
+    ),
+    Mutant(
+        "a resumed network may be another now",
+        "guarantees/calibrate.py",
+        'if kept and name == "dense":',
+        'if not kept and name == "dense":',
+        CALIBRATE,
+    ),
+    Mutant(
+        "an edited calibration is resumed",
+        "guarantees/calibrate.py",
+        "if found.get(name) != value]",
+        "if name not in found]",
+        CALIBRATE,
+    ),
+    Mutant(
+        "no image is run alone",
+        "guarantees/calibrate.py",
+        "if rows.start == 0 and rows.stop > 1:",
+        "if rows.start == 0 and rows.stop < 1:",
+        CALIBRATE,
     ),
     Mutant(
         "one product of attention instead of two",

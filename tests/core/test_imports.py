@@ -8,10 +8,9 @@ import pytest
 USE = """
 import numpy as np
 import tokenexit
-from tokenexit import carries, cost, heads, ledger, manifest, policies
-from tokenexit.guarantees import calibration, certificate, drift, ladders
-from tokenexit import folders, retention, schedule, scores, sealed, semantic, surroundings, tokens
-from tokenexit.guarantees import risks
+from tokenexit import carries, cost, folders, heads, ledger, manifest, policies
+from tokenexit import retention, schedule, scores, sealed, semantic, surroundings, tokens, training
+from tokenexit.guarantees import calibrate, calibration, certificate, drift, ladders, risks
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
 evidence = policies.Evidence(
@@ -76,6 +75,18 @@ paper = certificate.from_json(certificate.to_json(report.certificate(prints)))
 certificate.require_matches(paper, prints)
 seen = drift.sample(np.ones((2, 3, 4), np.float32), np.ones((2, 4), int), after=(1,))
 str(drift.compare(seen, seen)), str(report), str(paper)
+training.Annealed(1.0, 0.9, steps=2).at(1)
+pictures = np.random.default_rng(0).normal(size=(40, 3, 2, 2))
+digests = tuple(certificate.digest(one.tobytes(), dtype="float64", shape=one.shape) for one in pictures)
+def run(images, plan, /, *, size):
+    count = len(images)
+    return calibrate.Outcome(images.argmax(1), images, np.full((count, 2, 2), 3), np.full(count, 9))
+model = calibrate.AdaptedModel(
+    run=run, look=lambda batch: ((2, 2), digests), check=lambda plan: None,
+    settings=lambda: calibrate.default_settings(schedule.neighbours(), after=(1,)),
+    fingerprints=lambda size: prints, store=None, classes=3,
+)
+str(calibrate.calibrate(model, [pictures], level=calibrate.Level(0.3)))
 """
 CHECK = """
 import sys

@@ -41,6 +41,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "Risk",
+    "Run",
     "Store",
     "calibrate",
     "default_settings",
