@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float, Int, Integer
 
@@ -63,6 +63,7 @@ _THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8
 _STATISTIC = "statistic "
 
 
+@runtime_checkable
 class Store(Protocol):
     """Arrays of a framework as bytes. A module with these functions is one."""
 
@@ -112,6 +113,7 @@ class Outcome:
     multiply_adds: Int[Array, "images"]
 
 
+@runtime_checkable
 class Run(Protocol):
     """A batch of images to its results."""
 
