@@ -325,7 +325,7 @@ class Run(NamedTuple):
         images, places = selection.layout
         patches = selection.valid.astype(jnp.float32)
         if self.plan.cell is not None:
-            patches = patches * cells.stands_for(selection, grid=state.grid, side=self.plan.cell)
+            patches = patches * cells.token_size(selection, grid=state.grid, side=self.plan.cell)
         prefix = jnp.broadcast_to(waiting.astype(jnp.float32)[:, None], (images, state.prefix))
         counts = jnp.concatenate([prefix, patches], axis=1)
         # Of a finished image one entry counts all the same: there is no attention over nothing.
@@ -344,7 +344,7 @@ class Run(NamedTuple):
         waiting = (selection.valid & ~leave).any(axis=1, keepdims=True)
         middle = jnp.zeros_like(leave)
         if cell is not None:
-            middle = cells.in_the_middle(selection.slot, grid=state.grid, side=cell).reshape(selection.layout)
+            middle = cells.is_cell_centre(selection.slot, grid=state.grid, side=cell).reshape(selection.layout)
         stay = selection.valid & ~(leave & ~middle) & waiting
         most = self.model.sizes(exit.after, state)[-1] - prefix
         if index < stages(self.model, self.plan) and most < selection.layout[1]:

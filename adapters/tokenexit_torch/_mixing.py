@@ -91,7 +91,7 @@ def _attention(parts: Sequence[PackedRun]) -> PerImage:
         assert isinstance(part.receipt, Packing)
         lengths += part.lengths
         counts.append(part.receipt.lengths)
-        weights.append(part.row.new_ones(part.row.shape[1]) if part.stands_for is None else part.stands_for)
+        weights.append(part.row.new_ones(part.row.shape[1]) if part.token_size is None else part.token_size)
     offsets = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
-    plain = all(part.stands_for is None for part in parts)
+    plain = all(part.token_size is None for part in parts)
     return PerImage(lengths, offsets, None if plain else torch.cat(weights))

@@ -100,7 +100,7 @@ class Run:
         # Of every slot, and of every image, what the last mask head said that read it.
         self.masks: Masks | None = None
         self.cell = plan.cell
-        self.stands_for: Tensor | None = None
+        self.token_size: Tensor | None = None
         self.lengths = [self.slots] * self.images
         self.exits: list[int] = []
         # The exit point where the row is now, or was last.
@@ -188,7 +188,7 @@ class Run:
         waiting = staying.any(dim=1).index_select(0, receipt.image)
         kept: Tensor = ~patch
         if self.cell is not None:
-            middle: Tensor = cells.in_the_middle(evidence.position, grid=self.embedded.grid, side=self.cell)
+            middle: Tensor = cells.is_cell_centre(evidence.position, grid=self.embedded.grid, side=self.cell)
             leave, kept = leave & ~middle, kept | middle
         move = self.repack(~leave & waiting, kept, evidence.confidence)
         self._settle(after, ~move.stay, reading, evidence.confidence)
@@ -231,7 +231,7 @@ class Run:
         if self.positions is not None:
             self.positions = self.positions.index_select(0, move.rows)
         if self.cell is not None:
-            self.stands_for = cells.stands_for(move.receipt, grid=self.embedded.grid, side=self.cell).flatten()
+            self.token_size = cells.token_size(move.receipt, grid=self.embedded.grid, side=self.cell).flatten()
 
     def _read(self, head: nn.Module, flat: Tensor) -> Reading:
         """What a head says of the tokens of the row, or of them and what is around; a mask head sees patches alone."""
@@ -294,7 +294,7 @@ class Run:
         """A plain batch again, if the row holds all tokens of all images."""
         if self.receipt is not None and self.row.shape[1] == self.images * self.slots:
             self.row = rearrange(self.row, "1 (images slots) width -> images slots width", images=self.images)
-            self.receipt, self.positions, self.stands_for = None, self.embedded.positions, None
+            self.receipt, self.positions, self.token_size = None, self.embedded.positions, None
 
     def whole(self) -> Tensor:
         """All tokens of all images as a plain batch, those that have left as they left; the run goes on as it is."""
@@ -308,7 +308,7 @@ class Run:
         """All tokens of all images run again, as a plain batch."""
         if self.receipt is not None:
             self.row = self.whole()
-            self.receipt, self.positions, self.stands_for = None, self.embedded.positions, None
+            self.receipt, self.positions, self.token_size = None, self.embedded.positions, None
             self.lengths = [self.slots] * self.images
 
     def _predictions(self, settled: Ledger) -> Tensor:
@@ -372,10 +372,10 @@ class PackedRun(Run):
     def attention(self) -> PerImage | None:
         running = sum(length > 0 for length in self.lengths)
         # A plain batch, or a row with the tokens of one image, needs no help to keep its images apart.
-        if self.receipt is None or (running == 1 and self.stands_for is None):
+        if self.receipt is None or (running == 1 and self.token_size is None):
             return None
         assert isinstance(self.receipt, Packing)
-        return PerImage(self.lengths, self.receipt.offsets, self.stands_for)
+        return PerImage(self.lengths, self.receipt.offsets, self.token_size)
 
     @kept_eager
     def pause(self, after: int) -> None:

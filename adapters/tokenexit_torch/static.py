@@ -159,7 +159,7 @@ class StaticRun(Run):
         if self.receipt is None:
             return None
         assert isinstance(self.receipt, Selection)
-        return Padded(self.receipt.valid, self.stands_for)
+        return Padded(self.receipt.valid, self.token_size)
 
     def _scored(self, head: nn.Module, flat: Tensor) -> Tensor:
         # Which entries hold a patch is known on the device alone.
