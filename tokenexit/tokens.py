@@ -35,6 +35,7 @@ __all__ = [
     "pack",
     "repack",
     "reselect",
+    "room",
     "scatter",
     "select",
 ]
@@ -277,6 +278,17 @@ def reselect(
     entry, valid, surplus, overflow = _fit(stay & selection.valid, score, capacity, "entries")
     slot_of = take_along_axis(selection.slot_of, entry, axis=1)
     return Selection(slot_of, valid, selection.slots, overflow), entry, surplus
+
+
+def room(fraction: float, /, *, slots: int, prefix: int) -> int:
+    """Entries for a fraction of the slots of an image: at least the prefix tokens and one patch.
+
+    Args:
+        fraction: The fraction.
+        slots: Slots of an image.
+        prefix: Prefix tokens among them.
+    """
+    return max(min(prefix + 1, slots), round(fraction * slots))
 
 
 def any_of_image(marks: Bool[Array, "..."], receipt: Receipt, /) -> Bool[Array, "images"]:
