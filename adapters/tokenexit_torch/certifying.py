@@ -14,7 +14,7 @@ from tokenexit.errors import require
 from tokenexit.guarantees import certificate
 from tokenexit.guarantees.certificate import Certificate, Fingerprints
 from tokenexit_torch._files import fingerprint
-from tokenexit_torch.exits import WithExits
+from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]
