@@ -32,6 +32,7 @@ CHAINS = (range(3), (3, 4))
 LEVEL = Level(at_most=0.3)
 RISK = Risk("disagreement")
 WORDS = "drawn numbers, as they are"
+STEP, NOISE = 0.2, 0.7
 WEIGHTS = np.random.default_rng(0).normal(size=(DEPTH, CLASSES, CLASSES))
 
 
@@ -39,7 +40,7 @@ def drawn(count=24, seed=1, size=SIZE):
     """Images whose patches are of four colours, and noise."""
     draw = np.random.default_rng(seed)
     colour = np.eye(CLASSES)[draw.integers(0, CLASSES, (count, size[0] // 2, size[1] // 2))]
-    image = colour.repeat(2, axis=1).repeat(2, axis=2) + draw.normal(0, 0.7, (count, *size, CLASSES))
+    image = colour.repeat(2, axis=1).repeat(2, axis=2) + draw.normal(0, NOISE, (count, *size, CLASSES))
     return np.moveaxis(image, -1, 1)
 
 
@@ -66,7 +67,7 @@ class Toy:
         for block in range(1, DEPTH + 1):
             shown = running[..., None]
             around = (state * shown).sum(axis=1, keepdims=True) / np.maximum(shown.sum(axis=1, keepdims=True), 1)
-            state = state + 0.2 * np.tanh((state + around) @ self.weights[block - 1])
+            state = state + STEP * np.tanh((state + around) @ self.weights[block - 1])
             work += 100 * running.sum(axis=1)
             leave = running.copy()
             if block < DEPTH:
@@ -342,7 +343,7 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
     ):
         with pytest.raises(TokenExitError, match=f"`resume` must be a new folder, or one of the same .* with {words}"):
             calibrated(resume=tmp_path, **change)
-    same_weights = adapted(Toy(-WEIGHTS), fingerprints=adapted().fingerprints)
+    same_weights = adapted(Toy(-9 * WEIGHTS), fingerprints=adapted().fingerprints)
     with pytest.raises(TokenExitError, match="`resume` must be of the model as it is now"):
         calibrated(same_weights, resume=tmp_path)
 
