@@ -28,8 +28,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
 from tokenexit import TokenExitError, tokens
-from tokenexit._array import aligned
-from tokenexit._plain import is_number
+from tokenexit.adapting import aligned, is_number
 from tokenexit.auxiliary import loss_weights
 from tokenexit.carries import MaskPrediction
 from tokenexit.errors import require

@@ -5,10 +5,11 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
+from tokenexit.adapting import require_fits
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule, require_fits
+from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.hosts import Host
 
