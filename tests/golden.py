@@ -231,10 +231,7 @@ def torch_exits() -> Iterator[tuple[str, Any]]:
         with torch.no_grad():
             shapes = (SIZE, (40, 32), SIZE)
             sized = tet.wrap(
-                timm_vit(dynamic_img_size=True),
-                schedule.dense(after=AFTER),
-                head=model.head,
-                exit_heads=heads_of(model),
+                timm_vit(dynamic_img_size=True), schedule.dense(after=AFTER), head=model.head, exit_heads=heads_of(model)
             ).eval()
             several = [images(1, size, seed)[0] for seed, size in enumerate(shapes)]
             found = sized.mixed(several, schedule=PLANS[name])
@@ -337,9 +334,8 @@ def torch_gates() -> Iterator[tuple[str, Any]]:
                 yield f"torch/gates/{host}/{name}/cost", plain(model.multiply_adds(out))
                 yield f"torch/gates/{host}/{name}/masked", plain([*model.masked(images(), schedule=plan)[:7]])
             if host == "timm":
-                yield (
-                    f"torch/gates/{name}/gradients",
-                    plain(gradients(model, model(images(), schedule=plan).logits.square().sum())),
+                yield f"torch/gates/{name}/gradients", plain(
+                    gradients(model, model(images(), schedule=plan).logits.square().sum())
                 )
                 model.retune(plan)
                 torch.manual_seed(5)
@@ -420,9 +416,7 @@ def jax_record() -> Iterator[tuple[str, Any]]:
     import tokenexit_jax as tej
 
     def tree(value: Any) -> Any:
-        floating = lambda one: (
-            Near(one) if np.issubdtype(np.asarray(one).dtype, np.floating) else plain(np.asarray(one))
-        )  # noqa: E731
+        floating = lambda one: Near(one) if np.issubdtype(np.asarray(one).dtype, np.floating) else plain(np.asarray(one))  # noqa: E731
         return [floating(one) for one in jax.tree.leaves(value)]
 
     class Compilations:
@@ -461,9 +455,7 @@ def jax_record() -> Iterator[tuple[str, Any]]:
             q, k, v = (one[:, :, 0] for one in jnp.split(qkv.reshape(*qkv.shape[:2], 3, 2, 16), 3, axis=2))
             mixed = tej.attend(q, k, v, counts)
             tokens = tokens + linear(params, f"{name}.attn.proj", mixed.reshape(tokens.shape))
-            hidden = jax.nn.gelu(
-                linear(params, f"{name}.mlp.fc1", norm(params, f"{name}.norm2", tokens)), approximate=False
-            )
+            hidden = jax.nn.gelu(linear(params, f"{name}.mlp.fc1", norm(params, f"{name}.norm2", tokens)), approximate=False)
             return tokens + linear(params, f"{name}.mlp.fc2", hidden)
 
         blocks = tuple(partial(block, index=index) for index in range(5))
@@ -583,11 +575,7 @@ def main() -> int:
     missing = [key for key in wanted if key not in found and key.split("/")[0] in prefixes]
     differing = [key for key in found if key in wanted and not same(found[key], wanted[key])]
     added = [key for key in found if key not in wanted]
-    for word, keys in (
-        ("missing", missing if set(arguments.only) == set(PARTS) else []),
-        ("differs", differing),
-        ("new", added),
-    ):
+    for word, keys in (("missing", missing if set(arguments.only) == set(PARTS) else []), ("differs", differing), ("new", added)):
         for key in keys:
             print(f"{word}: {key}")
     print(f"{len(found)} records, {len(differing)} differ")

@@ -94,5 +94,7 @@ def test_files_that_are_missing_or_no_weights_are_clear_errors(saved):
     weights_in(saved, "gates").unlink()
     with pytest.raises(TokenExitError, match="`folder` must hold the weights that gates.json names"):
         tej.load(networks.timm_network(), saved)
-    with pytest.raises(TokenExitError, match="`model` must have gates, as `wrap_gates` gives, got int"):
+    with pytest.raises(
+        TokenExitError, match="`model` must be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`, got int"
+    ):
         tej.save(3, {}, saved)

@@ -148,7 +148,9 @@ def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
     with pytest.raises(TokenExitError, match="`folder` must hold the weights that exits.json names"):
         tej.load(networks.timm_network(), saved)
     (saved / "exits.json").unlink()
-    with pytest.raises(TokenExitError, match="`folder` must hold the file exits.json, got "):
+    with pytest.raises(
+        TokenExitError, match="`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
         tej.load(networks.timm_network(), saved)
 
 
@@ -194,6 +196,20 @@ def test_weights_that_could_not_be_loaded_are_not_saved(saved):
         with pytest.raises(TokenExitError, match=f"`heads` must be weights to be saved, .*{message}"):
             tej.save(model, jax.tree.map(change, weights), saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_kind_chooses_in_a_folder_that_holds_several(saved):
+    network, svit = networks.timm_network(), schedule.svit(after=(1, 3))
+    gated = tej.wrap_gates(network, svit)
+    tej.save(gated, gated.init(jax.random.key(0)), saved)
+    assert tej.load(network, saved, kind="exits")[0].schedule == PLAN
+    assert tej.load(network, saved, kind="gates")[0].schedule == svit
+    with pytest.raises(TokenExitError, match="`kind` must be given for a folder .*, exits and gates, got None"):
+        tej.load(network, saved)
+    with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json for kind='semantic', got "):
+        tej.load(network, saved, kind="semantic")
+    with pytest.raises(TokenExitError, match="`taps` must be left out for kind='exits': it is for kind='gates'"):
+        tej.load(network, saved, kind="exits", taps=(2,))
 
 
 def test_weights_of_other_heads_are_not_written(tmp_path):

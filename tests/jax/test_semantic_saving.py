@@ -84,12 +84,16 @@ def test_a_bad_plan_is_a_clear_error(saved, changes, message):
 def test_what_cannot_be_saved_or_is_not_there_is_named(saved, tmp_path):
     network = networks.timm_network(depth=DEPTH)
     model = tej.wrap_semantic(network, LEARNED, after=1, until=5, heads=3)
-    with pytest.raises(TokenExitError, match="`model` must be on semantic tokens, as `wrap_semantic` gives, got str"):
+    with pytest.raises(
+        TokenExitError, match="`model` must be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`, got str"
+    ):
         tej.save("model", {}, tmp_path / "new")
     with pytest.raises(TokenExitError, match="`layers` must be of the model, as `init` makes them"):
         tej.save(model, {"tokens.learned": np.zeros(3)}, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json"):
+    with pytest.raises(
+        TokenExitError, match="`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
         tej.load(network, tmp_path / "new")
     put(saved, b"no numbers", "semantic")
     with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):

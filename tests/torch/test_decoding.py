@@ -600,7 +600,8 @@ def test_the_other_wraps_say_which_takes_it_and_nothing_is_wrapped_twice():
     model = DECODERS["EoMT"].make()
     for wrap in (functools.partial(tet.wrap, num_classes=2), tet.wrap_gates):
         with pytest.raises(
-            TokenExitError, match="`model` must feed no decoder of its own, which `wrap_decoder` takes, go"
+            TokenExitError,
+            match="`model` must feed no decoder of its own, which `wrap_decoder` takes, and `load` with kind='decoder', go",
         ):
             wrap(model)
     with pytest.raises(TokenExitError, match="`model` must not be wrapped already"):

@@ -382,7 +382,9 @@ def test_saved_gates_are_not_taken_for_what_they_are_not(tmp_path):
         TokenExitError, match=r"`folder` must hold the weights that gates.json describes, got gates\.1\.1"
     ):
         tet.load(host, tmp_path)
-    with pytest.raises(TokenExitError, match=r"`folder` must hold the file gates.json"):
+    with pytest.raises(
+        TokenExitError, match=r"`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
         tet.load(host, tmp_path / "none")
 
 

@@ -53,7 +53,9 @@ def test_heads_of_ones_own_come_back(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(TokenExitError, match="`folder` must hold the file exits.json, got "):
+    with pytest.raises(
+        TokenExitError, match="`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
         tet.load(models.timm_vit(), tmp_path)
 
 
@@ -62,7 +64,7 @@ def test_a_missing_file_is_named(tmp_path):
     ("changes", "message"),
     [
         ({"schema": 99}, "`schema` must be 2, got 99"),
-        ({"more": 1}, "`plan` must have exactly the keys"),
+        ({"more": 1}, "`manifest` must have exactly the keys"),
         ({"classes": -5}, "`classes` must be a whole number from 1 to 1000000, got -5"),
         ({"after": [2, 2, 4]}, r"`after` must ascend, got \[2, 2, 4\]"),
         ({"after": ["../../x"]}, "`after` must be a list of blocks from 1 to 5"),
@@ -205,11 +207,9 @@ def test_norms_that_were_saved_are_as_they_were(tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_semantic_tokens_of_something_else_are_refused(tmp_path):
     vit = models.timm_vit()
-    with pytest.raises(TokenExitError, match="`model` must be on semantic tokens, as `wrap_semantic` gives, got "):
-        tet.save(models.wrapped(vit, PLAN), tmp_path)
     model = semantic_model(vit)
     with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json"):
-        tet.load(vit, tmp_path)
+        tet.load(vit, tmp_path, kind="semantic")
     tet.save(model, tmp_path)
     with pytest.raises(TokenExitError, match="`model` must have depth 6, as the saved layers, got 5"):
         tet.load(models.timm_vit(depth=5), tmp_path)
@@ -247,11 +247,11 @@ def test_a_threshold_is_edited_knowingly_or_not_at_all(saved):
     [
         (lambda value: value * torch.nan, "describes, all of them finite, got NaN or infinity in exit_heads.2.0.bias"),
         (lambda value: value / 0, "describes, all of them finite, got NaN or infinity in "),
-        (lambda value: value.long(), "in float16, bfloat16, float32, float64, got .* in torch.int64"),
-        (lambda value: value > 0, "in float16, bfloat16, float32, float64, got .* in torch.bool"),
-        (lambda value: value.to(torch.uint8), "in float16, bfloat16, float32, float64, got .* in torch.uint8"),
-        (lambda value: value.to(torch.complex64), "in float16, bfloat16, float32, float64, got .* in torch.complex64"),
-        (lambda value: value.to(torch.float8_e4m3fn), "in float16, bfloat16, float32, float64, got .*float8"),
+        (lambda value: value.long(), "in float16, bfloat16, float32, float64, got .* in int64"),
+        (lambda value: value > 0, "in float16, bfloat16, float32, float64, got .* in BOOL"),
+        (lambda value: value.to(torch.uint8), "in float16, bfloat16, float32, float64, got .* in U8"),
+        (lambda value: value.to(torch.complex64), "in float16, bfloat16, float32, float64, got .* in C64"),
+        (lambda value: value.to(torch.float8_e4m3fn), "in float16, bfloat16, float32, float64, got .* in F8_E4M3"),
     ],
 )
 def test_weights_of_another_kind_are_refused(saved, change, message):
@@ -270,6 +270,41 @@ def test_weights_of_another_save_are_refused(saved, tmp_path):
     weights_in(saved).write_bytes(theirs)
     with pytest.raises(TokenExitError, match="hold the weights that exits.json names, .* SHA-256"):
         tet.load(models.timm_vit(), saved)
+
+
+def test_exits_gates_and_semantic_tokens_lie_side_by_side_and_kind_chooses(saved):
+    vit, svit = models.timm_vit(), schedule.svit(after=(2, 3))
+    tet.save(tet.wrap_gates(vit, svit), saved)
+    tet.save(semantic_model(vit), saved)
+    loaded = {kind: tet.load(vit, saved, kind=kind) for kind in ("exits", "gates", "semantic")}
+    assert (loaded["exits"].schedule, loaded["gates"].schedule) == (PLAN, svit)
+    assert [type(one) for one in loaded.values()] == [tet.ExitingModel, tet.GatedModel, tet.SemanticModel]
+    with pytest.raises(TokenExitError, match="`kind` must be given for a folder that .* exits and gates and semantic"):
+        tet.load(vit, saved)
+    with pytest.raises(
+        TokenExitError, match="`taps` must be left out for kind='exits': it is for kind='gates', got tu"
+    ):
+        tet.load(vit, saved, kind="exits", taps=(2,))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_not_wrapped_and_a_kind_that_is_not_there_are_named(saved):
+    with pytest.raises(TokenExitError, match="`model` must be wrapped by `wrap`, .* or `wrap_semantic`, got Linear"):
+        tet.save(nn.Linear(2, 2), saved)
+    with pytest.raises(
+        TokenExitError, match="hold the file gates.json for kind='gates', .*: load it with kind='exits'"
+    ):
+        tet.load(models.timm_vit(), saved, kind="gates")
+    with pytest.raises(
+        TokenExitError, match="hold exits of a model with a decoder .*, got a final head .* kind='exits'"
+    ):
+        tet.load(models.timm_vit(), saved, kind="decoder")
+    with pytest.raises(
+        TokenExitError, match="`kind` must be one of exits, decoder, gates, semantic, or None, got 'head'"
+    ):
+        tet.load(models.timm_vit(), saved, kind="head")
+    with pytest.raises(TokenExitError, match="`folder` must be a path, got VisionTransformer"):
+        tet.load(saved, models.timm_vit())
 
 
 class Tied(nn.Module):
