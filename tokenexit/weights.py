@@ -6,11 +6,11 @@ a number of it is read, so that no memory is taken for what a file merely claims
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from tokenexit.errors import require
+from tokenexit.errors import TokenExitError, require
 
-__all__ = ["FLOATING", "WHOLE", "Spec", "require_finite", "require_specs", "specs_of"]
+__all__ = ["FLOATING", "WHOLE", "Spec", "read_specs", "require_finite", "require_specs"]
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """Dtypes that weights may have in a file."""
@@ -35,20 +35,29 @@ class Spec:
     dtype: str
 
 
-def specs_of(opened: Any, /) -> dict[str, Spec]:
-    """Specs of the tensors in a file, by name; none of their numbers is read.
+def read_specs(file: Path, /) -> dict[str, Spec]:
+    """Specs of the tensors in a safetensors file, by name; none of their numbers is read.
+
+    It needs the package `safetensors`, which adapters bring along.
 
     Args:
-        opened: What `safetensors.safe_open` gives, for any framework.
+        file: The file.
 
     Returns:
         The specs.
+
+    Raises:
+        TokenExitError: If it is no such file, or damaged.
     """
-    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    return {
-        name: Spec(tuple(one.get_shape()), _DTYPES.get(one.get_dtype(), one.get_dtype()))
-        for name, one in slices.items()
-    }
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            found = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise TokenExitError(f"`folder` must hold valid weights, got {file}: {error}") from error
+    return {name: Spec(shape, _DTYPES.get(dtype, dtype)) for name, (shape, dtype) in found.items()}
 
 
 def require_specs(argument: str, rule: str, wanted: Mapping[str, Spec], found: Mapping[str, Spec], /) -> None:

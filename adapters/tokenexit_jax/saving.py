@@ -9,13 +9,13 @@ core's, `tokenexit.manifest` and `tokenexit.weights`.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.flax import save as to_bytes
 
 from tokenexit import TokenExitError, folders, manifest, weights
@@ -31,7 +31,8 @@ from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic
 
 __all__ = ["load", "save"]
 
-Head = Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]]
+Head = Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None
+Buckets = Capacities | None
 
 _BUCKETS: Capacities = (0.25, 0.5, 0.75, 1.0)
 
@@ -53,19 +54,12 @@ def save(model: ExitingModel | GatedModel | SemanticModel, weights: Mapping[str,
         TokenExitError: If `model` is not wrapped, its schedule has a policy that is not of the library, the weights are
             not of the model, not floating or not finite, or the folder cannot be written to. Nothing is written then.
     """
-    kind, saved, given, wanted, argument = _described(model, weights)
-    manifest.write(folder, kind, saved, _to_bytes(given, wanted, argument))
+    manifest.write(folder, *_described(model, weights))
 
 
 @overload
 def load(
-    network: Network,
-    folder: str | Path,
-    /,
-    *,
-    kind: Literal["exits"],
-    head: Head | None = None,
-    capacities: Capacities | None = None,
+    network: Network, folder: str | Path, /, *, kind: Literal["exits"], head: Head = None, capacities: Buckets = None
 ) -> tuple[ExitingModel, Heads]: ...
 @overload
 def load(
@@ -74,9 +68,9 @@ def load(
     /,
     *,
     kind: Literal["gates"],
-    head: Head | None = None,
+    head: Head = None,
     taps: Iterable[int] | None = None,
-    capacities: Capacities | None = None,
+    capacities: Buckets = None,
 ) -> tuple[GatedModel, Heads]: ...
 @overload
 def load(
@@ -89,9 +83,9 @@ def load(
     /,
     *,
     kind: None = None,
-    head: Head | None = None,
+    head: Head = None,
     taps: Iterable[int] | None = None,
-    capacities: Capacities | None = None,
+    capacities: Buckets = None,
 ) -> tuple[ExitingModel | GatedModel | SemanticModel, dict[str, Any]]: ...
 def load(
     network: Network,
@@ -99,9 +93,9 @@ def load(
     /,
     *,
     kind: Kind | None = None,
-    head: Head | None = None,
+    head: Head = None,
     taps: Iterable[int] | None = None,
-    capacities: Capacities | None = None,
+    capacities: Buckets = None,
 ) -> tuple[ExitingModel | GatedModel | SemanticModel, dict[str, Any]]:
     """Wrap a network with exits, gates or semantic layers that were saved, here or by the PyTorch adapter.
 
@@ -127,12 +121,12 @@ def load(
 
 
 def _load_exits(
-    network: Network, folder: str | Path, /, *, head: Head | None = None, capacities: Capacities = _BUCKETS
+    network: Network, folder: str | Path, /, *, head: Head = None, capacities: Capacities = _BUCKETS
 ) -> tuple[ExitingModel, Heads]:
     saved, file = manifest.read(folder, "exits")
     manifest.require_final_head(saved, head)
     plan = manifest.require_head_plan(saved, "exits")
-    _require_network(saved, "exits", network)
+    manifest.require_network(saved, "exits", argument="network", width=network.width, depth=network.depth)
     declared = dense(after=saved.after)
     model = wrap(network, declared, classes=saved.classes, exit_heads=plan, head=head, capacities=capacities)
     model = replace(model.retuned(saved.schedule), fitted=saved.fitted)
@@ -144,13 +138,13 @@ def _load_gates(
     folder: str | Path,
     /,
     *,
-    head: Head | None = None,
+    head: Head = None,
     taps: Iterable[int] | None = None,
     capacities: Capacities = _BUCKETS,
 ) -> tuple[GatedModel, Heads]:
     saved, file = manifest.read(folder, "gates")
     plan = manifest.require_head_plan(saved, "gates")
-    _require_network(saved, "gates", network)
+    manifest.require_network(saved, "gates", argument="network", width=network.width, depth=network.depth)
     model = wrap_gates(network, dense(after=saved.after), head=head, gates=plan, taps=taps, capacities=capacities)
     read = _read(file, {"gates": shapes_of_gates(model)}, "gates")
     return model.retuned(saved.schedule), read["gates"]
@@ -158,7 +152,7 @@ def _load_gates(
 
 def _load_semantic(network: Network, folder: str | Path, /) -> tuple[SemanticModel, dict[str, Array]]:
     saved, file = manifest.read(folder, "semantic")
-    _require_network(saved, "semantic", network)
+    manifest.require_network(saved, "semantic", argument="network", width=network.width, depth=network.depth)
     model = wrap_semantic(
         network, saved.semantic_plan,
         after=saved.after, until=saved.until, heads=saved.heads, hidden=saved.hidden, epsilon=saved.epsilon,
@@ -173,48 +167,27 @@ _LOADERS: Mapping[str, tuple[Kind, Callable[..., Any]]] = {
 }
 
 
-class _Described(NamedTuple):
-    """What is written of a model: weights as they lie in the file, their shapes, and what errors call them."""
-
-    kind: Kind
-    manifest: HeadManifest | SemanticManifest
-    values: Any
-    wanted: Any
-    argument: str
-
-
-def _described(model: Any, values: Any) -> _Described:
+def _described(model: Any, values: Any) -> tuple[Kind, HeadManifest | SemanticManifest, bytes]:
+    """Kind and manifest of a model, and its weights as the bytes of a file, after a check that they are its own."""
     match model:
         case ExitingModel():
-            saved = HeadManifest(
-                schedule=model.schedule,
-                after=model.after,
-                head_plan=model.head_plan,
-                built_head=model.head is None,
-                classes=model.classes,
-                width=model.network.width,
-                depth=model.depth,
-                fitted=model.fitted,
-            )
-            return _Described("exits", saved, fitting(model, values), shapes_of(model), "heads")
+            built, sizes = model.head is None, (model.classes, model.network.width, model.depth)
+            saved = HeadManifest(model.schedule, model.after, model.head_plan, built, *sizes, model.fitted)
+            return "exits", saved, _to_bytes(fitting(model, values), shapes_of(model), "heads")
         case GatedModel():
             width, depth = model.network.width, model.depth
             saved = HeadManifest(model.schedule, model.after, model.gate_plan, False, 2, width=width, depth=depth)
             gates, wanted = {"gates": fitting_gates(model, values)}, {"gates": shapes_of_gates(model)}
-            return _Described("gates", saved, gates, wanted, "gates")
+            return "gates", saved, _to_bytes(gates, wanted, "gates")
         case SemanticModel():
             block, _ = model.tokens.blocks
             layers = SemanticManifest(
                 model.plan, model.after, model.until, heads=block.heads, hidden=block.inside, epsilon=block.epsilon,
                 width=model.network.width, depth=model.depth,
             )  # fmt: skip
-            return _Described("semantic", layers, fitting_layers(model, values), shapes_of_layers(model), "layers")
+            return "semantic", layers, _to_bytes(fitting_layers(model, values), shapes_of_layers(model), "layers")
     rule = "be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`"
     raise TokenExitError(f"`model` must {rule}, got {type(model).__name__}")
-
-
-def _require_network(saved: HeadManifest | SemanticManifest, kind: Kind, network: Network) -> None:
-    manifest.require_network(saved, kind, argument="network", width=network.width, depth=network.depth)
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -239,12 +212,9 @@ def _to_bytes(given: Any, wanted: Any, argument: str) -> bytes:
 def _read(file: Path, like: Any, kind: Kind) -> Any:
     """The weights, in their places; nothing is read before names, shapes and dtypes are seen to be right."""
     rule, wanted = manifest.weights_rule(kind), _specs(like)
-    try:
-        with safe_open(file, framework="flax") as opened:
-            weights.require_specs("folder", rule, wanted, weights.specs_of(opened))
-            read = {name: opened.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise TokenExitError(f"`folder` must hold valid weights, got {file}: {error}") from error
+    weights.require_specs("folder", rule, wanted, weights.read_specs(file))
+    with safe_open(file, framework="flax") as opened:
+        read = {name: opened.get_tensor(name) for name in wanted}
     weights.require_finite("folder", rule, _not_finite(read))
     return jax.tree.unflatten(jax.tree.structure(like), list(read.values()))
 

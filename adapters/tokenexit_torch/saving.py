@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -34,6 +33,9 @@ from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, 
 
 __all__ = ["load", "save"]
 
+Head = nn.Module | None
+Modules = Mapping[int, nn.Module] | None
+Blocks = Iterable[int] | None
 WithExitHeads = TypeVar("WithExitHeads", ExitingModel, DecodingModel)
 
 
@@ -59,22 +61,11 @@ def save(model: ExitingModel | DecodingModel | GatedModel | SemanticModel, folde
 
 @overload
 def load(
-    model: Any,
-    folder: str | Path,
-    /,
-    *,
-    kind: Literal["exits"],
-    head: nn.Module | None = None,
-    exit_heads: Mapping[int, nn.Module] | None = None,
+    model: Any, folder: str | Path, /, *, kind: Literal["exits"], head: Head = None, exit_heads: Modules = None
 ) -> ExitingModel: ...
 @overload
 def load(
-    model: Any,
-    folder: str | Path,
-    /,
-    *,
-    kind: Literal["decoder"],
-    exit_heads: Mapping[int, nn.Module] | None = None,
+    model: Any, folder: str | Path, /, *, kind: Literal["decoder"], exit_heads: Modules = None
 ) -> DecodingModel: ...
 @overload
 def load(
@@ -83,9 +74,9 @@ def load(
     /,
     *,
     kind: Literal["gates"],
-    head: nn.Module | None = None,
-    gates: Mapping[int, nn.Module] | None = None,
-    taps: Iterable[int] | None = None,
+    head: Head = None,
+    gates: Modules = None,
+    taps: Blocks = None,
 ) -> GatedModel: ...
 @overload
 def load(model: Any, folder: str | Path, /, *, kind: Literal["semantic"]) -> SemanticModel: ...
@@ -96,10 +87,10 @@ def load(
     /,
     *,
     kind: None = None,
-    head: nn.Module | None = None,
-    exit_heads: Mapping[int, nn.Module] | None = None,
-    gates: Mapping[int, nn.Module] | None = None,
-    taps: Iterable[int] | None = None,
+    head: Head = None,
+    exit_heads: Modules = None,
+    gates: Modules = None,
+    taps: Blocks = None,
 ) -> ExitingModel | GatedModel | SemanticModel: ...
 def load(
     model: Any,
@@ -107,10 +98,10 @@ def load(
     /,
     *,
     kind: Literal["exits", "decoder", "gates", "semantic"] | None = None,
-    head: nn.Module | None = None,
-    exit_heads: Mapping[int, nn.Module] | None = None,
-    gates: Mapping[int, nn.Module] | None = None,
-    taps: Iterable[int] | None = None,
+    head: Head = None,
+    exit_heads: Modules = None,
+    gates: Modules = None,
+    taps: Blocks = None,
 ) -> ExitingModel | DecodingModel | GatedModel | SemanticModel:
     """Wrap a model with exits, gates or semantic layers that were saved, here or by the JAX adapter.
 
@@ -136,14 +127,7 @@ def load(
     return folders.load_by_kind(_LOADERS, model, folder, kind, options)
 
 
-def _load_exits(
-    model: Any,
-    folder: str | Path,
-    /,
-    *,
-    head: nn.Module | None = None,
-    exit_heads: Mapping[int, nn.Module] | None = None,
-) -> ExitingModel:
+def _load_exits(model: Any, folder: str | Path, /, *, head: Head = None, exit_heads: Modules = None) -> ExitingModel:
     saved, file = manifest.read(folder, "exits")
     manifest.require_final_head(saved, head)
     chosen = _chosen(saved, file, "exits", host_of(model), exit_heads, "exit_heads")
@@ -153,9 +137,7 @@ def _load_exits(
     return _with_saved(wrapped, saved, file)
 
 
-def _load_decoder(
-    model: Any, folder: str | Path, /, *, exit_heads: Mapping[int, nn.Module] | None = None
-) -> DecodingModel:
+def _load_decoder(model: Any, folder: str | Path, /, *, exit_heads: Modules = None) -> DecodingModel:
     saved, file = manifest.read(folder, "exits")
     rule = "hold exits of a model with a decoder of its own"
     require(not saved.built_head, "folder", rule, "a final head as well, for kind='exits'")
@@ -165,13 +147,7 @@ def _load_decoder(
 
 
 def _load_gates(
-    model: Any,
-    folder: str | Path,
-    /,
-    *,
-    head: nn.Module | None = None,
-    gates: Mapping[int, nn.Module] | None = None,
-    taps: Iterable[int] | None = None,
+    model: Any, folder: str | Path, /, *, head: Head = None, gates: Modules = None, taps: Blocks = None
 ) -> GatedModel:
     saved, file = manifest.read(folder, "gates")
     chosen = _chosen(saved, file, "gates", host_of(model), gates, "gates")
@@ -184,8 +160,7 @@ def _load_gates(
 def _load_semantic(model: Any, folder: str | Path, /) -> SemanticModel:
     saved, file = manifest.read(folder, "semantic")
     host = unwrapped_host(model)
-    _require_network(saved, "semantic", host)
-    _require_planned(saved, file, "semantic")
+    _require_saved(saved, file, "semantic", host)
     wrapped = SemanticModel(host, *_new_layers(saved), after=saved.after, until=saved.until)
     _fill(wrapped.layers, file, "semantic")
     return ready(wrapped)
@@ -203,16 +178,12 @@ def _described(model: Any) -> tuple[Kind, HeadManifest | SemanticManifest, nn.Mo
     """Kind and manifest of a model, and the modules that are saved, under the names that they have in the file."""
     match model:
         case ExitingModel() | DecodingModel():
-            saved = HeadManifest(
-                schedule=model.schedule,
-                after=tuple(int(after) for after in model.exit_heads),
-                head_plan=model.head_plan,
-                built_head=isinstance(model, ExitingModel) and model.built_head,
-                classes=model.classes,
-                width=model.host.width,
-                depth=model.depth,
-                fitted=model.fitted,
+            built = isinstance(model, ExitingModel) and model.built_head
+            after, sizes = (
+                tuple(int(block) for block in model.exit_heads),
+                (model.classes, model.host.width, model.depth),
             )
+            saved = HeadManifest(model.schedule, after, model.head_plan, built, *sizes, model.fitted)
             return "exits", saved, _exit_modules(model)
         case GatedModel():
             after, width, depth = tuple(int(block) for block in model.gates), model.host.width, model.depth
@@ -243,24 +214,20 @@ def _with_saved(wrapped: WithExitHeads, saved: HeadManifest, file: Path) -> With
 
 
 def _chosen(
-    saved: HeadManifest, file: Path, kind: Kind, host: Host, given: Mapping[int, nn.Module] | None, argument: str
+    saved: HeadManifest, file: Path, kind: Kind, host: Host, given: Modules, argument: str
 ) -> HeadPlan | Mapping[int, nn.Module]:
     """The plan of heads that was saved, or the user's modules, after a check that they are for this network."""
     chosen = manifest.choose_heads(saved, given, argument=argument)
-    _require_network(saved, kind, host)
-    _require_planned(saved, file, kind)
+    _require_saved(saved, file, kind, host)
     return chosen
 
 
-def _require_network(saved: HeadManifest | SemanticManifest, kind: Kind, host: Host) -> None:
+def _require_saved(saved: HeadManifest | SemanticManifest, file: Path, kind: Kind, host: Host) -> None:
+    """Raise unless a save is of this network, and has the weights of its plan; before memory is taken for them."""
     manifest.require_network(saved, kind, argument="model", width=host.width, depth=len(host.blocks))
-
-
-def _require_planned(saved: HeadManifest | SemanticManifest, file: Path, kind: Kind) -> None:
-    """Raise unless the file has the weights of the plan, if there is one; before memory is taken for what it claims."""
     wanted = _planned(saved, kind)
     if wanted is not None:
-        _require_described(wanted, file, kind)
+        weights.require_specs("folder", manifest.weights_rule(kind), wanted, weights.read_specs(file))
 
 
 def _planned(saved: HeadManifest | SemanticManifest, kind: Kind) -> dict[str, Spec] | None:
@@ -302,19 +269,9 @@ def _to_bytes(modules: nn.ModuleDict, wanted: Mapping[str, Spec] | None) -> byte
 
 def _fill(modules: nn.ModuleDict, file: Path, kind: Kind) -> None:
     """Put saved weights in the place of those that are there."""
-    wanted = specs(modules.state_dict())
-    _require_described(wanted, file, kind)
+    wanted, rule = specs(modules.state_dict()), manifest.weights_rule(kind)
+    weights.require_specs("folder", rule, wanted, weights.read_specs(file))
     found = load_file(file)
-    require_weights("folder", manifest.weights_rule(kind), wanted, found)
+    require_weights("folder", rule, wanted, found)
     with torch.no_grad():
         modules.load_state_dict(found)
-
-
-def _require_described(wanted: Mapping[str, Spec], file: Path, kind: Kind) -> None:
-    """Raise unless a file has weights of these specs; none of them is read."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found = weights.specs_of(opened)
-    except (SafetensorError, OSError) as error:
-        raise TokenExitError(f"`folder` must hold valid weights, got {file}: {error}") from error
-    weights.require_specs("folder", manifest.weights_rule(kind), wanted, found)

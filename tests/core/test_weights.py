@@ -1,5 +1,7 @@
 """What a file of weights must hold: names, shapes and kinds of numbers."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,29 +75,31 @@ def test_the_first_that_is_not_finite_is_named_and_no_other_is_looked_at():
         weights.require_finite("model", "be whole", names())
 
 
-def test_a_file_is_described_without_its_numbers():
-    class Slice:
-        def __init__(self, shape, dtype):
-            self.get_shape, self.get_dtype = lambda: shape, lambda: dtype
-
-    held = {"a": Slice([2, 3], "BF16"), "b": Slice([], "I64"), "c": Slice([1], "F8_E5M2")}
-
-    class Opened:
-        def keys(self):
-            return [*held]
-
-        def get_slice(self, name):
-            return held[name]
-
-    wanted = {"a": Spec((2, 3), "bfloat16"), "b": Spec((), "int64"), "c": Spec((1,), "F8_E5M2")}
-    assert weights.specs_of(Opened()) == wanted
+def safetensors(header, data=b""):
+    """The bytes of a safetensors file, written out."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
 
 
-def test_a_file_of_safetensors_is_described(tmp_path):
-    safetensors, numpy = pytest.importorskip("safetensors"), pytest.importorskip("numpy")
-    from safetensors.numpy import save_file
+def test_a_file_is_described_by_its_header(tmp_path):
+    pytest.importorskip("safetensors")
+    sizes = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8, "BOOL": 1, "F8_E5M2": 1}
+    header, end = {}, 0
+    for dtype, size in sizes.items():
+        header[f"a.{dtype}"] = {"dtype": dtype, "shape": [3, 1], "data_offsets": [end, end + 3 * size]}
+        end += 3 * size
+    file = tmp_path / "weights"
+    file.write_bytes(safetensors(header, bytes(end)))
+    names = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "BOOL", "F8_E5M2")
+    assert weights.read_specs(file) == {
+        f"a.{dtype}": Spec((3, 1), name) for dtype, name in zip(sizes, names, strict=True)
+    }
 
-    arrays = {dtype: numpy.zeros((2, 1), dtype) for dtype in ("float16", "float32", "float64", "int32", "int64")}
-    save_file(arrays, tmp_path / "weights")
-    with safetensors.safe_open(tmp_path / "weights", framework="numpy") as opened:
-        assert weights.specs_of(opened) == {dtype: Spec((2, 1), dtype) for dtype in arrays}
+
+@pytest.mark.parametrize("content", [b"", b"no weights", safetensors({"a": {"dtype": "F32"}}), safetensors([])])
+def test_what_is_no_file_of_weights_is_named(tmp_path, content):
+    pytest.importorskip("safetensors")
+    (tmp_path / "weights").write_bytes(content)
+    for file in (tmp_path / "weights", tmp_path / "none", tmp_path):
+        with pytest.raises(TokenExitError, match=f"`folder` must hold valid weights, got {file}: "):
+            weights.read_specs(file)
