@@ -179,10 +179,8 @@ def _described(model: Any) -> tuple[Kind, HeadManifest | SemanticManifest, nn.Mo
     match model:
         case ExitingModel() | DecodingModel():
             built = isinstance(model, ExitingModel) and model.built_head
-            after, sizes = (
-                tuple(int(block) for block in model.exit_heads),
-                (model.classes, model.host.width, model.depth),
-            )
+            after = tuple(int(block) for block in model.exit_heads)
+            sizes = model.classes, model.host.width, model.depth
             saved = HeadManifest(model.schedule, after, model.head_plan, built, *sizes, model.fitted)
             return "exits", saved, _exit_modules(model)
         case GatedModel():
