@@ -20,11 +20,12 @@ from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Evidence, Policy
 from tokenexit.schedule import Schedule
-from tokenexit_jax import heads as building
 from tokenexit_jax._layers import Weights
-from tokenexit_jax._passing import buckets, embed, on_grid, run_block
+from tokenexit_jax._network import embed, run_block
+from tokenexit_jax.exits.forward import capacities_in_entries, on_grid
+from tokenexit_jax.exits.outputs import GatedOutput
+from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
-from tokenexit_jax.outputs import GatedOutput
 
 __all__ = [
     "Asked",
@@ -64,7 +65,7 @@ class GatedParts:
     def sizes(self, after: int, embedded: Embedded) -> tuple[int, ...]:
         """Buckets of the blocks after a gate, in entries, ascending."""
         fractions = self.capacities[self.after.index(after)]
-        return buckets(fractions, slots=embedded.tokens.shape[1], prefix=embedded.prefix)
+        return capacities_in_entries(fractions, slots=embedded.tokens.shape[1], prefix=embedded.prefix)
 
 
 class Asked(NamedTuple):

@@ -27,13 +27,13 @@ from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit_jax import _waiting
-from tokenexit_jax import heads as building
 from tokenexit_jax._given import new_keys, require_images
 from tokenexit_jax._waiting import GatedParts, GatedRun, MaskedRun
+from tokenexit_jax.exits.model import ExitingModel, as_arrays
+from tokenexit_jax.exits.outputs import GatedOutput
+from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks import Embedded, Heads, Params
-from tokenexit_jax.outputs import GatedOutput
 from tokenexit_jax.pytrees import of_pytrees, on_host
-from tokenexit_jax.running import ExitingModel, as_arrays
 
 __all__ = ["GatedModel"]
 
@@ -228,7 +228,7 @@ def fitting_gates(model: GatedModel, gates: Heads) -> Heads:
     Raises:
         TokenExitError: If they do not.
     """
-    return building.alike(gates, shapes_of_gates(model), argument="gates")
+    return building.require_same_structure(gates, shapes_of_gates(model), argument="gates")
 
 
 def shapes_of_gates(model: GatedModel) -> Heads:

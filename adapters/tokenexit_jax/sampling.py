@@ -26,12 +26,12 @@ from tokenexit.adapting import coin_for, is_number, rates_by_gate
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit_jax._given import require_array, require_key
-from tokenexit_jax._passing import require_covered
+from tokenexit_jax._network import require_covered
 from tokenexit_jax._waiting import Asked, MaskedRun, asked, in_place, put_back
+from tokenexit_jax.exits.outputs import GatedOutput
 from tokenexit_jax.gating import GatedModel, checked_gates, fitting_gates
-from tokenexit_jax.heads import read_in_training
+from tokenexit_jax.heads.build import read_in_training
 from tokenexit_jax.networks import Embedded, Heads, Params
-from tokenexit_jax.outputs import GatedOutput
 from tokenexit_jax.pytrees import register
 
 __all__ = ["Drawing", "sampled"]

@@ -23,9 +23,9 @@ from tokenexit.folders import Kind
 from tokenexit.manifest import HeadManifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit.weights import Spec
+from tokenexit_jax.exits.model import ExitingModel, shapes_of, validated_heads
 from tokenexit_jax.gating import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
-from tokenexit_jax.running import ExitingModel, fitting, shapes_of
 from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers
 from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic
 
@@ -173,7 +173,7 @@ def _described(model: Any, values: Any) -> tuple[Kind, HeadManifest | SemanticMa
         case ExitingModel():
             built, sizes = model.head is None, (model.classes, model.network.width, model.depth)
             saved = HeadManifest(model.schedule, model.after, model.head_plan, built, *sizes, model.fitted)
-            return "exits", saved, _to_bytes(fitting(model, values), shapes_of(model), "heads")
+            return "exits", saved, _to_bytes(validated_heads(model, values), shapes_of(model), "heads")
         case GatedModel():
             width, depth = model.network.width, model.depth
             saved = HeadManifest(model.schedule, model.after, model.gate_plan, False, 2, width=width, depth=depth)

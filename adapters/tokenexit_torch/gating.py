@@ -28,9 +28,9 @@ from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import is_training, require_not_exported, require_not_traced
 from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
-from tokenexit_torch.exits import Planned
+from tokenexit_torch.exits.base import Planned
+from tokenexit_torch.exits.outputs import upsampled
 from tokenexit_torch.hosts import Host, area_of, embedded_by
-from tokenexit_torch.outputs import upsampled
 
 __all__ = ["GatedModel", "GatedOutput"]
 
