@@ -356,7 +356,7 @@ def torch_gates() -> Iterator[tuple[str, Any]]:
                 yield f"torch/rates/{name}", rates.to_dict()
                 model.eval()
         with tempfile.TemporaryDirectory() as place:
-            tet.save_gates(model, Path(place) / "gates")
+            tet.save(model, Path(place) / "gates")
             yield f"torch/saved gates/{host}", folder(Path(place))
 
 
@@ -554,7 +554,7 @@ def jax_record() -> Iterator[tuple[str, Any]]:
         rates = tej.gate_thresholds(model.retuned(plan), params, gates, shown(), rates=0.6)
         yield f"jax/rates/{name}", rates.to_dict()
     with tempfile.TemporaryDirectory() as place:
-        tej.save_gates(model, gates, Path(place) / "gates")
+        tej.save(model, gates, Path(place) / "gates")
         yield "jax/saved gates", folder(Path(place))
 
 

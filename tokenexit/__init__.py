@@ -4,6 +4,7 @@ The functions take arrays of any library that follows the array API standard and
 """
 
 from tokenexit import (
+    adapting,
     annealing,
     area,
     auxiliary,
@@ -30,11 +31,13 @@ from tokenexit import (
     semantic,
     surroundings,
     tokens,
+    weights,
 )
 from tokenexit.errors import TokenExitError
 
 __all__ = [
     "TokenExitError",
+    "adapting",
     "annealing",
     "area",
     "auxiliary",
@@ -61,4 +64,5 @@ __all__ = [
     "semantic",
     "surroundings",
     "tokens",
+    "weights",
 ]

@@ -189,7 +189,14 @@ def staged_rates(after: Iterable[int], /, *, rates: Iterable[float] = (0.7, 0.49
 
 
 def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -> dict[int, float]:
-    """One rate for each gate, from one for all or one for each of them. It is no part of the public API.
+    """Keep rates by gate, from one rate for all gates or one for each of them.
+
+    Args:
+        rates: Share of the patches to keep: a number in [0, 1], or one for each block in `after`.
+        after: The blocks before the gates.
+
+    Returns:
+        The rate of each gate.
 
     Raises:
         TokenExitError: If a rate is no share, or a gate has none.
@@ -203,13 +210,16 @@ def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -
 
 
 def coin_for(after: int, /, *, rates: Mapping[int, float], asked: Iterable[int], returning: str) -> float:
-    """How often a coin must keep, that the gate's rate of all patches is kept. It is no part of the public API.
+    """Keep rate of a coin that stands in for a gate, so that the gate's share of all patches is kept.
 
     Args:
         after: The gate in whose place the coin decides.
         rates: Share of each gate.
         asked: The gates that decide.
         returning: As in `carries.Preserved`: if `never`, a coin is thrown for those that the gate before has kept.
+
+    Returns:
+        The probability of keeping a token that the coin is thrown for.
     """
     earlier = [block for block in asked if block < after]
     if returning == "every gate" or not earlier:

@@ -28,7 +28,7 @@ from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.predictor import Predictor
 from tokenexit_torch.sampling import Drawing, Sampled
-from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
@@ -95,16 +95,11 @@ __all__ = [
     "gate_thresholds",
     "load",
     "load_certificate",
-    "load_decoder",
-    "load_gates",
-    "load_semantic",
     "mask_loss",
     "needed_capacity",
     "pixel_cross_entropy",
     "save",
     "save_certificate",
-    "save_gates",
-    "save_semantic",
     "sliding",
     "swin_base",
     "swin_small",

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenexit import TokenExitError, drift, folders, ladders, risks, sealed
-from tokenexit._plain import is_whole, require_share
+from tokenexit.adapting import is_whole, require_share
 from tokenexit.bounds import Test
 from tokenexit.calibration import Report, certify_in_turn
 from tokenexit.certificate import Certificate

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenexit.adapting import rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import rates_by_gate, threshold_for
+from tokenexit.gates import threshold_for
 from tokenexit.policies import GateBelow
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch._modules import evaluating

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError, policies, tokens
+from tokenexit.adapting import require_gates_fit
 from tokenexit.area import Area
 from tokenexit.carries import Preserved
 from tokenexit.cost import HeadCost
 from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
-from tokenexit.schedule import Schedule, require_gates_fit
+from tokenexit.schedule import Schedule
 from tokenexit.tokens import Packing
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import head_cost, network_cost, weight_of

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokenexit import gates
+from tokenexit.adapting import coin_for, rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.policies import Policy
 from tokenexit.schedule import Schedule
 from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun
