@@ -1,6 +1,5 @@
 """What a wrapped model returns."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,9 +135,9 @@ class GatedOutput:
     def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
         """Multiply-adds that the call stands for, gates, head and patch embedding included; no decoder of yours.
 
-        They are of tokens, not of empty entries, and the same as PyTorch's: where all tokens are keys, those that wait
-        are counted with three matrices of the width squared, and with their place in attention, though here they have
-        run through the whole block. `capacity_per_block` tells what was run.
+        They are of tokens, not of empty entries, and the same as PyTorch's: where all tokens are keys, skipped ones are
+        counted with three matrices of the channels squared, and as keys in attention, though here they have run through
+        the whole block. `capacity_per_block` tells what was run.
 
         Args:
             cost: What the parts cost: `GatedModel.cost`.
@@ -152,13 +151,8 @@ class GatedOutput:
         _require_cost(cost)
         height, across = self.keep.shape[2:]
         ran, patches = np.asarray(self.tokens_per_block).astype(np.int64), height * across
-        asked = sum(cost.exit_heads[after].per_token for after in self.gates)
-        cost = dataclasses.replace(cost, decoder=cost.decoder + (cost.prefix + patches) * asked)
-        total = cost.multiply_adds(ran, patches=patches, head_on="all")
-        if self.keys == "all":
-            waiting = ran.max(axis=1, keepdims=True) - ran
-            total = total + (waiting * (3 * cost.width**2 + 2 * cost.width * ran)).sum(axis=1)
-        return total
+        gates = [cost.exit_heads[after] for after in self.gates]
+        return cost.gated(ran, patches=patches, slots=cost.prefix + patches, gates=gates, keys=self.keys)
 
 
 _GATED = ("logits", "maps", "keep", "probability", "tokens_per_block", "capacity_per_block", "overflow")

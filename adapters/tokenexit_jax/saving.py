@@ -23,7 +23,7 @@ from tokenexit.folders import Kind
 from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit_jax._layers import Weights
-from tokenexit_jax.gating import GatedModel, fitting_gates, shapes_of_gates
+from tokenexit_jax.gates.model import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
 from tokenexit_jax.running import ExitingModel, fitting, shapes_of
 from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers

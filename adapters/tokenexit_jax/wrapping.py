@@ -20,7 +20,7 @@ from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_jax._given import require_array, require_count
 from tokenexit_jax._passing import DECLARED, embed, run_block, whole_sides
-from tokenexit_jax.gating import GatedModel
+from tokenexit_jax.gates.model import GatedModel
 from tokenexit_jax.networks import Embedded, Network, Params
 from tokenexit_jax.running import ExitingModel
 from tokenexit_jax.semantic import Recovery, SemanticTokens

@@ -14,8 +14,7 @@ from tokenexit_torch.certifying import fingerprints, load_certificate, save_cert
 from tokenexit_torch.decoding import DecodedOutput, DecodingModel
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
 from tokenexit_torch.fitting import FitReport, HeldOut, fit_exits
-from tokenexit_torch.gate_rates import gate_thresholds
-from tokenexit_torch.gating import GatedModel, GatedOutput
+from tokenexit_torch.gates import Drawing, GatedModel, GatedOutput, Sampled, gate_thresholds
 from tokenexit_torch.hosts import Embedded, Host
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_eomt_dpt import TransformersDPT, TransformersEoMT
@@ -26,7 +25,6 @@ from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.outputs import Output, StaticOutput
 from tokenexit_torch.predictor import Predictor
 from tokenexit_torch.running import ExitingModel
-from tokenexit_torch.sampling import Drawing, Sampled
 from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput

@@ -23,7 +23,7 @@ from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit_torch._files import require_shapes, require_weights
 from tokenexit_torch.decoding import DecodingModel
-from tokenexit_torch.gating import GatedModel
+from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host
 from tokenexit_torch.registry import decoding_host_of, host_of
