@@ -148,8 +148,8 @@ def test_a_decision_is_that_of_the_oracle(backend, seed, grid, policy, returning
     random = np.random.default_rng(seed)
     probability = backend.held(probabilities_of(random, random.integers(1, 4), grid))
     before = np.ones(probability.shape, bool) if returning else random.random(probability.shape) < 0.6
-    given = {"grid": grid, "before": None if returning else backend.array(before)}
-    found = backend.numpy(gates.decide(policy, backend.array(probability), **given))
+    mask = None if returning else backend.array(before)
+    found = backend.numpy(gates.decide(policy, backend.array(probability), grid=grid, before=mask))
     assert found.dtype == bool
     np.testing.assert_array_equal(found, oracles.gate_keeps(policies.to_dict(policy), probability, before, grid))
 
@@ -168,12 +168,12 @@ def test_in_a_compiled_program_of_jax_a_decision_is_the_same():
     probability = probabilities_of(random, 3, (3, 4))
     before = random.random(probability.shape) < 0.6
     for policy in (GateBelow(0.5), ~GateBelow(0.25), Budget(0.5, by="gate"), BatchBudget(9, by="gate")):
-        for given in (None, before):
+        for mask in (None, before):
             decide = jax.jit(
                 lambda *arrays, policy=policy: gates.decide(policy, arrays[0], grid=(3, 4), before=arrays[1])
             )
-            wanted = gates.decide(policy, probability, grid=(3, 4), before=given)
-            arrays = (jax.numpy.asarray(probability), None if given is None else jax.numpy.asarray(given))
+            wanted = gates.decide(policy, probability, grid=(3, 4), before=mask)
+            arrays = (jax.numpy.asarray(probability), None if mask is None else jax.numpy.asarray(mask))
             np.testing.assert_array_equal(decide(*arrays), wanted)
 
 

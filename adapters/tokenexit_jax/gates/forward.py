@@ -6,7 +6,7 @@ It is no part of the public API.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from tokenexit_jax._layers import Weights
 from tokenexit_jax._passing import buckets, embed, on_grid, run_block
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.outputs import GatedOutput
+from tokenexit_jax.pytrees import register
 
 __all__: list[str] = []
 
@@ -80,7 +81,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """What lies between two blocks of a pass.
+    """What lies between two blocks of a pass. A pytree.
 
     Attributes:
         carry: What becomes of skipped tokens.
@@ -107,6 +108,8 @@ class State:
             return None
         return next(reversed(self.decisions.values())).keep
 
+
+register(State, leaves=("embedded", "decisions", "passed", "room"))
 
 Merge = Callable[..., Array]
 """`merge(after, before, decision, prefix=...)`: all tokens after a block, from those it made and those it was given."""
@@ -198,38 +201,22 @@ def decided(
     return Decision(keep, probability, overflow, needed, statistics)
 
 
-def finish(
-    network: Network,
-    params: Params,
-    embedded: Embedded,
-    decisions: Mapping[int, Decision],
-    passed: Mapping[int, Embedded],
-    room: Array,
-    *,
-    head: Head | None,
-    taps: tuple[int, ...],
-    carry: Preserved,
-    held: tuple[int | None, ...],
-) -> GatedOutput:
-    """Assemble the output.
+def finish(network: Network, params: Params, state: State, *, head: Head | None, taps: tuple[int, ...]) -> GatedOutput:
+    """Assemble the output after the last block.
 
     Args:
         network: The network.
         params: Its parameters.
-        embedded: The tokens after the last block.
-        decisions: Decisions of the gates, by the blocks before them.
-        passed: The tokens at the taps before the last block.
-        room: Entries that each block worked on.
+        state: The state.
         head: The final head, if there is one.
         taps: After how many blocks maps are handed out.
-        carry: What has become of skipped tokens.
-        held: For every block the gate by whose decision tokens were active; None if all were.
 
     Returns:
         The output.
     """
-    (images, slots, _), (height, across), depth = embedded.tokens.shape, embedded.grid, network.depth
-    maps = {after: on_grid(here.tokens[:, here.prefix :], here.grid) for after, here in passed.items()}
+    embedded, decisions, depth = state.embedded, state.decisions, network.depth
+    (images, slots, _), (height, across) = embedded.tokens.shape, embedded.grid
+    maps = {after: on_grid(here.tokens[:, here.prefix :], here.grid) for after, here in state.passed.items()}
     logits = None
     if head is not None or depth in taps:
         finished = network.finish(params, embedded.tokens)[:, embedded.prefix :]
@@ -239,8 +226,9 @@ def finish(
     nothing = jnp.zeros_like(embedded.tokens[:, 0, 0], dtype=jnp.int32)
     ran = [
         nothing + slots if gate is None else decisions[gate].active(embedded.prefix).sum(axis=1, dtype=jnp.int32)
-        for gate in held
+        for gate in state.held
     ]
+    room = jnp.stack([jnp.asarray(entries, dtype=jnp.int32) for entries in state.room])
 
     def by_gate(found: list[Array], dtype: type) -> Array:
         if not found:
@@ -257,7 +245,7 @@ def finish(
         capacity_per_block=nothing[:, None] + room[None],
         overflow=nothing + sum(decision.overflow for decision in decisions.values()),
         gates=tuple(decisions),
-        keys=carry.keys,
+        keys=state.carry.keys,
         area=embedded.area,
     )
 
@@ -364,14 +352,8 @@ def evaluate(
 ) -> GatedOutput:
     """Run a whole pass by the policies of a plan, without noise."""
     decide = partial(decide_by_policy, model, gates, driver)
-    return output(model, params, run(model, params, images, plan, driver=driver, decide=decide), driver=driver)
-
-
-def output(model: GatedParts, params: Params, state: State, /, *, driver: Driver) -> GatedOutput:
-    """Assemble the output after the last block."""
-    room = jnp.stack([jnp.asarray(entries, dtype=jnp.int32) for entries in state.room])
-    options = {"head": model.head, "taps": model.taps, "carry": state.carry, "held": state.held}
-    return driver.finish(model.network, params, state.embedded, state.decisions, state.passed, room, **options)
+    state = run(model, params, images, plan, driver=driver, decide=decide)
+    return driver.finish(model.network, params, state, head=model.head, taps=model.taps)
 
 
 def _switched(

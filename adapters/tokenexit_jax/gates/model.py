@@ -214,7 +214,7 @@ ON_HOST = Driver(
     run_active=_run_active,
     run_in_place=jax.jit(forward.run_in_place, static_argnames=("network", "start", "stop", "keys")),
     decide=jax.jit(forward.decide, static_argnames=("plan", "most")),
-    finish=jax.jit(forward.finish, static_argnames=("network", "head", "taps", "carry", "held")),
+    finish=jax.jit(forward.finish, static_argnames=("network", "head", "taps")),
 )
 """Every function is compiled by itself, and buckets are chosen on the host."""
 

@@ -28,7 +28,7 @@ from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_jax._given import require_array, require_key
 from tokenexit_jax._passing import require_covered
-from tokenexit_jax.gates.forward import Decision, State, decided, masked, output, put_back, run
+from tokenexit_jax.gates.forward import Decision, State, decided, masked, put_back, run
 from tokenexit_jax.gates.model import GatedModel, checked_gates, fitting_gates
 from tokenexit_jax.heads import read_in_training
 from tokenexit_jax.networks import Heads, Params
@@ -131,7 +131,7 @@ def sampled(
     plan = checked_gates(model, model.schedule if schedule is None else schedule)
     decide = partial(_decide, model, fitting_gates(model, gates), options, plan)
     state = run(model, params, images, plan, driver=_DRAWN, decide=decide)
-    found = output(model, params, state, driver=_DRAWN)
+    found = _DRAWN.finish(model.network, params, state, head=model.head, taps=model.taps)
     require_covered(found.area)
     decisions, (height, width) = state.decisions.values(), found.keep.shape[2:]
     none = jnp.zeros((found.keep.shape[0], 0, height * width))
