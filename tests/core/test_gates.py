@@ -280,7 +280,7 @@ def test_one_rate_may_stand_for_all_gates_and_progress_is_shown():
     )
     assert seen == [(1, 0.5), (2, 0.5)]
     assert [exit.policy.threshold for exit in plan.exits] == pytest.approx([0.5, 0.5])
-    assert gates.calibrated(schedule.svit(after=(1,)), {1: 1}, lambda *_: np.array([0.2], np.float32)).exits == (
+    assert gates.calibrated(schedule.svit(after=(1,)), {1: 1.0}, lambda *_: np.array([0.2], np.float32)).exits == (
         Exit(1, GateBelow(0.0)),
     )
 

@@ -5,7 +5,7 @@ are values, and `run` is the same loop for either of them. Nothing but the outpu
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -24,7 +24,13 @@ from tokenexit.schedule import Exit, Schedule
 from tokenexit.tokens import Packing
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import is_training, require_not_exported
-from tokenexit_torch.attention import attending_beside, attending_per_image, attending_to, keys_and_values
+from tokenexit_torch.attention import (
+    Attending,
+    attending_beside,
+    attending_per_image,
+    attending_to,
+    keys_and_values,
+)
 from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by
 from tokenexit_torch.outputs import upsampled
 
@@ -313,25 +319,21 @@ def _gathered(state: State, packing: Packing) -> tuple[Tensor, Tensor | None]:
 def _run_packed(host: Host, state: State, start: int, stop: int) -> State:
     row = state.row
     if row is None:
-        every = state.tokens
-        for block in range(start, stop):
-            every = run_block(host, block, every, state.embedded.positions)
-        return replace(state, tokens=every)
-    if not any(row.lengths):
-        return state
+        return _run_masked(host, state, start, stop, merge=put_back)
     ran = row.tokens
-    if row.skipped is None:
-        with attending_per_image(row.lengths) as attention:
-            for block in range(start, stop):
-                ran = run_block(host, block, ran, row.positions, attention)
-        return replace(state, row=replace(row, tokens=ran))
-    for block in range(start, stop):
-        others, positions = _gathered(state, row.skipped)
-        offered = partial(host.run, block, others, positions)
-        key, value = keys_and_values(offered, name=f"model.blocks[{block}]")
-        with attending_beside(row.lengths, row.skipped.lengths.tolist(), key, value) as attention:
+    for block in range(start, stop) if any(row.lengths) else ():
+        with _attending(host, state, row, block) as attention:
             ran = run_block(host, block, ran, row.positions, attention)
     return replace(state, row=replace(row, tokens=ran))
+
+
+def _attending(host: Host, state: State, row: Row, block: int) -> AbstractContextManager[Attending]:
+    """Attention within each image; skipped tokens are keys as well, if there are any such keys."""
+    if row.skipped is None:
+        return attending_per_image(row.lengths)
+    others, positions = _gathered(state, row.skipped)
+    key, value = keys_and_values(lambda: host.run(block, others, positions), name=f"model.blocks[{block}]")
+    return attending_beside(row.lengths, row.skipped.lengths.tolist(), key, value)
 
 
 def _run_masked(host: Host, state: State, start: int, stop: int, *, merge: Merge) -> State:
