@@ -129,7 +129,7 @@ def decide(
         images=images,
         grid=grid,
         position=index % max(patches, 1),
-        # Says nothing, for all entries are patches; but with it shapes do not depend on the data.
+        # All entries are patches; but given a mask, policies have shapes that do not depend on the data.
         valid=None if data_dependent_shapes(xp) else xp.ones_like(row, dtype=xp.bool),
     )
     keep = ~xp.reshape(policy(evidence), (images, patches))
@@ -360,16 +360,16 @@ def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -
     return {block: float(given[block]) for block in blocks}
 
 
-def coin_for(after: int, /, *, rates: Mapping[int, float], asked: Iterable[int], returning: str) -> float:
+def coin_for(after: int, /, *, rates: Mapping[int, float], deciding: Iterable[int], returning: str) -> float:
     """Bernoulli rate of random decisions that realise a gate's keep ratio. It is no part of the public API.
 
     Args:
         after: The gate in whose place random decisions stand.
         rates: Share of all patches that each gate is to keep.
-        asked: The gates that decide.
+        deciding: The gates that decide, by the blocks before them.
         returning: As in `carries.Preserved`: if `never`, decisions are about the patches kept by the gate before.
     """
-    earlier = [block for block in asked if block < after]
+    earlier = [block for block in deciding if block < after]
     if returning == "every gate" or not earlier:
         return rates[after]
     return min(1.0, rates[after] / max(rates[max(earlier)], 1e-9))

@@ -86,21 +86,21 @@ register(Output, leaves=_ARRAYS)
 
 @dataclass(frozen=True)
 class GatedOutput:
-    """What a model with gates returns. A pytree: its arrays all have the images first, and the other fields are static.
+    """Output of a model with gates. A pytree: its arrays all have the images first, and the other fields are static.
 
     Attributes:
         logits: Class scores of every patch; None without a head.
-        maps: Features of all patches by the blocks that have run, those that wait as they are: for any decoder. After
+        maps: Features of all patches by the blocks that have run, skipped ones as they are: for any decoder. After
             the last block they are finished, by the final norm.
-        keep: Which patches each gate let run.
-        probability: How sure each gate was that they should.
+        keep: Which patches each gate keeps.
+        probability: Keep probability of every patch at each gate.
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         capacity_per_block: How many entries each block worked on for each image, with a token that ran or without; 0 if
             it did not run. What is more than `tokens_per_block` was wasted.
-        overflow: How many tokens of each image had to wait, at any of the gates, only because the greatest capacity had
-            no room for them.
+        overflow: How many tokens of each image were skipped, at any of the gates, only because the greatest capacity
+            had no room for them.
         gates: After how many blocks these gates stood.
-        keys: Whom those that ran attended to: each other, or those that waited as well.
+        keys: Key set of active tokens: active tokens only, or all.
         area: The area of the images that the grid covers; None if it is the whole of them.
     """
 

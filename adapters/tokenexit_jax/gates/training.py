@@ -163,8 +163,8 @@ def _decide(model: GatedModel, gates: Heads, options: _Options, plan: Schedule, 
     # Exactly 1 or 0, and the gradient of the relaxed decision.
     keep = (~(soft <= 0.5)).astype(jnp.float32) + jnp.nan_to_num(soft - lax.stop_gradient(soft))
     if options.random > 0:
-        asked = [one.after for one in plan.active]
-        rate = coin_for(after, rates=options.rates, asked=asked, returning=state.carry.returning)
+        deciding = [one.after for one in plan.active]
+        rate = coin_for(after, rates=options.rates, deciding=deciding, returning=state.carry.returning)
         coin = (uniform(for_coin) < rate).astype(jnp.float32)
         keep = jnp.where(uniform(for_choice) < options.random, coin, keep)
     keep = keep if state.before is None else keep * state.before

@@ -8,7 +8,7 @@
 Afterwards `gate_thresholds` finds the thresholds under which nothing is drawn and as many are kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -137,7 +137,7 @@ class Sampled(nn.Module):
         model = self.model
         state = start(model.host, images, plan, patch=model.patch)
         require_covered(state.area)
-        decide = partial(self._decide, generator, [exit.after for exit in plan.active])
+        decide = partial(self._decide, generator, plan)
         stages = gates.stages(plan, model.depth, taps=model.taps)
         state = run(model.host, state, stages, layout=_DRAWN, decide=decide)
         found = output(model.host, model.head, state)
@@ -147,7 +147,7 @@ class Sampled(nn.Module):
         rates = torch.tensor([self.rates[after] for after in state.decisions], device=every.device)
         return Drawing(found, every, rates)
 
-    def _decide(self, generator: torch.Generator, asked: Sequence[int], state: State, exit: Exit) -> Decision:
+    def _decide(self, generator: torch.Generator, plan: Schedule, state: State, exit: Exit) -> Decision:
         after, prefix = exit.after, state.embedded.prefix
         read = state.tokens.detach() if self.gate_input == "detached" else state.tokens
         logits = score(self.model.gates[str(after)], read, prefix=prefix)
@@ -157,7 +157,8 @@ class Sampled(nn.Module):
         # Exactly 1 or 0, and the gradient of the relaxed decision.
         keep = (~(soft <= 0.5)).float() + (soft - soft.detach()).nan_to_num()
         if self.random > 0:
-            rate = coin_for(after, rates=self.rates, asked=asked, returning=state.carry.returning)
+            deciding = [one.after for one in plan.active]
+            rate = coin_for(after, rates=self.rates, deciding=deciding, returning=state.carry.returning)
             coin = (uniform() < rate).float()
             keep = torch.where(uniform() < self.random, coin, keep)
         keep = keep if state.before is None else keep * state.before
