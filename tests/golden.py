@@ -421,6 +421,8 @@ def jax_record(*, exits: bool = True, gates: bool = True) -> Iterator[tuple[str,
 
     import tokenexit_jax as tej
 
+    torch.manual_seed(0)  # hosts are made before anything else is seeded, and timm draws the bias of its first layer
+
     def tree(value: Any) -> Any:
         floating = lambda one: Near(one) if np.issubdtype(np.asarray(one).dtype, np.floating) else plain(np.asarray(one))  # noqa: E731
         return [floating(one) for one in jax.tree.leaves(value)]
