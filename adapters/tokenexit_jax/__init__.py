@@ -11,12 +11,10 @@ out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_
 from tokenexit_jax.attention import attend, key_bias
 from tokenexit_jax.exits.model import ExitingModel
 from tokenexit_jax.exits.outputs import GatedOutput, Output
-from tokenexit_jax.gate_rates import gate_thresholds
-from tokenexit_jax.gating import GatedModel
+from tokenexit_jax.gates import Drawing, GatedModel, gate_thresholds, sampled
 from tokenexit_jax.heads.masks import MaskMaps, Masks
 from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.sampling import Drawing, sampled
 from tokenexit_jax.saving import load, save
 from tokenexit_jax.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_jax.shrinking import Adopted, SemanticModel, SemanticOutput

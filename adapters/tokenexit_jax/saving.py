@@ -24,7 +24,7 @@ from tokenexit.manifest import HeadManifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit.weights import Spec
 from tokenexit_jax.exits.model import ExitingModel, shapes_of, validated_heads
-from tokenexit_jax.gating import GatedModel, fitting_gates, shapes_of_gates
+from tokenexit_jax.gates.model import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
 from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers
 from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic

@@ -24,7 +24,7 @@ from tokenexit.weights import Spec
 from tokenexit_torch._files import require_weights, specs
 from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
-from tokenexit_torch.gating import GatedModel
+from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host
 from tokenexit_torch.registry import decoding_host_of, host_of

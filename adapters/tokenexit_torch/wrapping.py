@@ -21,7 +21,7 @@ from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
-from tokenexit_torch.gating import GatedModel
+from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import NeighbourhoodHead, build
 from tokenexit_torch.heads.masks import MaskHead, Masks
 from tokenexit_torch.hosts import Embedded, Host, embedded_anywhere, embedded_by, patch_of

@@ -37,6 +37,7 @@ CELLS = ("test_cells", "test_static")
 SURROUNDINGS = ("test_surroundings",)
 SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
+GATES = ("test_gates",)
 
 MUTANTS = (
     Mutant(
@@ -542,6 +543,62 @@ MUTANTS = (
         "if self.blind:",
         "if False:",
         ("test_drift",),
+    ),
+    Mutant(
+        "a skipped patch returns though none may",
+        "gates.py",
+        "return keep if before is None else keep & before",
+        "return keep",
+        GATES,
+    ),
+    Mutant(
+        "patches that never return compete for a budget",
+        "gates.py",
+        "array_namespace(probability).where(before, probability, 0.0)",
+        "probability",
+        GATES,
+    ),
+    Mutant(
+        "patches of all images compete with those of the first",
+        "gates.py",
+        "image=index // max(patches, 1)",
+        "image=index // max(images * patches, 1)",
+        GATES,
+    ),
+    Mutant(
+        "the gates before one decide as they did when it was not calibrated",
+        "gates.py",
+        "threshold_for(probabilities(found, after), rate)",
+        "threshold_for(probabilities(plan, after), rate)",
+        GATES,
+    ),
+    Mutant(
+        "tokens rejoin after the last block instead of before it",
+        "gates.py",
+        "rejoin = {depth - 1} if rejoins",
+        "rejoin = {depth} if rejoins",
+        GATES,
+    ),
+    Mutant(
+        "a gate that does not decide interrupts the blocks",
+        "gates.py",
+        "for exit in plan.active}\n    rejoins",
+        "for exit in plan.exits}\n    rejoins",
+        GATES,
+    ),
+    Mutant(
+        "skipped tokens attend",
+        "cost.py",
+        "(3 * dim**2 + 2 * self.width * active)",
+        "(3 * dim**2 + 2 * self.width * slots)",
+        COST,
+    ),
+    Mutant(
+        "gates read the patches alone",
+        "cost.py",
+        "sum(slots * gate.per_token + gate.fixed for gate in gates)",
+        "sum(patches * gate.per_token + gate.fixed for gate in gates)",
+        COST,
     ),
     Mutant(
         "one product of attention instead of two",

@@ -203,6 +203,33 @@ def _neighbours_agree(plan, facts) -> list[bool]:
     ]
 
 
+def gate_keeps(plan: dict[str, Any], probability: np.ndarray, before: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Which patches a gate keeps by a policy, given as `policies.to_dict` writes it down, of those that may be kept."""
+    images, patches = probability.shape
+    nothing = np.zeros(images * patches)
+    facts = Facts(
+        images=images,
+        grid=grid,
+        image=np.repeat(np.arange(images), patches),
+        position=np.tile(np.arange(patches), images),
+        able=nothing == 0,
+        label=nothing.astype(int),
+        confidence=nothing,
+        gate=np.where(before, probability, 0).ravel(),
+        previous=np.zeros((0, images * patches), int),
+        settled_label=np.full(probability.shape, -1),
+        settled_score=np.zeros(probability.shape),
+    )
+    return before & ~leaves(plan, facts).reshape(probability.shape)
+
+
+def threshold_that_keeps(probability: np.ndarray, count: int) -> float:
+    """Half way between the last of the tokens that are kept and the first that is not; NaN counts as 1."""
+    order = sorted((1.0 if math.isnan(p) else float(p) for p in probability), reverse=True)
+    last, *others = [1.0, *order][count:]
+    return (last + others[0]) / 2 if others else 0.0
+
+
 def betting(losses, at_most, delta):
     """The p-value of the betting test: image by image, with the formulas of the paper."""
     n = len(losses)

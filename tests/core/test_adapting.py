@@ -126,7 +126,7 @@ def test_authors_of_adapters_find_all_of_it_in_one_place():
     assert (adapting.is_whole(3), adapting.is_whole(True), adapting.is_whole(2, least=3)) == (True, False, False)
     assert (adapting.is_number(0.5), adapting.is_number(float("nan"))) == (True, False)
     assert adapting.rates_by_gate(0.5, (2, 4)) == {2: 0.5, 4: 0.5}
-    coin = adapting.coin_for(4, rates={2: 0.8, 4: 0.4}, asked=(2, 4), returning="never")
+    coin = adapting.coin_for(4, rates={2: 0.8, 4: 0.4}, deciding=(2, 4), returning="never")
     assert coin == pytest.approx(0.5)
     assert adapting.aligned(np.ones(3), 2).shape == (1, 3)
     with pytest.raises(TokenExitError, match="`level` must lie between 0 and 1, got 1"):

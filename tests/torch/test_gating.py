@@ -114,6 +114,31 @@ def test_packed_and_masked_are_the_slow_reference(host, carry):
             assert torch.equal(found.keep, packed.keep)
 
 
+class Masked(nn.Module):
+    """What `torch.export` takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        found = self.model.masked(images)
+        return found.logits, found.keep
+
+
+@pytest.mark.parametrize("carry", [CARRIES[0], CARRIES[7]], ids=str)
+def test_by_masks_it_is_exported(carry):
+    model, images = gated(models.timm_vit(), carry=carry), models.images(2)
+    with torch.no_grad():
+        program = torch.export.export(Masked(model), (images,)).module()
+        for seed in (0, 1):
+            images = models.images(2, seed=seed)
+            logits, keep = program(images)
+            wanted = model.masked(images)
+            torch.testing.assert_close(logits, wanted.logits, atol=1e-5, rtol=1e-5)
+            assert torch.equal(keep, wanted.keep)
+
+
 @each_carry
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_gradients_of_packed_and_masked_agree(carry, share):
