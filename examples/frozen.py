@@ -210,7 +210,8 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
         kept = _read(note)
         if kept.get("fitted") != identity:
             raise shell.UsageError(f"`--out` must be new or of the same exits, got {str(note)!r} with {kept}")
-        return tet.load(folder, frozen.host, head=frozen.head).eval().to(given.device), kept["agreement"]
+        model = tet.load(frozen.host, folder, kind="exits", head=frozen.head)
+        return model.eval().to(given.device), kept["agreement"]
     torch.manual_seed(given.seed)
     plan, heads = common.wide_then_narrow(after), _HEADS[given.heads]
     model = tet.wrap(frozen.host, plan, head=frozen.head, exit_heads=heads).eval().to(given.device)

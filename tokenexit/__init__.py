@@ -4,6 +4,7 @@ The functions take arrays of any library that follows the array API standard and
 """
 
 from tokenexit import (
+    adapting,
     area,
     carries,
     cells,
@@ -24,11 +25,13 @@ from tokenexit import (
     surroundings,
     tokens,
     training,
+    weights,
 )
 from tokenexit.errors import TokenExitError
 
 __all__ = [
     "TokenExitError",
+    "adapting",
     "area",
     "carries",
     "cells",
@@ -49,4 +52,5 @@ __all__ = [
     "surroundings",
     "tokens",
     "training",
+    "weights",
 ]

@@ -5,8 +5,9 @@ activations, biases and interpolation do not, unless a price is given for them. 
 included, everything that exits cost as well. The functions that give the parts of known networks read no weights.
 """
 
+import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -223,6 +224,43 @@ class Cost:
             moving=stay * number_beside(round(per_moved_element * self.width), stay),
         )
 
+    def gated(
+        self,
+        tokens_per_block: Int[Array, "images blocks"],
+        /,
+        *,
+        patches: int,
+        slots: int,
+        gates: Iterable[HeadCost],
+        keys: Literal["running", "all"] = "running",
+        dim: int | None = None,
+    ) -> Real[Array, "images"]:
+        """Multiply-adds executed for each image in a network with gates (SViT, WACV 2024); the head reads all patches.
+
+        Args:
+            tokens_per_block: How many tokens of each image were active in each block, prefix tokens included.
+            patches: Patches of an image.
+            slots: Tokens of an image, prefix tokens included, all of which every gate reads.
+            gates: Cost of each gate that decided.
+            keys: Key set of active tokens, as in `carries.Preserved`. If `all`, skipped tokens are counted with three
+                matrices of the channels squared, and as keys in attention.
+            dim: Channels of a token, if attention has fewer; `width` if left out.
+
+        Returns:
+            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
+
+        Raises:
+            TokenExitError: If the blocks are not those of this cost, or `keys` is unknown.
+        """
+        _require_keys(keys)
+        read = sum(slots * gate.per_token + gate.fixed for gate in gates)
+        whole = dataclasses.replace(self, decoder=self.decoder + read)
+        total = whole.multiply_adds(tokens_per_block, patches=patches, head_on="all")
+        if keys == "running":
+            return total
+        skipped = self._skipped(in_64_bits(tokens_per_block), slots, self.width if dim is None else dim)
+        return total + array_namespace(total).sum(skipped, axis=1)
+
     def waiting(
         self,
         rates: Mapping[int, float],
@@ -243,8 +281,7 @@ class Cost:
             rates: Share of the patches that each gate keeps, by the blocks that run before it.
             patches: Patches of an image.
             gate: Cost of a gate; it reads the prefix tokens as well.
-            keys: Whom those that run attend to, as in `carries.Preserved`. If `all`, those that wait are counted with
-                three matrices of the width squared, and with their place in attention.
+            keys: Key set of active tokens, as in `carries.Preserved`. If `all`, skipped tokens count as in `gated`.
             before: What all tokens run again for, as in `carries.Preserved`.
             per_moved_element: Multiply-adds in the time in which one number of one token is moved, as in `repacking`.
 
@@ -259,7 +296,7 @@ class Cost:
         inside = all(1 <= after <= last for after in rates)
         require(inside, "rates", f"have gates after blocks 1 to {last}", sorted(rates))
         require(all(0 <= rate <= 1 for rate in rates.values()), "rates", "be shares in [0, 1]", dict(rates))
-        require(keys in ("running", "all"), "keys", "be 'running' or 'all'", repr(keys))
+        _require_keys(keys)
         require(before in ("decoder", "last block"), "before", "be 'decoder' or 'last block'", repr(before))
         require(
             0 <= per_moved_element < math.inf, "per_moved_element", "be a finite number, 0 or more", per_moved_element
@@ -271,7 +308,7 @@ class Cost:
         network = patches * (self.embed + self.head.per_token) + self.head.fixed + self.decoder
         network += sum(one * linear + 2 * self.width * one * one for one, linear in zip(ran, self.blocks, strict=True))
         if keys == "all":
-            network += sum((slots - one) * (3 * self.width**2 + 2 * self.width * one) for one in ran)
+            network += sum(self._skipped(one, slots, self.width) for one in ran)
         # At a gate those that run are gathered; later they are put back into a copy of all.
         moved = sum(2 * (self.prefix + round(rate * patches)) + slots for rate in rates.values())
         return Waiting(
@@ -335,6 +372,10 @@ class Cost:
 
     def _attention(self, tokens: Array) -> Array:
         return 2 * self.width * tokens * tokens
+
+    def _skipped(self, active: Array, slots: int, dim: int) -> Array:
+        """Multiply-adds of the tokens of a block that are keys and not active, beside so many that are."""
+        return (slots - active) * (3 * dim**2 + 2 * self.width * active)
 
 
 def plain_vit(
@@ -455,3 +496,7 @@ def token_blocks(tokens_per_block: Int[Array, "images blocks"], /, *, slots: int
 
 def _require_head_on(head_on: str) -> None:
     require(head_on in ("running", "all"), "head_on", "be 'running' or 'all'", repr(head_on))
+
+
+def _require_keys(keys: str) -> None:
+    require(keys in ("running", "all"), "keys", "be 'running' or 'all'", repr(keys))

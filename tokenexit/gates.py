@@ -1,34 +1,161 @@
-"""Learned gates: who runs the next blocks is read off the tokens themselves (SViT, WACV 2024, section 3.2).
+"""Learned gates: dynamic token skipping between blocks (SViT, WACV 2024, section 3.2).
 
 A gate is a small head that gives every patch two logits, *keep* and *skip*: by default `heads.MLP` with a quarter of
 the channels between its layers. Trained, a decision is drawn; in use, the probability of *keep* is compared with a
-threshold, by `policies.GateBelow`, and nothing is drawn. All functions take arrays of any library, and gradients flow
-through them.
+threshold, by `policies.GateBelow`, and nothing is drawn. `stages` is the itinerary of a forward pass and `decide` the
+decision of a gate in it. All functions take arrays of any library, and gradients flow through them, decisions aside.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
 
-from tokenexit._array import Array, aligned, array_namespace
+from tokenexit._array import Array, aligned, array_namespace, counting, data_dependent_shapes
 from tokenexit._plain import is_number, is_whole
+from tokenexit.carries import Preserved
 from tokenexit.errors import require
 from tokenexit.heads import MLP
+from tokenexit.policies import Evidence, GateBelow, Policy
+from tokenexit.schedule import Exit, Schedule, require_gates_fit
 
 __all__ = [
     "FIRST_BIAS",
+    "Stage",
+    "calibrated",
+    "decide",
     "keep_probability",
     "published_gate",
     "ratio_loss",
+    "returnable",
     "soft_draw",
     "staged_rates",
+    "stages",
     "threshold_for",
 ]
 
 FIRST_BIAS = (2.0, 0.0)
-"""Bias of a new gate's last layer: of draws, seven of eight keep at first, and training does not begin with a wreck."""
+"""Bias of a new gate's last layer: its keep probability is 0.88 at first, so training starts near the dense network."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive blocks in the forward pass of a network with gates, and what follows them.
+
+    Attributes:
+        start: How many blocks run before these.
+        stop: How many blocks have run after them; greater than `start`.
+        tap: Whether a feature map is taken then, before anything else.
+        gate: The gate that decides then, with its policy; None if none does.
+        rejoin: Whether all tokens are active again from then on.
+    """
+
+    start: int
+    stop: int
+    tap: bool = False
+    gate: Exit | None = None
+    rejoin: bool = False
+
+
+def stages(plan: Schedule, depth: int, /, *, taps: Iterable[int] = ()) -> tuple[Stage, ...]:
+    """Itinerary of a forward pass with gates: the blocks that run without interruption, and what follows them.
+
+    Args:
+        plan: The schedule; a gate whose policy is `never()` does not decide, and interrupts nothing.
+        depth: How many blocks the network has.
+        taps: After how many blocks a feature map is taken.
+
+    Returns:
+        The stages, in the order of the blocks; together they are all blocks.
+
+    Raises:
+        TokenExitError: If the plan is not one of a network with gates (`schedule.require_gates_fit`), or a tap lies
+            outside of the network.
+    """
+    plan, taps = require_gates_fit(plan, depth=depth, after=plan.after), frozenset(taps)
+    inside = all(is_whole(tap, least=1) and tap <= depth for tap in taps)
+    require(inside, "taps", f"be blocks from 1 to {depth}", sorted(taps, key=str))
+    gates = {exit.after: exit for exit in plan.active}
+    rejoins = len(gates) > 0 and isinstance(plan.carry, Preserved) and plan.carry.before == "last block"
+    rejoin = {depth - 1} if rejoins else set[int]()
+    stops = sorted({*gates, *taps, *rejoin, depth})
+    return tuple(
+        Stage(start, stop, tap=stop in taps, gate=gates.get(stop), rejoin=stop in rejoin)
+        for start, stop in pairwise([0, *stops])
+    )
+
+
+def decide(
+    policy: Policy,
+    probability: Float[Array, "images patches"],
+    /,
+    *,
+    grid: tuple[int, int],
+    before: Bool[Array, "images patches"] | None = None,
+) -> Bool[Array, "images patches"]:
+    """Decision of a gate: the patches that are active until the next gate.
+
+    Args:
+        policy: The policy of the gate; the patches that it lets leave are skipped.
+        probability: `keep_probability` of every patch. The decision has no gradient.
+        grid: Height and width of the patch grid.
+        before: Where skipped tokens never return, the patches kept by the previous gate: the others are skipped again,
+            and do not compete with these (`returnable`). All patches are candidates if left out.
+
+    Returns:
+        Mask of the patches that are kept.
+
+    Raises:
+        TokenExitError: If the shapes do not fit, or the policy compares other scores than a gate's.
+    """
+    height, width = grid
+    require(
+        probability.ndim == 2 and probability.shape[1] == height * width,
+        "probability",
+        f"have shape (images, {height * width}), for a grid of {height} x {width}",
+        f"shape {tuple(probability.shape)}",
+    )
+    candidates = returnable(probability, before)
+    xp, (images, patches) = array_namespace(candidates), candidates.shape
+    row = xp.reshape(candidates, (images * patches,))
+    index = counting(images * patches, row)
+    evidence = Evidence(
+        gate=row,
+        image=index // max(patches, 1),
+        images=images,
+        grid=grid,
+        position=index % max(patches, 1),
+        # All entries are patches; but given a mask, policies have shapes that do not depend on the data.
+        valid=None if data_dependent_shapes(xp) else xp.ones_like(row, dtype=xp.bool),
+    )
+    keep = ~xp.reshape(policy(evidence), (images, patches))
+    return keep if before is None else keep & before
+
+
+def returnable(
+    probability: Float[Array, "images patches"], before: Bool[Array, "images patches"] | None, /
+) -> Float[Array, "images patches"]:
+    """Keep probability as a policy sees it: 0 for patches that were skipped before and never return.
+
+    Args:
+        probability: `keep_probability` of every patch.
+        before: The patches kept by the previous gate, where skipped tokens never return; None where they return.
+
+    Returns:
+        The probabilities.
+
+    Raises:
+        TokenExitError: If the shapes differ.
+    """
+    if before is None:
+        return probability
+    fits = tuple(before.shape) == tuple(probability.shape)
+    require(fits, "before", f"have shape {tuple(probability.shape)}", f"shape {tuple(before.shape)}")
+    return array_namespace(probability).where(before, probability, 0.0)
 
 
 def published_gate(width: int, /) -> MLP:
@@ -165,6 +292,37 @@ def threshold_for(probability: Float[Array, "tokens"], rate: float, /) -> float:
     return (below + (float(order[kept - 1]) if kept else 1.0)) / 2
 
 
+def calibrated(
+    plan: Schedule,
+    rates: float | Mapping[int, float],
+    probabilities: Callable[[Schedule, int], Float[Array, "patches"]],
+    /,
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Schedule:
+    """Calibrate gates in the order of the blocks, each behind those before it, by `threshold_for`.
+
+    Args:
+        plan: The schedule whose gates are calibrated; only their blocks and the carry are used.
+        rates: Share of all patches that each gate is to keep; one for all, or one for each by block.
+        probabilities: `probabilities(earlier, after)` gives the `returnable` probabilities of all patches of a
+            calibration set at the gate after block `after`, where the gates before it decide by the plan `earlier`.
+            It is called once for each gate, in order; `earlier` is the plan of the last call and one gate more.
+        progress: Wraps the loop over the gates.
+
+    Returns:
+        The plan with `GateBelow` and its threshold at every gate.
+
+    Raises:
+        TokenExitError: If a rate is no share, a gate has none, or there are no patches.
+    """
+    found = dataclasses.replace(plan, exits=())
+    for after, rate in progress(rates_by_gate(rates, plan.after).items()):
+        policy = GateBelow(threshold_for(probabilities(found, after), rate))
+        found = dataclasses.replace(found, exits=(*found.exits, Exit(after, policy)))
+    return found
+
+
 def staged_rates(after: Iterable[int], /, *, rates: Iterable[float] = (0.7, 0.49, 0.343)) -> dict[int, float]:
     """Rates that fall in stages, the gates shared evenly among them.
 
@@ -189,7 +347,14 @@ def staged_rates(after: Iterable[int], /, *, rates: Iterable[float] = (0.7, 0.49
 
 
 def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -> dict[int, float]:
-    """One rate for each gate, from one for all or one for each of them. It is no part of the public API.
+    """Keep rates by gate, from one rate for all gates or one for each of them.
+
+    Args:
+        rates: Share of the patches to keep: a number in [0, 1], or one for each block in `after`.
+        after: The blocks before the gates.
+
+    Returns:
+        The rate of each gate.
 
     Raises:
         TokenExitError: If a rate is no share, or a gate has none.
@@ -202,16 +367,19 @@ def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -
     return {block: float(given[block]) for block in blocks}
 
 
-def coin_for(after: int, /, *, rates: Mapping[int, float], asked: Iterable[int], returning: str) -> float:
-    """How often a coin must keep, that the gate's rate of all patches is kept. It is no part of the public API.
+def coin_for(after: int, /, *, rates: Mapping[int, float], deciding: Iterable[int], returning: str) -> float:
+    """Bernoulli rate of random decisions that realise a gate's keep ratio.
 
     Args:
-        after: The gate in whose place the coin decides.
-        rates: Share of each gate.
-        asked: The gates that decide.
-        returning: As in `carries.Preserved`: if `never`, a coin is thrown for those that the gate before has kept.
+        after: The gate in whose place random decisions stand.
+        rates: Share of all patches that each gate is to keep.
+        deciding: The gates that decide, by the blocks before them.
+        returning: As in `carries.Preserved`: if `never`, decisions are about the patches kept by the gate before.
+
+    Returns:
+        The probability of keeping a token that is decided at random.
     """
-    earlier = [block for block in asked if block < after]
+    earlier = [block for block in deciding if block < after]
     if returning == "every gate" or not earlier:
         return rates[after]
     return min(1.0, rates[after] / max(rates[max(earlier)], 1e-9))

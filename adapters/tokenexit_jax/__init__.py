@@ -11,13 +11,11 @@ out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_
 from tokenexit_jax.attention import attend, key_bias
 from tokenexit_jax.exits.model import ExitingModel
 from tokenexit_jax.exits.outputs import GatedOutput, Output
-from tokenexit_jax.gate_rates import gate_thresholds
-from tokenexit_jax.gating import GatedModel
+from tokenexit_jax.gates import Drawing, GatedModel, gate_thresholds, sampled
 from tokenexit_jax.heads.masks import MaskMaps, Masks
 from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.sampling import Drawing, sampled
-from tokenexit_jax.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_jax.saving import load, save
 from tokenexit_jax.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_jax.shrinking import Adopted, SemanticModel, SemanticOutput
 from tokenexit_jax.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
@@ -59,16 +57,12 @@ __all__ = [
     "gate_thresholds",
     "key_bias",
     "load",
-    "load_gates",
-    "load_semantic",
     "mask_loss",
     "merge",
     "pixel_cross_entropy",
     "register",
     "sampled",
     "save",
-    "save_gates",
-    "save_semantic",
     "split",
     "staged",
     "swin_base",

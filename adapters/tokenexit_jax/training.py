@@ -28,8 +28,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
 from tokenexit import TokenExitError
-from tokenexit._array import aligned
-from tokenexit._plain import is_number
+from tokenexit.adapting import aligned, is_number
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit.training import loss_weights

@@ -17,8 +17,7 @@ from tokenexit_torch.exits.outputs import DecodedOutput, Output
 from tokenexit_torch.exits.static import StaticModel, needed_capacity
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
 from tokenexit_torch.fitting import FitReport, HeldOut, fit_exits
-from tokenexit_torch.gate_rates import gate_thresholds
-from tokenexit_torch.gating import GatedModel, GatedOutput
+from tokenexit_torch.gates import Drawing, GatedModel, GatedOutput, Sampled, gate_thresholds
 from tokenexit_torch.heads.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.hosts import Embedded, Host
 from tokenexit_torch.hosts_decoding import DecodingHost
@@ -27,8 +26,7 @@ from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.predictor import Predictor
-from tokenexit_torch.sampling import Drawing, Sampled
-from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
@@ -94,16 +92,11 @@ __all__ = [
     "gate_thresholds",
     "load",
     "load_certificate",
-    "load_decoder",
-    "load_gates",
-    "load_semantic",
     "mask_loss",
     "needed_capacity",
     "pixel_cross_entropy",
     "save",
     "save_certificate",
-    "save_gates",
-    "save_semantic",
     "sliding",
     "swin_base",
     "swin_small",

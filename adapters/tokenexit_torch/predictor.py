@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.guarantees.certificate import Certificate, require_matches

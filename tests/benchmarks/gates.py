@@ -21,27 +21,25 @@ import tokenexit_torch as tet
 from examples.camvid import common, gated
 from tests.benchmarks.clock import interleaved
 from tokenexit import schedule
-from tokenexit.policies import Policy
-from tokenexit.schedule import Schedule
+from tokenexit.gates import stages
+from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.gating import PackedRun
+from tokenexit_torch.gates import forward
 
 SIZE = (352, 480)
 CANDIDATES = {"nine gates": gated.VARIANTS["svit"], "three gates": gated.VARIANTS["svit-few"]}
 
 
-class Known(PackedRun):
-    """A pass whose decisions are known: no gate is evaluated, no policy asked."""
+def known(model: tet.GatedModel, images: Tensor, plan: Schedule, decisions: Mapping[int, Tensor]) -> tet.GatedOutput:
+    """A pass whose decisions are known: no gate is evaluated, and no policy."""
 
-    def __init__(self, model: tet.GatedModel, images: Tensor, plan: Schedule, decisions: Mapping[int, Tensor]) -> None:
-        super().__init__(model, images, plan)
-        self._decisions = decisions
+    def decide(state: forward.State, exit: Exit) -> forward.Decision:
+        keep = decisions[exit.after]
+        return forward.decided(keep, keep, prefix=state.embedded.prefix)
 
-    def ask(self, after: int) -> None:
-        self.probability.append(self._decisions[after])
-
-    def decide(self, after: int, policy: Policy) -> Tensor:
-        return self._decisions[after]
+    state = forward.start(model.host, images, plan, patch=model.patch)
+    state = forward.run(model.host, state, stages(plan, model.depth), layout=forward.PACKED, decide=decide)
+    return forward.output(model.host, model.head, state)
 
 
 def blocks_alone(model: tet.GatedModel, found: tet.GatedOutput, images: Tensor) -> None:
@@ -76,7 +74,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, float | str]:
     calls = {
         "dense": lambda: model.host.dense(images),
         "gated": lambda: model(images),
-        "known": lambda: Known(model, images, plan, decisions).through(),
+        "known": lambda: known(model, images, plan, decisions),
         "blocks": lambda: blocks_alone(model, found, images),
     }
     seconds = {

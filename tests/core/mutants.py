@@ -38,6 +38,7 @@ SURROUNDINGS = ("test_surroundings",)
 CALIBRATE = ("test_calibrate",)
 SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
+GATES = ("test_gates",)
 
 MUTANTS = (
     Mutant(
@@ -433,6 +434,55 @@ MUTANTS = (
         ("test_folders",),
     ),
     Mutant(
+        "the first of several kinds in a folder is loaded",
+        "folders.py",
+        'require(len(there) == 1, "kind", several, "None")',
+        "",
+        ("test_folders",),
+    ),
+    Mutant(
+        "an option of another kind is dropped without a word",
+        "folders.py",
+        "        require(name in takers, option, rule, type(value).__name__)\n    return loader(network, folder, **given)",
+        "        given = given if name in takers else {}\n    return loader(network, folder, **given)",
+        ("test_folders",),
+    ),
+    Mutant(
+        "a network of another depth will do",
+        "manifest.py",
+        'for name, found in (("width", width), ("depth", depth)):',
+        'for name, found in (("width", width),):',
+        ("test_manifest",),
+    ),
+    Mutant(
+        "gates may have more than two logits",
+        "manifest.py",
+        "gates = manifest.classes == 2 and not manifest.built_head",
+        "gates = not manifest.built_head",
+        ("test_manifest",),
+    ),
+    Mutant(
+        "the final head's weights need not be in the file",
+        "manifest.py",
+        '(["head"] if manifest.built_head else [])',
+        "[]",
+        ("test_manifest",),
+    ),
+    Mutant(
+        "weights that are missing are not missed",
+        "weights.py",
+        "[*sorted(found), *sorted({*wanted} - {*found})]",
+        "[*sorted(found)]",
+        ("test_weights",),
+    ),
+    Mutant(
+        "counts stand in for weights",
+        "weights.py",
+        'dtypes = FLOATING if "float" in wanted[name].dtype else WHOLE',
+        "dtypes = FLOATING + WHOLE",
+        ("test_weights",),
+    ),
+    Mutant(
         "tensors that were not certified are not looked at",
         "guarantees/certificate.py",
         "sorted(set(certified.weights) | set(fingerprints.weights))",
@@ -578,6 +628,62 @@ MUTANTS = (
         "if rows.start == 0 and rows.stop > 1:",
         "if rows.start == 0 and rows.stop < 1:",
         CALIBRATE,
+    ),
+    Mutant(
+        "a skipped patch returns though none may",
+        "gates.py",
+        "return keep if before is None else keep & before",
+        "return keep",
+        GATES,
+    ),
+    Mutant(
+        "patches that never return compete for a budget",
+        "gates.py",
+        "array_namespace(probability).where(before, probability, 0.0)",
+        "probability",
+        GATES,
+    ),
+    Mutant(
+        "patches of all images compete with those of the first",
+        "gates.py",
+        "image=index // max(patches, 1)",
+        "image=index // max(images * patches, 1)",
+        GATES,
+    ),
+    Mutant(
+        "the gates before one decide as they did when it was not calibrated",
+        "gates.py",
+        "threshold_for(probabilities(found, after), rate)",
+        "threshold_for(probabilities(plan, after), rate)",
+        GATES,
+    ),
+    Mutant(
+        "tokens rejoin after the last block instead of before it",
+        "gates.py",
+        "rejoin = {depth - 1} if rejoins",
+        "rejoin = {depth} if rejoins",
+        GATES,
+    ),
+    Mutant(
+        "a gate that does not decide interrupts the blocks",
+        "gates.py",
+        "for exit in plan.active}\n    rejoins",
+        "for exit in plan.exits}\n    rejoins",
+        GATES,
+    ),
+    Mutant(
+        "skipped tokens attend",
+        "cost.py",
+        "(3 * dim**2 + 2 * self.width * active)",
+        "(3 * dim**2 + 2 * self.width * slots)",
+        COST,
+    ),
+    Mutant(
+        "gates read the patches alone",
+        "cost.py",
+        "sum(slots * gate.per_token + gate.fixed for gate in gates)",
+        "sum(patches * gate.per_token + gate.fixed for gate in gates)",
+        COST,
     ),
     Mutant(
         "one product of attention instead of two",

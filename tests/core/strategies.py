@@ -182,3 +182,24 @@ def policies(classes=None) -> st.SearchStrategy[Policy]:
         ),
         max_leaves=3,
     )
+
+
+def gate_policies() -> st.SearchStrategy[Policy]:
+    """Policies of policies that look at gates alone."""
+    simple = st.recursive(
+        st.builds(GateBelow, UNIT) | st.sampled_from([never(), always()]),
+        lambda inner: st.one_of(
+            st.builds(lambda a, b: a & b, inner, inner),
+            st.builds(lambda a, b: a | b, inner, inner),
+            st.builds(lambda a: ~a, inner),
+        ),
+        max_leaves=3,
+    )
+    counting = st.builds(
+        lambda kind, keep: kind(keep, by="gate"), st.sampled_from([Budget, BatchBudget]), UNIT | st.integers(0, 40)
+    )
+    return st.recursive(
+        simple | counting,
+        lambda inner: st.builds(lambda a, b: a & b, inner, inner) | st.builds(lambda a, b: a | b, inner, inner),
+        max_leaves=3,
+    )

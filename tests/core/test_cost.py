@@ -80,6 +80,32 @@ def test_multiply_adds_are_the_sum_over_what_ran(backend, ran, exits, head_on):
 
 
 @each_backend
+@given(ran=RAN, dim=st.sampled_from([None, 12]), keys=st.sampled_from(["running", "all"]))
+def test_what_a_network_with_gates_runs_is_counted(backend, ran, dim, keys):
+    gates, slots, patches = [HeadCost(31), HeadCost(37, 2)], 20, 19
+    options = {"patches": patches, "slots": slots, "gates": gates, "keys": keys, "dim": dim}
+    found = backend.numpy(PARTS.gated(backend.array(ran), **options))
+
+    def one(tokens):
+        total = patches * 7 + 1000 + (17 * patches + 3) + slots * (31 + 37) + 2
+        total += sum(sum(of_blocks(PARTS, [block], active)) for block, active in enumerate(tokens))
+        beside = sum((slots - active) * (3 * (dim or 8) ** 2 + 2 * 8 * active) for active in tokens)
+        return total + (beside if keys == "all" else 0)
+
+    np.testing.assert_array_equal(found, [one(row.tolist()) for row in ran])
+
+
+@pytest.mark.parametrize("keys", ["running", "all"])
+@pytest.mark.parametrize("before", ["decoder", "last block"])
+def test_what_gates_are_foretold_to_cost_is_what_is_counted(keys, before):
+    vit, gate = cost.plain_vit(width=48, depth=6, patch=8, prefix=2, head=HeadCost(5)), HeadCost(7, 3)
+    ran = np.array([[26, 20, 14, 14, 8, 26 if before == "last block" else 8]])
+    counted = vit.gated(ran, patches=24, slots=26, gates=[gate] * 3, keys=keys)
+    foretold = vit.waiting({1: 0.75, 2: 0.5, 4: 0.25}, patches=24, gate=gate, keys=keys, before=before)
+    assert counted.tolist() == [foretold.total]
+
+
+@each_backend
 @given(
     tokens=hnp.arrays(np.int32, st.integers(0, 4), elements=st.integers(-1, 3)), head=st.builds(HeadCost, SIZE, SIZE)
 )
@@ -380,6 +406,12 @@ def test_gates_that_cannot_be_are_refused(options, message):
     with pytest.raises(TokenExitError) as found:
         whole.waiting(rates, patches=660, gate=gate, **options)
     assert str(found.value) == message
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_keys_that_there_are_not_are_refused():
+    with pytest.raises(TokenExitError, match="`keys` must be 'running' or 'all', got 'some'"):
+        PARTS.gated(np.zeros((1, 3), int), patches=1, slots=1, gates=[], keys="some")
 
 
 def test_fewer_gates_cost_and_move_less_at_the_same_rates():

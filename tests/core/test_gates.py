@@ -1,13 +1,18 @@
-"""Gates: probabilities, draws, the loss that holds them to a rate, and the thresholds that do so in use."""
+"""Gates: the itinerary, probabilities, decisions, draws, the loss of a rate, and the thresholds that keep it in use."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core import strategies
+from tests.core import oracles, strategies
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, gates
+from tokenexit import TokenExitError, gates, policies, schedule
+from tokenexit.carries import Prediction, Preserved
+from tokenexit.policies import BatchBudget, Budget, GateBelow, never
+from tokenexit.schedule import Exit, Schedule
 
 shares = st.floats(0, 1)
 
@@ -127,7 +132,161 @@ def test_the_published_rates():
     )
 
 
+GRIDS = [(1, 1), (1, 5), (4, 1), (3, 4)]
+
+
+def probabilities_of(random, images, grid):
+    """With ties, ends and NaN among them."""
+    shape = (images, grid[0] * grid[1])
+    some = np.where(random.random(shape) < 0.5, random.integers(0, 5, shape) / 4, random.random(shape))
+    return np.where(random.random(shape) < 0.1, np.nan, some).astype(np.float32)
+
+
+@each_backend
+@given(st.integers(0, 2**20), st.sampled_from(GRIDS), strategies.gate_policies(), st.booleans())
+def test_a_decision_is_that_of_the_oracle(backend, seed, grid, policy, returning):
+    random = np.random.default_rng(seed)
+    probability = backend.held(probabilities_of(random, random.integers(1, 4), grid))
+    before = np.ones(probability.shape, bool) if returning else random.random(probability.shape) < 0.6
+    mask = None if returning else backend.array(before)
+    found = backend.numpy(gates.decide(policy, backend.array(probability), grid=grid, before=mask))
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, oracles.gate_keeps(policies.to_dict(policy), probability, before, grid))
+
+
+@each_backend
+def test_a_decision_about_nothing_is_empty(backend):
+    for images, grid in ((0, (2, 3)), (2, (0, 3)), (0, (0, 0))):
+        probability = backend.array(np.zeros((images, grid[0] * grid[1]), np.float32))
+        for policy in (GateBelow(0.5), Budget(0.5, by="gate")):
+            assert tuple(gates.decide(policy, probability, grid=grid).shape) == tuple(probability.shape)
+
+
+def test_in_a_compiled_program_of_jax_a_decision_is_the_same():
+    jax = pytest.importorskip("jax")
+    random = np.random.default_rng(0)
+    probability = probabilities_of(random, 3, (3, 4))
+    before = random.random(probability.shape) < 0.6
+    for policy in (GateBelow(0.5), ~GateBelow(0.25), Budget(0.5, by="gate"), BatchBudget(9, by="gate")):
+        for mask in (None, before):
+            decide = jax.jit(
+                lambda *arrays, policy=policy: gates.decide(policy, arrays[0], grid=(3, 4), before=arrays[1])
+            )
+            wanted = gates.decide(policy, probability, grid=(3, 4), before=mask)
+            arrays = (jax.numpy.asarray(probability), None if mask is None else jax.numpy.asarray(mask))
+            np.testing.assert_array_equal(decide(*arrays), wanted)
+
+
+@st.composite
+def gated_plans(draw):
+    """A plan, the depth of its network, and taps."""
+    depth = draw(st.integers(3, 9))
+    carry = Preserved(before=draw(st.sampled_from(["decoder", "last block"])))
+    last = depth - (2 if carry.before == "last block" else 1)
+    after = sorted(draw(st.sets(st.integers(1, last), max_size=4)))
+    exits = tuple(Exit(block, draw(st.sampled_from([GateBelow(0.5), never()]))) for block in after)
+    return Schedule(exits, carry), depth, tuple(sorted(draw(st.sets(st.integers(1, depth), max_size=3))))
+
+
+def walked(plan, depth, taps):
+    """What happens, block by block."""
+    gates = {exit.after: exit for exit in plan.exits if exit.policy != never()}
+    events = []
+    for block in range(depth):
+        if block in gates:
+            events.append(("gate", gates[block]))
+        if gates and block == depth - 1 and plan.carry.before == "last block":
+            events.append(("rejoin", block))
+        events.append(("block", block))
+        if block + 1 in taps:
+            events.append(("tap", block + 1))
+    return events
+
+
+@given(gated_plans())
+def test_stages_are_all_blocks_and_what_follows_them(drawn):
+    plan, depth, taps = drawn
+    found = gates.stages(plan, depth, taps=taps)
+    events = []
+    for stage in found:
+        events += [("block", block) for block in range(stage.start, stage.stop)]
+        events += [("tap", stage.stop)] if stage.tap else []
+        events += [] if stage.gate is None else [("gate", stage.gate)]
+        events += [("rejoin", stage.stop)] if stage.rejoin else []
+    assert events == walked(plan, depth, taps)
+    assert all(stage.start < stage.stop for stage in found)
+    # Nothing is interrupted for nothing.
+    assert all(stage.tap or stage.gate or stage.rejoin for stage in found[:-1])
+
+
+@each_backend
+@given(st.integers(0, 2**20), st.integers(1, 3), st.booleans(), st.lists(shares, min_size=3, max_size=3))
+def test_gates_are_calibrated_each_behind_those_before_it(backend, seed, images, returning, rates):
+    """Tables of distinct probabilities stand for gates; that of a gate depends on what the gate before has kept."""
+    random, after, grid = np.random.default_rng(seed), (2, 3, 7), (3, 4)
+    carry = Preserved("every gate" if returning else "never")
+    rates = dict(zip(after, rates, strict=True))
+    count, shape = images * 12, (images, 12)
+    tables = {
+        (block, last): backend.held(random.permutation(np.linspace(0.01, 0.99, count)).astype(np.float32)).reshape(
+            shape
+        )
+        for block in after
+        for last in range(count + 1)
+    }
+
+    def kept_by(plan):
+        """What the gates of a plan keep, one after the other; all before the first."""
+        keep = None
+        for exit in plan.exits:
+            table = tables[exit.after, count if keep is None else int(keep.sum())]
+            before = None if returning or keep is None else backend.array(keep)
+            keep = backend.numpy(gates.decide(exit.policy, backend.array(table), grid=grid, before=before))
+        return keep
+
+    earlier_plans = []
+
+    def probabilities(earlier, block):
+        earlier_plans.append(earlier)
+        keep = kept_by(earlier)
+        table = tables[block, count if keep is None else int(keep.sum())]
+        shown = table if returning or keep is None else np.where(keep, table, np.float32(0))
+        return backend.array(shown.reshape(-1))
+
+    plan = schedule.svit(after=after, carry=carry)
+    found = gates.calibrated(plan, rates, probabilities)
+    assert (found.after, found.carry) == (plan.after, carry)
+    assert earlier_plans == [dataclasses.replace(found, exits=found.exits[:index]) for index in range(3)]
+    most = count
+    for index, block in enumerate(after):
+        exits = found.exits[: index + 1]
+        shown = backend.numpy(probabilities(dataclasses.replace(found, exits=exits[:-1]), block))
+        wanted = round(rates[block] * count)
+        assert exits[-1].policy == GateBelow(oracles.threshold_that_keeps(shown, wanted))
+        most = count if returning else most
+        most = min(wanted, most)
+        assert kept_by(dataclasses.replace(found, exits=exits)).sum() == most
+
+
+def test_one_rate_may_stand_for_all_gates_and_progress_is_shown():
+    seen = []
+
+    def progress(one):
+        seen.extend(one)
+        return seen
+
+    plan = gates.calibrated(
+        schedule.svit(after=(1, 2)), 0.5, lambda *_: np.array([0.2, 0.8], np.float32), progress=progress
+    )
+    assert seen == [(1, 0.5), (2, 0.5)]
+    assert [exit.policy.threshold for exit in plan.exits] == pytest.approx([0.5, 0.5])
+    assert gates.calibrated(schedule.svit(after=(1,)), {1: 1.0}, lambda *_: np.array([0.2], np.float32)).exits == (
+        Exit(1, GateBelow(0.0)),
+    )
+
+
 Z = np.zeros
+SVIT = schedule.svit(after=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +301,14 @@ Z = np.zeros
         (lambda: gates.ratio_loss(Z((4, 2, 3)), Z(2), valid=Z((4, 2), bool)), "`valid` must have shape (4, 3), got shape (4, 2)"),
         (lambda: gates.threshold_for(Z(0), 0.5), "`probability` must hold at least one token, got (0,)"),
         (lambda: gates.threshold_for(Z(3), 1.5), "`rate` must be a number in [0, 1], got 1.5"),
+        (lambda: gates.decide(never(), Z((2, 5)), grid=(2, 3)), "`probability` must have shape (images, 6), for a grid of 2 x 3, got shape (2, 5)"),
+        (lambda: gates.decide(never(), Z(6), grid=(2, 3)), "`probability` must have shape (images, 6), for a grid of 2 x 3, got shape (6,)"),
+        (lambda: gates.decide(never(), Z((2, 6)), grid=(2, 3), before=Z((1, 6), bool)), "`before` must have shape (2, 6), got shape (1, 6)"),
+        (lambda: gates.stages(SVIT, 4, taps=(0, 5)), "`taps` must be blocks from 1 to 4, got [0, 5]"),
+        (lambda: gates.stages(SVIT, 2), "`schedule` must have gates after blocks 1 to 1 only, for 2 blocks and before='decoder', got [2]"),
+        (lambda: gates.stages(Schedule(SVIT.exits, Prediction()), 4), "`schedule` must carry Preserved, for a model with gates, got Prediction()"),
+        (lambda: gates.calibrated(SVIT, {1: 0.5}, lambda *_: Z(3)), "`rates` must be one number, or one for each gate, after blocks (1, 2), got {1: 0.5}"),
+        (lambda: gates.calibrated(SVIT, 0.5, lambda *_: Z(0)), "`probability` must hold at least one token, got (0,)"),
         (lambda: gates.staged_rates((3, 3)), "`after` must be ascending blocks from 1 up, at least one, got (3, 3)"),
         (lambda: gates.staged_rates((3,), rates=()), "`rates` must be numbers in [0, 1], at least one, got ()"),
     ],

@@ -8,8 +8,8 @@ import pytest
 USE = """
 import numpy as np
 import tokenexit
-from tokenexit import carries, cost, folders, heads, ledger, manifest, policies
-from tokenexit import retention, schedule, scores, sealed, semantic, surroundings, tokens, training
+from tokenexit import adapting, carries, cost, folders, heads, ledger, manifest, policies
+from tokenexit import retention, schedule, scores, sealed, semantic, surroundings, tokens, training, weights
 from tokenexit.guarantees import calibrate, calibration, certificate, drift, ladders, risks
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
@@ -54,8 +54,11 @@ blocks = np.full((2, 12), 3)
 price.multiply_adds(blocks, patches=3, exits=(6,))
 price.repacking(blocks[:, 5], 1, after=6, per_moved_element=0.5).batch_pays
 cost.token_blocks(blocks, slots=3)
-plan = manifest.Manifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
-assert manifest.from_dict(manifest.to_dict(plan)) == plan
+plan = manifest.HeadManifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
+assert manifest.from_dict(manifest.to_dict(plan), "exits") == plan
+specs = manifest.head_specs(plan, "exits", {"0.bias": weights.Spec((3,), "float32")})
+weights.require_specs("folder", manifest.weights_rule("exits"), specs, specs)
+assert adapting.is_whole(3)
 assert sealed.unseal(sealed.seal(manifest.to_dict(plan))) == manifest.to_dict(plan)
 assert carries.from_dict(carries.to_dict(carries.Feature())) == carries.Feature()
 windows = semantic.stvit_r().windows(9, 14)

@@ -450,7 +450,7 @@ def test_images_that_fitted_the_heads_are_refused_unless_the_caller_says_why(tmp
     model = easy()
     tet.fit_exits(model, torch.cat([IMAGES[5:7], models.images(2, seed=8)]), steps=1, progress=iter)
     tet.save(model, tmp_path)
-    loaded = tet.load(tmp_path, model.model)  # the digests travel with the exits
+    loaded = tet.load(model.model, tmp_path)  # the digests travel with the exits
     for one in (model, loaded):
         with pytest.raises(TokenExitError, match="`images` must be others than those that `fit_exits` .*2 of 24 that"):
             calibrated(one)

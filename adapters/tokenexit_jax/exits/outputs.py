@@ -1,6 +1,5 @@
 """What a wrapped model returns."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,21 +86,21 @@ register(Output, leaves=_ARRAYS)
 
 @dataclass(frozen=True)
 class GatedOutput:
-    """What a model with gates returns. A pytree: its arrays all have the images first, and the other fields are static.
+    """Output of a model with gates. A pytree: its arrays all have the images first, and the other fields are static.
 
     Attributes:
         logits: Class scores of every patch; None without a head.
-        maps: Features of all patches by the blocks that have run, those that wait as they are: for any decoder. After
+        maps: Features of all patches by the blocks that have run, skipped ones as they are: for any decoder. After
             the last block they are finished, by the final norm.
-        keep: Which patches each gate let run.
-        probability: How sure each gate was that they should.
+        keep: Which patches each gate keeps.
+        probability: Keep probability of every patch at each gate.
         tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
         capacity_per_block: How many entries each block worked on for each image, with a token that ran or without; 0 if
             it did not run. What is more than `tokens_per_block` was wasted.
-        overflow: How many tokens of each image had to wait, at any of the gates, only because the greatest capacity had
-            no room for them.
+        overflow: How many tokens of each image were skipped, at any of the gates, only because the greatest capacity
+            had no room for them.
         gates: After how many blocks these gates stood.
-        keys: Whom those that ran attended to: each other, or those that waited as well.
+        keys: Key set of active tokens: active tokens only, or all.
         area: The area of the images that the grid covers; None if it is the whole of them.
     """
 
@@ -136,9 +135,9 @@ class GatedOutput:
     def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
         """Multiply-adds that the call stands for, gates, head and patch embedding included; no decoder of yours.
 
-        They are of tokens, not of empty entries, and the same as PyTorch's: where all tokens are keys, those that wait
-        are counted with three matrices of the width squared, and with their place in attention, though here they have
-        run through the whole block. `capacity_per_block` tells what was run.
+        They are of tokens, not of empty entries, and the same as PyTorch's: where all tokens are keys, skipped ones are
+        counted with three matrices of the channels squared, and as keys in attention, though here they have run through
+        the whole block. `capacity_per_block` tells what was run.
 
         Args:
             cost: What the parts cost: `GatedModel.cost`.
@@ -152,13 +151,8 @@ class GatedOutput:
         _require_cost(cost)
         height, across = self.keep.shape[2:]
         ran, patches = np.asarray(self.tokens_per_block).astype(np.int64), height * across
-        asked = sum(cost.exit_heads[after].per_token for after in self.gates)
-        cost = dataclasses.replace(cost, decoder=cost.decoder + (cost.prefix + patches) * asked)
-        total = cost.multiply_adds(ran, patches=patches, head_on="all")
-        if self.keys == "all":
-            waiting = ran.max(axis=1, keepdims=True) - ran
-            total = total + (waiting * (3 * cost.width**2 + 2 * cost.width * ran)).sum(axis=1)
-        return total
+        gates = [cost.exit_heads[after] for after in self.gates]
+        return cost.gated(ran, patches=patches, slots=cost.prefix + patches, gates=gates, keys=self.keys)
 
 
 _GATED = ("logits", "maps", "keep", "probability", "tokens_per_block", "capacity_per_block", "overflow")

@@ -1,4 +1,4 @@
-"""Training with gates: every decision is drawn, and every token computed, so that a gate learns what it gives up.
+"""Training of gates: decisions are drawn, and all tokens computed, so that a gate has gradients of what it skips.
 
     sampled = tet.Sampled(model, rates=gates.staged_rates(model.schedule.after))
     drawn = sampled(images, generator=generator)
@@ -9,6 +9,7 @@ Afterwards `gate_thresholds` finds the thresholds under which nothing is drawn a
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,18 +18,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokenexit import gates
+from tokenexit.adapting import coin_for, rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import coin_for, rates_by_gate
-from tokenexit.policies import Policy
-from tokenexit.schedule import Schedule
-from tokenexit_torch.gating import GatedModel, GatedOutput, MaskedRun
+from tokenexit.schedule import Exit, Schedule
+from tokenexit_torch.gates.forward import (
+    Decision,
+    GatedOutput,
+    State,
+    decided,
+    masked,
+    output,
+    put_back,
+    run,
+    score,
+    start,
+)
+from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.hosts import require_covered
 
 __all__ = ["Drawing", "Sampled"]
 
 
 class Drawing(NamedTuple):
-    """What a training pass with gates returns.
+    """Output of a training pass with gates.
 
     Attributes:
         output: As a call of the model returns it, differentiably.
@@ -46,7 +58,7 @@ class Drawing(NamedTuple):
         of_each: Literal["batch", "image"] = "batch",
         valid: Bool[Tensor, "images grid_height grid_width"] | None = None,
     ) -> Float[Tensor, ""]:
-        """What holds the gates to their rates (`tokenexit.gates.ratio_loss`).
+        """Loss of the shares that are kept (`tokenexit.gates.ratio_loss`).
 
         Args:
             of_each: Whose share: of the `batch`, or of each `image`.
@@ -72,7 +84,7 @@ class Sampled(nn.Module):
         rates: What share of the patches each gate is to keep; one for all, or one for each by block.
         temperature: Of the relaxed decisions whose gradient is taken. Published: 1.
         gate_input: Whether gradients of the decisions reach the tokens: `live`, published, or `detached`.
-        random: Share of the decisions that a coin takes instead of the gate, at the gate's rate: so that all blocks
+        random: Share of the decisions that are random instead of the gate's, at the gate's rate: so that all blocks
             meet tokens of all histories. Published: none.
 
     Raises:
@@ -111,8 +123,8 @@ class Sampled(nn.Module):
         Args:
             images: The images, as the wrapped model takes them.
             generator: All that is drawn comes from it, on its own device, in float32.
-            schedule: Which gates decide, and what becomes of those that wait; the model's own if left out. Its policies
-                are not asked, but for `never()`, under which a gate does not decide.
+            schedule: Which gates decide, and what becomes of skipped tokens; the model's own if left out. Its policies
+                are not used, but for `never()`, under which a gate does not decide.
 
         Returns:
             Output, decisions and rates.
@@ -122,47 +134,48 @@ class Sampled(nn.Module):
         """
         require(isinstance(generator, torch.Generator), "generator", "be a torch.Generator", repr(generator))
         plan = self.model.schedule if schedule is None else self.model.checked(schedule)
-        return _SampledRun(self, images, plan, generator).drawn()
+        model = self.model
+        state = start(model.host, images, plan, patch=model.patch)
+        require_covered(state.area)
+        decide = partial(self._decide, generator, plan)
+        stages = gates.stages(plan, model.depth, taps=model.taps)
+        state = run(model.host, state, stages, layout=_DRAWN, decide=decide)
+        found = output(model.host, model.head, state)
+        keep = [decision.keep for decision in state.decisions.values()]
+        none = state.tokens.new_zeros((len(images), 0, *state.embedded.grid), dtype=torch.float32)
+        every = torch.stack(keep, dim=1).unflatten(2, state.embedded.grid) if keep else none
+        rates = torch.tensor([self.rates[after] for after in state.decisions], device=every.device)
+        return Drawing(found, every, rates)
 
-
-class _SampledRun(MaskedRun):
-    def __init__(self, sampled: Sampled, images: Tensor, plan: Schedule, generator: torch.Generator) -> None:
-        super().__init__(sampled.model, images, plan)
-        self._sampled, self._generator = sampled, generator
-
-    def drawn(self) -> Drawing:
-        require_covered(self.area)
-        output = self.through()
-        height, width = self.embedded.grid
-        none = self.tokens.new_zeros((self.images, 0, self.patches), dtype=torch.float32)
-        keep = torch.stack(self.keep, dim=1) if self.keep else none
-        rates = [self._sampled.rates[after] for after in self.policy]
-        return Drawing(output, keep.unflatten(2, (height, width)), torch.tensor(rates, device=keep.device))
-
-    def gate_input(self, tokens: Tensor) -> Tensor:
-        return tokens.detach() if self._sampled.gate_input == "detached" else tokens
-
-    def decide(self, after: int, policy: Policy) -> Tensor:  # noqa: ARG002
-        logits = self.logits
-        soft = gates.soft_draw(logits, self._uniform(logits), temperature=self._sampled.temperature)
+    def _decide(self, generator: torch.Generator, plan: Schedule, state: State, exit: Exit) -> Decision:
+        after, prefix = exit.after, state.embedded.prefix
+        read = state.tokens.detach() if self.gate_input == "detached" else state.tokens
+        logits = score(self.model.gates[str(after)], read, prefix=prefix)
+        probability = gates.keep_probability(logits)
+        uniform = partial(_uniform, logits, generator)
+        soft = gates.soft_draw(logits, uniform(), temperature=self.temperature)
         # Exactly 1 or 0, and the gradient of the relaxed decision.
         keep = (~(soft <= 0.5)).float() + (soft - soft.detach()).nan_to_num()
-        if self._sampled.random > 0:
-            rates, returning = self._sampled.rates, self.carry.returning
-            often = coin_for(after, rates=rates, asked=self.policy, returning=returning)
-            coin = (self._uniform(logits) < often).float()
-            keep = torch.where(self._uniform(logits) < self._sampled.random, coin, keep)
-        return keep
+        if self.random > 0:
+            deciding = [one.after for one in plan.active]
+            rate = coin_for(after, rates=self.rates, deciding=deciding, returning=state.carry.returning)
+            coin = (uniform() < rate).float()
+            keep = torch.where(uniform() < self.random, coin, keep)
+        keep = keep if state.before is None else keep * state.before
+        return decided(keep, probability, prefix=prefix)
 
-    def stay(self, keep: Tensor) -> Tensor:
-        return keep * self.keep[-1]
 
-    def mixed(self, after: Tensor, before: Tensor, running: Tensor) -> Tensor:
-        keep = nn.functional.pad(self.keep[-1], (self.embedded.prefix, 0), value=1.0)
-        # Zero, but for its gradient: what running would change, times the gradient of the decision.
-        gain = (keep - keep.detach()).to(before.dtype)[..., None] * (after - before)
-        return super().mixed(after, before, running) + gain
+def _uniform(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(logits.shape[:-1], generator=generator, device=generator.device).to(logits.device)
 
-    def _uniform(self, logits: Tensor) -> Tensor:
-        drawn = torch.rand(logits.shape[:-1], generator=self._generator, device=self._generator.device)
-        return drawn.to(logits.device)
+
+def _with_gradient(after: Tensor, before: Tensor, decision: Decision) -> Tensor:
+    """As `put_back`, and the gradient of a decision is what activity changes times that of the result."""
+    prefix = before.shape[1] - decision.keep.shape[1]
+    keep = nn.functional.pad(decision.keep, (prefix, 0), value=1.0)
+    # Zero, but for its gradient.
+    gain = (keep - keep.detach()).to(before.dtype)[..., None] * (after - before)
+    return put_back(after, before, decision) + gain
+
+
+_DRAWN = masked(_with_gradient)

@@ -1,4 +1,4 @@
-"""The thresholds under which gates keep, with nothing drawn, the share of the tokens that they are to keep."""
+"""Calibration of gates: thresholds by which they keep given shares of the tokens, without noise."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -7,12 +7,22 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenexit.adapting import rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import rates_by_gate, threshold_for
-from tokenexit.policies import GateBelow
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.gates import calibrated, keep_probability, returnable
+from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.gating import GatedModel, PackedRun
+from tokenexit_torch.gates.forward import (
+    PACKED,
+    State,
+    apply_decision,
+    decide_by_policy,
+    run_blocks,
+    score,
+    set_active,
+    start,
+)
+from tokenexit_torch.gates.model import GatedModel
 
 __all__ = ["gate_thresholds"]
 
@@ -31,7 +41,7 @@ def gate_thresholds(
     """Calibrate the gates: the plan under which each keeps, over these images, the share it is to keep.
 
     Training draws its decisions; a threshold of one half would keep another share. Gate by gate, as each meets what
-    the gates before it have kept; meanwhile the tokens of all images wait in memory, `images * tokens * width` numbers.
+    the gates before it have kept; meanwhile the tokens of all images are in memory, `images * tokens * dim` numbers.
     Any rates will do, not only those of the training: one network, any rate.
 
     Args:
@@ -52,19 +62,26 @@ def gate_thresholds(
     require(len(model.schedule.after) > 0, "model", "have a schedule that decides at one gate at least", "none")
     wanted = rates_by_gate(rates, model.schedule.after)
     batches = images.split(8) if isinstance(images, Tensor) else images
-    nothing, exits = Schedule((), model.schedule.carry), []
     with evaluating(model):
-        runs = [PackedRun(model, batch, nothing) for batch in batches if len(batch)]
-        require(len(runs) > 0, "images", "hold at least one image", "none")
-        at = 0
-        for after, rate in progress(wanted.items()):
-            for run in runs:
-                for block in range(at, after):
-                    run.advance(block)
-                run.ask(after)
-            at = after
-            policy = GateBelow(threshold_for(torch.cat([run.asked().flatten() for run in runs]), rate))
-            exits.append(Exit(after, policy))
-            for run in runs:
-                run.answer(after, policy)
-    return Schedule(tuple(exits), model.schedule.carry)
+        states = [start(model.host, batch, model.schedule, patch=model.patch) for batch in batches if len(batch)]
+        require(len(states) > 0, "images", "hold at least one image", "none")
+
+        def probabilities(earlier: Schedule, after: int) -> Tensor:
+            states[:] = [_before_gate(model, state, earlier, after) for state in states]
+            return torch.cat([_probability(model, state, after).flatten() for state in states])
+
+        return calibrated(model.schedule, wanted, probabilities, progress=progress)
+
+
+def _before_gate(model: GatedModel, state: State, earlier: Schedule, after: int) -> State:
+    """Run on to a gate from the one before it, by its decision; all tokens are active again."""
+    if earlier.exits:
+        last = earlier.exits[-1]
+        state = apply_decision(state, last.after, decide_by_policy(model.gates, state, last), layout=PACKED)
+    state = run_blocks(model.host, state, len(state.counts), after, layout=PACKED)
+    return set_active(state, None, layout=PACKED)
+
+
+def _probability(model: GatedModel, state: State, after: int) -> Float[Tensor, "images patches"]:
+    logits = score(model.gates[str(after)], state.tokens, prefix=state.embedded.prefix)
+    return returnable(keep_probability(logits), state.before)

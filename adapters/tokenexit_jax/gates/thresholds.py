@@ -1,19 +1,22 @@
-"""The thresholds under which gates keep, with nothing drawn, the share of the tokens that they are to keep."""
+"""Calibration of gates: thresholds by which they keep given shares of the tokens, without noise."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
+from tokenexit.adapting import rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import rates_by_gate, threshold_for
+from tokenexit.gates import calibrated
 from tokenexit.policies import GateBelow
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_jax._given import require_array
-from tokenexit_jax.gating import GatedModel, host_run
+from tokenexit_jax.gates.forward import decide_by_policy, run
+from tokenexit_jax.gates.model import ON_HOST, GatedModel, given
 from tokenexit_jax.networks import Heads, Params
 
 __all__ = ["gate_thresholds"]
@@ -66,21 +69,23 @@ def gate_thresholds(
     require(again, "images", "be batches that can be passed more than once, as a list", type(images).__name__)
     # With room for all, for the share that is to be kept may be greater than what there is room for.
     roomy = dataclasses.replace(model, capacities=tuple(tuple({*one, 1.0}) for one in model.capacities))
-    plan = Schedule((), model.schedule.carry)
-    for after, rate in wanted.items():
-        tried = Schedule((*plan.exits, Exit(after, GateBelow(0.0))), plan.carry)
-        found = [_probability(roomy, params, gates, batch, tried) for batch in progress(batches)]
+
+    def probabilities(earlier: Schedule, after: int) -> Float[np.ndarray, "patches"]:
+        plan = dataclasses.replace(earlier, exits=(*earlier.exits, Exit(after, GateBelow(0.0))))
+        found = [_probability(roomy, params, gates, batch, plan) for batch in progress(batches)]
         require(sum(map(len, found)) > 0, "images", "hold at least one image", "none")
-        threshold = threshold_for(np.concatenate(found), rate)
-        plan = Schedule((*plan.exits, Exit(after, GateBelow(threshold))), plan.carry)
-    return plan
+        return np.concatenate(found)
+
+    return calibrated(model.schedule, wanted, probabilities)
 
 
 def _probability(
     model: GatedModel, params: Params, gates: Heads, images: Array | np.ndarray, plan: Schedule
 ) -> Float[np.ndarray, "patches"]:
-    """What the last gate of a plan says of every patch; 0 of those that it is not asked about."""
+    """Keep probability of every patch at the last gate of a plan, which keeps all; 0 for those that never return."""
     require_array(images, "images")
-    run = host_run(model, params, gates, plan)
-    run.until(jnp.asarray(images), plan.after[-1])
-    return np.where(run.running.keep, run.running.probability, 0.0).astype(np.float32).ravel()
+    gates, plan = given(model, gates, plan)
+    decide, after = partial(decide_by_policy, model, gates, ON_HOST), plan.after[-1]
+    state = run(model, params, jnp.asarray(images), plan, driver=ON_HOST, decide=decide, until=after)
+    last = state.decisions[after]
+    return np.where(last.keep, last.probability, 0.0).astype(np.float32).ravel()

@@ -1,9 +1,9 @@
-"""A vision transformer in which a token may wait: learned gates say who runs the next blocks, and nobody is lost.
+"""A vision transformer with learned gates (SViT, WACV 2024).
 
-Unlike in `running`, where a token leaves with its outcome, a token that waits keeps its feature and its place, and the
-next gate may call it back (SViT, WACV 2024). So the result is a whole map of features, for any decoder. Between two
-gates the tokens have the shape of the whole batch; those that run are gathered into as many entries as the smallest
-bucket that holds those of every image, run, and are written back.
+Unlike in `running`, where a token leaves with its outcome, a skipped token keeps its feature and its place, and the
+next gate may activate it again. So the result is a whole map of features, for any decoder. Between two gates the tokens
+have the shape of the whole batch; active tokens are gathered into as many entries as the smallest bucket that holds
+those of every image, run, and are written back.
 """
 
 import dataclasses
@@ -18,20 +18,22 @@ from jax import numpy as jnp
 from jax.core import Tracer
 
 from tokenexit import TokenExitError
+from tokenexit.adapting import require_gates_fit
 from tokenexit.carries import Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule, require_gates_fit
-from tokenexit_jax import _waiting
+from tokenexit.schedule import Schedule
+from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
-from tokenexit_jax._waiting import GatedParts, GatedRun, MaskedRun
-from tokenexit_jax.exits.model import ExitingModel, as_arrays
+from tokenexit_jax.exits.model import as_arrays
 from tokenexit_jax.exits.outputs import GatedOutput
+from tokenexit_jax.gates import forward
+from tokenexit_jax.gates.forward import IN_ONE_PROGRAM, MASKED, Decision, Driver, GatedParts
 from tokenexit_jax.heads import build as building
-from tokenexit_jax.networks import Embedded, Heads, Params
+from tokenexit_jax.networks import Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import of_pytrees, on_host
 
 __all__ = ["GatedModel"]
@@ -41,15 +43,15 @@ __all__ = ["GatedModel"]
 class GatedModel(GatedParts):
     """A vision transformer with gates; made by `wrap_gates`. It holds no weights, and nothing changes it.
 
-    Nothing is drawn: a token runs unless the policy of its gate, on the probability that it is kept, lets it wait.
-    `sampled` draws, for training.
+    Nothing is drawn: a patch is skipped exactly if the policy of the gate, on its keep probability, says so. `sampled`
+    draws, for training.
 
     Attributes:
         network: The wrapped network.
         schedule: The plan in use; `retuned` gives a model with another.
         after: The blocks after which there is a gate.
         gate_plan: How the gates are built.
-        head: What reads classes off the finished tokens, `head(params, tokens)`, if anything.
+        head: Final head, `head(params, tokens)`, from finished tokens to class scores, if there is one.
         taps: After how many blocks maps are handed out.
         capacities: For each gate the buckets after it, ascending, as fractions of an image's slots.
     """
@@ -62,9 +64,8 @@ class GatedModel(GatedParts):
         It compiles its parts itself, each for the buckets that it meets. For every gate with several buckets one
         integer is fetched; with a single one nothing is, and nothing waits.
 
-        Where all tokens are keys (`Preserved(keys="all")`) all run through every block, and those that wait are put
-        back: a block takes nothing but entries, and to be a key is to be one. That saves nothing here, and fetches
-        nothing.
+        Where all tokens are keys (`Preserved(keys="all")`) all run through every block, and skipped ones are put back:
+        a block takes nothing but entries, and to be a key is to be one. That saves nothing here, and fetches nothing.
 
         Args:
             params: Parameters of the network.
@@ -79,7 +80,8 @@ class GatedModel(GatedParts):
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
         require_images(images)
-        return _HostRun(self, params, *_given(self, gates, schedule)).through(images)
+        gates, plan = given(self, gates, schedule)
+        return forward.evaluate(self, params, gates, images, plan, driver=ON_HOST)
 
     def compiled(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
         """The same in one program: the function for `jax.jit`, `jax.grad`, `jax.shard_map` and `jax.export`.
@@ -100,10 +102,11 @@ class GatedModel(GatedParts):
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
         require_images(images)
-        return GatedRun(self, params, *_given(self, gates, schedule)).through(images)
+        gates, plan = given(self, gates, schedule)
+        return forward.evaluate(self, params, gates, images, plan, driver=IN_ONE_PROGRAM)
 
     def masked(self, params: Params, gates: Heads, images: Array, schedule: Schedule | None = None) -> GatedOutput:
-        """The same by masks, in one program: every token is computed, and what waits is put back.
+        """The same by masks, in one program: all tokens are computed, and skipped ones put back.
 
         What training does; beside a call, which it must equal, a reference.
 
@@ -114,16 +117,17 @@ class GatedModel(GatedParts):
             schedule: A plan for this call only; the model's own if left out.
 
         Returns:
-            As a call does. `tokens_per_block` counts those that were let run, though all have been computed.
+            As a call does. `tokens_per_block` counts active tokens, though all have been computed.
 
         Raises:
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
         require_images(images)
-        return MaskedRun(self, params, *_given(self, gates, schedule)).through(images)
+        gates, plan = given(self, gates, schedule)
+        return forward.evaluate(self, params, gates, images, plan, driver=MASKED)
 
     def init(self, key: Array) -> Heads:
-        """Random weights for the gates, whose draws let most tokens run.
+        """Random weights for the gates, whose draws keep most patches.
 
         Args:
             key: Random key.
@@ -173,40 +177,55 @@ class GatedModel(GatedParts):
             TokenExitError: If the attention of a block is not over `width` channels, which `Cost` takes for granted, or
                 a block has other work that does not grow with the tokens.
         """
-        # A gate costs what an exit head of two classes does.
-        alike = ExitingModel(self.network, 2, self.after, self.gate_plan, self.head, self.capacities, Schedule())
-        found = alike.cost(params, images)
-        return found if self.head is not None else dataclasses.replace(found, head=HeadCost(0))
+        network, last = self.network, HeadCost(0)
+        found = network_cost(network, params, images)
+        gate = building.cost(self.gate_plan, width=network.width, classes=2)
+        if self.head is not None:
+            dtype = jax.eval_shape(network.embed, params, images).tokens.dtype
+            last = head_cost(self.head, params, jax.ShapeDtypeStruct((1, 1, network.width), dtype))
+        return dataclasses.replace(found, exit_heads=dict.fromkeys(self.after, gate), head=last)
 
 
-class _HostRun(GatedRun):
-    """Every function is compiled by itself, and buckets are chosen on the host."""
-
-    opened = staticmethod(jax.jit(_waiting.opened, static_argnames=("network", "stop")))
-    plain = staticmethod(jax.jit(_waiting.plain, static_argnames=("network", "start", "stop")))
-    gathered = staticmethod(jax.jit(_waiting.gathered, static_argnames=("network", "start", "stop", "capacity")))
-    in_place = staticmethod(jax.jit(_waiting.in_place, static_argnames=("network", "start", "stop", "keys", "mixed")))
-    ask = staticmethod(jax.jit(_waiting.ask, static_argnames=("plan", "most")))
-    closed = staticmethod(jax.jit(_waiting.closed, static_argnames=("network", "head", "taps", "carry")))
-
-    def some(self, embedded: Embedded, start: int, stop: int) -> tuple[Embedded, int | Array]:
-        sizes, asked = self.sizes(embedded), self.running
-        if len(sizes) > 1 and isinstance(asked.needed, Tracer):
-            raise TokenExitError("`model` must be transformed as `model.compiled`, got the model itself")
-        entries = sizes[0] if len(sizes) == 1 else int(asked.needed)
-        if entries == 0:
-            return embedded, 0
-        capacity = next(size for size in sizes if size >= entries)
-        given = self.model.network, self.params, embedded, asked
-        return self.gathered(*given, start=start, stop=stop, capacity=capacity), capacity
+_run_selected = jax.jit(forward.run_selected, static_argnames=("network", "start", "stop", "capacity"))
 
 
-def host_run(model: GatedModel, params: Params, gates: Heads, plan: Schedule) -> GatedRun:
-    """A pass in the way of a call, that can end at any gate. It is no part of the public API."""
-    return _HostRun(model, params, *_given(model, gates, plan))
+def _run_active(
+    network: Network,
+    params: Params,
+    embedded: Embedded,
+    decision: Decision,
+    *,
+    start: int,
+    stop: int,
+    sizes: tuple[int, ...],
+) -> tuple[Embedded, int]:
+    """Run blocks on the active tokens; the bucket is chosen on the host."""
+    if len(sizes) > 1 and isinstance(decision.needed, Tracer):
+        raise TokenExitError("`model` must be transformed as `model.compiled`, got the model itself")
+    entries = sizes[0] if len(sizes) == 1 else int(decision.needed)
+    if entries == 0:
+        return embedded, 0
+    capacity = next(size for size in sizes if size >= entries)
+    return _run_selected(network, params, embedded, decision, start=start, stop=stop, capacity=capacity), capacity
 
 
-def _given(model: GatedModel, gates: Heads, schedule: Schedule | None) -> tuple[Heads, Schedule]:
+ON_HOST = Driver(
+    first_blocks=jax.jit(forward.first_blocks, static_argnames=("network", "stop")),
+    run_all=jax.jit(forward.run_all, static_argnames=("network", "start", "stop")),
+    run_active=_run_active,
+    run_in_place=jax.jit(forward.run_in_place, static_argnames=("network", "start", "stop", "keys")),
+    decide=jax.jit(forward.decide, static_argnames=("plan", "most")),
+    finish=jax.jit(forward.finish, static_argnames=("network", "head", "taps")),
+)
+"""Every function is compiled by itself, and buckets are chosen on the host."""
+
+
+def given(model: GatedModel, gates: Heads, schedule: Schedule | None) -> tuple[Heads, Schedule]:
+    """Weights and plan for a pass, which fit the model. It is no part of the public API.
+
+    Raises:
+        TokenExitError: If they do not.
+    """
     plan = checked_gates(model, model.schedule if schedule is None else schedule)
     return fitting_gates(model, gates), as_arrays(plan)
 
