@@ -57,7 +57,7 @@ def read_specs(file: Path, /) -> dict[str, Spec]:
             found = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise TokenExitError(f"`folder` must hold valid weights, got {file}: {error}") from error
-    return {name: Spec(shape, _DTYPES.get(dtype, dtype)) for name, (shape, dtype) in found.items()}
+    return {name: Spec(shape, str(_DTYPES.get(dtype, dtype))) for name, (shape, dtype) in found.items()}
 
 
 def require_specs(argument: str, rule: str, wanted: Mapping[str, Spec], found: Mapping[str, Spec], /) -> None:
