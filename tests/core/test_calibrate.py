@@ -32,7 +32,7 @@ CHAINS = (range(3), (3, 4))
 LEVEL = Level(at_most=0.3)
 RISK = Risk("disagreement")
 WORDS = "drawn numbers, as they are"
-STEP, NOISE = 0.2, 0.7
+STEP, NOISE = 0.8, 0.7
 WEIGHTS = np.random.default_rng(0).normal(size=(DEPTH, CLASSES, CLASSES))
 
 
@@ -111,8 +111,8 @@ class Files:
 
     def read(self, file, argument, /):
         try:
-            with np.load(file, allow_pickle=False) as opened:
-                arrays = {name: opened[name] for name in opened.files}
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
             metadata, content = json.loads(str(arrays.pop("metadata")))
         except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise TokenExitError(f"`{argument}` must hold a valid {file.name}, got {error}") from error
