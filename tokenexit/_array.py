@@ -18,10 +18,12 @@ __all__ = [
     "device",
     "filled",
     "first_k",
+    "in_64_bits",
     "is_array",
     "is_jax_array",
     "is_traced",
     "like_numbers",
+    "number_beside",
     "on_host",
     "plain",
     "require_marks",
@@ -215,3 +217,14 @@ def with_doubles(values: Array, /) -> Array:
     import numpy as np
 
     return np.asarray(values)
+
+
+def in_64_bits(tokens: Array) -> Array:
+    """Token counts in a dtype that holds multiply-adds, which 32 bits do not: an image may take 10 ** 12."""
+    xp = array_namespace(tokens)
+    return xp.astype(tokens, xp.__array_namespace_info__().dtypes().get("int64", xp.float32))
+
+
+def number_beside(value: int, beside: Array) -> int | float:
+    """`value` for arithmetic with `beside`: JAX takes no Python integer beyond 32 bits, not even beside floats."""
+    return float(value) if array_namespace(beside).isdtype(beside.dtype, "real floating") else value

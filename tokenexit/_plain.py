@@ -13,8 +13,10 @@ __all__ = [
     "from_plain",
     "is_number",
     "is_whole",
+    "require_counts",
     "require_keys",
     "require_share",
+    "require_sizes",
     "shortened",
     "to_plain",
 ]
@@ -85,3 +87,15 @@ def require_share(value: Any, argument: str, /) -> None:
 def shortened(value: object, /) -> str:
     """What a value of any size and depth looks like, in a line: for errors about what came from a file."""
     return reprlib.repr(value)
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise a `TokenExitError` unless all sizes are at least 1."""
+    for name, value in sizes.items():
+        require(value >= 1, name, "be at least 1", value)
+
+
+def require_counts(**counts: int) -> None:
+    """Raise a `TokenExitError` unless all counts are at least 0."""
+    for name, value in counts.items():
+        require(value >= 0, name, "be 0 or more", value)

@@ -12,10 +12,10 @@ from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.tokens import Receipt
 
-__all__ = ["in_the_middle", "stands_for"]
+__all__ = ["is_cell_centre", "token_size"]
 
 
-def in_the_middle(position: Int[Array, "tokens"], /, *, grid: tuple[int, int], side: int) -> Bool[Array, "tokens"]:
+def is_cell_centre(position: Int[Array, "tokens"], /, *, grid: tuple[int, int], side: int) -> Bool[Array, "tokens"]:
     """Which tokens are in the middle of their cell, and run on.
 
     The grid is cut into as many rows and columns of cells as make them nearest to `side` patches; they differ by a
@@ -39,7 +39,7 @@ def in_the_middle(position: Int[Array, "tokens"], /, *, grid: tuple[int, int], s
     return inside & (row == _middle(row, height, side)) & (column == _middle(column, width, side))
 
 
-def stands_for(receipt: Receipt, /, *, grid: tuple[int, int], side: int) -> Float[Array, "..."]:
+def token_size(receipt: Receipt, /, *, grid: tuple[int, int], side: int) -> Float[Array, "..."]:
     """How many tokens every token stands for: itself, and in the middle of a cell those of it that do not run.
 
     Args:
@@ -69,7 +69,7 @@ def stands_for(receipt: Receipt, /, *, grid: tuple[int, int], side: int) -> Floa
     row, column = inside // max(width, 1), inside % max(width, 1)
     cell = _cells(row, height, side) * _count(width, side) + _cells(column, width, side)
     cell = cell + receipt.image * (_count(height, side) * _count(width, side))
-    middle = in_the_middle(position, grid=grid, side=side)
+    middle = is_cell_centre(position, grid=grid, side=side)
     missing = xp.reshape(missing, (receipt.images * _count(height, side) * _count(width, side),))
     if receipt.slot.shape[0] == 0 or missing.shape[0] == 0:
         return xp.reshape(xp.ones_like(xp.astype(position, xp.float32)), receipt.layout)

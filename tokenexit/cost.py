@@ -13,42 +13,15 @@ from typing import Literal
 
 from jaxtyping import Bool, Int, Real
 
-from tokenexit._array import Array, array_namespace
+from tokenexit._array import Array, array_namespace, in_64_bits, number_beside
+from tokenexit._plain import require_counts, require_sizes
 from tokenexit.errors import require
-from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
+from tokenexit.heads import HeadCost, HeadPlan, atm_head
 from tokenexit.semantic import SemanticPlan, require_room
 
 __all__ = ["Cost", "HeadCost", "Repacking", "Waiting", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
 
-
-@dataclass(frozen=True)
-class HeadCost:
-    """Multiply-adds of a head: so many for each token that it reads, and so many for its own work on an image.
-
-    A head that treats each token by itself has no work of its own. One with class queries does: they attend to the
-    tokens, which is linear in tokens, and to each other, which is not about tokens at all.
-
-    Attributes:
-        per_token: For each token that the head reads.
-        fixed: For each image of which it reads any token.
-    """
-
-    per_token: int
-    fixed: int = 0
-
-    def multiply_adds(self, tokens: Real[Array, "images"], /) -> Real[Array, "images"]:
-        """Multiply-adds of the head for each image.
-
-        Args:
-            tokens: How many tokens of each image the head reads; it does not run for an image without any.
-
-        Returns:
-            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
-        """
-        xp = array_namespace(tokens)
-        tokens = _counted(tokens)
-        ran = tokens * _number(self.per_token, tokens) + _number(self.fixed, tokens)
-        return xp.where(tokens > 0, ran, xp.zeros_like(tokens))
+_NOTHING = HeadCost(0)
 
 
 @dataclass(frozen=True)
@@ -178,11 +151,11 @@ class Cost:
         require(not unknown, "exits", f"be among the blocks with an exit head, {sorted(self.exit_heads)}", unknown)
         _require_head_on(head_on)
         xp = array_namespace(tokens_per_block)
-        tokens = _counted(tokens_per_block)
-        total = xp.full_like(tokens[:, 0], _number(patches * self.embed + self.decoder, tokens))
+        tokens = in_64_bits(tokens_per_block)
+        total = xp.full_like(tokens[:, 0], number_beside(patches * self.embed + self.decoder, tokens))
         for block, linear in enumerate(self.blocks):
             ran = tokens[:, block]
-            total = total + ran * _number(linear, ran) + self._attention(ran)
+            total = total + ran * number_beside(linear, ran) + self._attention(ran)
         for after in set(exits):
             total = total + self.exit_heads[after].multiply_adds(tokens[:, after - 1] - self.prefix)
         last = tokens[:, -1]
@@ -234,8 +207,8 @@ class Cost:
         require(running.ndim == 1, "running", "have shape (images,)", f"shape {tuple(running.shape)}")
         _require_head_on(head_on)
         xp = array_namespace(running)
-        before = _counted(running)
-        gone = xp.full_like(before, leaving) if isinstance(leaving, int) else _counted(leaving)
+        before = in_64_bits(running)
+        gone = xp.full_like(before, leaving) if isinstance(leaving, int) else in_64_bits(leaving)
         gone = before * 0 + gone if gone.ndim == 0 else gone
         fits = tuple(gone.shape) == tuple(before.shape)
         require(fits, "leaving", f"have shape {tuple(before.shape)}", f"shape {tuple(gone.shape)}")
@@ -244,11 +217,11 @@ class Cost:
         heads = {**self.exit_heads, **({end: self.head} if head_on == "running" else {})}
         head = heads.get(until, HeadCost(0))
         return Repacking(
-            linear=(before - stay) * _number(sum(blocks), stay),
+            linear=(before - stay) * number_beside(sum(blocks), stay),
             attention=(self._attention(before) - self._attention(stay)) * len(blocks),
             next_head=head.multiply_adds(before - self.prefix) - head.multiply_adds(stay - self.prefix),
             exit_head=self.exit_heads[after].multiply_adds(before - self.prefix),
-            moving=stay * _number(round(per_moved_element * self.width), stay),
+            moving=stay * number_beside(round(per_moved_element * self.width), stay),
         )
 
     def gated(
@@ -285,7 +258,7 @@ class Cost:
         total = whole.multiply_adds(tokens_per_block, patches=patches, head_on="all")
         if keys == "running":
             return total
-        skipped = self._skipped(_counted(tokens_per_block), slots, self.width if dim is None else dim)
+        skipped = self._skipped(in_64_bits(tokens_per_block), slots, self.width if dim is None else dim)
         return total + array_namespace(total).sum(skipped, axis=1)
 
     def waiting(
@@ -364,7 +337,7 @@ class Cost:
             TokenExitError: If the blocks do not leave room for the layers, or `hidden` or the grid is less than 1.
         """
         require_room(after, until, depth=len(self.blocks))
-        _require_sizes(hidden=hidden)
+        require_sizes(hidden=hidden)
         windows, width = plan.windows(*grid), self.width
         places, patches = windows.window[0] * windows.window[1], grid[0] * grid[1]
         each = plan.tokens[0] * plan.tokens[1]
@@ -414,7 +387,7 @@ def plain_vit(
     mlp_ratio: float = 4.0,
     prefix: int = 0,
     exit_heads: Mapping[int, HeadCost] | None = None,
-    head: HeadCost = HeadCost(0),
+    head: HeadCost = _NOTHING,
     decoder: int = 0,
     norm: int = 0,
 ) -> Cost:
@@ -439,9 +412,9 @@ def plain_vit(
     Raises:
         TokenExitError: If a size is less than 1, a count is negative, or an exit head follows no block, or the last.
     """
-    _require_sizes(width=width, depth=depth, patch=patch, channels=channels)
+    require_sizes(width=width, depth=depth, patch=patch, channels=channels)
     require(width * mlp_ratio >= 1, "mlp_ratio", f"give at least one channel for width {width}", mlp_ratio)
-    _require_counts(prefix=prefix, decoder=decoder, norm=norm)
+    require_counts(prefix=prefix, decoder=decoder, norm=norm)
     inside = int(width * mlp_ratio)
     return Cost(
         embed=channels * patch * patch * width,
@@ -471,53 +444,10 @@ def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> He
     Raises:
         TokenExitError: If it is no such plan, a size is less than 1, `norm` is negative, or the width is odd for `ATM`.
     """
-    _require_sizes(width=width, classes=classes)
-    _require_counts(norm=norm)
-    if isinstance(plan, ATM):
-        return atm_head(width=width, classes=classes, layers=plan.layers, norm=norm)
-    if isinstance(plan, FCN):
-        return HeadCost(width * plan.hidden + plan.hidden * classes)
-    if isinstance(plan, MLP | Neighbourhood):
-        hidden = width if plan.hidden is None else plan.hidden
-        read = 2 * width if isinstance(plan, Neighbourhood) else width
-        return HeadCost(norm * width + read * hidden + hidden * classes)
-    require(isinstance(plan, Linear), "plan", "be a plan of tokenexit.heads", repr(plan))
-    return HeadCost(norm * width + width * classes)
-
-
-def atm_head(*, width: int, classes: int, layers: int = 3, norm: int = 0) -> HeadCost:
-    """Cost of the attention-to-mask head of SegViT (NeurIPS 2022, section 3) as DToP (ICCV 2023) uses it.
-
-    A linear layer and a norm halve the channels of the tokens. There is one query per class. In each layer the queries
-    attend to each other, then to the tokens, and pass an MLP of four times their channels, with a norm after each of
-    the three. The masks are the query-key products of the last layer; a linear layer reads two presence scores off
-    each query.
-
-    Args:
-        width: Channels of the tokens, even; the head has half of them.
-        classes: Class count, which is that of the queries.
-        layers: Decoder layers. Published: 3.
-        norm: Multiply-adds for an element of a LayerNorm; not counted if 0.
-
-    Returns:
-        The cost.
-
-    Raises:
-        TokenExitError: If `width` is odd, a size is less than 1, or `norm` is negative.
-    """
-    _require_sizes(width=width, classes=classes, layers=layers)
-    require(width % 2 == 0, "width", "be even", width)
-    _require_counts(norm=norm)
-    half = width // 2
-    keys_and_values = 2 * half * half
-    attended = 2 * classes * half  # by every query, in both products
-    among_queries = 4 * half * half + 2 * classes * half
-    queries_and_out = 2 * half * half
-    mlp = 8 * half * half
-    per_query = layers * (among_queries + queries_and_out + mlp + 3 * norm * half) + 2 * half
-    return HeadCost(
-        per_token=width * half + norm * half + layers * (keys_and_values + attended), fixed=classes * per_query
-    )
+    require(isinstance(plan, HeadPlan), "plan", "be a plan of tokenexit.heads", repr(plan))
+    require_sizes(width=width, classes=classes)
+    require_counts(norm=norm)
+    return plan.cost(width=width, classes=classes, norm=norm)
 
 
 def upsampling(*, channels: int, size: tuple[int, int], per_element: int) -> int:
@@ -535,8 +465,8 @@ def upsampling(*, channels: int, size: tuple[int, int], per_element: int) -> int
         TokenExitError: If a size is less than 1, or `per_element` is negative.
     """
     height, width = size
-    _require_sizes(channels=channels, height=height, width=width)
-    _require_counts(per_element=per_element)
+    require_sizes(channels=channels, height=height, width=width)
+    require_counts(per_element=per_element)
     return channels * height * width * per_element
 
 
@@ -564,30 +494,9 @@ def token_blocks(tokens_per_block: Int[Array, "images blocks"], /, *, slots: int
     return int(xp.sum(tokens_per_block)) / (images * blocks * slots)
 
 
-def _counted(tokens: Array) -> Array:
-    """Token counts in a dtype that holds multiply-adds, which 32 bits do not: an image may take 10 ** 12."""
-    xp = array_namespace(tokens)
-    return xp.astype(tokens, xp.__array_namespace_info__().dtypes().get("int64", xp.float32))
-
-
-def _number(value: int, beside: Array) -> int | float:
-    """`value` for arithmetic with `beside`: JAX takes no Python integer beyond 32 bits, not even beside floats."""
-    return float(value) if array_namespace(beside).isdtype(beside.dtype, "real floating") else value
-
-
 def _require_head_on(head_on: str) -> None:
     require(head_on in ("running", "all"), "head_on", "be 'running' or 'all'", repr(head_on))
 
 
 def _require_keys(keys: str) -> None:
     require(keys in ("running", "all"), "keys", "be 'running' or 'all'", repr(keys))
-
-
-def _require_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        require(value >= 1, name, "be at least 1", value)
-
-
-def _require_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        require(value >= 0, name, "be 0 or more", value)

@@ -1,11 +1,11 @@
-"""What the tokens that left have left behind: their frozen predictions or features, and how deep they went.
+"""Frozen outputs of exited tokens, predictions or features, and their exit depth.
 
 DToP (ICCV 2023, section 3.2) finalises a token when it leaves: the class scores of its exit head are its result. In
 PAUMER (BMVC 2022) and DoViT (2023) it leaves its feature, which rejoins the others later. A ledger holds either, for
 either layout. It is a value: `record` returns a new one and changes nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int, Shaped
 
@@ -28,17 +28,35 @@ class Ledger:
         score: Confidence that the token left with; zero while it runs.
         depth: How many blocks the token has run through; zero while it runs.
         features: Frozen features, for a schedule that carries them; zero while the token runs.
+        mask_logits: Latest mask logits by slot, if masks are kept: frozen where the token has left.
+        presence_logits: Latest presence of classes by image, if masks are kept.
     """
 
     logits: Float[Array, "images slots classes"]
     label: Int[Array, "images slots"]
     score: Float[Array, "images slots"]
     depth: Int[Array, "images slots"]
-    features: Float[Array, "images slots width"] | None = None
+    features: Float[Array, "images slots dim"] | None = None
+    mask_logits: Float[Array, "images slots classes"] | None = None
+    presence_logits: Float[Array, "images classes"] | None = None
+
+    def exit_depth(self, depth: int, /) -> Int[Array, "images slots"]:
+        """Blocks that every token has run through.
+
+        Args:
+            depth: Blocks of the network, for tokens that have not left.
+        """
+        xp = array_namespace(self.depth)
+        return xp.where(self.depth > 0, self.depth, depth)
 
 
 def open_ledger(
-    logits: Float[Array, "..."], receipt: Receipt, /, *, features: Float[Array, "..."] | None = None
+    logits: Float[Array, "..."],
+    receipt: Receipt,
+    /,
+    *,
+    features: Float[Array, "..."] | None = None,
+    presence_logits: Float[Array, "images classes"] | None = None,
 ) -> Ledger:
     """An empty ledger for the batch of `receipt`.
 
@@ -46,6 +64,7 @@ def open_ledger(
         logits: Class scores whose class count and dtype the ledger takes, in the layout of the receipt.
         receipt: The receipt of any row, or selection, of the batch.
         features: Features, in the same layout, if the ledger is to keep them too.
+        presence_logits: Presence of classes by a mask head, if the ledger is to keep masks too.
 
     Returns:
         A ledger in which nothing has settled.
@@ -59,12 +78,17 @@ def open_ledger(
     if features is not None:
         _require_layout(features, receipt, "features")
         features = filled((*shape, features.shape[-1]), 0, features, dtype=features.dtype)
+    masks = None
+    if presence_logits is not None:
+        masks = filled((*shape, presence_logits.shape[-1]), 0, presence_logits, dtype=presence_logits.dtype)
     return Ledger(
         logits=filled((*shape, logits.shape[-1]), 0, logits, dtype=logits.dtype),
         label=filled(shape, -1, logits, dtype=receipt.index.dtype),
         score=filled(shape, 0, logits, dtype=xp.float32),
         depth=filled(shape, 0, logits, dtype=receipt.index.dtype),
         features=features,
+        mask_logits=masks,
+        presence_logits=presence_logits,
     )
 
 
@@ -123,7 +147,8 @@ def record(
         rows = xp.reshape(xp.astype(values, settled.dtype), (receipt.index.shape[0], *rest))
         return xp.reshape(take_or(rows, receipt.rank, flat, xp.reshape(settled, (*flat.shape, *rest))), settled.shape)
 
-    return Ledger(
+    return replace(
+        ledger,
         logits=settle(logits, ledger.logits),
         label=settle(xp.astype(xp.argmax(logits, axis=-1), ledger.label.dtype), ledger.label),
         score=settle(scores.confidence(logits) if score is None else score, ledger.score),

@@ -7,9 +7,9 @@ A schedule is plain frozen data. It holds no weight, prints as it reads, and is 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from tokenexit import carries, policies
+from tokenexit import carries, policies, scores
 from tokenexit._plain import is_whole, require_keys
 from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.errors import TokenExitError, require
@@ -28,6 +28,7 @@ from tokenexit.policies import (
 __all__ = [
     "Exit",
     "Schedule",
+    "Stage",
     "dense",
     "dovit",
     "dtop",
@@ -63,6 +64,27 @@ class Exit:
         _require_block(self.after)
         if not isinstance(self.policy, Policy):
             raise TokenExitError(f"`policy` must be a tokenexit.policies.Policy, got {self.policy!r}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that run together, and what follows them: one step of a forward pass (`Schedule.stages`).
+
+    Attributes:
+        start: Blocks that have run before.
+        stop: Blocks that have run after.
+        exit: The exit point that follows, if any.
+        index: Which of the exit points of the pass it is, from 0; None without one.
+        rejoin: Whether all tokens of all images run on from here, exited or skipped ones with the features they have.
+        tap: Whether something reads the tokens of all images here.
+    """
+
+    start: int
+    stop: int
+    exit: Exit | None = None
+    index: int | None = None
+    rejoin: bool = False
+    tap: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,60 @@ class Schedule:
     def active(self) -> tuple[Exit, ...]:
         """The exit points at which a token can leave: those whose policy is not `never()`."""
         return tuple(exit for exit in self.exits if exit.policy != never())
+
+    def stages(
+        self, depth: int, /, *, taps: Iterable[int] = (), heads: Literal["active", "all"] = "active"
+    ) -> tuple[Stage, ...]:
+        """Itinerary of a forward pass: which blocks run together, and what follows them.
+
+        Args:
+            depth: Blocks of the network.
+            taps: After how many blocks something reads the tokens of all images: a decoder.
+            heads: Which exit heads run: those of `active` exit points, or `all`, as in training.
+
+        Returns:
+            The stages, in order; together they run every block once.
+
+        Raises:
+            TokenExitError: If an exit point or a tap is beyond the blocks.
+        """
+        exits = {exit.after: exit for exit in (self.active if heads == "active" else self.exits)}
+        rejoin = None
+        if isinstance(self.carry, Feature):
+            rejoin = depth - 1 if self.carry.before == "last block" else depth
+        elif isinstance(self.carry, Preserved) and self.carry.before == "last block" and len(exits) > 0:
+            rejoin = depth - 1
+        taps = frozenset(taps)
+        stops = sorted({*exits, *taps, depth, *([] if rejoin is None else [rejoin])} - {0})
+        require(stops[-1] == depth, "schedule", f"have exits and taps within {depth} blocks", stops[-1])
+        index = {after: at for at, after in enumerate(sorted(exits))}
+        return tuple(
+            Stage(start, stop, exits.get(stop), index.get(stop), stop == rejoin, stop in taps)
+            for start, stop in zip([0, *stops], stops, strict=False)
+        )
+
+    def retuned(
+        self,
+        schedule: "Schedule | None" = None,
+        /,
+        *,
+        threshold: Threshold | Mapping[int, Threshold] | None = None,
+    ) -> "Schedule":
+        """Another plan, or this one, with other thresholds.
+
+        Args:
+            schedule: The plan; this one if left out.
+            threshold: New thresholds for it, as for `with_threshold`; those that it has if left out.
+
+        Returns:
+            The plan.
+
+        Raises:
+            TokenExitError: If neither is given, or a threshold does not fit.
+        """
+        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        plan = self if schedule is None else schedule
+        return plan if threshold is None else plan.with_threshold(threshold)
 
     def with_threshold(self, threshold: Threshold | Mapping[int, Threshold], /) -> "Schedule":
         """The same plan with other thresholds.
@@ -361,14 +437,14 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
             heads do not have, or has exits beyond the blocks, or without a head.
     """
     require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
-    compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
-    gated = isinstance(plan.carry, Preserved) or "gate" in compared
+    needs = _needs(plan)
+    gated = isinstance(plan.carry, Preserved) or "gate" in needs
     rule = "carry predictions or features and look at no gate, for a model without gates (`wrap_gates` makes one)"
     require(not gated, "schedule", rule, plan)
     masks = isinstance(plan.carry, MaskPrediction)
     rule = "carry no MaskPrediction, for heads that give no masks to freeze"
     require(not masks or gives_masks, "schedule", rule, plan)
-    spread = sorted({"entropy", "margin"} & compared)
+    spread = sorted((scores.SCORES.keys() - {"confidence"}) & needs)
     rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
     require(not gives_masks or not spread, "schedule", rule, spread)
     late = [block for block in plan.after if block >= depth]
@@ -388,7 +464,7 @@ def require_gates_fit(
         plan: The plan.
         depth: How many blocks the model has.
         after: After how many blocks it has a gate.
-        carry: What a plan under which nobody waits is taken to carry, if that is not said.
+        carry: Carry assumed for a schedule without active gates.
 
     Returns:
         The plan, which carries `Preserved`.
@@ -402,7 +478,8 @@ def require_gates_fit(
         carry = plan.carry
     elif plan.active:
         raise TokenExitError(f"`schedule` must carry Preserved, for a model with gates, got {plan.carry!r}")
-    compared = sorted(set[str]().union(*(exit.policy.compared_scores for exit in plan.exits)) - {"gate"})
+    own = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
+    compared = sorted((own | (scores.SCORES.keys() & _needs(plan))) - {"gate"})
     require(not compared, "schedule", "compare the probabilities of gates alone, which give no class scores", compared)
     require(plan.cell is None, "schedule", "have no cells where tokens are preserved", plan.cell)
     last = depth - (2 if carry.before == "last block" else 1)
@@ -412,6 +489,10 @@ def require_gates_fit(
     missing = [block for block in plan.after if block not in after]
     require(not missing, "schedule", f"decide only after blocks with a gate, {list(after)}", missing)
     return dataclasses.replace(plan, carry=carry)
+
+
+def _needs(plan: Schedule) -> frozenset[str]:
+    return frozenset[str]().union(*(exit.policy.needs for exit in plan.exits))
 
 
 def _blocks(after: Iterable[int]) -> tuple[int, ...]:

@@ -6,13 +6,17 @@ that a token about which nothing is known goes on computing.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
 from jaxtyping import Float
 
 from tokenexit._array import Array, aligned, array_namespace, counting
 from tokenexit.errors import require
 
-__all__ = ["confidence", "entropy", "margin", "mask_scores"]
+__all__ = ["SCORES", "Score", "confidence", "entropy", "margin", "mask_scores"]
 
 ONE = "the softmax of one is always 1, so that every token would be certain: for yes or no, use two logits"
 """Why logits of one class are refused. It is no part of the public API."""
@@ -109,6 +113,25 @@ def mask_scores(
     falling = xp.exp(-xp.abs(mask_logits))  # never overflows
     sigmoid = xp.where(mask_logits >= 0, 1 / (1 + falling), falling / (1 + falling))
     return aligned(xp.astype(presence, xp.float32), sigmoid.ndim) * sigmoid
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of tokens that policies can compare and rank by.
+
+    Attributes:
+        of: Computes it from logits.
+        direction: On which side of a threshold a token is easy.
+    """
+
+    of: Callable[[Float[Array, "*tokens classes"]], Float[Array, "*tokens"]]
+    direction: Literal["above", "below"]
+
+
+SCORES: Mapping[str, Score] = MappingProxyType(
+    {"confidence": Score(confidence, "above"), "entropy": Score(entropy, "below"), "margin": Score(margin, "above")}
+)
+"""The scores of logits, by name: those that `policies.Budget` ranks by, beside `gate`."""
 
 
 def _shifted(logits: Array) -> Array:

@@ -26,7 +26,19 @@ from tokenexit._array import (
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
 
-__all__ = ["Packing", "Receipt", "Selection", "gather", "pack", "repack", "reselect", "scatter", "select"]
+__all__ = [
+    "Packing",
+    "Receipt",
+    "Selection",
+    "any_of_image",
+    "gather",
+    "pack",
+    "repack",
+    "reselect",
+    "room",
+    "scatter",
+    "select",
+]
 
 
 @dataclass(frozen=True)
@@ -266,6 +278,39 @@ def reselect(
     entry, valid, surplus, overflow = _fit(stay & selection.valid, score, capacity, "entries")
     slot_of = take_along_axis(selection.slot_of, entry, axis=1)
     return Selection(slot_of, valid, selection.slots, overflow), entry, surplus
+
+
+def room(fraction: float, /, *, slots: int, prefix: int) -> int:
+    """Entries for a fraction of the slots of an image: at least the prefix tokens and one patch.
+
+    Args:
+        fraction: The fraction.
+        slots: Slots of an image.
+        prefix: Prefix tokens among them.
+    """
+    return max(min(prefix + 1, slots), round(fraction * slots))
+
+
+def any_of_image(marks: Bool[Array, "..."], receipt: Receipt, /) -> Bool[Array, "images"]:
+    """Whether any token of each image is marked.
+
+    Args:
+        marks: A mark for every entry, in the layout of the receipt.
+        receipt: The receipt. Entries of a `Selection` that are not valid must not be marked.
+
+    Returns:
+        True for each image with a mark.
+
+    Raises:
+        TokenExitError: If `marks` is not boolean or does not have the layout of `receipt`.
+    """
+    xp = array_namespace(marks)
+    require_marks(marks, "marks")
+    fits = tuple(marks.shape) == receipt.layout
+    require(fits, "marks", f"have the layout of the receipt, {receipt.layout}", f"shape {tuple(marks.shape)}")
+    if isinstance(receipt, Packing):
+        marks = scatter(marks, receipt, into=xp.zeros_like(receipt.running))
+    return xp.any(marks, axis=1)
 
 
 def gather(x: Shaped[Array, "images slots *rest"], receipt: Receipt, /) -> Shaped[Array, "..."]:

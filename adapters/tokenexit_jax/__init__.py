@@ -9,12 +9,12 @@ out = model(params, heads, images)     # out.logits, out.exit_depth, out.tokens_
 """
 
 from tokenexit_jax.attention import attend, key_bias
+from tokenexit_jax.exits.model import ExitingModel
+from tokenexit_jax.exits.outputs import GatedOutput, Output
 from tokenexit_jax.gates import Drawing, GatedModel, gate_thresholds, sampled
-from tokenexit_jax.masks import MaskMaps, Masks
+from tokenexit_jax.heads.masks import MaskMaps, Masks
 from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
-from tokenexit_jax.outputs import GatedOutput, Output
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.running import ExitingModel
 from tokenexit_jax.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_jax.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_jax.shrinking import Adopted, SemanticModel, SemanticOutput

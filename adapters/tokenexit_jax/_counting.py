@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
-from tokenexit_jax._passing import embed
+from tokenexit_jax._network import embed
 from tokenexit_jax.networks import Embedded, Network, Params
 
 __all__ = ["head_cost", "multiply_adds", "network_cost"]

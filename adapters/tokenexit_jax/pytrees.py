@@ -17,21 +17,9 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
 from tokenexit.errors import require
+from tokenexit.exits import HeadOutput
 from tokenexit.ledger import Ledger
-from tokenexit.policies import (
-    BatchBudget,
-    Budget,
-    ConfidenceAbove,
-    EntropyBelow,
-    GateBelow,
-    MarginAbove,
-    NeighboursAgree,
-    Patience,
-    PerClass,
-    Policy,
-    always,
-    never,
-)
+from tokenexit.policies import KINDS, PerClass, Policy
 from tokenexit.schedule import Exit, Schedule
 
 __all__ = ["register"]
@@ -113,15 +101,11 @@ def _as_number(name: str, held: Any) -> Any:
     return float(held) if whole and name in ("threshold", "thresholds") else held
 
 
-_SIMPLE = ConfidenceAbove(0.5)
-_COMPOSED = (_SIMPLE & _SIMPLE, _SIMPLE | _SIMPLE, ~_SIMPLE, _SIMPLE.retaining(per_class=1))
-_COUNTED = (_SIMPLE.with_minimum(per_image=1), never(), always())
-for _kind in (
-    *(ConfidenceAbove, EntropyBelow, GateBelow, MarginAbove, NeighboursAgree, Budget, BatchBudget, Patience),
-    *(type(policy) for policy in (*_COMPOSED, *_COUNTED)),
-):
-    register(_kind)
+for _kind in KINDS.values():
+    if issubclass(_kind, Policy):
+        register(_kind)
 register(PerClass, leaves=("thresholds",))
 register(Exit, leaves=("policy",))
 register(Schedule, leaves=("exits",))
 register(Ledger, leaves=tuple(field.name for field in dataclasses.fields(Ledger)))
+register(HeadOutput, leaves=tuple(field.name for field in dataclasses.fields(HeadOutput)))

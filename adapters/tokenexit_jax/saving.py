@@ -23,9 +23,9 @@ from tokenexit.folders import Kind
 from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit_jax._layers import Weights
+from tokenexit_jax.exits.model import ExitingModel, shapes_of, validated_heads
 from tokenexit_jax.gates.model import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
-from tokenexit_jax.running import ExitingModel, fitting, shapes_of
 from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers
 from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic
 
@@ -52,7 +52,7 @@ def save(model: ExitingModel, heads: Heads, folder: str | Path, /) -> None:
             not of its heads, not floating or not finite, or the folder cannot be written to. Nothing is written then.
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
-    weights = _weights(fitting(model, heads), shapes_of(model), "heads")
+    weights = _weights(validated_heads(model, heads), shapes_of(model), "heads")
     folders.save(folder, "exits", manifest.to_dict(_manifest(model)), weights)
 
 

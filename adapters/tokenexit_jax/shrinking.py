@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float
 
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, require_places
-from tokenexit_jax import heads as building
 from tokenexit_jax._counting import network_cost
 from tokenexit_jax._given import new_keys
 from tokenexit_jax._layers import Weights, named, part
-from tokenexit_jax._passing import embed, run_block
+from tokenexit_jax._network import embed, run_block
+from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks import Network, Params
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.semantic import Recovery, SemanticTokens
@@ -228,7 +228,7 @@ def fitting_layers(model: SemanticModel, layers: Weights) -> Weights:
         TokenExitError: If they do not.
     """
     require(isinstance(layers, Mapping), "layers", "be weights by name, as `init` makes them", type(layers).__name__)
-    return building.alike(dict(layers), shapes_of_layers(model), argument="layers")
+    return building.require_same_structure(dict(layers), shapes_of_layers(model), argument="layers")
 
 
 def shapes_of_layers(model: SemanticModel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ scores for the tokens that still run, and for the others those they left with. T
         stages = tej.staged(model, params, tej.merge(learned, statistics), images, plan)
         return stages.loss(lambda logits: tej.pixel_cross_entropy(logits, labels, ignore=255)), stages.statistics
 
-    slopes, statistics = jax.jit(jax.grad(loss, has_aux=True))((params, learned), statistics, images, labels)
+    gradients, statistics = jax.jit(jax.grad(loss, has_aux=True))((params, learned), statistics, images, labels)
 
 A threshold that changes from step to step is in `tokenexit.annealing`.
 """
@@ -27,25 +27,21 @@ from jax import numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
-from tokenexit import TokenExitError, tokens
+from tokenexit import TokenExitError
 from tokenexit._array import aligned
 from tokenexit._plain import is_number
 from tokenexit.auxiliary import loss_weights
-from tokenexit.carries import MaskPrediction
 from tokenexit.errors import require
-from tokenexit.heads import FCN
-from tokenexit.policies import never
-from tokenexit.schedule import Exit, Schedule
-from tokenexit.tokens import Selection
+from tokenexit.schedule import Schedule
 from tokenexit_jax._given import require_array
-from tokenexit_jax._layers import STATISTICS
-from tokenexit_jax._passing import Reading, Run, State, joined, on_grid, require_covered
-from tokenexit_jax.heads import read_in_training
-from tokenexit_jax.masks import MaskMaps, Masks, log_scores
+from tokenexit_jax._network import require_covered
+from tokenexit_jax.exits.forward import Given, head_outputs, on_grid, run_pass
+from tokenexit_jax.exits.model import ExitingModel, checked, validated_heads
+from tokenexit_jax.exits.outputs import Output
+from tokenexit_jax.heads.masks import MaskMaps
+from tokenexit_jax.heads.statistics import merge, split
 from tokenexit_jax.networks import Heads, Params
-from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.running import ExitingModel, checked, fitting
 
 __all__ = ["Stages", "distillation", "mask_loss", "merge", "pixel_cross_entropy", "split", "staged"]
 
@@ -66,7 +62,7 @@ class Stages:
         read: For each head, which patches it read: none if all had left before.
         masks: Masks and presence by the same rule, if the heads are mask heads: presence is this head's own in images
             of which it read any patch, and for the others that of the last head that did, as constants.
-        statistics: What batch norms have learned, as `split` tells it apart: for the next step, and never by slopes.
+        statistics: What batch norms have learned, as `split` tells it apart: for the next step, and never by gradients.
     """
 
     output: Output
@@ -147,7 +143,7 @@ def staged(
         heads: Weights of the heads.
         images: The images, as the network takes them.
         schedule: A plan for this call only; the model's own if left out. Heads are read at all of its exits, also
-            where nobody may leave: with `schedule.dense(after=...)` all of them see all tokens.
+            where no token may leave: with `schedule.dense(after=...)` all of them see all tokens.
 
     Returns:
         Class scores of every head, and the output.
@@ -158,164 +154,22 @@ def staged(
     """
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     plan = checked(model, model.schedule if schedule is None else schedule)
-    # Nobody leaves by this policy either, but the runner does not know it, and asks the head.
-    nobody = never() & never()
-    exits = tuple(Exit(exit.after, nobody) if exit.policy == never() else exit for exit in plan.exits)
-    run = _StagedRun(model, params, fitting(model, heads), dataclasses.replace(plan, exits=exits))
-    return run.staged(run.through(images))
-
-
-def split(heads: Heads, /) -> tuple[Heads, Heads]:
-    """Tell the weights of heads that slopes teach from the statistics of batch norms, which only `FCN` has.
-
-    An optimiser must not see the latter: weight decay would wear them out.
-
-    Args:
-        heads: The weights of heads, as `ExitingModel.init` made them.
-
-    Returns:
-        What is learned, and the statistics; the same dictionaries, each without the leaves of the other.
-
-    Raises:
-        TokenExitError: If `heads` are no weights by name.
-    """
-    _require_by_name(heads, "heads")
-    return _filtered(heads, statistics=False), _filtered(heads, statistics=True)
-
-
-def merge(learned: Mapping[str, Any], statistics: Mapping[str, Any], /) -> Heads:
-    """The weights of heads that `split` has told apart.
-
-    Args:
-        learned: What is learned.
-        statistics: The statistics.
-
-    Returns:
-        All of them together.
-
-    Raises:
-        TokenExitError: If one of them is no weights by name.
-    """
-    _require_by_name(learned, "learned")
-    _require_by_name(statistics, "statistics")
-    both = {
-        name: merge(value, statistics.get(name, {})) for name, value in learned.items() if isinstance(value, Mapping)
-    }
-    return {**learned, **statistics, **both}
-
-
-def _require_by_name(weights: Any, argument: str) -> None:
-    require(isinstance(weights, Mapping), argument, "be weights by name, as `init` makes them", type(weights).__name__)
-
-
-def _filtered(heads: Mapping[str, Any], *, statistics: bool) -> Heads:
-    return {
-        name: _filtered(value, statistics=statistics) if isinstance(value, Mapping) else value
-        for name, value in heads.items()
-        if isinstance(value, Mapping) or (name.rpartition(".")[2] in STATISTICS) == statistics
-    }
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What every head has said so far, by patch.
-
-    Attributes:
-        logits: Class scores, by the blocks before the head; meaningless where it has read nothing.
-        read: Which patches each has read.
-        masks: Masks and presence, if the heads are mask heads.
-        last: Of every patch, and of every image, what the last mask head said that read it, as constants.
-        statistics: What batch norms have learned.
-    """
-
-    logits: dict[int, Float[Array, "images places classes"]]
-    read: dict[int, Bool[Array, "images places"]]
-    masks: dict[int, Masks]
-    last: Masks | None
-    statistics: Heads
-
-
-register(_Kept, leaves=tuple(field.name for field in dataclasses.fields(_Kept)))
-
-
-class _StagedRun(Run):
-    def read(self, after: int, patches: Array, grid: tuple[int, int], selection: Selection | None = None) -> Reading:
-        model = self.model
-        if not isinstance(model.head_plan, FCN) or (after == model.depth and model.head is not None):
-            return super().read(after, patches, grid, selection)
-        weights = self.heads["head"] if after == model.depth else self.heads["exit_heads"][str(after)]
-        valid = jnp.ones(patches.shape[:2], dtype=bool) if selection is None else selection.valid
-        logits, statistics = read_in_training(model.head_plan, weights, patches, valid)
-        return Reading(logits, statistics=statistics)
-
-    def staged(self, state: State) -> Stages:
-        require_covered(state.area)
-        depth, kept = self.model.depth, state.kept
-        if state.ledger is None or self.feature is not None:
-            state, reading = self.rejoined(state)
-            everywhere = jnp.ones(reading.logits.shape[:2], dtype=bool)
-            kept = self._blank(reading) if kept is None else kept
-            kept = self._with(kept, depth, reading, reading.logits, everywhere, reading.masks)
-            output = self.output(state, reading.logits)
-        else:
-            output = self.closed(state)
-        settled = lax.stop_gradient(output.logits)
-        logits = {after: on_grid(said, state.grid) for after, said in kept.logits.items()}
-        read = {after: on_grid(which[..., None], state.grid)[..., 0] for after, which in kept.read.items()}
-        masks = {
-            after: MaskMaps(on_grid(said.mask_logits, state.grid), said.presence_logits)
-            for after, said in kept.masks.items()
-        }
-        return Stages(
-            output=output,
-            logits={after: jnp.where(read[after].any(), said, settled) for after, said in logits.items()},
-            read=read,
-            masks=masks if self.model.gives_masks else None,
-            statistics=kept.statistics,
-        )
-
-    def _settled(self, state: State, selection: Selection, leave: Array, reading: Reading, depth: int) -> State:
-        assert state.ledger is not None
-        kept = self._blank(reading) if state.kept is None else state.kept
-        everyone = tokens.scatter(reading.logits, selection, into=state.ledger.logits)
-        masks = None
-        if reading.masks is not None:
-            masks = joined(kept.last, selection, reading.masks)
-            if isinstance(self.plan.carry, MaskPrediction):
-                everyone = log_scores(masks.mask_logits, masks.presence_logits[:, None])
-        kept = self._with(kept, depth, reading, everyone, selection.running, masks)
-        # A prediction that has frozen is a constant to later losses.
-        constant = jax.tree.map(lax.stop_gradient, reading)
-        return super()._settled(dataclasses.replace(state, kept=kept), selection, leave, constant, depth)
-
-    def _blank(self, reading: Reading) -> _Kept:
-        """Nothing read yet, with a place for every head, so that all stages have one structure."""
-        heads = (*self.plan.after, self.model.depth)
-        masks = None if reading.masks is None else Masks(*map(jnp.zeros_like, reading.masks))
-        return _Kept(
-            logits=dict.fromkeys(heads, jnp.zeros_like(reading.logits)),
-            read=dict.fromkeys(heads, jnp.zeros_like(reading.logits[..., 0], dtype=bool)),
-            masks={} if masks is None else dict.fromkeys(heads, masks),
-            last=masks,
-            statistics=split(self.heads)[1],
-        )
-
-    def _with(
-        self, kept: _Kept, after: int, reading: Reading, logits: Array, read: Array, masks: Masks | None
-    ) -> _Kept:
-        """The same, and what one more head has said."""
-        statistics = kept.statistics
-        if reading.statistics is not None and after == self.model.depth:
-            statistics = {**statistics, "head": reading.statistics}
-        elif reading.statistics is not None:
-            statistics = {**statistics, "exit_heads": {**statistics["exit_heads"], str(after): reading.statistics}}
-        return _Kept(
-            logits=kept.logits | {after: logits},
-            read=kept.read | {after: read},
-            masks=kept.masks if masks is None else kept.masks | {after: masks},
-            last=kept.last if masks is None else jax.tree.map(lax.stop_gradient, masks),
-            statistics=statistics,
-        )
+    given = Given(model, params, validated_heads(model, heads), plan, "all")
+    state = run_pass(given, images)
+    require_covered(state.area)
+    output, kept = head_outputs(given, state)
+    assert kept is not None
+    grid, settled = state.grid, lax.stop_gradient(output.logits)
+    logits = {after: on_grid(one, grid) for after, one in kept.logits.items()}
+    read = {after: on_grid(which[..., None], grid)[..., 0] for after, which in kept.read.items()}
+    masks = {after: MaskMaps(on_grid(maps, grid), presence) for after, (maps, presence) in kept.masks.items()}
+    return Stages(
+        output=output,
+        logits={after: jnp.where(read[after].any(), one, settled) for after, one in logits.items()},
+        read=read,
+        masks=masks if model.gives_masks else None,
+        statistics=kept.statistics,
+    )
 
 
 def pixel_cross_entropy(

@@ -19,10 +19,10 @@ from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, require_room, stvit
 from tokenexit_jax._given import require_array, require_count
-from tokenexit_jax._passing import DECLARED, embed, run_block, whole_sides
+from tokenexit_jax._network import DECLARED, embed, run_block, whole_sides
+from tokenexit_jax.exits.model import ExitingModel
 from tokenexit_jax.gates.model import GatedModel
 from tokenexit_jax.networks import Embedded, Network, Params
-from tokenexit_jax.running import ExitingModel
 from tokenexit_jax.semantic import Recovery, SemanticTokens
 from tokenexit_jax.shrinking import SemanticModel
 

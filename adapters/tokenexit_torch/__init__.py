@@ -11,24 +11,24 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.calibrating import Calibrated, calibrate, default_settings, drift_sample
 from tokenexit_torch.certifying import fingerprints, load_certificate, save_certificate
-from tokenexit_torch.decoding import DecodedOutput, DecodingModel
+from tokenexit_torch.exits.decoder import DecodingModel
+from tokenexit_torch.exits.model import ExitingModel
+from tokenexit_torch.exits.outputs import DecodedOutput, Output
+from tokenexit_torch.exits.static import StaticModel, needed_capacity
 from tokenexit_torch.exporting import EXPORTED, export_onnx, export_program
 from tokenexit_torch.fitting import FitReport, HeldOut, fit_exits
 from tokenexit_torch.gates import Drawing, GatedModel, GatedOutput, Sampled, gate_thresholds
+from tokenexit_torch.heads.masks import AttentionToMask, MaskHead, MaskMaps, Masks
 from tokenexit_torch.hosts import Embedded, Host
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_eomt_dpt import TransformersDPT, TransformersEoMT
 from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
-from tokenexit_torch.masks import AttentionToMask, MaskHead, MaskMaps, Masks
-from tokenexit_torch.outputs import Output, StaticOutput
 from tokenexit_torch.predictor import Predictor
-from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
-from tokenexit_torch.static import StaticModel, needed_capacity
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
 from tokenexit_torch.tracing import Trace, trace
 from tokenexit_torch.training import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
@@ -67,7 +67,6 @@ __all__ = [
     "Staged",
     "Stages",
     "StaticModel",
-    "StaticOutput",
     "Swin",
     "SwinBackbone",
     "SwinBlock",

@@ -19,8 +19,8 @@ from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.exits import WithExits
-from tokenexit_torch.heads import reach
+from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.heads import radius_of
 
 __all__ = [
     "FINAL",
@@ -70,7 +70,7 @@ class Teacher:
         weights = self._model.state_dict().items()
         frozen = [value for name, value in weights if not name.startswith("exit_heads.")]
         labels = {"label_weight": str(self._label_weight), "ignore": str(self._ignore)}
-        read = [f"{after}: {reach(head)}" for after, head in self._model.exit_heads.items()]
+        read = [f"{after}: {radius_of(head)}" for after, head in self._model.exit_heads.items()]
         return {"model": fingerprint(frozen), "exits": ", ".join(read)} | labels
 
     @torch.no_grad()

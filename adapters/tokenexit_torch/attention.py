@@ -45,13 +45,13 @@ attend = _BUILT_IN._nn.scaled_dot_product_attention
 
 @contextmanager
 def attending_per_image(
-    lengths: Sequence[int], *, stands_for: Float[Tensor, "tokens"] | None = None
+    lengths: Sequence[int], *, token_size: Float[Tensor, "tokens"] | None = None
 ) -> Iterator["PerImage"]:
     """Within this context, attention over a packed row stays within each image.
 
     Args:
         lengths: How many tokens of the row belong to each image, in order.
-        stands_for: How many tokens each of the row stands for: as a key it counts as often (`tokenexit.cells`). Once
+        token_size: How many tokens each of the row stands for: as a key it counts as often (`tokenexit.cells`). Once
             each if left out.
 
     Yields:
@@ -60,7 +60,7 @@ def attending_per_image(
     Raises:
         TokenExitError: From the attention call, if it carries a mask, is causal, or is not over that row.
     """
-    mode = PerImage(lengths, stands_for=stands_for)
+    mode = PerImage(lengths, token_size=token_size)
     with mode:
         yield mode
 
@@ -174,17 +174,17 @@ class PerImage(_OverRow):
         lengths: How many tokens of the row belong to each image, in order.
         offsets: Where each image begins in the row, and where the last one ends, on the device of the row; computed
             of the lengths if left out, for which an accelerator is waited for.
-        stands_for: How many tokens each of the row stands for; once each if left out.
+        token_size: How many tokens each of the row stands for; once each if left out.
     """
 
-    def __init__(self, lengths: Sequence[int], offsets: Tensor | None = None, stands_for: Tensor | None = None) -> None:
+    def __init__(self, lengths: Sequence[int], offsets: Tensor | None = None, token_size: Tensor | None = None) -> None:
         super().__init__(sum(lengths))
         # A key that counts n times has n times the weight: log n more in the exponent.
-        self._bias = None if stands_for is None else stands_for.log()
-        self._stands_for = stands_for
+        self._bias = None if token_size is None else token_size.log()
+        self._token_size = token_size
         self._offsets = offsets
         self._lengths = list(lengths)
-        self.needed = stands_for is not None or sum(length > 0 for length in self._lengths) > 1
+        self.needed = token_size is not None or sum(length > 0 for length in self._lengths) > 1
         # On the host, so that reading it back is no wait.
         self._counts = torch.tensor(self._lengths, dtype=torch.int64, device="cpu")
         # Neighbouring images with equally many tokens share one call: (images, tokens of each).
@@ -196,7 +196,7 @@ class PerImage(_OverRow):
         known = options.get("dropout_p", 0.0) == 0.0 and set(options) <= {"dropout_p", "scale"}
         if not known:
             raise TokenExitError(f"`options` must be a scale alone where attention is compiled, got {options}")
-        mixed = per_image(query, key, value, self._counts, self._offsets, self._stands_for, options.get("scale"))
+        mixed = per_image(query, key, value, self._counts, self._offsets, self._token_size, options.get("scale"))
         return rearrange(mixed, "1 tokens heads width -> 1 heads tokens width")
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -232,16 +232,16 @@ class Padded(_OverRow):
     Args:
         valid: Which entries hold a token; in every image they come first. Those that do not are attended to by none
             that do; of an image without any, all are, for a softmax must be over something.
-        stands_for: How many tokens each entry stands for, in one row; once each if left out.
+        token_size: How many tokens each entry stands for, in one row; once each if left out.
     """
 
-    def __init__(self, valid: Bool[Tensor, "images capacity"], stands_for: Tensor | None = None) -> None:
+    def __init__(self, valid: Bool[Tensor, "images capacity"], token_size: Tensor | None = None) -> None:
         super().__init__(valid.numel())
         self._valid = valid
-        self._stands_for = stands_for
+        self._token_size = token_size
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self._stands_for is not None:
+        if self._token_size is not None:
             return self._each(query, key, value, {})
         # What holds no token is an image of its own: so each entry is written, and finite.
         images, capacity = self._valid.shape
@@ -255,8 +255,8 @@ class Padded(_OverRow):
         q, k, v = (_apart(tensor, images) for tensor in (query, key, value))
         keys = (self._valid | ~self._valid.any(dim=1, keepdim=True))[:, None, None, :]
         mask = keys
-        if self._stands_for is not None:
-            weight = self._stands_for.log().to(query.dtype).view(images, 1, 1, capacity)
+        if self._token_size is not None:
+            weight = self._token_size.log().to(query.dtype).view(images, 1, 1, capacity)
             mask = torch.where(keys, weight, -torch.inf)
         attended = attend(q, k, v, attn_mask=mask, **options)
         return rearrange(attended, "images heads entries width -> 1 heads (images entries) width")
@@ -299,7 +299,7 @@ def per_image(
     value: Tensor,
     lengths: Tensor,
     offsets: Tensor | None,
-    stands_for: Tensor | None,
+    token_size: Tensor | None,
     scale: float | None,
 ) -> Tensor:
     """`PerImage` as one operator of a compiled program. It is no part of the public API.
@@ -310,13 +310,13 @@ def per_image(
         value: Values.
         lengths: How many tokens of the row belong to each image, in the memory of the host.
         offsets: As for `PerImage`.
-        stands_for: As for `PerImage`.
+        token_size: As for `PerImage`.
         scale: Of the products; one over the root of the width if None.
 
     Returns:
         What they attended to, `(1, tokens, heads, width)`.
     """
-    attention = PerImage(lengths.tolist(), offsets, stands_for)
+    attention = PerImage(lengths.tolist(), offsets, token_size)
     mixed = attention.over(query, key, value, {} if scale is None else {"scale": scale})
     return rearrange(mixed, "1 heads tokens width -> 1 tokens heads width").clone(memory_format=torch.contiguous_format)
 
@@ -335,7 +335,7 @@ def per_image_backward(
     value: Tensor,
     lengths: Tensor,
     offsets: Tensor | None,
-    stands_for: Tensor | None,
+    token_size: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `per_image`, by the products that they are made of: weights are computed again, image by image."""
@@ -343,7 +343,7 @@ def per_image_backward(
     factor = query.shape[3] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
     found = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
-    bias = None if stands_for is None else stands_for.log().to(wide)
+    bias = None if token_size is None else token_size.log().to(wide)
     start = 0
     for length in lengths.tolist():
         own = slice(start, start + length)
@@ -367,8 +367,8 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> t
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    query, key, value, lengths, offsets, stands_for, scale = inputs
-    ctx.save_for_backward(query, key, value, lengths, offsets, stands_for)
+    query, key, value, lengths, offsets, token_size, scale = inputs
+    ctx.save_for_backward(query, key, value, lengths, offsets, token_size)
     ctx.scale = scale
 
 

@@ -34,10 +34,10 @@ from tokenexit_torch._features import in_batches, require_plain
 from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.certifying import fingerprints
-from tokenexit_torch.decoding import DecodedOutput, DecodingModel, class_scores, pooled, require_placed
-from tokenexit_torch.exits import WithExits
-from tokenexit_torch.outputs import Output, upsampled
-from tokenexit_torch.running import ExitingModel
+from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, require_placed
+from tokenexit_torch.exits.model import ExitingModel
+from tokenexit_torch.exits.outputs import DecodedOutput, Output, upsampled
 
 __all__ = ["Calibrated", "calibrate", "default_settings", "drift_sample"]
 

@@ -12,7 +12,7 @@ from tokenexit import TokenExitError, certificate, folders
 from tokenexit.certificate import Certificate, Fingerprints
 from tokenexit.errors import require
 from tokenexit_torch._files import fingerprint
-from tokenexit_torch.exits import WithExits
+from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]

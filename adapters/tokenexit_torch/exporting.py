@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenexit.errors import TokenExitError, require
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.static import StaticModel
+from tokenexit_torch.exits.static import StaticModel
 
 __all__ = ["export_onnx", "export_program"]
 

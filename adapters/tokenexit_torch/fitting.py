@@ -25,8 +25,8 @@ from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teach
 from tokenexit_torch._files import fingerprint
 from tokenexit_torch._fit import Fit, Recipe
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.decoding import DecodingModel, class_scores, pooled, require_placed
-from tokenexit_torch.running import ExitingModel
+from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, require_placed
+from tokenexit_torch.exits.model import ExitingModel
 
 __all__ = ["FitReport", "HeldOut", "fit_exits"]
 

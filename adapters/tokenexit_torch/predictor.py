@@ -22,8 +22,8 @@ from tokenexit.area import Area
 from tokenexit.certificate import Certificate, require_matches
 from tokenexit.errors import require
 from tokenexit_torch.certifying import fingerprints
-from tokenexit_torch.outputs import upsampled
-from tokenexit_torch.running import ExitingModel
+from tokenexit_torch.exits.model import ExitingModel
+from tokenexit_torch.exits.outputs import upsampled
 from tokenexit_torch.windows import Windows, sliding
 
 __all__ = ["Predictor"]

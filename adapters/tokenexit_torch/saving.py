@@ -22,12 +22,12 @@ from tokenexit.heads import HeadPlan
 from tokenexit.manifest import Manifest, SemanticManifest
 from tokenexit.schedule import dense
 from tokenexit_torch._files import require_shapes, require_weights
-from tokenexit_torch.decoding import DecodingModel
+from tokenexit_torch.exits.decoder import DecodingModel
+from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.hosts import Host
 from tokenexit_torch.registry import decoding_host_of, host_of
-from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import SemanticModel, new_layers, together
 from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, wrap_gates
 

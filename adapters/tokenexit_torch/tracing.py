@@ -6,24 +6,24 @@ and in heads that look around.
 `Trace.replay` tells what a schedule does in milliseconds; what it really does, the model itself tells.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm import tqdm
 
 from tokenexit.area import Area
 from tokenexit.carries import Prediction
 from tokenexit.errors import require
-from tokenexit.schedule import Schedule
+from tokenexit.replay import replay
+from tokenexit.schedule import Schedule, require_fits
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.hosts import Embedded, Inattentive
-from tokenexit_torch.outputs import Output
-from tokenexit_torch.running import ExitingModel
+from tokenexit_torch.exits.forward import on_grid
+from tokenexit_torch.exits.model import ExitingModel
+from tokenexit_torch.exits.outputs import Output
 
 __all__ = ["Trace", "trace"]
 
@@ -66,18 +66,19 @@ class Trace:
         """
         require(isinstance(schedule.carry, Prediction), "schedule", "carry predictions", repr(schedule.carry))
         require(batch >= 1, "batch", "be at least 1", batch)
-        heads, classes = self.logits.shape[1:3]
-        read = [_Channels(slice(start, start + classes)) for start in range(0, heads * classes, classes)]
-        host = _Recording(self)
-        exit_heads = dict(zip(self.after[:-1], read[:-1], strict=True))
-        model = ExitingModel(host, schedule, read[-1], exit_heads, classes, None, built_head=False)
-        stacked = rearrange(self.logits, "images heads classes height width -> images (heads classes) height width")
-        parts = [model(part) for part in stacked.split(batch)]
+        grid, depth = (self.logits.shape[3], self.logits.shape[4]), self.after[-1]
+        require_fits(schedule, depth=depth, after=self.after[:-1], gives_masks=False)
+        rows = rearrange(self.logits, "images heads classes height width -> heads images (height width) classes")
+        parts = [
+            replay(dict(zip(self.after, part, strict=True)), schedule, grid=grid, prefix=self.prefix)
+            for part in rows.split(batch, dim=1)
+        ]
+        ran = torch.cat([part.tokens_per_block for part in parts])
         return Output(
-            logits=torch.cat([part.logits for part in parts]),
-            exit_depth=torch.cat([part.exit_depth for part in parts]),
-            tokens_per_block=torch.cat([part.tokens_per_block for part in parts]),
-            exits=tuple(sorted({after for part in parts for after in part.exits})),
+            logits=on_grid(torch.cat([part.logits for part in parts]), grid),
+            exit_depth=torch.cat([part.exit_depth for part in parts]).unflatten(1, grid),
+            tokens_per_block=ran,
+            exits=tuple(exit.after for exit in schedule.active if ran[:, exit.after - 1].any()),
             head_on="running",
             area=self.area,
         )
@@ -109,13 +110,11 @@ def trace(
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     batches = images.split(8) if isinstance(images, Tensor) else images
     parts, sizes, prefix = [], set(), 0
-    pattern = "images (height width) classes -> images classes height width"
     with evaluating(model):
         for batch in progress(batches):
-            readings, area, (height, width) = model.read_all(batch)
-            heads = [rearrange(one.logits, pattern, height=height, width=width) for one in readings.values()]
-            parts.append(torch.stack(heads, dim=1))
-            sizes.add((area, (height, width)))
+            outputs, area, grid = model.read_all(batch)
+            parts.append(torch.stack([on_grid(one.logits, grid) for one in outputs.values()], dim=1))
+            sizes.add((area, grid))
             prefix = model.host.embed(batch[:1]).prefix
     require(sum(map(len, parts)) > 0, "images", "hold at least one image", "none")
     grids = sorted({grid for _, grid in sizes})
@@ -123,39 +122,3 @@ def trace(
     areas = [area for area, _ in sizes]
     require(len(areas) == 1, "images", "have patch grids that cover one area", areas)
     return Trace(torch.cat(parts), (*(int(after) for after in model.exit_heads), model.depth), prefix, areas[0])
-
-
-class _Recording(Inattentive):
-    """A host whose tokens are what all heads say of them, and whose blocks do nothing."""
-
-    def __init__(self, recorded: Trace) -> None:
-        self._prefix = recorded.prefix
-        self.module: nn.Module = nn.Linear(1, 1, device=recorded.logits.device, dtype=recorded.logits.dtype)
-        self.blocks: Sequence[nn.Module] = [nn.Identity()] * recorded.after[-1]
-        self.width = recorded.logits.shape[1] * recorded.logits.shape[2]
-        self.image_shape = (self.width, recorded.logits.shape[3], recorded.logits.shape[4])
-
-    def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
-        tokens = rearrange(images, "images channels height width -> images (height width) channels")
-        grid = (images.shape[2], images.shape[3])
-        return Embedded(functional.pad(tokens, (0, 0, self._prefix, 0)), self._prefix, grid)
-
-    def run(self, _index: int, tokens: Tensor, _positions: Tensor | None, /) -> Tensor:
-        return tokens
-
-    def finish(self, tokens: Tensor, /) -> Tensor:
-        return tokens
-
-    def dense(self, images: Tensor, /) -> Tensor:
-        return self.embed(images).tokens
-
-
-class _Channels(nn.Module):
-    """A head that reads its class scores off the tokens."""
-
-    def __init__(self, channels: slice) -> None:
-        super().__init__()
-        self._channels = channels
-
-    def forward(self, tokens: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens classes"]:
-        return tokens[..., self._channels]

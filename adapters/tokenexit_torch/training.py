@@ -17,20 +17,20 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import TokenExitError, tokens
+from tokenexit import TokenExitError
 from tokenexit.auxiliary import loss_weights
 from tokenexit.errors import require
-from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch._passing import PackedRun, Reading
+from tokenexit.schedule import Schedule
+from tokenexit_torch.exits.forward import on_grid, run_pass
+from tokenexit_torch.exits.model import ExitingModel, final_output, packed_output
+from tokenexit_torch.exits.outputs import Output
+from tokenexit_torch.exits.static import StaticModel
+from tokenexit_torch.heads.masks import MaskMaps, as_maps
 from tokenexit_torch.hosts import require_covered
-from tokenexit_torch.masks import MaskMaps, Masks, as_maps, log_scores
-from tokenexit_torch.outputs import Output
-from tokenexit_torch.running import ExitingModel
 
 __all__ = ["Staged", "Stages", "distillation", "mask_loss", "pixel_cross_entropy"]
 
@@ -114,15 +114,16 @@ class Staged(nn.Module):
     `find_unused_parameters=True`: a batch all of whose tokens leave early does not reach the later blocks.
 
     Args:
-        model: The wrapped model.
+        model: The wrapped model; or it in the static layout, with a fixed number of entries after each exit.
 
     Raises:
-        TokenExitError: If it is not wrapped.
+        TokenExitError: If it is not wrapped by `wrap`.
     """
 
-    def __init__(self, model: ExitingModel) -> None:
+    def __init__(self, model: ExitingModel | StaticModel) -> None:
         super().__init__()
-        require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
+        wrapped = model.model if isinstance(model, StaticModel) else model
+        require(isinstance(wrapped, ExitingModel), "model", "be wrapped by `wrap`", type(wrapped).__name__)
         self.model = model
 
     def forward(
@@ -142,46 +143,20 @@ class Staged(nn.Module):
             TokenExitError: As for a call of the model; or if patches do not cover the images exactly, which losses on
                 the logits of patches take for granted.
         """
-        return _StagedRun(self.model, images, schedule).staged()
-
-
-class _StagedRun(PackedRun):
-    def __init__(self, model: ExitingModel, images: Tensor, schedule: Schedule | None) -> None:
-        super().__init__(model, images, schedule)
-        self._stages: dict[int, Tensor] = {}
-        self._mask_stages: dict[int, MaskMaps] = {}
-        self.keeps_masks = model.gives_masks
-
-    def _asked(self, plan: Schedule) -> tuple[Exit, ...]:
-        return plan.exits
-
-    def staged(self) -> Stages:
-        require_covered(self.area)
-        output = self.through()
-        height, width = self.embedded.grid
-        stages = {
-            after: rearrange(
-                patches, "images (height width) classes -> images classes height width", height=height, width=width
-            )
-            for after, patches in self._stages.items()
+        model = self.model
+        if isinstance(model, StaticModel):
+            made, state = final_output(model.run_pass(images, schedule, heads="all"))
+        else:
+            made, state = packed_output(run_pass(model, images, schedule, heads="all"))
+        require_covered(made.area)
+        grid = state.fixed.embedded.grid
+        logits = {after: on_grid(one.logits, grid) for after, one in state.outputs.items()}
+        masks = {
+            after: as_maps(one.mask_logits, one.presence_logits, grid)
+            for after, one in state.outputs.items()
+            if one.mask_logits is not None and one.presence_logits is not None
         }
-        if self.receipt is None:  # all tokens reached the final head, or rejoined before it
-            stages[self.model.depth] = output.logits
-            if self.masks is not None:
-                self._mask_stages[self.model.depth] = as_maps(self.masks, self.embedded.grid)
-        return Stages(output, stages, self._mask_stages if self.model.gives_masks else None)
-
-    def _settle(self, after: int, leave: Tensor, reading: Reading, confidence: Tensor) -> None:
-        assert self.ledger is not None
-        assert self.receipt is not None
-        prefix = self.embedded.prefix
-        everyone = tokens.scatter(reading.logits, self.receipt, into=self.ledger.logits)
-        if reading.masks is not None:
-            mask_logits, presence_logits = self._joined(reading.masks)
-            self._mask_stages[after] = as_maps(Masks(mask_logits[:, prefix:], presence_logits), self.embedded.grid)
-            everyone = log_scores(mask_logits, presence_logits[:, None]) if self.reweighs else everyone
-        self._stages[after] = everyone[:, prefix:]
-        super()._settle(after, leave, reading.detach(), confidence)
+        return Stages(made, logits, masks if state.fixed.model.gives_masks else None)
 
 
 def pixel_cross_entropy(

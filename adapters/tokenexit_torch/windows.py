@@ -18,7 +18,7 @@ from tokenexit import TokenExitError
 from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
-from tokenexit_torch.outputs import Output, upsampled
+from tokenexit_torch.exits.outputs import Output, upsampled
 
 __all__ = ["WindowedOutput", "Windows", "sliding"]
 

@@ -21,15 +21,15 @@ from tokenexit.semantic import SemanticPlan, require_places, require_room, stvit
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.decoding import DecodingModel
+from tokenexit_torch.exits.decoder import DecodingModel
+from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import NeighbourhoodHead, build
+from tokenexit_torch.heads.masks import MaskHead, Masks
 from tokenexit_torch.hosts import Embedded, Host, embedded_anywhere, embedded_by, patch_of
 from tokenexit_torch.hosts_decoding import DecodingHost
 from tokenexit_torch.hosts_timm import TimmViT
-from tokenexit_torch.masks import MaskHead, Masks
 from tokenexit_torch.registry import decoding_host_of, host_of, require_not_quantised
-from tokenexit_torch.running import ExitingModel
 from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
 __all__ = ["wrap", "wrap_decoder", "wrap_gates", "wrap_semantic"]

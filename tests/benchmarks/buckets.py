@@ -28,7 +28,7 @@ import tokenexit_jax as tej
 from tests.benchmarks.clock import interleaved
 from tokenexit import schedule
 from tokenexit.heads import MLP
-from tokenexit_jax import heads as building
+from tokenexit_jax.heads import build as building
 
 PATCH = 16
 

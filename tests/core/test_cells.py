@@ -48,7 +48,7 @@ def test_cells_are_as_near_to_their_side_as_can_be(grid, side):
 @given(grids, sides, st.integers(0, 3))
 def test_each_cell_has_one_middle(backend, grid, side, prefix):
     position = np.arange(-prefix, grid[0] * grid[1] + 2)
-    found = backend.numpy(cells.in_the_middle(backend.array(position), grid=grid, side=side))
+    found = backend.numpy(cells.is_cell_centre(backend.array(position), grid=grid, side=side))
     assert sorted(position[found]) == sorted(oracle(grid, side)[1].values())
 
 
@@ -61,11 +61,11 @@ def test_middles_stand_for_what_has_left(backend, grid, side, prefix, images, se
     cell, middle = oracle(grid, side)
     running = random.random((images, prefix + places)) < share
     packing = tokens.pack(backend.array(running))
-    row = backend.numpy(cells.stands_for(packing, grid=grid, side=side))
+    row = backend.numpy(cells.token_size(packing, grid=grid, side=side))
     order = np.zeros((images, prefix + places), np.float32)
     capacity = min(int(running.sum(axis=1).max(initial=0)) + 1, prefix + places)
     selection, _ = tokens.select(backend.array(running), backend.array(order), capacity=capacity)
-    entries = backend.numpy(cells.stands_for(selection, grid=grid, side=side))
+    entries = backend.numpy(cells.token_size(selection, grid=grid, side=side))
     assert row.dtype == entries.dtype == np.float32
     at = 0
     for image in range(images):
@@ -84,9 +84,9 @@ def test_middles_stand_for_what_has_left(backend, grid, side, prefix, images, se
 @given(grids, sides, st.integers(0, 2**20))
 def test_while_the_middles_run_nobody_is_forgotten(grid, side, seed):
     random, places = np.random.default_rng(seed), grid[0] * grid[1]
-    middle = cells.in_the_middle(np.arange(places), grid=grid, side=side)
+    middle = cells.is_cell_centre(np.arange(places), grid=grid, side=side)
     running = (random.random((2, places)) < 0.4) | middle
-    found = cells.stands_for(tokens.pack(running), grid=grid, side=side)
+    found = cells.token_size(tokens.pack(running), grid=grid, side=side)
     assert found.sum() == 2 * places
 
 
@@ -95,8 +95,8 @@ def test_while_the_middles_run_nobody_is_forgotten(grid, side, seed):
 def test_a_side_is_a_whole_number(side):
     packing = tokens.pack(np.ones((1, 4), bool))
     for call in (
-        lambda: cells.in_the_middle(np.arange(4), grid=(2, 2), side=side),
-        lambda: cells.stands_for(packing, grid=(2, 2), side=side),
+        lambda: cells.is_cell_centre(np.arange(4), grid=(2, 2), side=side),
+        lambda: cells.token_size(packing, grid=(2, 2), side=side),
     ):
         with pytest.raises(TokenExitError, match=rf"`side` must be a whole number from 1 up, got {side!r}"):
             call()
@@ -104,4 +104,4 @@ def test_a_side_is_a_whole_number(side):
 
 def test_a_grid_has_no_more_places_than_slots():
     with pytest.raises(TokenExitError, match=r"`grid` must have at most 4 places, got \(2, 3\)"):
-        cells.stands_for(tokens.pack(np.ones((1, 4), bool)), grid=(2, 3), side=2)
+        cells.token_size(tokens.pack(np.ones((1, 4), bool)), grid=(2, 3), side=2)

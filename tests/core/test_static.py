@@ -326,7 +326,7 @@ def bookkeeping(d):
         "features": book.features,
         "rejoined": ledger.rejoin(book, smaller, later),
         "folded": ledger.fold_leavers(features, selection, leave, above=0.25),
-        "stands_for": cells.stands_for(smaller, grid=GRID, side=2),
+        "token_size": cells.token_size(smaller, grid=GRID, side=2),
     }
 
 

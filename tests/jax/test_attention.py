@@ -28,7 +28,7 @@ def attended(parts, counts=COUNTS):
 def test_entries_that_hold_a_token_attend_as_a_packed_row_does_in_pytorch():
     parts, held = drawn(), COUNTS > 0
     row = [torch.from_numpy(part[held]).transpose(0, 1)[None] for part in parts]
-    with attending_per_image(held.sum(axis=1).tolist(), stands_for=torch.from_numpy(COUNTS[held])):
+    with attending_per_image(held.sum(axis=1).tolist(), token_size=torch.from_numpy(COUNTS[held])):
         wanted = functional.scaled_dot_product_attention(*row)
     same(attended(parts)[held], wanted[0].transpose(0, 1))
 

@@ -188,7 +188,7 @@ def test_gradients_of_masks_are_those_of_pytorch():
 
 def test_log_scores_are_logarithms_of_mask_scores():
     from tokenexit import scores
-    from tokenexit_jax.masks import log_scores
+    from tokenexit_jax.heads.masks import log_scores
 
     masks, presence = jnp.asarray(drawn(4, CLASSES)), jnp.asarray(drawn(4, CLASSES, seed=1))
     same(jnp.exp(log_scores(masks, presence)), scores.mask_scores(masks, jax.nn.sigmoid(presence)))

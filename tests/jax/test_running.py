@@ -152,7 +152,7 @@ def test_what_a_fixed_budget_has_no_room_for_leaves_the_most_confident_first_and
         least = [certain[i][gone[i] & ~anyhow[i]].min() for i in range(3)]
         assert all(certain[i][~gone[i]].max() <= least[i] for i in range(3) if not anyhow[i].any())
     else:
-        middle = np.asarray(cells.in_the_middle(np.arange(20), grid=(4, 5), side=plan.cell)).reshape(4, 5)
+        middle = np.asarray(cells.is_cell_centre(np.arange(20), grid=(4, 5), side=plan.cell)).reshape(4, 5)
         assert not gone[:, middle].any()
     same(out.logits[gone], every[2][gone])
     if plan is NEIGHBOURS_LATE:

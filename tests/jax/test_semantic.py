@@ -240,7 +240,7 @@ def test_a_shrunk_model_is_that_of_pytorch(kind, plan, until):
     assert model.multiply_adds(params, networks.images_of(images)) == theirs.multiply_adds((4, 5), prefix=found.prefix)
 
 
-def test_what_stands_for_nothing_is_no_key():
+def test_what_token_size_nothing_is_no_key():
     """The blocks are told that it counts as none."""
 
     def block(params, tokens, counts, positions):

@@ -131,11 +131,11 @@ def test_which_calls_the_kernel_takes():
 
 def test_gradients_of_the_operator_are_those_of_attention():
     lengths = [3, 0, 2, 2]
-    stands_for = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 1.0, 4.0])
+    token_size = torch.tensor([1.0, 3.0, 1.0, 2.0, 1.0, 1.0, 4.0])
     own = [x.requires_grad_() for x in drawn(7)]
 
     def operator(*given):
-        return per_image(*given, torch.tensor(lengths), None, stands_for, 0.3)
+        return per_image(*given, torch.tensor(lengths), None, token_size, 0.3)
 
     torch.autograd.gradcheck(operator, own, fast_mode=True)
-    torch.library.opcheck(per_image, (*own, torch.tensor(lengths), None, stands_for, 0.3))
+    torch.library.opcheck(per_image, (*own, torch.tensor(lengths), None, token_size, 0.3))

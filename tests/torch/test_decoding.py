@@ -22,7 +22,7 @@ from tests.torch.test_hosts import Told
 from tokenexit import TokenExitError, heads, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch.decoding import pooled
+from tokenexit_torch.exits.decoder import pooled
 from tokenexit_torch.registry import decoding_host_of
 
 AFTER = (1, 2)

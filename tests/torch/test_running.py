@@ -59,13 +59,13 @@ def as_often_as_it_counts(model, images, exit_depth, side):
         embedded = model.host.embed(images[index : index + 1])
         prefix, grid = embedded.prefix, embedded.grid
         depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        middle = cells.in_the_middle(torch.arange(len(depth)) - prefix, grid=grid, side=side)
+        middle = cells.is_cell_centre(torch.arange(len(depth)) - prefix, grid=grid, side=side)
         features, slots = embedded.tokens[0].clone(), torch.arange(len(depth))
         logits = features.new_zeros(len(depth), models.CLASSES)
         for block in range(model.depth):
             running = torch.zeros(1, len(depth), dtype=torch.bool)
             running[0, slots] = True
-            often = cells.stands_for(tokens.pack(running), grid=grid, side=side).int()
+            often = cells.token_size(tokens.pack(running), grid=grid, side=side).int()
             assert (often[~middle[slots]] == 1).all()
             row = torch.repeat_interleave(features[slots], often, dim=0)
             first = torch.cumsum(often, 0) - often
@@ -450,7 +450,7 @@ def test_bad_input_is_named(call, message):
     "plan", [CELLS["neighbours"], CELLS["wide"], CELLS["dtop"]], ids=["neighbours", "wide", "dtop"]
 )
 @pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_a_middle_counts_as_often_as_there_are_tokens_that_it_stands_for(plan, prefix):
+def test_a_middle_counts_as_often_as_there_are_tokens_that_it_token_size(plan, prefix):
     model = models.wrapped(models.timm_vit(prefix=prefix, size=(40, 56)), plan)
     images = models.images(3, size=(40, 56))
     out = model(images)
@@ -466,7 +466,7 @@ def test_a_middle_counts_as_often_as_there_are_tokens_that_it_stands_for(plan, p
 def test_the_middle_of_each_cell_runs_on_unless_all_leave(plan):
     model = models.wrapped(models.timm_vit(), plan)
     out = model(models.images(4))
-    middle = cells.in_the_middle(torch.arange(24), grid=(4, 6), side=plan.cell).unflatten(0, (4, 6))
+    middle = cells.is_cell_centre(torch.arange(24), grid=(4, 6), side=plan.cell).unflatten(0, (4, 6))
     finished = (out.exit_depth < model.depth).all(dim=2).all(dim=1)
     assert not finished.all()
     assert (out.exit_depth[~finished][:, middle] == model.depth).all()

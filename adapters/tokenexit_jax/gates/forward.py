@@ -19,15 +19,16 @@ from jaxtyping import Bool, Float, Int
 from tokenexit import gates as core
 from tokenexit import tokens
 from tokenexit.carries import Preserved
-from tokenexit.gates import Stage, keep_probability
+from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy
-from tokenexit.schedule import Exit, Schedule
-from tokenexit_jax import heads as building
+from tokenexit.schedule import Exit, Schedule, Stage
 from tokenexit_jax._layers import Weights
-from tokenexit_jax._passing import buckets, embed, on_grid, run_block
+from tokenexit_jax._network import embed, run_block
+from tokenexit_jax.exits.forward import capacities_in_entries, on_grid
+from tokenexit_jax.exits.outputs import GatedOutput
+from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
-from tokenexit_jax.outputs import GatedOutput
 from tokenexit_jax.pytrees import register
 
 __all__: list[str] = []
@@ -54,7 +55,7 @@ class GatedParts:
     def sizes(self, after: int, embedded: Embedded) -> tuple[int, ...]:
         """Buckets of the blocks after a gate, in entries, ascending."""
         fractions = self.capacities[self.after.index(after)]
-        return buckets(fractions, slots=embedded.tokens.shape[1], prefix=embedded.prefix)
+        return capacities_in_entries(fractions, slots=embedded.tokens.shape[1], prefix=embedded.prefix)
 
 
 class Decision(NamedTuple):
@@ -302,7 +303,7 @@ def run(
         The state at the end.
     """
     assert isinstance(plan.carry, Preserved)
-    first, *later = core.stages(plan, model.depth, taps=model.taps)
+    first, *later = plan.stages(model.depth, taps=model.taps)
     embedded = driver.first_blocks(model.network, params, images, stop=first.stop)
     slots = embedded.tokens.shape[1]
     state = State(plan.carry, embedded, held=(None,) * first.stop, room=(slots,) * first.stop)
@@ -318,8 +319,8 @@ def _between(model: GatedParts, state: State, stage: Stage, decide: Decide) -> S
     """What follows the blocks of a stage."""
     if stage.tap and stage.stop < model.depth:
         state = dataclasses.replace(state, passed={**state.passed, stage.stop: state.embedded})
-    if stage.gate is not None:
-        decisions = {**state.decisions, stage.stop: decide(state, stage.gate)}
+    if stage.exit is not None:
+        decisions = {**state.decisions, stage.stop: decide(state, stage.exit)}
         state = dataclasses.replace(state, gate=stage.stop, decisions=decisions)
     return dataclasses.replace(state, gate=None) if stage.rejoin else state
 

@@ -25,15 +25,15 @@ from tokenexit.gates import FIRST_BIAS
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_gates_fit
-from tokenexit_jax import heads as building
 from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
+from tokenexit_jax.exits.model import as_arrays
+from tokenexit_jax.exits.outputs import GatedOutput
 from tokenexit_jax.gates import forward
 from tokenexit_jax.gates.forward import IN_ONE_PROGRAM, MASKED, Decision, Driver, GatedParts
+from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks import Embedded, Heads, Network, Params
-from tokenexit_jax.outputs import GatedOutput
 from tokenexit_jax.pytrees import of_pytrees, on_host
-from tokenexit_jax.running import as_arrays
 
 __all__ = ["GatedModel"]
 
@@ -245,7 +245,7 @@ def fitting_gates(model: GatedModel, gates: Heads) -> Heads:
     Raises:
         TokenExitError: If they do not.
     """
-    return building.alike(gates, shapes_of_gates(model), argument="gates")
+    return building.require_same_structure(gates, shapes_of_gates(model), argument="gates")
 
 
 def shapes_of_gates(model: GatedModel) -> Heads:

@@ -11,14 +11,13 @@ from functools import partial
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tokenexit import gates as core
 from tokenexit.carries import Preserved
 from tokenexit.cost import HeadCost
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import require_not_traced
-from tokenexit_torch.exits import Planned
+from tokenexit_torch.exits.base import Planned
 from tokenexit_torch.gates.forward import MASKED, PACKED, GatedOutput, Layout, decide_by_policy, output, run, start
 from tokenexit_torch.hosts import Host
 
@@ -112,7 +111,7 @@ class GatedModel(Planned):
 
     def _run(self, images: Tensor, plan: Schedule, layout: Layout) -> GatedOutput:
         state = start(self.host, images, plan, patch=self.patch)
-        stages = core.stages(plan, self.depth, taps=self.taps)
+        stages = plan.stages(self.depth, taps=self.taps)
         state = run(self.host, state, stages, layout=layout, decide=partial(decide_by_policy, self.gates))
         return output(self.host, self.head, state)
 

@@ -22,20 +22,33 @@ from tokenexit.cost import Cost
 from tokenexit.errors import require
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
-from tokenexit_jax import heads as building
 from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
-from tokenexit_jax._passing import Parts, Run, State, needed, on_grid, require_covered, stages
-from tokenexit_jax.masks import MaskMaps
+from tokenexit_jax._network import require_covered
+from tokenexit_jax.exits.forward import (
+    ExitSpec,
+    Given,
+    State,
+    entries_needed,
+    finish,
+    first_stage,
+    on_grid,
+    patches_after,
+    read_all,
+    run_pass,
+    run_stage,
+)
+from tokenexit_jax.exits.outputs import Output
+from tokenexit_jax.heads import build as building
+from tokenexit_jax.heads.masks import MaskMaps
 from tokenexit_jax.networks import Heads, Params
-from tokenexit_jax.outputs import Output
 from tokenexit_jax.pytrees import of_pytrees, on_host
 
 __all__ = ["ExitingModel"]
 
 
 @dataclass(frozen=True)
-class ExitingModel(Parts):
+class ExitingModel(ExitSpec):
     """A vision transformer whose tokens leave early; made by `wrap`. It holds no weights, and nothing changes it.
 
     Attributes:
@@ -72,21 +85,22 @@ class ExitingModel(Parts):
         """
         require_images(images)
         plan = as_arrays(checked(self, self.schedule if schedule is None else schedule))
-        heads = fitting(self, heads)
+        heads = validated_heads(self, heads)
         # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
         greatest = tuple(fractions[-1:] for fractions in self.capacities)
         model = dataclasses.replace(self, schedule=Schedule(), capacities=greatest)
-        state, wanted = _opened(model, params, heads, images, plan)
-        for stage in range(stages(self, plan)):
-            sizes = self.sizes(plan.active[stage].after, state)
+        state, wanted = _first_stage(model, params, heads, images, plan)
+        given = Given(self, params, heads, plan)
+        for at in range(1, len(given.stages)):
+            sizes = given.sizes(at, state)
             if len(sizes) > 1 and isinstance(wanted, Tracer):
                 raise TokenExitError("`model` must be transformed as `model.compiled`, got the model itself")
             entries = sizes[0] if len(sizes) == 1 else int(wanted)
             if entries == 0:
                 break
             capacity = next(size for size in sizes if size >= entries)
-            state, wanted = _advanced(model, params, heads, state, plan, stage=stage, capacity=capacity)
-        return _closed(model, params, heads, state, plan)
+            state, wanted = _run_stage(model, params, heads, state, plan, at=at, capacity=capacity)
+        return _finish(model, params, heads, state, plan)
 
     def compiled(self, params: Params, heads: Heads, images: Array, schedule: Schedule | None = None) -> Output:
         """Segment images in one program: the function for `jax.jit`, `jax.grad`, `jax.shard_map` and `jax.export`.
@@ -107,8 +121,8 @@ class ExitingModel(Parts):
             TokenExitError: If the plan or the weights do not fit the model, or the network's parts not each other.
         """
         plan = checked(self, self.schedule if schedule is None else schedule)
-        run = Run(self, params, fitting(self, heads), plan)
-        return run.closed(run.through(images))
+        given = Given(self, params, validated_heads(self, heads), plan)
+        return finish(given, run_pass(given, images))
 
     def init(self, key: Array) -> Heads:
         """Random weights for the heads.
@@ -145,9 +159,8 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
         """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = checked(self, self.schedule if schedule is None else schedule)
-        plan = plan if threshold is None else plan.with_threshold(threshold)
+        plan = None if schedule is None else checked(self, schedule)
+        plan = self.schedule.retuned(plan, threshold=threshold)
         return dataclasses.replace(self, schedule=on_host(checked(self, plan)))
 
     def every_exit(
@@ -167,11 +180,9 @@ class ExitingModel(Parts):
             TokenExitError: If the weights do not fit the model, the network's parts not each other, or patches do not
                 cover the images exactly, which losses on the logits of patches take for granted.
         """
-        run = Run(self, params, fitting(self, heads), Schedule())
-        patches, embedded = run.patches_after(images)
+        outputs, embedded = read_all(Given(self, params, validated_heads(self, heads), Schedule()), images)
         require_covered(embedded.area)
-        grid = embedded.grid
-        return {after: on_grid(run.read(after, rows, grid).logits, grid) for after, rows in patches.items()}
+        return {after: on_grid(one.logits, embedded.grid) for after, one in outputs.items()}
 
     def every_mask(self, params: Params, heads: Heads, images: Array) -> dict[int, MaskMaps]:
         """Masks and presence of every head on all tokens, in one dense run.
@@ -189,15 +200,12 @@ class ExitingModel(Parts):
                 each other, or patches do not cover the images exactly.
         """
         require(self.gives_masks, "model", "have mask heads", repr(self.head_plan))
-        run = Run(self, params, fitting(self, heads), Schedule())
-        patches, embedded = run.patches_after(images)
+        outputs, embedded = read_all(Given(self, params, validated_heads(self, heads), Schedule()), images)
         require_covered(embedded.area)
-        grid = embedded.grid
-        readings = {after: run.read(after, rows, grid).masks for after, rows in patches.items()}
         return {
-            after: MaskMaps(on_grid(masks.mask_logits, grid), masks.presence_logits)
-            for after, masks in readings.items()
-            if masks is not None
+            after: MaskMaps(on_grid(one.mask_logits, embedded.grid), one.presence_logits)
+            for after, one in outputs.items()
+            if one.mask_logits is not None and one.presence_logits is not None
         }
 
     def patches_after(
@@ -216,7 +224,7 @@ class ExitingModel(Parts):
         Raises:
             TokenExitError: If the network's parts do not fit each other.
         """
-        patches, embedded = Run(self, params, {}, Schedule()).patches_after(images)
+        patches, embedded = patches_after(Given(self, params, {}, Schedule()), images)
         return {after: on_grid(rows, embedded.grid) for after, rows in patches.items()}
 
     def cost(self, params: Params, images: Any) -> Cost:
@@ -242,28 +250,28 @@ class ExitingModel(Parts):
 
 
 @partial(jax.jit, static_argnames="model")
-def _opened(
+def _first_stage(
     model: ExitingModel, params: Params, heads: Heads, images: Array, plan: Schedule
 ) -> tuple[State, Int[Array, ""]]:
-    state = Run(model, params, heads, plan).opened(images)
-    return state, needed(state)
+    state = first_stage(Given(model, params, heads, plan), images)
+    return state, entries_needed(state)
 
 
-@partial(jax.jit, static_argnames=("model", "stage", "capacity"))
-def _advanced(
-    model: ExitingModel, params: Params, heads: Heads, state: State, plan: Schedule, *, stage: int, capacity: int
+@partial(jax.jit, static_argnames=("model", "at", "capacity"))
+def _run_stage(
+    model: ExitingModel, params: Params, heads: Heads, state: State, plan: Schedule, *, at: int, capacity: int
 ) -> tuple[State, Int[Array, ""]]:
-    state = Run(model, params, heads, plan).advanced(state, stage=stage, capacity=capacity)
-    return state, needed(state)
+    state = run_stage(Given(model, params, heads, plan), state, at=at, capacity=capacity)
+    return state, entries_needed(state)
 
 
 @partial(jax.jit, static_argnames="model")
-def _closed(model: ExitingModel, params: Params, heads: Heads, state: State, plan: Schedule) -> Output:
-    return Run(model, params, heads, plan).closed(state)
+def _finish(model: ExitingModel, params: Params, heads: Heads, state: State, plan: Schedule) -> Output:
+    return finish(Given(model, params, heads, plan), state)
 
 
 def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
-    """The plan, if the model can follow it. It is no part of the public API.
+    """The plan, if the model can follow it.
 
     Raises:
         TokenExitError: If it cannot.
@@ -272,26 +280,23 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
     return of_pytrees(schedule)
 
 
-def fitting(model: ExitingModel, heads: Heads) -> Heads:
-    """The weights of the heads, if they have the names and shapes of the model's. It is no part of the public API.
+def validated_heads(model: ExitingModel, heads: Heads) -> Heads:
+    """The weights of the heads, if they have the names and shapes of the model's.
 
     Raises:
         TokenExitError: If they do not.
     """
-    return building.alike(heads, shapes_of(model), argument="heads")
+    return building.require_same_structure(heads, shapes_of(model), argument="heads")
 
 
 def shapes_of(model: ExitingModel) -> Heads:
-    """The weights of the heads as `jax.ShapeDtypeStruct`. It is no part of the public API."""
+    """The weights of the heads as `jax.ShapeDtypeStruct`."""
     width, classes, built = model.network.width, model.classes, model.head is None
     return building.shapes(model.head_plan, width=width, classes=classes, after=model.after, final=built)
 
 
 def as_arrays(plan: Schedule) -> Schedule:
-    """Thresholds as arrays, so that programs do not differ by how they are given: an array of JAX is not a number.
-
-    It is no part of the public API.
-    """
+    """Thresholds as arrays, so that programs do not differ by how they are given: an array of JAX is not a number."""
 
     def as_array(leaf: Any) -> Any:
         if isinstance(leaf, int | float):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit.cost import HeadCost, atm_head
-from tokenexit.errors import require
+from tokenexit.errors import TokenExitError, require
 
 __all__ = ["AttentionToMask", "MaskHead", "MaskMaps", "Masks"]
 
@@ -65,6 +65,23 @@ class MaskHead(nn.Module, ABC):
             Mask logits of these patches, and presence in each image. An image's do not depend on other images.
         """
 
+    def padded(self, entries: Float[Tensor, "images entries width"], valid: Bool[Tensor, "images entries"]) -> Masks:
+        """Read patches of the static layout, in which shapes do not depend on the data; for `StaticModel` alone.
+
+        Args:
+            entries: As many entries for each image; those that are not valid hold nothing to be read, but are finite.
+            valid: Which entries hold a patch.
+
+        Returns:
+            Mask logits of all entries, and presence in each image.
+
+        Raises:
+            TokenExitError: If the head does not implement it.
+        """
+        del entries, valid
+        rule = "have mask heads that implement `padded`, for the static layout"
+        raise TokenExitError(f"`model` must {rule}, got {type(self).__name__}")
+
 
 class AttentionToMask(MaskHead):
     """One query for each class attends to the patches (SegViT, NeurIPS 2022, section 3; as in DToP, ICCV 2023).
@@ -102,7 +119,18 @@ class AttentionToMask(MaskHead):
     def forward(self, row: Float[Tensor, "patches width"], lengths: Sequence[int]) -> Masks:
         """Read patches, image by image; images are padded to the longest of them, and those without any left out."""
         padding = _pad(lengths, row.device)
-        memory = self.memory(row)
+        product, odds = self._read(self.memory(row), padding)
+        everywhere = odds.new_zeros(len(lengths), odds.shape[1]).index_copy(0, padding.image, odds)
+        flat = rearrange(product, "images places classes -> (images places) classes")
+        return Masks(flat.index_select(0, padding.place), everywhere)
+
+    def padded(self, entries: Float[Tensor, "images entries width"], valid: Bool[Tensor, "images entries"]) -> Masks:
+        """Read patches of the static layout; see `MaskHead.padded`."""
+        # Of an image without any patch all entries are read: its softmax must be over something.
+        return Masks(*self._read(self.memory(entries), _Valid(valid | ~valid.any(dim=1, keepdim=True))))
+
+    def _read(self, memory: Tensor, padding: "_Padding | _Valid") -> tuple[Tensor, Tensor]:
+        """Query-key products of the last layer, and the logit of presence of every class."""
         # A copy: without gradients, torch's FLOP counter cannot follow a view of a parameter.
         queries = self.queries.repeat(padding.real.shape[0], 1, 1)
         product = memory.new_zeros(*padding.real.shape, len(self.queries))
@@ -110,10 +138,7 @@ class AttentionToMask(MaskHead):
             queries, product = layer(queries, memory, padding)
         absent, present = self.presence(queries).unbind(dim=-1)
         # Of a softmax of two, the difference of the logits is all there is.
-        odds = present - absent
-        everywhere = odds.new_zeros(len(lengths), odds.shape[1]).index_copy(0, padding.image, odds)
-        flat = rearrange(product, "images places classes -> (images places) classes")
-        return Masks(flat.index_select(0, padding.place), everywhere)
+        return product, present - absent
 
 
 class _Padding(NamedTuple):
@@ -133,6 +158,20 @@ class _Padding(NamedTuple):
         """The padded batch. What pads is zero: a weight of 0 would not hide another image's NaN."""
         empty = row.new_zeros(self.real.numel(), row.shape[1])
         return empty.index_copy(0, self.place, row).reshape(*self.real.shape, row.shape[1])
+
+
+class _Valid(NamedTuple):
+    """A batch that is padded already.
+
+    Attributes:
+        real: Which places of it are read.
+    """
+
+    real: Bool[Tensor, "images places"]
+
+    def fill(self, batch: Float[Tensor, "images places width"]) -> Float[Tensor, "images places width"]:
+        """The batch, zero where nothing is read."""
+        return torch.where(self.real[..., None], batch, 0)
 
 
 def _pad(lengths: Sequence[int], device: torch.device) -> _Padding:
@@ -165,7 +204,10 @@ class _Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(
-        self, queries: Float[Tensor, "images classes width"], memory: Float[Tensor, "patches width"], padding: _Padding
+        self,
+        queries: Float[Tensor, "images classes width"],
+        memory: Float[Tensor, "*patches width"],
+        padding: _Padding | _Valid,
     ) -> tuple[Float[Tensor, "images classes width"], Float[Tensor, "images places classes"]]:
         """The queries after this layer, and its query-key products."""
         q, k, v = (self._split(part) for part in self.among(queries).chunk(3, dim=-1))
@@ -210,8 +252,12 @@ def patch_rows(lengths: Sequence[int], prefix: int, device: torch.device) -> tup
     return torch.arange(len(image), device=device) + skipped.index_select(0, image), patches
 
 
-def as_maps(masks: Masks, grid: tuple[int, int]) -> MaskMaps:
-    """Masks of `(images, patches, classes)`, laid out on the grid."""
+def as_maps(
+    mask_logits: Float[Tensor, "images patches classes"],
+    presence_logits: Float[Tensor, "images classes"],
+    grid: tuple[int, int],
+) -> MaskMaps:
+    """Masks of all patches, laid out on the grid."""
     height, width = grid
     pattern = "images (height width) classes -> images classes height width"
-    return MaskMaps(rearrange(masks.mask_logits, pattern, height=height, width=width), masks.presence_logits)
+    return MaskMaps(rearrange(mask_logits, pattern, height=height, width=width), presence_logits)

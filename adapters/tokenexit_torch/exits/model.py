@@ -1,4 +1,4 @@
-"""A vision transformer whose tokens leave early.
+"""Vision transformer with early exit of tokens.
 
 The tokens run as a plain batch until the first exit point, then as one packed row: the linear layers see all tokens
 that still run, attention works image by image. At each exit point there is one gather.
@@ -7,22 +7,23 @@ that still run, attention works image by image. At each exit point there is one 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenexit.area import Area
 from tokenexit.errors import require
+from tokenexit.exits import HeadOutput
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
 from tokenexit_torch._blocks import run_block
-from tokenexit_torch._counting import head_cost, network_cost, weight_of
-from tokenexit_torch._mixing import MixedRun
-from tokenexit_torch._passing import Reading, as_read, packed, read_batch
-from tokenexit_torch.exits import WithExits
+from tokenexit_torch._modules import kept_eager
+from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.exits.forward import State, as_batch, exit_depth, on_grid, read_running, run_pass, worked
+from tokenexit_torch.exits.mixed import run_mixed
+from tokenexit_torch.exits.outputs import Output
+from tokenexit_torch.heads.masks import MaskMaps, as_maps, log_scores
+from tokenexit_torch.heads.reading import apply_head_dense, head_input, reads_of
 from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by, require_covered
-from tokenexit_torch.masks import MaskHead, MaskMaps, as_maps
-from tokenexit_torch.outputs import Output
 
 __all__ = ["ExitingModel"]
 
@@ -61,7 +62,7 @@ class ExitingModel(WithExits[Host]):
     @property
     def gives_masks(self) -> bool:
         """Whether the heads are mask heads: `wrap` sees to it that all are, or none."""
-        return isinstance(self.head, MaskHead)
+        return reads_of(self.head) == "images"
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
@@ -78,7 +79,7 @@ class ExitingModel(WithExits[Host]):
         Raises:
             TokenExitError: If the images do not fit the model, or an exit of the plan has no head.
         """
-        return packed(self, images, schedule).through()
+        return packed_output(run_pass(self, images, schedule))[0]
 
     def mixed(
         self, images: Sequence[Float[Tensor, "channels _ _"]], *, schedule: Schedule | None = None
@@ -98,7 +99,15 @@ class ExitingModel(WithExits[Host]):
         Raises:
             TokenExitError: If an image does not fit the model, or an exit of the plan has no head.
         """
-        return MixedRun(self, images, schedule).through()
+        states, places = run_mixed(self, images, schedule)
+        found: dict[int, Output] = {}
+        for state, where in zip(states, places, strict=True):
+            whole, _ = packed_output(as_batch(state))
+            for number, at in enumerate(where):
+                one = slice(number, number + 1)
+                tables = (table[one] for table in whole[:3])
+                found[at] = Output(*tables, *whole[3:6])
+        return tuple(found[at] for at in sorted(found))
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
@@ -115,10 +124,9 @@ class ExitingModel(WithExits[Host]):
             TokenExitError: If the images do not fit the model, or patches do not cover them exactly, which losses on
                 the logits of patches take for granted.
         """
-        readings, area, (height, width) = self.read_all(images)
+        outputs, area, grid = self.read_all(images)
         require_covered(area)
-        pattern = "images (height width) classes -> images classes height width"
-        return {after: rearrange(one.logits, pattern, height=height, width=width) for after, one in readings.items()}
+        return {after: on_grid(one.logits, grid) for after, one in outputs.items()}
 
     def every_mask(self, images: Float[Tensor, "images channels height width"]) -> dict[int, MaskMaps]:
         """Masks and presence of every head on all tokens, in one dense run: what `mask_loss` is computed from.
@@ -134,9 +142,9 @@ class ExitingModel(WithExits[Host]):
                 them exactly.
         """
         require(self.gives_masks, "model", "have mask heads", type(self.head).__name__)
-        readings, area, grid = self.read_all(images)
+        outputs, area, grid = self.read_all(images)
         require_covered(area)
-        return {after: as_maps(one.masks, grid) for after, one in readings.items() if one.masks is not None}
+        return {after: as_maps(one.mask_logits, one.presence_logits, grid) for after, one in outputs.items()}
 
     def patches_after(
         self, images: Float[Tensor, "images channels height width"]
@@ -171,11 +179,13 @@ class ExitingModel(WithExits[Host]):
         """
         embedded, patches = self._trace(images)
         finished, grid = patches.pop(self.depth), embedded.grid
-        read = {after: as_read(self.exit_heads[str(after)], rows, grid) for after, rows in patches.items()}
-        return read, read_batch(self.head, finished, grid).logits, area_of(embedded, images), grid
+        read = {after: head_input(self.exit_heads[str(after)], rows, grid=grid) for after, rows in patches.items()}
+        return read, apply_head_dense(self.head, finished, grid=grid).logits, area_of(embedded, images), grid
 
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed, heads and patch embedding included.
+
+        In the static layout entries without a token count as well.
 
         Layers say what a token takes, quantised and sharded ones as well. At the first question each part is also run
         on a few tokens, under PyTorch's own counter: what layers do not explain, such as products of bare parameters,
@@ -191,29 +201,19 @@ class ExitingModel(WithExits[Host]):
             TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.exit_depth.shape[1:]
-        slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        known = {"width": self.host.width, "like": weight_of(self.host.module)}
-        cost = replace(
-            network_cost(self.host, self.counted),
-            prefix=slots - height * width,
-            exit_heads={
-                int(after): head_cost(head, self.counted, f"exit_heads[{after}]", **known)
-                for after, head in self.exit_heads.items()
-            },
-            head=head_cost(self.head, self.counted, "head", **known),
-        )
-        return cost.multiply_adds(
-            output.tokens_per_block, patches=height * width, exits=output.exits, head_on=output.head_on
-        )
+        cost = replace(self._cost(output), head=self._head_cost(self.head, "head"))
+        worked = output.worked_per_block
+        return cost.multiply_adds(worked, patches=height * width, exits=output.exits, head_on=output.head_on)
 
-    def read_all(self, images: Tensor) -> tuple[dict[int, Reading], Area | None, tuple[int, int]]:
+    def read_all(self, images: Tensor) -> tuple[dict[int, HeadOutput], Area | None, tuple[int, int]]:
         """What every head says of all tokens, area and grid, in one dense run. It is no part of the public API."""
         embedded, patches = self._trace(images)
         heads, grid = [*self.exit_heads.values(), self.head], embedded.grid
-        readings = {
-            after: read_batch(head, rows, grid) for (after, rows), head in zip(patches.items(), heads, strict=True)
+        outputs = {
+            after: apply_head_dense(head, rows, grid=grid)
+            for (after, rows), head in zip(patches.items(), heads, strict=True)
         }
-        return readings, area_of(embedded, images), grid
+        return outputs, area_of(embedded, images), grid
 
     def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
         embedded = embedded_by(self.host, images, patch=self.patch)
@@ -224,3 +224,34 @@ class ExitingModel(WithExits[Host]):
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
         return embedded, patches
+
+
+def final_output(state: State, /) -> tuple[Output, State]:
+    """Output of a pass that has ended, and its state with the outputs of all heads where they are kept."""
+    fixed, model = state.fixed, state.fixed.model
+    assert isinstance(model, ExitingModel)
+    embedded, prefix, depth = fixed.embedded, fixed.embedded.prefix, model.depth
+    if state.row is None:  # all tokens reached the final head, or rejoined before it
+        read = apply_head_dense(model.head, model.host.finish(state.tokens)[:, prefix:], grid=embedded.grid)
+        logits, book = read.logits, state.ledger
+        if fixed.heads == "all":
+            state = replace(state, outputs={**state.outputs, depth: read})
+    else:
+        state, book = read_running(state, model.head)
+        logits = book.logits
+        if fixed.reweighs and book.mask_logits is not None and book.presence_logits is not None:
+            logits = log_scores(book.mask_logits, book.presence_logits[:, None])
+        logits = logits[:, prefix:]
+    made = Output(
+        on_grid(logits, embedded.grid),
+        exit_depth(state, book),
+        fixed.layout.tokens_per_block(state.counts, embedded.tokens.device),
+        state.exits,
+        "running" if fixed.feature is None else "all",
+        fixed.area,
+        *worked(state),
+    )
+    return made, state
+
+
+packed_output = kept_eager(final_output)

@@ -4,11 +4,9 @@ An exit says who leaves, and nothing of the result: that is the decoder's, for e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,33 +17,16 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
 from tokenexit_torch._blocks import run_block
-from tokenexit_torch._counting import executed, head_cost, network_cost, weight_of
+from tokenexit_torch._counting import executed
 from tokenexit_torch._modules import evaluating, kept_eager
-from tokenexit_torch._passing import PackedRun, as_read
-from tokenexit_torch.exits import WithExits
+from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.exits.forward import State, exit_depth, on_grid, run_pass, worked
+from tokenexit_torch.exits.outputs import DecodedOutput
+from tokenexit_torch.heads.reading import head_input
 from tokenexit_torch.hosts import Embedded, area_of, embedded_by, require_covered
 from tokenexit_torch.hosts_decoding import DecodingHost
 
-__all__ = ["DecodedOutput", "DecodingModel"]
-
-
-class DecodedOutput(NamedTuple):
-    """What a model with exits and a decoder of its own returns.
-
-    Attributes:
-        decoded: The model's own output, as its class has it.
-        exit_depth: After how many blocks every patch left; `DecodingModel.depth` if it never did.
-        tokens_per_block: How many tokens of each image ran through each block before the decoder, prefix tokens
-            included.
-        exits: The blocks after which an exit head ran.
-        area: The area of the images that the grid covers; None if it is the whole of them.
-    """
-
-    decoded: Any
-    exit_depth: Int[Tensor, "images grid_height grid_width"]
-    tokens_per_block: Int[Tensor, "images blocks"]
-    exits: tuple[int, ...]
-    area: Area | None = None
+__all__ = ["DecodingModel"]
 
 
 class DecodingModel(WithExits[DecodingHost]):
@@ -98,7 +79,7 @@ class DecodingModel(WithExits[DecodingHost]):
         Raises:
             TokenExitError: If the images do not fit the model, or the plan does not.
         """
-        return _DecodingRun(self, images, schedule).decoded(inputs)
+        return _packed_output(run_pass(self, images, schedule, taps=self.host.taps), images, inputs)
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
@@ -118,12 +99,7 @@ class DecodingModel(WithExits[DecodingHost]):
         embedded = embedded_by(self.host, images, patch=self.patch)
         require_covered(area_of(embedded, images))
         patches, _ = self._trace(embedded)
-        height, width = embedded.grid
-        pattern = "images (height width) classes -> images classes height width"
-        return {
-            after: rearrange(self.exit_heads[str(after)](rows), pattern, height=height, width=width)
-            for after, rows in patches.items()
-        }
+        return {after: on_grid(self.exit_heads[str(after)](rows), embedded.grid) for after, rows in patches.items()}
 
     def patches_and_output(
         self, images: Float[Tensor, "images channels height width"]
@@ -148,17 +124,8 @@ class DecodingModel(WithExits[DecodingHost]):
             TokenExitError: If the output is of another network, or there is no telling what a part costs.
         """
         height, width = output.exit_depth.shape[1:]
-        slots = int(output.tokens_per_block.max()) if output.tokens_per_block.numel() else height * width
-        known = {"width": self.host.width, "like": weight_of(self.host.module)}
-        cost = replace(
-            network_cost(self.host, self.counted),
-            prefix=slots - height * width,
-            exit_heads={
-                int(after): head_cost(head, self.counted, f"exit_heads[{after}]", **known)
-                for after, head in self.exit_heads.items()
-            },
-        )
-        return cost.multiply_adds(output.tokens_per_block, patches=height * width, exits=output.exits, head_on="all")
+        worked = output.worked_per_block
+        return self._cost(output).multiply_adds(worked, patches=height * width, exits=output.exits, head_on="all")
 
     @torch.no_grad()
     def decoder_multiply_adds(self, size: tuple[int, int] | None = None) -> int:
@@ -190,50 +157,26 @@ class DecodingModel(WithExits[DecodingHost]):
             running = run_block(self.host, block, running, embedded.positions)
             if str(block + 1) in self.exit_heads:
                 head = self.exit_heads[str(block + 1)]
-                patches[block + 1] = as_read(head, running[:, embedded.prefix :], embedded.grid)
+                patches[block + 1] = head_input(head, running[:, embedded.prefix :], grid=embedded.grid)
             if block + 1 in self.host.taps:
                 taken[block + 1] = running
         return patches, taken
 
 
-class _DecodingRun(PackedRun):
-    """A run that restores the grid at every tap, and ends in the decoder."""
+def decoded_output(state: State, images: Tensor, inputs: Mapping[str, Any], /) -> DecodedOutput:
+    """Output of a pass that has ended: the decoder runs on the tokens that were tapped."""
+    fixed, model = state.fixed, state.fixed.model
+    return DecodedOutput(
+        model.host.decode(state.tapped, fixed.embedded, images, **inputs),
+        exit_depth(state, state.ledger),
+        fixed.layout.tokens_per_block(state.counts, fixed.embedded.tokens.device),
+        state.exits,
+        fixed.area,
+        *worked(state),
+    )
 
-    def __init__(self, model: DecodingModel, images: Tensor, schedule: Schedule | None) -> None:
-        super().__init__(model, images, schedule)
-        self._host = model.host
-        self._images = images
-        self._taken: dict[int, Tensor] = {}
 
-    def decoded(self, inputs: Mapping[str, Any]) -> DecodedOutput:
-        """The whole pass."""
-        self.run()
-        height, width = self.embedded.grid
-        return DecodedOutput(
-            self._host.decode(self._taken, self.embedded, self._images, **inputs),
-            self._exit_depth().unflatten(1, (height, width)),
-            self.ran(),
-            tuple(self.exits),
-            self.area,
-        )
-
-    @property
-    def stops(self) -> list[int]:
-        return sorted({*super().stops, *self._host.taps})
-
-    @kept_eager
-    def pause(self, after: int) -> None:
-        super().pause(after)
-        if after in self._host.taps:
-            self._taken[after] = self.whole()
-
-    def _exit_depth(self) -> Tensor:
-        prefix, depth = self.embedded.prefix, self.model.depth
-        if self.ledger is None:
-            shape = (self.images, self.slots - prefix)
-            return torch.full(shape, depth, dtype=torch.int64, device=self.row.device)
-        left = self.ledger.depth[:, prefix:]
-        return torch.where(left > 0, left, depth)
+_packed_output = kept_eager(decoded_output)
 
 
 def pooled(scores: Float[Tensor, "images classes height width"], grid: tuple[int, int], /) -> Tensor:

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from tokenexit import TokenExitError
 from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
-from tokenexit_torch.masks import AttentionToMask
+from tokenexit_torch.heads.masks import AttentionToMask
 
 __all__ = ["NeighbourhoodHead", "build"]
 
@@ -57,11 +57,6 @@ class NeighbourhoodHead(nn.Sequential):
     def __init__(self, width: int, hidden: int, classes: int, /, *, radius: int) -> None:
         super().__init__(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, classes))
         self.radius = radius
-
-
-def reach(head: nn.Module) -> int:
-    """The radius of what a head sees; 0 for one that treats each token by itself. It is no part of the public API."""
-    return head.radius if isinstance(head, NeighbourhoodHead) else 0
 
 
 class _TokenBatchNorm(nn.BatchNorm1d):

@@ -26,7 +26,7 @@ from tokenexit_jax._layers import (
     new_linear,
     new_norm,
 )
-from tokenexit_jax.masks import Masks, new_masks, read_masks
+from tokenexit_jax.heads.masks import Masks, new_masks, read_masks
 from tokenexit_jax.networks import Heads
 
 __all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks"]
@@ -70,8 +70,8 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
             return new_masks(plan, first, width, classes)
 
 
-def alike(heads: Heads, wanted: Heads, /, *, argument: str) -> Heads:
-    """The weights, if they have the names and shapes that are wanted. It is no part of the public API.
+def require_same_structure(heads: Heads, wanted: Heads, /, *, argument: str) -> Heads:
+    """The weights, if they have the names and shapes that are wanted.
 
     Raises:
         TokenExitError: If they do not.
@@ -88,7 +88,7 @@ def alike(heads: Heads, wanted: Heads, /, *, argument: str) -> Heads:
 
 @lru_cache
 def shapes(plan: HeadPlan, /, *, width: int, classes: int, after: tuple[int, ...], final: bool) -> Heads:
-    """All heads of a model as `jax.ShapeDtypeStruct`; nothing is allocated. It is no part of the public API.
+    """All heads of a model as `jax.ShapeDtypeStruct`; nothing is allocated.
 
     Args:
         plan: Which kind of heads.

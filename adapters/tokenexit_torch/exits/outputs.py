@@ -1,6 +1,6 @@
-"""What wrapped models return."""
+"""Outputs of models with exits."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from tokenexit.area import Area
 
-__all__ = ["Output", "StaticOutput"]
+__all__ = ["DecodedOutput", "Output"]
 
 
 class Output(NamedTuple):
-    """What a wrapped model returns.
+    """Output of a model with exits.
 
     Attributes:
         logits: Class scores of every patch, from the head at which it left; from the final head if features rejoined.
@@ -23,6 +23,9 @@ class Output(NamedTuple):
         exits: The blocks after which an exit head ran.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
         area: The area of the images that the grid covers; None if it is the whole of them.
+        capacity_per_block: In the static layout, how many entries each block worked on for each image, with a token or
+            without: what is more than `tokens_per_block` was wasted. None in packed rows.
+        overflow: In the static layout, how many tokens of each image left only because there was no room for them.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -31,6 +34,13 @@ class Output(NamedTuple):
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
     area: Area | None = None
+    capacity_per_block: Int[Tensor, "images blocks"] | None = None
+    overflow: Int[Tensor, "images"] | None = None
+
+    @property
+    def worked_per_block(self) -> Int[Tensor, "images blocks"]:
+        """Entries that each block worked on for each image."""
+        return self.tokens_per_block if self.capacity_per_block is None else self.capacity_per_block
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
@@ -46,40 +56,33 @@ class Output(NamedTuple):
         return upsampled(self.logits, size, self.area)
 
 
-class StaticOutput(NamedTuple):
-    """What a static model returns.
+class DecodedOutput(NamedTuple):
+    """Output of a model with exits and a decoder of its own.
 
     Attributes:
-        logits: Class scores of every patch, from the head at which it left; from the final head if features rejoined.
-        exit_depth: After how many blocks every patch left; all of them if it never did.
-        tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
-        capacity_per_block: How many entries each block worked on for each image, with a token or without. What is more
-            than `tokens_per_block` was wasted.
-        overflow: How many tokens of each image left only because there was no room for them.
+        decoded: The model's own output, as its class has it.
+        exit_depth: After how many blocks every patch left; `DecodingModel.depth` if it never did.
+        tokens_per_block: How many tokens of each image ran through each block before the decoder, prefix tokens
+            included.
         exits: The blocks after which an exit head ran.
-        head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
         area: The area of the images that the grid covers; None if it is the whole of them.
+        capacity_per_block: In the static layout, how many entries each block worked on for each image. None in packed
+            rows.
+        overflow: In the static layout, how many tokens of each image left only because there was no room for them.
     """
 
-    logits: Float[Tensor, "images classes grid_height grid_width"]
+    decoded: Any
     exit_depth: Int[Tensor, "images grid_height grid_width"]
     tokens_per_block: Int[Tensor, "images blocks"]
-    capacity_per_block: Int[Tensor, "images blocks"]
-    overflow: Int[Tensor, "images"]
     exits: tuple[int, ...]
-    head_on: Literal["running", "all"]
     area: Area | None = None
+    capacity_per_block: Int[Tensor, "images blocks"] | None = None
+    overflow: Int[Tensor, "images"] | None = None
 
-    def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly, as by `Output.upsample`.
-
-        Args:
-            size: Height and width at which the whole images are shown, in pixels.
-
-        Returns:
-            The interpolated logits.
-        """
-        return upsampled(self.logits, size, self.area)
+    @property
+    def worked_per_block(self) -> Int[Tensor, "images blocks"]:
+        """Entries that each block worked on for each image."""
+        return self.tokens_per_block if self.capacity_per_block is None else self.capacity_per_block
 
 
 def upsampled(

@@ -1,24 +1,27 @@
-"""What models with a plan have in common, and those with exits, whatever reads the tokens in the end."""
+"""Base classes of wrapped models: those with a plan, and those with exits."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from torch import nn
 
-from tokenexit.errors import require
+from tokenexit.cost import Cost, HeadCost
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule, require_fits
+from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import AroundHost
+from tokenexit_torch.exits.outputs import DecodedOutput, Output
 from tokenexit_torch.hosts import Host
 
-__all__: list[str] = []
+__all__ = ["Planned", "WithExits"]
 
 AnyHost = TypeVar("AnyHost", bound=Host)
 
 
 class Planned(AroundHost):
-    """A model with a plan that is exchanged at run time. It is no part of the public API."""
+    """A model with a plan that is exchanged at run time."""
 
     _schedule: Schedule
 
@@ -45,17 +48,15 @@ class Planned(AroundHost):
             TokenExitError: If neither is given, a decision has no head or gate, or a threshold or the plan does
                 not fit.
         """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
-        plan = self._schedule if schedule is None else schedule
-        self._schedule = self.checked(plan if threshold is None else plan.with_threshold(threshold))
+        self._schedule = self.checked(self._schedule.retuned(schedule, threshold=threshold))
 
     def checked(self, schedule: Schedule, /) -> Schedule:
-        """A plan, after a check that the model can follow it. Not public."""
+        """The plan, after a check that the model can follow it."""
         raise NotImplementedError
 
 
 class WithExits(Planned, Generic[AnyHost]):
-    """Exit heads on a host, and the plan by which they are used. It is no part of the public API.
+    """Exit heads on a host, and the plan by which they are used.
 
     Attributes:
         host: The host of the wrapped model.
@@ -89,7 +90,23 @@ class WithExits(Planned, Generic[AnyHost]):
         return False
 
     def checked(self, schedule: Schedule, /) -> Schedule:
-        """A plan, after a check that the model can follow it. Not public."""
+        """The plan, after a check that the model can follow it."""
         after = [int(block) for block in self.exit_heads]
         require_fits(schedule, depth=self.depth, after=after, gives_masks=self.gives_masks)
         return schedule
+
+    def _cost(self, output: Output | DecodedOutput) -> Cost:
+        """Cost of the network and its exit heads, for the sizes of an output."""
+        height, width = output.exit_depth.shape[1:]
+        entries = output.worked_per_block
+        slots = int(entries.max()) if entries.numel() else height * width
+        return replace(
+            network_cost(self.host, self.counted),
+            prefix=slots - height * width,
+            exit_heads={
+                int(after): self._head_cost(head, f"exit_heads[{after}]") for after, head in self.exit_heads.items()
+            },
+        )
+
+    def _head_cost(self, head: nn.Module, name: str) -> HeadCost:
+        return head_cost(head, self.counted, name, width=self.host.width, like=weight_of(self.host.module))

@@ -1,0 +1,1 @@
+"""Early exit of tokens: models, their forward pass and outputs."""

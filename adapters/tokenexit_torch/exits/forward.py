@@ -1,0 +1,383 @@
+"""One forward pass with exits: a loop over stages of blocks, with frozen state between them.
+
+    state = start(model, images, plan)
+    for stage in state.fixed.stages:
+        state = finish_stage(state, stage, run_stage(state, stage))
+    logits, exit_depth = read_final(state)
+
+The tokens run as a plain batch up to the first exit point, and as one row from then on. Which tokens leave, and what
+they leave behind, is decided by `tokenexit.exits`; how the others lie, by a layout.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokenexit import cells, exits, ledger
+from tokenexit.area import Area
+from tokenexit.carries import Feature, MaskPrediction
+from tokenexit.errors import require
+from tokenexit.exits import HeadOutput
+from tokenexit.ledger import Ledger
+from tokenexit.schedule import Schedule, Stage
+from tokenexit.tokens import Receipt, Selection
+from tokenexit_torch._blocks import run_blocks
+from tokenexit_torch._modules import kept_eager, require_not_traced
+from tokenexit_torch.attention import Attending
+from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.exits.layouts import PACKED, Counts, Layout, Packed
+from tokenexit_torch.heads.masks import log_scores
+from tokenexit_torch.heads.reading import apply_head, detached
+from tokenexit_torch.hosts import Embedded, area_of, embedded_by
+
+__all__ = [
+    "Fixed",
+    "Heads",
+    "Row",
+    "State",
+    "as_batch",
+    "as_row",
+    "exit_depth",
+    "on_grid",
+    "packed_finish_stage",
+    "packed_start",
+    "read_running",
+    "run_pass",
+    "worked",
+]
+
+Heads = Literal["active", "all"]
+"""Which exit heads run: those of exit points at which tokens can leave, or all, with their outputs kept: in training,
+where what has left is a constant."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What does not change in a pass.
+
+    Attributes:
+        model: The model.
+        plan: The plan.
+        stages: Its stages.
+        layout: How the tokens that run lie.
+        heads: Which exit heads run.
+        embedded: The images as tokens.
+        area: The area of the images that the grid covers; None if it is the whole of them.
+        masks: Whether the ledger keeps masks.
+    """
+
+    model: WithExits[Any]
+    plan: Schedule
+    stages: tuple[Stage, ...]
+    layout: Layout
+    heads: Heads
+    embedded: Embedded
+    area: Area | None
+    masks: bool
+
+    @property
+    def feature(self) -> Feature | None:
+        """The carry, if features rejoin."""
+        return self.plan.carry if isinstance(self.plan.carry, Feature) else None
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether frozen masks are weighted with the latest presence."""
+        return isinstance(self.plan.carry, MaskPrediction)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stays in step with the tokens of a row.
+
+    Attributes:
+        receipt: The receipt of the tokens.
+        lengths: Entries of each image.
+        previous: Classes that the exit heads so far have predicted for them.
+        token_size: How many tokens each stands for, in attention; once each if None.
+    """
+
+    receipt: Receipt
+    lengths: tuple[int, ...]
+    previous: Int[Tensor, "exits entries"]
+    token_size: Float[Tensor, "entries"] | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """State between two stages.
+
+    Attributes:
+        fixed: What does not change.
+        tokens: A plain batch, `(images, slots, dim)`, or a row, `(1, entries, dim)`.
+        positions: What belongs to the tokens, as rotary tables do.
+        row: What stays in step with a row; None for a plain batch.
+        attention: What keeps images apart in the row; None where nothing need.
+        runs: Whether any token runs.
+        ledger: What tokens have left behind; None before the first exit point.
+        counts: Tokens in the blocks so far.
+        exits: The blocks after which an exit head ran.
+        overflow: Tokens of each image that left for lack of room; None in a layout that has always room.
+        outputs: Outputs of the heads for all patches, by block, where all are kept.
+        tapped: All tokens of all images, by block, where they are tapped.
+    """
+
+    fixed: Fixed
+    tokens: Float[Tensor, "_ _ dim"]
+    positions: Tensor | None
+    row: Row | None = None
+    attention: Attending | None = None
+    runs: bool = True
+    ledger: Ledger | None = None
+    counts: tuple[Counts, ...] = ()
+    exits: tuple[int, ...] = ()
+    overflow: Int[Tensor, "images"] | None = None
+    outputs: Mapping[int, HeadOutput] = field(default_factory=dict)
+    tapped: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+def start(
+    model: WithExits[Any],
+    images: Tensor,
+    schedule: Schedule | None,
+    /,
+    *,
+    layout: Layout = PACKED,
+    heads: Heads = "active",
+    taps: Iterable[int] = (),
+) -> State:
+    """Embed images, and plan the stages of the pass.
+
+    Raises:
+        TokenExitError: If the images or the plan do not fit the model.
+    """
+    plan = model.schedule if schedule is None else model.checked(schedule)
+    stages = plan.stages(model.depth, taps=taps, heads=heads)
+    after = [stage.stop for stage in stages if stage.exit is not None]
+    layout.require_exits(after)
+    if after:
+        require_not_traced(type(model).__name__)
+    embedded = embedded_by(model.host, images, patch=model.patch)
+    masks = isinstance(plan.carry, MaskPrediction) or (heads == "all" and model.gives_masks)
+    fixed = Fixed(model, plan, stages, layout, heads, embedded, area_of(embedded, images), masks)
+    folds = fixed.feature is not None and fixed.feature.fold_above is not None
+    rule = "have fold_above=None for a model without prefix tokens"
+    require(not folds or embedded.prefix > 0, "schedule", rule, plan.carry)
+    count, slots, _ = embedded.tokens.shape
+    packed = isinstance(layout, Packed)
+    overflow = None if packed else torch.zeros(count, dtype=torch.int64, device=embedded.tokens.device)
+    return State(fixed, embedded.tokens, embedded.positions, runs=count * slots > 0, overflow=overflow)
+
+
+def run_stage(state: State, stage: Stage, /) -> Tensor:
+    """Run the blocks of a stage on the tokens that run: what `torch.compile` makes a program of."""
+    if not state.runs:
+        return state.tokens
+    host = state.fixed.model.host
+    return run_blocks(host, stage.start, stage.stop, state.tokens, state.positions, state.attention)
+
+
+def finish_stage(state: State, stage: Stage, ran: Tensor, /) -> State:
+    """Whatever follows the blocks of a stage: tokens leave, all rejoin, or all are tapped."""
+    count, slots, _ = state.fixed.embedded.tokens.shape
+    lengths = (slots,) * count if state.row is None else state.row.lengths
+    receipt = None if state.row is None else state.row.receipt
+    held = receipt.lengths if isinstance(receipt, Selection) else None
+    state = replace(state, tokens=ran, counts=(*state.counts, Counts(stage.stop - stage.start, lengths, held)))
+    if stage.exit is not None and state.runs:
+        state = exit_point(as_row(state), stage)
+    if stage.rejoin:
+        state = rejoin(state)
+    if stage.tap:
+        state = replace(state, tapped={**state.tapped, stage.stop: restored(state)})
+    return state
+
+
+def exit_point(state: State, stage: Stage, /) -> State:
+    """Some tokens of the row leave, and the others close up: one gather."""
+    fixed, row, book = state.fixed, state.row, state.ledger
+    assert row is not None
+    assert stage.exit is not None
+    assert stage.index is not None
+    receipt, embedded = row.receipt, fixed.embedded
+    flat = state.tokens[0]
+    options = {"grid": embedded.grid, "prefix": embedded.prefix}
+    output = apply_head(fixed.model.exit_heads[str(stage.stop)], flat, receipt, lengths=row.lengths, **options)
+    features = None if fixed.feature is None else flat.unflatten(0, receipt.layout)
+    if book is None:
+        presence = output.presence_logits if fixed.masks else None
+        book = ledger.open_ledger(output.logits, receipt, features=features, presence_logits=presence)
+    constant, policy = detached(output), stage.exit.policy
+    decision = exits.decide(
+        policy, constant, receipt, book, row.previous, exit=stage.index, cell=fixed.plan.cell, **options
+    )
+    moved = fixed.layout.compact(receipt, decision, stage.stop, embedded.prefix)
+    state = _kept(state, output, receipt, book, stage.stop)
+    frozen = constant if fixed.heads == "all" else output
+    score = decision.confidence
+    settled = exits.settle(book, receipt, ~moved.stay, frozen, depth=stage.stop, score=score, features=features)
+    if fixed.feature is not None and fixed.feature.fold_above is not None and features is not None:
+        flat = ledger.fold_leavers(features, receipt, ~moved.stay, above=fixed.feature.fold_above).flatten(0, -2)
+    previous = torch.cat([row.previous, decision.label.reshape(1, -1)])
+    size = None
+    if fixed.plan.cell is not None:
+        size = cells.token_size(moved.receipt, grid=embedded.grid, side=fixed.plan.cell).flatten()
+    row = Row(moved.receipt, moved.lengths, previous.index_select(1, moved.rows), size)
+    positions = state.positions
+    return replace(
+        state,
+        tokens=flat.index_select(0, moved.rows)[None],
+        positions=None if positions is None else positions.index_select(0, moved.rows),
+        row=row,
+        attention=fixed.layout.attention(row.receipt, row.lengths, row.token_size),
+        runs=any(row.lengths),
+        ledger=settled,
+        exits=(*state.exits, stage.stop),
+        overflow=None if moved.overflow is None else state.overflow + moved.overflow,
+    )
+
+
+def _kept(state: State, output: HeadOutput, receipt: Receipt, book: Ledger, after: int) -> State:
+    """The state with the output of a head for all patches, where outputs are kept."""
+    if state.fixed.heads == "active":
+        return state
+    every = exits.everywhere(output, receipt, book)
+    logits, masks, presence = every.logits, every.mask_logits, every.presence_logits
+    prefix = state.fixed.embedded.prefix
+    if masks is not None and presence is not None and state.fixed.reweighs:
+        logits = log_scores(masks, presence[:, None])
+    masks = None if masks is None else masks[:, prefix:]
+    kept = HeadOutput(logits[:, prefix:], mask_logits=masks, presence_logits=presence)
+    return replace(state, outputs={**state.outputs, after: kept})
+
+
+def as_row(state: State, /) -> State:
+    """The same state with the tokens in one row."""
+    if state.row is not None:
+        return state
+    count, slots, _ = state.tokens.shape
+    device, positions = state.tokens.device, state.positions
+    if positions is not None:
+        positions = positions.repeat(count, *[1] * (positions.ndim - 1))
+    receipt, lengths = state.fixed.layout.full(count, slots, device), (slots,) * count
+    previous = torch.empty((0, count * slots), dtype=torch.int64, device=device)
+    row = rearrange(state.tokens, "images slots dim -> 1 (images slots) dim")
+    return replace(state, tokens=row, positions=positions, row=Row(receipt, lengths, previous))
+
+
+def as_batch(state: State, /) -> State:
+    """The same state as a plain batch, if the row holds all tokens of all images."""
+    count, slots, _ = state.fixed.embedded.tokens.shape
+    if state.row is None or state.tokens.shape[1] != count * slots:
+        return state
+    return _batch(state, rearrange(state.tokens, "1 (images slots) dim -> images slots dim", images=count))
+
+
+def _batch(state: State, every: Tensor) -> State:
+    positions = state.fixed.embedded.positions
+    return replace(state, tokens=every, positions=positions, row=None, attention=None, runs=every.shape[0] > 0)
+
+
+def restored(state: State, /) -> Float[Tensor, "images slots dim"]:
+    """All tokens of all images, exited ones with the features they left with."""
+    if state.row is None:
+        return state.tokens
+    rows = state.tokens[0].unflatten(0, state.row.receipt.layout)
+    if state.ledger is None:  # nothing could leave
+        count, slots, _ = state.fixed.embedded.tokens.shape
+        return rows.reshape(count, slots, -1)
+    return ledger.rejoin(state.ledger, state.row.receipt, rows)
+
+
+def rejoin(state: State, /) -> State:
+    """All tokens of all images run on, as a plain batch."""
+    return state if state.row is None else _batch(state, restored(state))
+
+
+def read_running(state: State, head: Any, /) -> tuple[State, Ledger]:
+    """Read the tokens that have run to the end by the final head, and settle them.
+
+    Returns:
+        The state, with the output kept if all are, and the ledger in which every token has settled.
+    """
+    fixed, row, book = state.fixed, state.row, state.ledger
+    assert row is not None
+    assert book is not None
+    if not state.runs:
+        return state, book
+    receipt, embedded, depth = row.receipt, fixed.embedded, fixed.model.depth
+    finished = fixed.model.host.finish(state.tokens[0])
+    output = apply_head(head, finished, receipt, lengths=row.lengths, grid=embedded.grid, prefix=embedded.prefix)
+    output = replace(output, logits=output.logits.to(book.logits.dtype))
+    state = _kept(state, output, receipt, book, depth)
+    frozen = detached(output) if fixed.heads == "all" else output
+    everyone = torch.ones(receipt.layout, dtype=torch.bool, device=finished.device)
+    return state, exits.settle(book, receipt, everyone, frozen, depth=depth)
+
+
+def run_pass(
+    model: WithExits[Any],
+    images: Tensor,
+    schedule: Schedule | None,
+    /,
+    *,
+    layout: Layout = PACKED,
+    heads: Heads = "active",
+    taps: Iterable[int] = (),
+) -> State:
+    """All blocks, and what happens between them.
+
+    What depends on the data is kept out of the programs of `torch.compile`; in packed rows those are made of the blocks
+    of a stage.
+
+    Raises:
+        TokenExitError: If the images or the plan do not fit the model.
+    """
+    if isinstance(layout, Packed):
+        state = packed_start(model, images, schedule, layout=layout, heads=heads, taps=taps)
+        for stage in state.fixed.stages:
+            state = packed_finish_stage(state, stage, run_stage(state, stage))
+        return state
+    state = start(model, images, schedule, layout=layout, heads=heads, taps=taps)
+    for stage in state.fixed.stages:
+        state = finish_stage(state, stage, run_stage(state, stage))
+    return state
+
+
+packed_start = kept_eager(start)
+packed_finish_stage = kept_eager(finish_stage)
+
+
+def exit_depth(state: State, book: Ledger | None, /) -> Int[Tensor, "images grid_height grid_width"]:
+    """Blocks that every patch has run through."""
+    embedded, depth = state.fixed.embedded, state.fixed.model.depth
+    count, slots, _ = embedded.tokens.shape
+    if book is None:
+        shape = (count, slots - embedded.prefix)
+        every = torch.full(shape, depth, dtype=torch.int64, device=embedded.tokens.device)
+    else:
+        every = book.exit_depth(depth)[:, embedded.prefix :]
+    return every.unflatten(1, embedded.grid)
+
+
+def worked(state: State, /) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Entries that each block worked on for each image, and overflow; None in packed rows."""
+    if state.overflow is None:
+        return None, None
+    entries = (max(one.lengths, default=0) for one in state.counts for _ in range(one.blocks))
+    return torch.stack([torch.full_like(state.overflow, one) for one in entries], dim=1), state.overflow
+
+
+def on_grid(
+    patches: Float[Tensor, "images patches classes"], grid: tuple[int, int], /
+) -> Float[Tensor, "images classes grid_height grid_width"]:
+    """Values of patches on their grid."""
+    height, width = grid
+    return rearrange(
+        patches, "images (height width) classes -> images classes height width", height=height, width=width
+    )

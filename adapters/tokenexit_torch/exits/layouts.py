@@ -1,0 +1,173 @@
+"""Layouts of the tokens that run: one packed row, or as many entries for every image.
+
+A layout is a value; the forward pass is the same for both.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn import functional
+
+from tokenexit import tokens
+from tokenexit.errors import require
+from tokenexit.exits import Decision
+from tokenexit.tokens import Packing, Receipt, Selection
+from tokenexit_torch._modules import require_not_exported
+from tokenexit_torch.attention import Padded, PerImage
+
+__all__ = ["PACKED", "Compaction", "Counts", "Layout", "Packed", "Static", "has_to_wait"]
+
+
+class Compaction(NamedTuple):
+    """What becomes of a row at an exit point.
+
+    Attributes:
+        receipt: The receipt of the row that runs on.
+        rows: Which entries of the present row it takes.
+        stay: Which entries of the present row are among them, in its layout.
+        lengths: Entries of each image, from now on.
+        overflow: Tokens of each image that leave for lack of room; None where there is always room.
+    """
+
+    receipt: Receipt
+    rows: Int[Tensor, "entries"]
+    stay: Bool[Tensor, "*layout"]
+    lengths: tuple[int, ...]
+    overflow: Int[Tensor, "images"] | None = None
+
+
+class Counts(NamedTuple):
+    """Tokens in some blocks that run together.
+
+    Attributes:
+        blocks: How many blocks.
+        lengths: Entries of each image.
+        held: Tokens of each image, where that is known on the device alone; the entries if None.
+    """
+
+    blocks: int
+    lengths: tuple[int, ...]
+    held: Int[Tensor, "images"] | None = None
+
+
+class Layout(Protocol):
+    """How the tokens that run lie beside one another."""
+
+    def require_exits(self, after: Sequence[int]) -> None:
+        """Raise a `TokenExitError` unless there can be exits after these blocks."""
+        ...
+
+    def full(self, images: int, slots: int, device: torch.device) -> Receipt:
+        """Receipt of all tokens."""
+        ...
+
+    def compact(self, receipt: Receipt, decision: Decision, after: int, prefix: int) -> Compaction:
+        """Drop the tokens that leave after a block, and those without room."""
+        ...
+
+    def attention(
+        self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None
+    ) -> PerImage | Padded | None:
+        """Attention within each image, or None if the row needs no help."""
+        ...
+
+    def tokens_per_block(self, counts: Sequence[Counts], device: torch.device) -> Int[Tensor, "images blocks"]:
+        """Tokens of each image in each block."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One row of the tokens that run, and no others. Its shapes depend on the data: an exit waits for the device."""
+
+    def require_exits(self, after: Sequence[int]) -> None:
+        """See `Layout.require_exits`: there always can."""
+
+    def full(self, images: int, slots: int, device: torch.device) -> Packing:
+        """See `Layout.full`."""
+        everything = torch.ones(images, slots, dtype=torch.bool, device=device)
+        return Packing(everything, torch.arange(images * slots, device=device))
+
+    def compact(self, receipt: Packing, decision: Decision, after: int, prefix: int) -> Compaction:  # noqa: ARG002
+        """See `Layout.compact`."""
+        require_not_exported("a packed pass")
+        # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
+        counted = functional.pad(decision.stay.cumsum(0), (1, 0)).index_select(0, receipt.offsets)
+        lengths = tuple(counted.diff().tolist())
+        count = sum(lengths) if has_to_wait(decision.stay) else None
+        packing, rows = tokens.repack(receipt, decision.stay, count=count)
+        return Compaction(packing, rows, decision.stay, lengths)
+
+    def attention(self, receipt: Packing, lengths: Sequence[int], token_size: Tensor | None) -> PerImage | None:
+        """See `Layout.attention`: a row with the tokens of one image needs no help."""
+        running = sum(length > 0 for length in lengths)
+        helpless = running == 0 or (running == 1 and token_size is None)
+        return None if helpless else PerImage(lengths, receipt.offsets, token_size)
+
+    def tokens_per_block(self, counts: Sequence[Counts], device: torch.device) -> Int[Tensor, "images blocks"]:
+        """See `Layout.tokens_per_block`."""
+        table = [one.lengths for one in counts for _ in range(one.blocks)]
+        on_host = torch.tensor(table, dtype=torch.int64, device="cpu").reshape(len(table), len(counts[0].lengths))
+        return on_host.to(device, non_blocking=True).T
+
+
+PACKED = Packed()
+
+
+@dataclass(frozen=True)
+class Static:
+    """As many entries for each image, with a token or without: shapes are known beforehand, and nothing waits.
+
+    Entries without a token repeat one of their image's, so that they are finite, and none attends to them.
+
+    Attributes:
+        capacities: Entries for each image after an exit, by block, as a fraction of its slots.
+    """
+
+    capacities: Mapping[int, float]
+
+    def require_exits(self, after: Sequence[int]) -> None:
+        """See `Layout.require_exits`."""
+        lacking = [block for block in after if block not in self.capacities]
+        require(not lacking, "capacities", "have one for each exit of the model that is static now", lacking)
+
+    def full(self, images: int, slots: int, device: torch.device) -> Selection:
+        """See `Layout.full`."""
+        every = torch.arange(slots, device=device).expand(images, -1)
+        nothing = torch.zeros(images, dtype=torch.int64, device=device)
+        return Selection(every, torch.ones_like(every, dtype=torch.bool), slots, nothing)
+
+    def compact(self, receipt: Selection, decision: Decision, after: int, prefix: int) -> Compaction:
+        """See `Layout.compact`."""
+        images, before = receipt.layout
+        capacity = min(tokens.room(self.capacities[after], slots=receipt.slots, prefix=prefix), before)
+        certain = torch.where(decision.pinned, -torch.inf, decision.confidence)
+        smaller, entry, surplus = tokens.reselect(receipt, decision.stay, certain, capacity=capacity)
+        starts = torch.arange(images, device=entry.device)[:, None] * before
+        rows = rearrange(entry + starts, "images capacity -> (images capacity)")
+        return Compaction(smaller, rows, decision.stay & ~surplus, (capacity,) * images, smaller.overflow)
+
+    def attention(self, receipt: Selection, lengths: Sequence[int], token_size: Tensor | None) -> Padded:  # noqa: ARG002
+        """See `Layout.attention`."""
+        return Padded(receipt.valid, token_size)
+
+    def tokens_per_block(self, counts: Sequence[Counts], device: torch.device) -> Int[Tensor, "images blocks"]:
+        """See `Layout.tokens_per_block`."""
+        held = [
+            torch.full((len(one.lengths),), max(one.lengths, default=0), device=device)
+            if one.held is None
+            else one.held
+            for one in counts
+            for _ in range(one.blocks)
+        ]
+        return torch.stack(held, dim=1)
+
+
+def has_to_wait(tensor: Tensor, /) -> bool:
+    """Whether the values of a tensor are known only when an accelerator has computed them."""
+    return tensor.device.type != "cpu"

@@ -1,0 +1,113 @@
+"""Replay of schedules on recorded class scores: what they would do, were exited tokens not missed by the others.
+
+One dense pass gives the scores of every head for every patch. A schedule is then replayed by its policies, retention
+and bookkeeping as they are, without running blocks. It is exact but for one thing: in a real pass, tokens that stay
+attend to fewer others.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+
+from tokenexit import exits, ledger, tokens
+from tokenexit._array import Array, array_namespace, data_dependent_shapes, filled
+from tokenexit.carries import Prediction
+from tokenexit.errors import require
+from tokenexit.exits import HeadOutput
+from tokenexit.schedule import Schedule
+from tokenexit.tokens import Receipt
+
+__all__ = ["Replayed", "replay"]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Outcome of a replay.
+
+    Attributes:
+        logits: Class scores of every patch, from the head at which it left.
+        exit_depth: Blocks that every patch has run through.
+        tokens_per_block: Tokens of each image in each block, prefix tokens included.
+    """
+
+    logits: Float[Array, "images patches classes"]
+    exit_depth: Int[Array, "images patches"]
+    tokens_per_block: Int[Array, "images blocks"]
+
+
+def replay(
+    logits: Mapping[int, Float[Array, "images patches classes"]],
+    plan: Schedule,
+    /,
+    *,
+    grid: tuple[int, int],
+    prefix: int = 0,
+) -> Replayed:
+    """Replay a schedule on recorded class scores.
+
+    Args:
+        logits: Class scores of all patches by every head, by the blocks before it; the last is the final head.
+        plan: The schedule. Its active exits are among the heads, and it carries predictions.
+        grid: Height and width of the patch grid.
+        prefix: Prefix tokens of an image, which run with its patches.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        TokenExitError: If an exit has no head, features are carried, or shapes do not fit the grid or one another.
+    """
+    require(isinstance(plan.carry, Prediction), "plan", "carry predictions", repr(plan.carry))
+    depth, places = max(logits, default=0), grid[0] * grid[1]
+    headless = [exit.after for exit in plan.active if exit.after >= depth or exit.after not in logits]
+    rule = f"have exits only after blocks with an exit head, {sorted(logits)[:-1]}"
+    require(not headless, "plan", rule, headless)
+    shapes = {tuple(table.shape) for table in logits.values()}
+    fits = len(shapes) == 1 and all(len(shape) == 3 and shape[1] == places for shape in shapes)
+    require(fits, "logits", f"be of one shape, (images, {places}, classes)", sorted(shapes))
+    final = logits[depth]
+    xp = array_namespace(final)
+    running = filled((final.shape[0], places), True, final, dtype=xp.bool)
+    receipt = _receipt(running)
+    book = ledger.open_ledger(tokens.gather(final, receipt), receipt)
+    labels, counts = [], []
+    for stage in plan.stages(depth):
+        held = receipt.lengths
+        counts += [xp.where(held > 0, held + prefix, held)] * (stage.stop - stage.start)
+        if stage.exit is None or stage.index is None:
+            continue
+        output = HeadOutput(tokens.gather(logits[stage.stop], receipt))
+        decision = exits.decide(
+            stage.exit.policy,
+            output,
+            receipt,
+            book,
+            _rows(labels, receipt),
+            grid=grid,
+            exit=stage.index,
+            cell=plan.cell,
+        )
+        book = exits.settle(book, receipt, ~decision.stay, output, depth=stage.stop, score=decision.confidence)
+        labels.append(xp.argmax(logits[stage.stop], axis=-1))
+        receipt = _receipt(tokens.scatter(decision.stay, receipt, into=xp.zeros_like(running)))
+    everything = filled(receipt.layout, True, final, dtype=xp.bool)
+    book = exits.settle(book, receipt, everything, HeadOutput(tokens.gather(final, receipt)), depth=depth)
+    return Replayed(book.logits, book.exit_depth(depth), xp.stack(counts, axis=1))
+
+
+def _receipt(running: Bool[Array, "images patches"]) -> Receipt:
+    """A packed row where shapes may depend on the data, and room for all patches elsewhere."""
+    xp = array_namespace(running)
+    if data_dependent_shapes(xp):
+        return tokens.pack(running)
+    score = xp.zeros_like(running, dtype=xp.float32)
+    return tokens.select(running, score, capacity=running.shape[1])[0]
+
+
+def _rows(labels: list[Array], receipt: Receipt) -> Int[Array, "exits tokens"]:
+    """Classes that earlier heads have predicted for the tokens that run, in one row."""
+    xp = array_namespace(receipt.index)
+    if not labels:
+        return xp.reshape(receipt.index, (1, receipt.index.shape[0]))[:0, :]
+    return xp.stack([xp.reshape(tokens.gather(one, receipt), receipt.index.shape) for one in labels], axis=0)
