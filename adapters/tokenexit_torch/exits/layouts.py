@@ -5,7 +5,7 @@ A layout is a value; the forward pass is the same for both.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -55,6 +55,7 @@ class Counts(NamedTuple):
     held: Int[Tensor, "images"] | None = None
 
 
+@runtime_checkable
 class Layout(Protocol):
     """How the tokens that run lie beside one another."""
 
