@@ -26,7 +26,8 @@ import tokenexit_torch as tet
 from examples import demo, runs, shell
 from examples.about import About
 from examples.camvid import common, data
-from tokenexit.bounds import images_needed
+from tokenexit.guarantees.bounds import images_needed
+from tokenexit.guarantees.calibrate import Calibrated
 from tokenexit.heads import MLP, Neighbourhood
 from tokenexit_torch.registry import host_of
 
@@ -209,7 +210,8 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
         kept = _read(note)
         if kept.get("fitted") != identity:
             raise shell.UsageError(f"`--out` must be new or of the same exits, got {str(note)!r} with {kept}")
-        return tet.load(folder, frozen.host, head=frozen.head).eval().to(given.device), kept["agreement"]
+        model = tet.load(frozen.host, folder, kind="exits", head=frozen.head)
+        return model.eval().to(given.device), kept["agreement"]
     torch.manual_seed(given.seed)
     plan, heads = common.wide_then_narrow(after), _HEADS[given.heads]
     model = tet.wrap(frozen.host, plan, head=frozen.head, exit_heads=heads).eval().to(given.device)
@@ -220,7 +222,7 @@ def exiting(given: argparse.Namespace, frozen: Network, seen: Images) -> tuple[t
     return model, agreement
 
 
-def keep(out: Path, found: tet.Calibrated, agreement: Mapping[str, float]) -> list[str]:
+def keep(out: Path, found: Calibrated, agreement: Mapping[str, float]) -> list[str]:
     """Write what was found, and say which files there are now."""
     _write(out / "report.json", found.report.to_dict() | {"agreement_of_exit_heads": dict(agreement)})
     _write(out / "drift.json", found.before.to_dict())

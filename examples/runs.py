@@ -3,8 +3,8 @@
     host.json            which network, classes, colours, normalisation, image size
     host.safetensors     its weights, and its final head's if the exits do not hold it
     exits.json           the plan and the exit heads, with a file of weights that it names (tokenexit_torch.save)
-    gates.json           instead of exits, the plan and the gates (tokenexit_torch.save_gates)
-    semantic.json        instead of these, the plan and the layers of semantic tokens (tokenexit_torch.save_semantic)
+    gates.json           instead of exits, the plan and the gates
+    semantic.json        instead of these, the plan and the layers of semantic tokens
     head.safetensors     the final head's weights, which gates and semantic tokens do not hold
 
 Names are looked up in a closed registry; nothing read from a file is executed.
@@ -130,7 +130,7 @@ def save_gated(folder: str | Path, model: tet.GatedModel, about: About, /) -> No
     if model.head is None:
         raise TokenExitError("`model` must have a final head, got None")
     folder = Path(folder)
-    tet.save_gates(model, folder)
+    tet.save(model, folder)
     _save_host(folder, model.host, model.head, about)
 
 
@@ -143,7 +143,7 @@ def save_semantic(folder: str | Path, model: Segmenter, about: About, /) -> None
         about: What to say of it.
     """
     folder = Path(folder)
-    tet.save_semantic(model.model, folder)
+    tet.save(model.model, folder)
     _save_host(folder, model.host, model.head, about)
 
 
@@ -176,7 +176,7 @@ def load_gated(folder: str | Path, /) -> tuple[tet.GatedModel, About]:
         TokenExitError: If a file is missing or not what it should be.
     """
     host, about = _host(Path(folder))
-    return tet.load_gates(folder, host, head=_head(Path(folder), host, about)).eval(), about
+    return tet.load(host, folder, kind="gates", head=_head(Path(folder), host, about)).eval(), about
 
 
 def load_semantic(folder: str | Path, /) -> tuple[Segmenter, About]:
@@ -192,7 +192,7 @@ def load_semantic(folder: str | Path, /) -> tuple[Segmenter, About]:
         TokenExitError: If a file is missing or not what it should be.
     """
     host, about = _host(Path(folder))
-    return Segmenter(tet.load_semantic(folder, host), _head(Path(folder), host, about)).eval(), about
+    return Segmenter(tet.load(host, folder, kind="semantic"), _head(Path(folder), host, about)).eval(), about
 
 
 def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
@@ -208,7 +208,7 @@ def load(folder: str | Path, /) -> tuple[tet.ExitingModel, About]:
         TokenExitError: If a file is missing or not what it should be.
     """
     host, about = _host(Path(folder))
-    return tet.load(folder, host).eval(), about
+    return tet.load(host, folder, kind="exits").eval(), about
 
 
 def _host(folder: Path) -> tuple[Any, About]:

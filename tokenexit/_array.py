@@ -67,9 +67,16 @@ def is_jax_array(value: Any, /) -> bool:
 
 
 def aligned(values: Array, axes: int, /) -> Array:
-    """The same values with so many axes at least, those that are put before them of size 1.
+    """An array with at least so many axes; leading axes of size 1 are added.
 
     Broadcasting is written out by it: JAX can be set to refuse operands with different numbers of axes.
+
+    Args:
+        values: An array of any library.
+        axes: The least number of axes.
+
+    Returns:
+        The same values; the array itself if it has that many axes.
     """
     if values.ndim >= axes:
         return values
@@ -160,7 +167,15 @@ def plain(row: Sequence[float] | Array, /) -> list[float]:
 
 
 def require_marks(marks: Array, argument: str, /) -> None:
-    """Raise a `TokenExitError` unless an array is boolean."""
+    """Raise a `TokenExitError` unless an array is boolean.
+
+    Args:
+        marks: An array of any library.
+        argument: Name of the argument that it is the value of.
+
+    Raises:
+        TokenExitError: If it is of another dtype.
+    """
     boolean = array_namespace(marks).isdtype(marks.dtype, "bool")
     require(boolean, argument, "be boolean", f"dtype {marks.dtype}")
 

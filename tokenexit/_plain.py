@@ -63,9 +63,13 @@ def require_keys(data: Any, argument: str, keys: set[str]) -> None:
 
 
 def is_number(value: object, /) -> bool:
-    """Whether `value` is a finite number that 32 bits hold, True and False not among them.
+    """Whether a value is a finite number that 32 bits hold.
 
-    An int that no float holds is none, nor is NaN.
+    Args:
+        value: Anything. True and False are no numbers, nor are NaN and an int that no float holds.
+
+    Returns:
+        Whether it is one.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
@@ -74,12 +78,28 @@ def is_number(value: object, /) -> bool:
 
 
 def is_whole(value: object, /, *, least: int = 0) -> bool:
-    """Whether `value` is a whole number from `least` up that 32 bits hold, True and False not among them."""
+    """Whether a value is a whole number from `least` up that 32 bits hold.
+
+    Args:
+        value: Anything. True and False are no numbers, nor is 2.0 a whole one.
+        least: The least number that will do.
+
+    Returns:
+        Whether it is one.
+    """
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def require_share(value: Any, argument: str, /) -> None:
-    """Raise a `TokenExitError` unless a value is a number between 0 and 1, both excluded."""
+    """Raise a `TokenExitError` unless a value is a number between 0 and 1, both excluded.
+
+    Args:
+        value: Anything.
+        argument: Name of the argument that it is the value of.
+
+    Raises:
+        TokenExitError: If it is none.
+    """
     inside = isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
     require(inside, argument, "lie between 0 and 1", repr(value))
 

@@ -1,4 +1,4 @@
-"""Saved folders: a plan as JSON that names its file of weights and their hash. Saving is one act.
+"""Saved folders: a manifest as JSON that names its file of weights and their hash. Saving is one act.
 
 A folder holds `exits.json`, `gates.json` or `semantic.json`, and beside it the weights, as
 `exits-0123456789abcdef.safetensors`. The weights are written first, under a name of their own; then the JSON is
@@ -6,10 +6,13 @@ replaced in one step, which is the moment from which the new save counts; then t
 A process that ends anywhere in between leaves the old save or the new one. Files of two saves in one folder do not fit
 each other, and are refused.
 
-For adapters: `save` and `read` are the whole of it; `replacing` writes any other file whole or not at all.
+For adapters: `save` and `read` are the whole of it, on which `tokenexit.manifest` puts `write` and `read` of its own;
+`load_by_kind` chooses among an adapter's loaders. `replacing` writes any other file whole or not at all, and
+`require_metadata` binds it to what it belongs to.
 """
 
 import hashlib
+import inspect
 import os
 import re
 import secrets
@@ -18,27 +21,41 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from tokenexit._plain import require_keys, shortened
 from tokenexit.errors import TokenExitError, require
 from tokenexit.sealed import BY_HAND, parse, require_whole, seal
 
-__all__ = ["Kind", "Weights", "read", "replacing", "save", "text_of", "write"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Weights",
+    "load_by_kind",
+    "read",
+    "replacing",
+    "require_metadata",
+    "save",
+    "text_of",
+    "write",
+]
 
 Kind = Literal["exits", "gates", "semantic"]
 """What is saved."""
 
-Plan = TypeVar("Plan")
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Every kind: the file of a kind is `<kind>.json`."""
 
-_LARGEST_TEXT = 2**28  # bytes: far more than a plan, with the digests of a million images, needs
+Manifest = TypeVar("Manifest")
+
+_LARGEST_TEXT = 2**28  # bytes: far more than a manifest, with the digests of a million images, needs
 _STRAY = 3600.0  # seconds after which what an interrupted save has left may be removed
 _EDITED = f'be that of the content, which was edited or damaged: "{BY_HAND}" in its place says that it was on purpose'
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The file of weights that belongs to a plan.
+    """The file of weights that belongs to a manifest.
 
     Attributes:
         file: Its name in the folder.
@@ -58,7 +75,7 @@ class Weights:
 
     @staticmethod
     def from_dict(data: Any, kind: Kind, /) -> "Weights":
-        """What a plan says of its weights.
+        """The entry of a manifest for its weights.
 
         Args:
             data: A mapping with the fields of this class.
@@ -81,23 +98,67 @@ class Weights:
         return Weights(file, digest, size)
 
 
-def save(folder: str | Path, kind: Kind, plan: Mapping[str, Any], weights: bytes, /) -> None:
-    """Write a plan and its weights in one act: after an interruption the folder holds the old save or the new one.
+def load_by_kind(
+    loaders: Mapping[str, tuple[Kind, Callable[..., Any]]],
+    network: Any,
+    folder: str | Path,
+    kind: str | None,
+    options: Mapping[str, Any],
+    /,
+) -> Any:
+    """Load a folder by the loader for the kind that is asked for, or else for the one kind that the folder holds.
+
+    Args:
+        loaders: The loaders by name, each with the kind of the files that it reads; under the name of each kind, its
+            own loader. A loader takes the network, the folder, and its options by keyword.
+        network: What the loader puts the saved weights into.
+        folder: The folder.
+        kind: Name of a loader, or None.
+        options: Values of options by name; None stands for an option that was not given.
+
+    Returns:
+        The result of the loader.
+
+    Raises:
+        TokenExitError: If `kind` names no loader, the folder holds nothing of that kind, or several kinds while none is
+            asked for, an option is given that belongs to other kinds, or the loader raises it.
+    """
+    known = kind is None or (isinstance(kind, str) and kind in loaders)
+    require(known, "kind", f"be one of {', '.join(loaders)}, or None", repr(kind))
+    there = [one for one in KINDS if (_path(folder) / f"{one}.json").is_file()]
+    if kind is None:
+        require(len(there) > 0, "folder", f"hold the file {' or '.join(f'{one}.json' for one in KINDS)}", str(folder))
+        several = f"be given for a folder that holds several kinds, {' and '.join(there)}"
+        require(len(there) == 1, "kind", several, "None")
+    name = there[0] if kind is None else kind
+    file, loader = loaders[name]
+    held = f", which holds {' and '.join(there)}: load it with kind={' or '.join(map(repr, there))}" if there else ""
+    require(file in there, "folder", f"hold the file {file}.json for kind={name!r}", f"{folder}{held}")
+    given = {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        takers = [one for one, (_, other) in loaders.items() if option in inspect.signature(other).parameters]
+        rule = f"be left out for kind={name!r}: it is for kind={' or '.join(map(repr, takers))}"
+        require(name in takers, option, rule, type(value).__name__)
+    return loader(network, folder, **given)
+
+
+def save(folder: str | Path, kind: Kind, manifest: Mapping[str, Any], weights: bytes, /) -> None:
+    """Write a manifest and its weights in one act: after an interruption the folder holds the old save or the new one.
 
     Two processes that save into one folder leave the save of one of them.
 
     Args:
         folder: Where to; made if it is not there.
         kind: What is saved.
-        plan: The plan as plain data.
+        manifest: The manifest as plain data.
         weights: The weights, as the bytes of a safetensors file.
 
     Raises:
-        TokenExitError: If the plan is no plain data, or the folder cannot be written to (a full disk, a file
+        TokenExitError: If the manifest is no plain data, or the folder cannot be written to (a full disk, a file
             in the way).
     """
-    folder, named = Path(folder), Weights.of(kind, weights)
-    text = seal({**plan, "weights": asdict(named)}).encode()
+    folder, named = _path(folder), Weights.of(kind, weights)
+    text = seal({**manifest, "weights": asdict(named)}).encode()
     before = _present(folder, kind)
     write(folder / named.file, weights)
     write(folder / f"{kind}.json", text)
@@ -107,34 +168,36 @@ def save(folder: str | Path, kind: Kind, plan: Mapping[str, Any], weights: bytes
         _remove_strays(folder, kind, named.file, before)
 
 
-def read(folder: str | Path, kind: Kind, plan_of: Callable[[Mapping[str, Any]], Plan], /) -> tuple[Plan, Path]:
-    """A plan that was saved, and the file of its weights, which are seen to be those that were saved with it.
+def read(
+    folder: str | Path, kind: Kind, from_dict: Callable[[Mapping[str, Any]], Manifest], /
+) -> tuple[Manifest, Path]:
+    """Read a saved manifest, and check that the file of its weights is the one that was saved with it.
 
     Args:
         folder: Where `save` wrote them.
         kind: What was saved.
-        plan_of: Makes the plan of its plain data, or raises a `TokenExitError`.
+        from_dict: Makes the manifest of its plain data, or raises a `TokenExitError`.
 
     Returns:
-        The plan and the path of the weights.
+        The manifest and the path of the weights.
 
     Raises:
         TokenExitError: If a file is missing, damaged, edited by mistake, or of another save.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     file = folder / f"{kind}.json"
     require(file.is_file(), "folder", f"hold the file {file.name}", str(folder))
     text = None
     while True:
         before, text = text, text_of(file, "folder")
         try:
-            plan, weights = _opened(text, kind, plan_of)
+            manifest, weights = _opened(text, kind, from_dict)
         except (TokenExitError, RecursionError) as error:
             raise TokenExitError(f"`folder` must hold a valid {file.name}, got {file}: {error}") from error
         there = folder / weights.file
         wrong = _difference(there, weights)
         if wrong is None:
-            return plan, there
+            return manifest, there
         if text == before:
             break
     rule = f"hold the weights that {file.name} names, which are bound to it by their hash"
@@ -178,6 +241,24 @@ def write(file: Path, content: bytes, /, *, argument: str = "folder") -> None:
         part.write_bytes(content)
 
 
+def require_metadata(argument: str, file: Path, wanted: Mapping[str, str], found: Mapping[str, str], /) -> None:
+    """Raise a `TokenExitError` unless the metadata of a file are those of what it should belong to.
+
+    Args:
+        argument: The name of the argument that gave the folder.
+        file: The file.
+        wanted: Texts by name, all of which the file must have.
+        found: What the file has.
+
+    Raises:
+        TokenExitError: If the file lacks one, or has another; the message names the first.
+    """
+    for name, text in wanted.items():
+        got = found.get(name, "none")
+        rule = f"be for the same {name} as {file.name} in it, or another folder"
+        require(got == text, argument, rule, f"{got[:16]} there, and now {text[:16]}")
+
+
 @contextmanager
 def replacing(file: Path, /, *, argument: str = "folder") -> Iterator[Path]:
     """Replace a file by another that is written within this context; nothing is left of it if that fails.
@@ -210,20 +291,25 @@ def replacing(file: Path, /, *, argument: str = "folder") -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def _opened(text: str, kind: Kind, plan_of: Callable[[Mapping[str, Any]], Plan]) -> tuple[Plan, Weights]:
+def _path(folder: str | Path) -> Path:
+    require(isinstance(folder, str | os.PathLike), "folder", "be a path", type(folder).__name__)
+    return Path(folder)
+
+
+def _opened(text: str, kind: Kind, from_dict: Callable[[Mapping[str, Any]], Manifest]) -> tuple[Manifest, Weights]:
     data = parse(text, what=f"saved {kind}")
     by_hand = data.get("checksum") == BY_HAND
     content = {key: value for key, value in data.items() if key != "checksum"}
     # What is wrong with the content is named first: it says more than a checksum does.
-    plan = plan_of({key: value for key, value in content.items() if key != "weights"})
+    manifest = from_dict({key: value for key, value in content.items() if key != "weights"})
     weights = Weights.from_dict(content.get("weights"), kind)
     if not by_hand:
         require_whole(data, rule=_EDITED)
-    return plan, weights
+    return manifest, weights
 
 
 def _difference(file: Path, weights: Weights) -> str | None:
-    """In what a file is not the one that a plan names; None if it is."""
+    """The difference between a file and the one that a manifest names; None if there is none."""
     try:
         if not file.is_file():
             return "there is no such file"

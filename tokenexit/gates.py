@@ -296,7 +296,14 @@ def staged_rates(after: Iterable[int], /, *, rates: Iterable[float] = (0.7, 0.49
 
 
 def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -> dict[int, float]:
-    """One rate for each gate, from one for all or one for each of them. It is no part of the public API.
+    """Keep rates by gate, from one rate for all gates or one for each of them.
+
+    Args:
+        rates: Share of the patches to keep: a number in [0, 1], or one for each block in `after`.
+        after: The blocks before the gates.
+
+    Returns:
+        The rate of each gate.
 
     Raises:
         TokenExitError: If a rate is no share, or a gate has none.
@@ -310,13 +317,16 @@ def rates_by_gate(rates: float | Mapping[int, float], after: Iterable[int], /) -
 
 
 def coin_for(after: int, /, *, rates: Mapping[int, float], deciding: Iterable[int], returning: str) -> float:
-    """Bernoulli rate of random decisions that realise a gate's keep ratio. It is no part of the public API.
+    """Bernoulli rate of random decisions that realise a gate's keep ratio.
 
     Args:
         after: The gate in whose place random decisions stand.
         rates: Share of all patches that each gate is to keep.
         deciding: The gates that decide, by the blocks before them.
         returning: As in `carries.Preserved`: if `never`, decisions are about the patches kept by the gate before.
+
+    Returns:
+        The probability of keeping a token that is decided at random.
     """
     earlier = [block for block in deciding if block < after]
     if returning == "every gate" or not earlier:

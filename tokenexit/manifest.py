@@ -1,35 +1,66 @@
-"""What is written beside saved weights of exits, gates and semantic tokens, as plain data that every adapter shares.
+"""Manifests of saved exits, gates and semantic tokens: plain data that every adapter writes, reads and refuses alike.
 
-Names in it are looked up in closed registries, and unknown keys are refused. `tokenexit.folders` puts it into files.
+    write("folder", "exits", manifest, weights)          # the weights as bytes of a safetensors file
+    manifest, file = read("folder", "exits")
+    require_network(manifest, "exits", argument="model", width=192, depth=12)
+
+Names in a manifest are looked up in closed registries, and unknown keys are refused. `tokenexit.folders` puts it into
+files; `tokenexit.weights` has the names, shapes and dtypes of the weights beside it.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
 
-from tokenexit import heads
+from tokenexit import folders, heads
 from tokenexit._plain import MOST, is_number, is_whole, require_keys, shortened
 from tokenexit.errors import TokenExitError, require
+from tokenexit.folders import Kind
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
 from tokenexit.semantic import SemanticPlan, require_room
+from tokenexit.weights import Spec
 
-__all__ = ["Manifest", "SemanticManifest", "from_dict", "semantic_from_dict", "semantic_to_dict", "to_dict"]
+__all__ = [
+    "HeadManifest",
+    "SemanticManifest",
+    "choose_heads",
+    "from_dict",
+    "head_specs",
+    "read",
+    "require_classes",
+    "require_final_head",
+    "require_head_plan",
+    "require_network",
+    "to_dict",
+    "weights_rule",
+    "write",
+]
 
 SCHEMA = 2
 
+_HEAD_KEYS = {"schedule", "after", "plan", "built_head", "classes", "width", "depth", "fitted"}
+_SEMANTIC_KEYS = {"plan", "after", "until", "heads", "hidden", "epsilon", "width", "depth"}
+
+# Under which name the heads of a kind lie in the file of weights, and what errors call what is saved.
+_PART: Mapping[Kind, str] = {"exits": "exit_heads", "gates": "gates"}
+_SAVED: Mapping[Kind, str] = {"exits": "exits", "gates": "gates", "semantic": "layers"}
+
+Module = TypeVar("Module")
+
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a wrapped model is, its weights aside.
+class HeadManifest:
+    """Description of a model with exit heads, or with gates, without its weights.
 
     Attributes:
-        schedule: The plan in use.
-        after: The blocks that have an exit head.
-        plan: How the exit heads were built; None if they were given as modules.
+        schedule: The schedule in use.
+        after: The blocks that have an exit head, or a gate.
+        head_plan: How the heads were built; None if they were given as modules.
         built_head: Whether the final head was built along with them, and is saved with them.
-        classes: Class count.
+        classes: Class count; 2 for gates.
         width: Channels of a token.
         depth: How many blocks the network has.
         fitted: Digests of the images that the heads were fitted to, ascending, as `certificate.digest` makes them: a
@@ -38,7 +69,7 @@ class Manifest:
 
     schedule: Schedule
     after: tuple[int, ...]
-    plan: HeadPlan | None
+    head_plan: HeadPlan | None
     built_head: bool
     classes: int
     width: int
@@ -46,17 +77,60 @@ class Manifest:
     fitted: tuple[str, ...] = ()
 
 
-def to_dict(manifest: Manifest, /) -> dict[str, Any]:
-    """The manifest as plain data.
+@dataclass(frozen=True)
+class SemanticManifest:
+    """Description of a model on semantic tokens, without its weights.
+
+    Attributes:
+        semantic_plan: Configuration of the semantic tokens.
+        after: After how many blocks there are semantic tokens.
+        until: After how many blocks all tokens are recovered; None if they are not.
+        heads: Attention heads of the layers that were put in.
+        hidden: Channels inside their MLPs.
+        epsilon: What their norms add to the variance.
+        width: Channels of a token.
+        depth: How many blocks the network has.
+    """
+
+    semantic_plan: SemanticPlan
+    after: int
+    until: int | None
+    heads: int
+    hidden: int
+    epsilon: float
+    width: int
+    depth: int
+
+
+def to_dict(manifest: HeadManifest | SemanticManifest, /) -> dict[str, Any]:
+    """A manifest as plain data.
+
+    Args:
+        manifest: The manifest, of any kind.
+
+    Returns:
+        Plain data, for JSON.
 
     Raises:
         TokenExitError: If a policy of the schedule is not of this library.
     """
+    if isinstance(manifest, SemanticManifest):
+        return {
+            "schema": SCHEMA,
+            "plan": manifest.semantic_plan.to_dict(),
+            "after": manifest.after,
+            "until": manifest.until,
+            "heads": manifest.heads,
+            "hidden": manifest.hidden,
+            "epsilon": manifest.epsilon,
+            "width": manifest.width,
+            "depth": manifest.depth,
+        }
     return {
         "schema": SCHEMA,
         "schedule": manifest.schedule.to_dict(),
         "after": list(manifest.after),
-        "plan": None if manifest.plan is None else heads.to_dict(manifest.plan),
+        "plan": None if manifest.head_plan is None else heads.to_dict(manifest.head_plan),
         "built_head": manifest.built_head,
         "classes": manifest.classes,
         "width": manifest.width,
@@ -65,11 +139,18 @@ def to_dict(manifest: Manifest, /) -> dict[str, Any]:
     }
 
 
-def from_dict(data: Mapping[str, Any], /) -> Manifest:
+@overload
+def from_dict(data: Mapping[str, Any], kind: Literal["exits", "gates"], /) -> HeadManifest: ...
+@overload
+def from_dict(data: Mapping[str, Any], kind: Literal["semantic"], /) -> SemanticManifest: ...
+@overload
+def from_dict(data: Mapping[str, Any], kind: Kind, /) -> HeadManifest | SemanticManifest: ...
+def from_dict(data: Mapping[str, Any], kind: Kind, /) -> HeadManifest | SemanticManifest:
     """The manifest that `to_dict` wrote down.
 
     Args:
         data: What `to_dict` returned, or its like read from a file.
+        kind: What is described.
 
     Returns:
         The manifest.
@@ -77,9 +158,173 @@ def from_dict(data: Mapping[str, Any], /) -> Manifest:
     Raises:
         TokenExitError: If a key is missing or unknown, or a value is of the wrong type or range.
     """
-    _require(data, {field.name for field in fields(Manifest)})
-    for name in ("classes", "width", "depth"):
-        require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
+    return _semantic_manifest(data) if kind == "semantic" else _head_manifest(data)
+
+
+def write(folder: str | Path, kind: Kind, manifest: HeadManifest | SemanticManifest, weights: bytes, /) -> None:
+    """Write a manifest and its weights in one act, as `folders.save`.
+
+    Args:
+        folder: Where to; made if it is not there.
+        kind: What is saved.
+        manifest: Its description.
+        weights: The weights, as the bytes of a safetensors file.
+
+    Raises:
+        TokenExitError: If the manifest is of another kind, a policy of the schedule is not of this library, or the
+            folder cannot be written to.
+    """
+    described = isinstance(manifest, SemanticManifest) == (kind == "semantic")
+    require(described, "manifest", f"describe what is saved, {kind}", type(manifest).__name__)
+    folders.save(folder, kind, to_dict(manifest), weights)
+
+
+@overload
+def read(folder: str | Path, kind: Literal["exits", "gates"], /) -> tuple[HeadManifest, Path]: ...
+@overload
+def read(folder: str | Path, kind: Literal["semantic"], /) -> tuple[SemanticManifest, Path]: ...
+def read(folder: str | Path, kind: Kind, /) -> tuple[HeadManifest | SemanticManifest, Path]:
+    """Read a manifest, and check that the file of its weights is the one that was saved with it.
+
+    Args:
+        folder: Where `write` wrote them.
+        kind: What was saved.
+
+    Returns:
+        The manifest and the path of the weights, of which nothing but the hash has been looked at.
+
+    Raises:
+        TokenExitError: If a file is missing, damaged, edited by mistake, of another save or of another kind.
+    """
+    manifest, file = folders.read(folder, kind, lambda data: from_dict(data, kind))
+    if kind == "gates" and isinstance(manifest, HeadManifest):
+        gates = manifest.classes == 2 and not manifest.built_head
+        require(gates, "folder", "hold gates", f"heads of {manifest.classes} classes")
+    return manifest, file
+
+
+def require_network(
+    manifest: HeadManifest | SemanticManifest, kind: Kind, /, *, argument: str, width: int, depth: int
+) -> None:
+    """Raise a `TokenExitError` unless a network is like the one that was saved, as far as a manifest tells.
+
+    Args:
+        manifest: What was saved.
+        kind: Its kind.
+        argument: The argument that gave the network.
+        width: Channels of the network's tokens.
+        depth: How many blocks it has.
+
+    Raises:
+        TokenExitError: If the width or the depth is another one.
+    """
+    for name, found in (("width", width), ("depth", depth)):
+        wanted = getattr(manifest, name)
+        require(found == wanted, argument, f"have {name} {wanted}, as the saved {_SAVED[kind]}", found)
+
+
+def require_final_head(manifest: HeadManifest, head: object, /) -> None:
+    """Raise a `TokenExitError` unless a final head is given exactly if none was saved.
+
+    Args:
+        manifest: What was saved.
+        head: The user's final head, or None.
+
+    Raises:
+        TokenExitError: If it is missing, or there are two.
+    """
+    rule = "be given exactly if the exits were saved without a final head"
+    got = "None" if head is None else type(head).__name__
+    require((head is None) == manifest.built_head, "head", rule, got)
+
+
+def require_classes(manifest: HeadManifest, classes: int, /) -> None:
+    """Raise a `TokenExitError` unless the user's final head has the classes of the saved exits.
+
+    Args:
+        manifest: What was saved.
+        classes: Class count of the final head.
+
+    Raises:
+        TokenExitError: If it is another one.
+    """
+    require(classes == manifest.classes, "head", f"give {manifest.classes} classes, as the saved exits", classes)
+
+
+def require_head_plan(manifest: HeadManifest, kind: Kind, /) -> HeadPlan:
+    """The plan of the saved heads, for an adapter that cannot run modules of another framework.
+
+    Args:
+        manifest: What was saved.
+        kind: Its kind.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TokenExitError: If the heads were the user's own modules.
+    """
+    if manifest.head_plan is None:
+        what = "gates" if kind == "gates" else "heads"
+        raise TokenExitError(f"`folder` must hold {what} built from a plan, got modules of another framework's own")
+    return manifest.head_plan
+
+
+def choose_heads(
+    manifest: HeadManifest, given: Mapping[int, Module] | None, /, *, argument: str
+) -> HeadPlan | Mapping[int, Module]:
+    """The plan of the saved heads, or the modules that the user gives where there was no plan.
+
+    Args:
+        manifest: What was saved.
+        given: Modules by the blocks that they follow, or None.
+        argument: The argument that gave them.
+
+    Returns:
+        The plan, or the modules.
+
+    Raises:
+        TokenExitError: If modules are missing, given although there is a plan, or given for other blocks.
+    """
+    if given is None:
+        if manifest.head_plan is None:
+            raise TokenExitError(f"`{argument}` must be given if they were saved as modules of your own, got None")
+        return manifest.head_plan
+    require(manifest.head_plan is None, argument, "be left out if a plan was saved", manifest.head_plan)
+    require(sorted(given) == list(manifest.after), argument, f"follow the blocks {manifest.after}", [*given])
+    return given
+
+
+def head_specs(manifest: HeadManifest, kind: Kind, one: Mapping[str, Spec], /) -> dict[str, Spec]:
+    """Specs of all weights in the file, under the names that they have there.
+
+    Args:
+        manifest: What is saved; its heads are built from a plan.
+        kind: Its kind.
+        one: Specs of the weights of one head of that plan, for the width and the classes of the manifest.
+
+    Returns:
+        The specs, as `exit_heads.6.0.weight`; of the final head as `head.0.weight`, if it is saved.
+    """
+    names = [f"{_PART[kind]}.{after}" for after in manifest.after] + (["head"] if manifest.built_head else [])
+    return {f"{name}.{key}": spec for name in names for key, spec in one.items()}
+
+
+def weights_rule(kind: Kind, /) -> str:
+    """The rule that a folder breaks whose weights are not as its manifest describes, for errors.
+
+    Args:
+        kind: What was saved.
+
+    Returns:
+        The rule, as in "`folder` must hold the weights that exits.json describes".
+    """
+    return f"hold the weights that {kind}.json describes"
+
+
+def _head_manifest(data: Mapping[str, Any]) -> HeadManifest:
+    _require_keys(data, _HEAD_KEYS)
+    _require_counts(data, "classes", "width", "depth")
     after: Any = data["after"]
     ok = isinstance(after, list) and all(_is_count(block) and block < data["depth"] for block in after)
     require(ok, "after", f"be a list of blocks from 1 to {data['depth'] - 1}", repr(after))
@@ -94,10 +339,10 @@ def from_dict(data: Mapping[str, Any], /) -> Manifest:
         raise TokenExitError("`schedule` must not be nested so deeply, got a recursion error") from error
     missing = sorted(set(schedule.after) - set(after))
     require(not missing, "schedule", f"have exits only after blocks with a head, {after}", missing)
-    return Manifest(
+    return HeadManifest(
         schedule=schedule,
         after=tuple(after),
-        plan=None if data["plan"] is None else heads.from_dict(data["plan"]),
+        head_plan=None if data["plan"] is None else heads.from_dict(data["plan"]),
         built_head=data["built_head"],
         classes=data["classes"],
         width=data["width"],
@@ -106,68 +351,29 @@ def from_dict(data: Mapping[str, Any], /) -> Manifest:
     )
 
 
-@dataclass(frozen=True)
-class SemanticManifest:
-    """What a model on semantic tokens is, its weights aside.
-
-    Attributes:
-        plan: How semantic tokens come about.
-        after: After how many blocks there are semantic tokens.
-        until: After how many blocks all tokens are recovered; None if they are not.
-        heads: Attention heads of the layers that were put in.
-        hidden: Channels inside their MLPs.
-        epsilon: What their norms add to the variance.
-        width: Channels of a token.
-        depth: How many blocks the network has.
-    """
-
-    plan: SemanticPlan
-    after: int
-    until: int | None
-    heads: int
-    hidden: int
-    epsilon: float
-    width: int
-    depth: int
-
-
-def semantic_to_dict(manifest: SemanticManifest, /) -> dict[str, Any]:
-    """The manifest of a model on semantic tokens as plain data."""
-    data = {field.name: getattr(manifest, field.name) for field in fields(SemanticManifest)}
-    return {"schema": SCHEMA} | data | {"plan": manifest.plan.to_dict()}
-
-
-def semantic_from_dict(data: Mapping[str, Any], /) -> SemanticManifest:
-    """The manifest that `semantic_to_dict` wrote down.
-
-    Args:
-        data: What `semantic_to_dict` returned, or its like read from a file.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        TokenExitError: If a key is missing or unknown, or a value is of the wrong type or range.
-    """
-    _require(data, {field.name for field in fields(SemanticManifest)})
-    for name in ("heads", "hidden", "width", "depth"):
-        require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
+def _semantic_manifest(data: Mapping[str, Any]) -> SemanticManifest:
+    _require_keys(data, _SEMANTIC_KEYS)
+    _require_counts(data, "heads", "hidden", "width", "depth")
     require_room(data["after"], data["until"], depth=data["depth"])
     require(data["width"] % data["heads"] == 0, "heads", f"divide the width, {data['width']}", data["heads"])
     epsilon = data["epsilon"]
     positive = isinstance(epsilon, float) and is_number(epsilon) and epsilon > 0
     require(positive, "epsilon", "be a positive number", repr(epsilon))
-    values = {field.name: data[field.name] for field in fields(SemanticManifest)}
-    values["plan"] = SemanticPlan.from_dict(data["plan"])
-    return SemanticManifest(**values)
+    values = {name: data[name] for name in _SEMANTIC_KEYS - {"plan"}}
+    return SemanticManifest(SemanticPlan.from_dict(data["plan"]), **values)
 
 
-def _require(data: Any, names: set[str]) -> None:
+def _require_keys(data: Any, names: set[str]) -> None:
     """Raise a `TokenExitError` unless data have exactly these keys, and are of the schema that is known."""
-    require(isinstance(data, Mapping), "plan", "be a mapping", shortened(data))
+    require(isinstance(data, Mapping), "manifest", "be a mapping", shortened(data))
     # Of another schema other keys are right, so that it is looked at first.
     require(data.get("schema") == SCHEMA, "schema", f"be {SCHEMA}", shortened(data.get("schema")))
-    require_keys(data, "plan", {"schema", *names})
+    require_keys(data, "manifest", {"schema", *names})
+
+
+def _require_counts(data: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        require(_is_count(data[name]), name, f"be a whole number from 1 to {MOST}", repr(data[name]))
 
 
 def _is_count(value: Any) -> bool:

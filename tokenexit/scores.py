@@ -19,7 +19,7 @@ from tokenexit.errors import require
 __all__ = ["SCORES", "Score", "confidence", "entropy", "margin", "mask_scores"]
 
 ONE = "the softmax of one is always 1, so that every token would be certain: for yes or no, use two logits"
-"""Why logits of one class are refused. It is no part of the public API."""
+"""Why logits of one class are refused, as the end of an error message."""
 
 
 def confidence(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:

@@ -15,7 +15,7 @@ from tokenexit_jax.gates import Drawing, GatedModel, gate_thresholds, sampled
 from tokenexit_jax.heads.masks import MaskMaps, Masks
 from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.saving import load, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_jax.saving import load, save
 from tokenexit_jax.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_jax.shrinking import Adopted, SemanticModel, SemanticOutput
 from tokenexit_jax.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
@@ -57,16 +57,12 @@ __all__ = [
     "gate_thresholds",
     "key_bias",
     "load",
-    "load_gates",
-    "load_semantic",
     "mask_loss",
     "merge",
     "pixel_cross_entropy",
     "register",
     "sampled",
     "save",
-    "save_gates",
-    "save_semantic",
     "split",
     "staged",
     "swin_base",

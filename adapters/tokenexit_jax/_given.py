@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from tokenexit._plain import MOST
+from tokenexit.adapting import MOST
 from tokenexit.errors import require
 
 __all__ = ["new_keys", "require_array", "require_count", "require_images", "require_key", "require_size"]

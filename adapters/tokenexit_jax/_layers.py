@@ -8,7 +8,7 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
-from tokenexit._array import aligned
+from tokenexit.adapting import aligned
 from tokenexit_jax._given import new_keys
 
 Weights = Mapping[str, Array]

@@ -1,266 +1,223 @@
-"""Saving and loading exits, gates and semantic tokens: safetensors for the weights, JSON for the plan.
+"""Saving and loading exits, gates and semantic tokens: safetensors for the weights, JSON for the manifest.
 
 A save is one act (`tokenexit.folders`), and refuses what could not be loaded. Nothing read is ever executed. The files
 are those of the PyTorch adapter, which reads what this one wrote, and the other way round. The parameters of the
-network are yours and are not saved; nor is a final head that you gave.
+network are yours and are not saved; nor is a final head that you gave. What is written and what is refused is the
+core's, `tokenexit.manifest` and `tokenexit.weights`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.flax import save as to_bytes
 
-from tokenexit import TokenExitError, folders, manifest
-from tokenexit.errors import require
+from tokenexit import TokenExitError, folders, manifest, weights
 from tokenexit.folders import Kind
-from tokenexit.manifest import Manifest, SemanticManifest
+from tokenexit.manifest import HeadManifest, SemanticManifest
 from tokenexit.schedule import dense
-from tokenexit_jax._layers import Weights
+from tokenexit.weights import Spec
 from tokenexit_jax.exits.model import ExitingModel, shapes_of, validated_heads
 from tokenexit_jax.gates.model import GatedModel, fitting_gates, shapes_of_gates
 from tokenexit_jax.networks import Heads, Network, Params
 from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers
 from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic
 
-__all__ = ["load", "load_gates", "load_semantic", "save", "save_gates", "save_semantic"]
+__all__ = ["load", "save"]
 
-_FLOATING = ("float16", "bfloat16", "float32", "float64")
-_WHOLE = ("int32", "int64")  # counts of batches; the PyTorch adapter writes the longer ones
-_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64"}
+Head = Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None
+Buckets = Capacities | None
+
+_BUCKETS: Capacities = (0.25, 0.5, 0.75, 1.0)
 
 
-def save(model: ExitingModel, heads: Heads, folder: str | Path, /) -> None:
-    """Write the exits of a wrapped model: `exits.json`, and the file of weights that it names.
+def save(model: ExitingModel | GatedModel | SemanticModel, weights: Mapping[str, Any], folder: str | Path, /) -> None:
+    """Write the exits, the gates or the semantic layers of a wrapped model, and its plan.
 
-    Over a folder that holds exits already, an interruption leaves the old ones or the new ones. The capacities are not
-    among them: they are of the machine that runs the model.
+    Written are `exits.json`, `gates.json` or `semantic.json`, and the file of weights that it names. Over a folder that
+    holds the same already, an interruption leaves the old ones or the new ones. The capacities are not among them: they
+    are of the machine that runs the model.
 
     Args:
-        model: The wrapped model.
-        heads: Weights of its heads.
-        folder: Where to; made if it is not there.
+        model: The model, wrapped by `wrap`, `wrap_gates` or `wrap_semantic`. Parameters of the network, and a final
+            head that you gave, are not saved.
+        weights: Weights of its heads, gates or layers, as `model.init` makes them.
+        folder: Where to; made if it is not there. It may hold exits, gates and semantic layers side by side.
 
     Raises:
         TokenExitError: If `model` is not wrapped, its schedule has a policy that is not of the library, the weights are
-            not of its heads, not floating or not finite, or the folder cannot be written to. Nothing is written then.
+            not of the model, not floating or not finite, or the folder cannot be written to. Nothing is written then.
     """
-    require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
-    weights = _weights(validated_heads(model, heads), shapes_of(model), "heads")
-    folders.save(folder, "exits", manifest.to_dict(_manifest(model)), weights)
+    manifest.write(folder, *_described(model, weights))
 
 
+@overload
 def load(
-    folder: str | Path,
+    network: Network, folder: str | Path, /, *, kind: Literal["exits"], head: Head = None, capacities: Buckets = None
+) -> tuple[ExitingModel, Heads]: ...
+@overload
+def load(
     network: Network,
+    folder: str | Path,
     /,
     *,
-    head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
-    capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
-) -> tuple[ExitingModel, Heads]:
-    """Wrap a network with exits that were saved, here or by the PyTorch adapter.
+    kind: Literal["gates"],
+    head: Head = None,
+    taps: Iterable[int] | None = None,
+    capacities: Buckets = None,
+) -> tuple[GatedModel, Heads]: ...
+@overload
+def load(
+    network: Network, folder: str | Path, /, *, kind: Literal["semantic"]
+) -> tuple[SemanticModel, dict[str, Array]]: ...
+@overload
+def load(
+    network: Network,
+    folder: str | Path,
+    /,
+    *,
+    kind: None = None,
+    head: Head = None,
+    taps: Iterable[int] | None = None,
+    capacities: Buckets = None,
+) -> tuple[ExitingModel | GatedModel | SemanticModel, dict[str, Any]]: ...
+def load(
+    network: Network,
+    folder: str | Path,
+    /,
+    *,
+    kind: Kind | None = None,
+    head: Head = None,
+    taps: Iterable[int] | None = None,
+    capacities: Buckets = None,
+) -> tuple[ExitingModel | GatedModel | SemanticModel, dict[str, Any]]:
+    """Wrap a network with exits, gates or semantic layers that were saved, here or by the PyTorch adapter.
 
     Args:
-        folder: Where they were written.
-        network: The network to wrap, as for `wrap`.
-        head: Your final head, if you gave one when the exits were saved.
-        capacities: Buckets, as for `wrap`.
+        network: The network to wrap, as for the `wrap*` that made what was saved.
+        folder: Where it was written.
+        kind: What to load: `exits`, `gates` or `semantic`. If left out, what the folder holds. Named, it also tells a
+            type checker what is returned.
+        head: Your final head, if you gave one when exits were saved, or if there is one beside gates.
+        taps: With gates: after how many blocks maps are handed out; the last if left out.
+        capacities: With exits or gates: buckets, as for `wrap`.
 
     Returns:
-        The model with exits, and the weights of its heads.
+        The wrapped model, and the weights of its heads, gates or layers.
 
     Raises:
-        TokenExitError: If a file is missing or not what it should be, the exits are of another network, or their heads
-            were modules of your own.
+        TokenExitError: If a file is missing or not what it should be, what it holds is of another network or kind, its
+            heads were modules of your own, the folder holds several kinds and none is named, or an option is given that
+            is for another kind.
     """
-    plan, file = folders.read(folder, "exits", manifest.from_dict)
-    given = "None" if head is None else repr(head)
-    rule = "be given exactly if the exits were saved without a final head"
-    require((head is None) == plan.built_head, "head", rule, given)
-    if plan.plan is None:
-        raise TokenExitError("`folder` must hold heads built from a plan, got modules of another framework's own")
-    _require_fits(plan, network, "exits")
-    declared = dense(after=plan.after)
-    model = wrap(network, declared, classes=plan.classes, exit_heads=plan.plan, head=head, capacities=capacities)
-    model = replace(model.retuned(plan.schedule), fitted=plan.fitted)
+    options = {"head": head, "taps": taps, "capacities": capacities}
+    return folders.load_by_kind(_LOADERS, network, folder, kind, options)
+
+
+def _load_exits(
+    network: Network, folder: str | Path, /, *, head: Head = None, capacities: Capacities = _BUCKETS
+) -> tuple[ExitingModel, Heads]:
+    saved, file = manifest.read(folder, "exits")
+    manifest.require_final_head(saved, head)
+    plan = manifest.require_head_plan(saved, "exits")
+    manifest.require_network(saved, "exits", argument="network", width=network.width, depth=network.depth)
+    declared = dense(after=saved.after)
+    model = wrap(network, declared, classes=saved.classes, exit_heads=plan, head=head, capacities=capacities)
+    model = replace(model.retuned(saved.schedule), fitted=saved.fitted)
     return model, _read(file, shapes_of(model), "exits")
 
 
-def save_gates(model: GatedModel, gates: Heads, folder: str | Path, /) -> None:
-    """Write the gates of a wrapped model: `gates.json`, and the file of weights that it names; one act, as `save`.
-
-    The capacities are not among them: they are of the machine that runs the model.
-
-    Args:
-        model: The model with gates. Parameters of the network and its head are yours, and are not saved.
-        gates: Weights of its gates.
-        folder: Where to; made if it is not there.
-
-    Raises:
-        TokenExitError: If `model` has no gates, its schedule has a policy that is not of the library, the weights are
-            not of its gates, not floating or not finite, or the folder cannot be written to. Nothing is written then.
-    """
-    require(isinstance(model, GatedModel), "model", "have gates, as `wrap_gates` gives", type(model).__name__)
-    width, depth = model.network.width, model.depth
-    plan = Manifest(model.schedule, model.after, model.gate_plan, built_head=False, classes=2, width=width, depth=depth)
-    weights = _weights({"gates": fitting_gates(model, gates)}, {"gates": shapes_of_gates(model)}, "gates")
-    folders.save(folder, "gates", manifest.to_dict(plan), weights)
-
-
-def load_gates(
-    folder: str | Path,
+def _load_gates(
     network: Network,
+    folder: str | Path,
     /,
     *,
-    head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
+    head: Head = None,
     taps: Iterable[int] | None = None,
-    capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
+    capacities: Capacities = _BUCKETS,
 ) -> tuple[GatedModel, Heads]:
-    """Wrap a network with gates that were saved, here or by the PyTorch adapter.
-
-    Args:
-        folder: Where they were written.
-        network: The network to wrap, as for `wrap_gates`.
-        head: Your final head, if there is one.
-        taps: After how many blocks maps are handed out; the last if left out.
-        capacities: Buckets, as for `wrap_gates`.
-
-    Returns:
-        The model with gates, and the weights of its gates.
-
-    Raises:
-        TokenExitError: If a file is missing or not what it should be, the gates are of another network, or were modules
-            of your own.
-    """
-    plan, file = folders.read(folder, "gates", manifest.from_dict)
-    require(plan.classes == 2 and not plan.built_head, "folder", "hold gates", f"heads of {plan.classes} classes")
-    if plan.plan is None:
-        raise TokenExitError("`folder` must hold gates built from a plan, got modules of another framework's own")
-    _require_fits(plan, network, "gates")
-    model = wrap_gates(network, dense(after=plan.after), head=head, gates=plan.plan, taps=taps, capacities=capacities)
+    saved, file = manifest.read(folder, "gates")
+    plan = manifest.require_head_plan(saved, "gates")
+    manifest.require_network(saved, "gates", argument="network", width=network.width, depth=network.depth)
+    model = wrap_gates(network, dense(after=saved.after), head=head, gates=plan, taps=taps, capacities=capacities)
     read = _read(file, {"gates": shapes_of_gates(model)}, "gates")
-    return model.retuned(plan.schedule), read["gates"]
+    return model.retuned(saved.schedule), read["gates"]
 
 
-def save_semantic(model: SemanticModel, layers: Weights, folder: str | Path, /) -> None:
-    """Write the layers of a model on semantic tokens: `semantic.json`, and the file of weights that it names.
-
-    It is one act, as `save`.
-
-    Args:
-        model: The model on semantic tokens. The parameters of the network are yours, and are not saved.
-        layers: Weights of the layers that were put in.
-        folder: Where to; made if it is not there.
-
-    Raises:
-        TokenExitError: If `model` is not on semantic tokens, the weights are not of its layers, not floating or not
-            finite, or the folder cannot be written to. Nothing is written then.
-    """
-    rule = "be on semantic tokens, as `wrap_semantic` gives"
-    require(isinstance(model, SemanticModel), "model", rule, type(model).__name__)
-    block, _ = model.tokens.blocks
-    plan = SemanticManifest(
-        model.plan, model.after, model.until, heads=block.heads, hidden=block.inside, epsilon=block.epsilon,
-        width=model.network.width, depth=model.depth,
-    )  # fmt: skip
-    weights = _weights(fitting_layers(model, layers), shapes_of_layers(model), "layers")
-    folders.save(folder, "semantic", manifest.semantic_to_dict(plan), weights)
-
-
-def load_semantic(folder: str | Path, network: Network, /) -> tuple[SemanticModel, dict[str, Array]]:
-    """Let blocks of a network run on semantic tokens, with layers that were saved, here or by the PyTorch adapter.
-
-    Args:
-        folder: Where they were written.
-        network: The network to wrap, as for `wrap_semantic`.
-
-    Returns:
-        The model on semantic tokens, and the weights of its layers.
-
-    Raises:
-        TokenExitError: If a file is missing or not what it should be, or the layers are of another network.
-    """
-    plan, file = folders.read(folder, "semantic", manifest.semantic_from_dict)
-    _require_fits(plan, network, "layers")
+def _load_semantic(network: Network, folder: str | Path, /) -> tuple[SemanticModel, dict[str, Array]]:
+    saved, file = manifest.read(folder, "semantic")
+    manifest.require_network(saved, "semantic", argument="network", width=network.width, depth=network.depth)
     model = wrap_semantic(
-        network, plan.plan,
-        after=plan.after, until=plan.until, heads=plan.heads, hidden=plan.hidden, epsilon=plan.epsilon,
+        network, saved.semantic_plan,
+        after=saved.after, until=saved.until, heads=saved.heads, hidden=saved.hidden, epsilon=saved.epsilon,
     )  # fmt: skip
     return model, _read(file, shapes_of_layers(model), "semantic")
 
 
-def _require_fits(plan: Manifest | SemanticManifest, network: Network, what: str) -> None:
-    for name, found in (("width", network.width), ("depth", network.depth)):
-        wanted = getattr(plan, name)
-        require(found == wanted, "network", f"have {name} {wanted}, as the saved {what}", found)
+_LOADERS: Mapping[str, tuple[Kind, Callable[..., Any]]] = {
+    "exits": ("exits", _load_exits),
+    "gates": ("gates", _load_gates),
+    "semantic": ("semantic", _load_semantic),
+}
 
 
-def _manifest(model: ExitingModel) -> Manifest:
-    return Manifest(
-        schedule=model.schedule,
-        after=model.after,
-        plan=model.head_plan,
-        built_head=model.head is None,
-        classes=model.classes,
-        width=model.network.width,
-        depth=model.depth,
-        fitted=model.fitted,
-    )
+def _described(model: Any, values: Any) -> tuple[Kind, HeadManifest | SemanticManifest, bytes]:
+    """Kind and manifest of a model, and its weights as the bytes of a file, after a check that they are its own."""
+    match model:
+        case ExitingModel():
+            built, sizes = model.head is None, (model.classes, model.network.width, model.depth)
+            saved = HeadManifest(model.schedule, model.after, model.head_plan, built, *sizes, model.fitted)
+            return "exits", saved, _to_bytes(validated_heads(model, values), shapes_of(model), "heads")
+        case GatedModel():
+            width, depth = model.network.width, model.depth
+            saved = HeadManifest(model.schedule, model.after, model.gate_plan, False, 2, width=width, depth=depth)
+            gates, wanted = {"gates": fitting_gates(model, values)}, {"gates": shapes_of_gates(model)}
+            return "gates", saved, _to_bytes(gates, wanted, "gates")
+        case SemanticModel():
+            block, _ = model.tokens.blocks
+            layers = SemanticManifest(
+                model.plan, model.after, model.until, heads=block.heads, hidden=block.inside, epsilon=block.epsilon,
+                width=model.network.width, depth=model.depth,
+            )  # fmt: skip
+            return "semantic", layers, _to_bytes(fitting_layers(model, values), shapes_of_layers(model), "layers")
+    rule = "be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`"
+    raise TokenExitError(f"`model` must {rule}, got {type(model).__name__}")
 
 
-def _named(heads: Heads) -> dict[str, Any]:
+def _named(tree: Any) -> dict[str, Any]:
     """The weights, in their order, under the names that they have in the file."""
-    leaves = jax.tree.leaves_with_path(heads)
+    leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _weights(given: Any, wanted: Any, argument: str) -> bytes:
+def _specs(tree: Any) -> dict[str, Spec]:
+    return {name: Spec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _named(tree).items()}
+
+
+def _to_bytes(given: Any, wanted: Any, argument: str) -> bytes:
     """Weights as the bytes of a safetensors file, after a check that they can be loaded."""
-    weights = {name: jnp.asarray(value) for name, value in _named(given).items()}
-    source = "be weights to be saved"
-    _require_kinds(argument, source, _named(wanted), {name: str(value.dtype) for name, value in weights.items()})
-    _require_finite(argument, source, weights)
-    return to_bytes(weights)
+    found = {name: jnp.asarray(value) for name, value in _named(given).items()}
+    rule = "be weights to be saved"
+    weights.require_specs(argument, rule, _specs(wanted), _specs(found))
+    weights.require_finite(argument, rule, _not_finite(found))
+    return to_bytes(found)
 
 
-def _read(file: Path, like: Heads, kind: Kind) -> Heads:
-    """The weights, in their places; nothing is read before the shapes are seen to be right."""
-    wanted, source = _named(like), f"hold the weights that {kind}.json describes"
-    try:
-        with safe_open(file, framework="flax") as weights:
-            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-            _require_shapes({name: tuple(leaf.shape) for name, leaf in wanted.items()}, found, source)
-            # By the names that safetensors has for them: some types cannot be read at all.
-            types = {name: _TYPES.get(kind, kind) for name in wanted if (kind := weights.get_slice(name).get_dtype())}
-            _require_kinds("folder", source, wanted, types)
-            read = {name: weights.get_tensor(name) for name in wanted}
-    except (SafetensorError, OSError) as error:
-        raise TokenExitError(f"`folder` must hold valid weights, got {file}: {error}") from error
-    _require_finite("folder", source, read)
+def _read(file: Path, like: Any, kind: Kind) -> Any:
+    """The weights, in their places; nothing is read before names, shapes and dtypes are seen to be right."""
+    rule, wanted = manifest.weights_rule(kind), _specs(like)
+    weights.require_specs("folder", rule, wanted, weights.read_specs(file))
+    with safe_open(file, framework="flax") as opened:
+        read = {name: opened.get_tensor(name) for name in wanted}
+    weights.require_finite("folder", rule, _not_finite(read))
     return jax.tree.unflatten(jax.tree.structure(like), list(read.values()))
 
 
-def _require_shapes(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    every = [*sorted(found), *sorted({*wanted} - {*found})]
-    names = [name for name in every if wanted.get(name) != found.get(name)]
-    got = ", ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in names[:4])
-    require(not names, "folder", source, got)
-
-
-def _require_kinds(argument: str, source: str, wanted: Mapping[str, Any], found: Mapping[str, str]) -> None:
-    """Raise a `TokenExitError` unless weights, by the names of their types, are of the kinds of others."""
-    for name, kind in found.items():
-        kinds = _FLOATING if jnp.issubdtype(wanted[name].dtype, jnp.floating) else _WHOLE
-        require(kind in kinds, argument, f"{source}, in {', '.join(kinds)}", f"{name} in {kind}")
-
-
-def _require_finite(argument: str, source: str, found: Mapping[str, Array]) -> None:
-    for name, value in found.items():
-        finite = bool(jnp.isfinite(value).all())
-        require(finite, argument, f"{source}, all of them finite", f"NaN or infinity in {name}")
+def _not_finite(found: Mapping[str, Array]) -> Iterable[str]:
+    return (name for name, value in found.items() if not jnp.isfinite(value).all())

@@ -21,8 +21,7 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
 from tokenexit import semantic
-from tokenexit._array import aligned
-from tokenexit._plain import is_number, is_whole
+from tokenexit.adapting import aligned, is_number, is_whole
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_jax._given import new_keys, require_array, require_count

@@ -17,8 +17,9 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
+from tokenexit.adapting import require_places
 from tokenexit.errors import require
-from tokenexit.semantic import SemanticPlan, require_places
+from tokenexit.semantic import SemanticPlan
 from tokenexit_jax._counting import network_cost
 from tokenexit_jax._given import new_keys
 from tokenexit_jax._layers import Weights, named, part

@@ -12,7 +12,7 @@ scores for the tokens that still run, and for the others those they left with. T
 
     gradients, statistics = jax.jit(jax.grad(loss, has_aux=True))((params, learned), statistics, images, labels)
 
-A threshold that changes from step to step is in `tokenexit.annealing`.
+A threshold that changes from step to step is in `tokenexit.training`.
 """
 
 import dataclasses
@@ -28,11 +28,10 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
 from tokenexit import TokenExitError
-from tokenexit._array import aligned
-from tokenexit._plain import is_number
-from tokenexit.auxiliary import loss_weights
+from tokenexit.adapting import aligned, is_number
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
+from tokenexit.training import loss_weights
 from tokenexit_jax._given import require_array
 from tokenexit_jax._network import require_covered
 from tokenexit_jax.exits.forward import Given, head_outputs, on_grid, run_pass

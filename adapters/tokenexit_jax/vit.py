@@ -21,7 +21,7 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
-from tokenexit._array import aligned
+from tokenexit.adapting import aligned
 from tokenexit.errors import require
 from tokenexit_jax._given import require_array
 from tokenexit_jax.attention import attend

@@ -12,12 +12,12 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
-from tokenexit._plain import MOST, is_number, is_whole
+from tokenexit.adapting import MOST, is_number, is_whole, require_room
 from tokenexit.errors import require
 from tokenexit.gates import published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
-from tokenexit.semantic import SemanticPlan, require_room, stvit
+from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_jax._given import require_array, require_count
 from tokenexit_jax._network import DECLARED, embed, run_block, whole_sides
 from tokenexit_jax.exits.model import ExitingModel

@@ -9,7 +9,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.calibrating import Calibrated, calibrate, default_settings, drift_sample
+from tokenexit_torch.calibrating import calibrate, default_settings, drift_sample
 from tokenexit_torch.certifying import fingerprints, load_certificate, save_certificate
 from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
@@ -26,7 +26,7 @@ from tokenexit_torch.hosts_timm import TimmEva, TimmViT
 from tokenexit_torch.hosts_torchvision import TorchvisionViT
 from tokenexit_torch.hosts_transformers import TransformersViT
 from tokenexit_torch.predictor import Predictor
-from tokenexit_torch.saving import load, load_decoder, load_gates, load_semantic, save, save_gates, save_semantic
+from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
 from tokenexit_torch.shrinking import SemanticModel, SemanticOutput
 from tokenexit_torch.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
@@ -37,7 +37,6 @@ from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semant
 
 __all__ = [
     "AttentionToMask",
-    "Calibrated",
     "CrossBlock",
     "DecodedOutput",
     "DecodingHost",
@@ -93,16 +92,11 @@ __all__ = [
     "gate_thresholds",
     "load",
     "load_certificate",
-    "load_decoder",
-    "load_gates",
-    "load_semantic",
     "mask_loss",
     "needed_capacity",
     "pixel_cross_entropy",
     "save",
     "save_certificate",
-    "save_gates",
-    "save_semantic",
     "sliding",
     "swin_base",
     "swin_small",

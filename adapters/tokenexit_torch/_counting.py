@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit_torch._modules import evaluating

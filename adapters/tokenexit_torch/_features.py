@@ -17,7 +17,8 @@ from torch import Tensor
 from tokenexit import TokenExitError
 from tokenexit.area import Area
 from tokenexit.errors import require
-from tokenexit_torch._files import digest, fingerprint, read, require_marks, write
+from tokenexit.folders import require_metadata
+from tokenexit_torch._files import digest, fingerprint, read, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.heads import radius_of
@@ -332,7 +333,7 @@ def _on_disk(file: Path, batch: Batch, images: str, teacher: Teacher) -> tuple[R
         rows, patches = teacher.rows(batch)
         write(file, rows | {_PATCHES: torch.tensor(patches)}, marks, argument="cache")
     rows, found = read(file, "cache")
-    require_marks("cache", file, marks, found)
+    require_metadata("cache", file, marks, found)
     patches = rows.pop(_PATCHES, torch.empty(0)).tolist()
     known = TARGET in rows and FINAL in rows and {len(value) for value in rows.values()} == {sum(patches)}
     require(known, "cache", f"hold rows in {file.name} for every patch", ", ".join(sorted(rows)))

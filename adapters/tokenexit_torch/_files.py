@@ -10,14 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenexit import TokenExitError, certificate, folders
+from tokenexit import TokenExitError, folders, weights
 from tokenexit.errors import require
+from tokenexit.guarantees import certificate
+from tokenexit.weights import Spec
 
-__all__ = ["digest", "fingerprint", "read", "require_marks", "require_shapes", "require_weights", "write"]
+__all__ = ["digest", "fingerprint", "read", "require_weights", "specs", "write"]
 
 _CONTENT = "content"
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WHOLE = (torch.int32, torch.int64)  # counts of batches; the JAX adapter writes the shorter ones
 
 
 def fingerprint(tensors: Iterable[Tensor], /) -> str:
@@ -72,39 +72,22 @@ def read(file: Path, argument: str, /) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, marks
 
 
-def require_marks(argument: str, file: Path, wanted: Mapping[str, str], found: Mapping[str, str], /) -> None:
-    """Raise a `TokenExitError` that names the first mark that a file has not, or has another of."""
-    for name, mark in wanted.items():
-        got = found.get(name, "none")
-        rule = f"be for the same {name} as {file.name} in it, or another folder"
-        require(got == mark, argument, rule, f"{got[:16]} there, and now {mark[:16]}")
+def specs(tensors: Mapping[str, Tensor], /) -> dict[str, Spec]:
+    """Shapes and dtypes of tensors, by name."""
+    return {name: Spec(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()}
 
 
-def require_weights(argument: str, source: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], /) -> None:
-    """Raise a `TokenExitError` unless tensors can stand in for others: by names, shapes and kinds of numbers.
+def require_weights(argument: str, rule: str, wanted: Mapping[str, Spec], found: Mapping[str, Tensor], /) -> None:
+    """Raise a `TokenExitError` unless tensors have the names, shapes and kinds of numbers of `wanted`, all finite.
 
     Args:
         argument: The argument that the tensors came by.
-        source: What they must be, as in "hold the weights that exits.json describes".
-        wanted: Those that they are to stand in for; their numbers are not looked at.
-        found: The tensors; all of their numbers must be finite.
+        rule: What it must do, as in "hold the weights that exits.json describes".
+        wanted: Specs of the tensors that they are to stand in for.
+        found: The tensors.
     """
-    require_shapes(argument, source, wanted, found)
-    for name, value in found.items():
-        kinds = _FLOATING if wanted[name].is_floating_point() else _WHOLE
-        known = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
-        require(value.dtype in kinds, argument, f"{source}, in {known}", f"{name} in {value.dtype}")
-        finite = kinds is _WHOLE or bool(value.isfinite().all())
-        require(finite, argument, f"{source}, all of them finite", f"NaN or infinity in {name}")
-
-
-def require_shapes(argument: str, source: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], /) -> None:
-    """Raise a `TokenExitError` unless tensors have the names and shapes of others; arguments as `require_weights`."""
-    shapes, there = ({name: tuple(value.shape) for name, value in one.items()} for one in (wanted, found))
-    every = [*sorted(there), *sorted({*shapes} - {*there})]  # what is there tells more than what is missing
-    names = [name for name in every if shapes.get(name) != there.get(name)]
-    got = ", ".join(f"{name}: {there.get(name)} instead of {shapes.get(name)}" for name in names[:4])
-    require(not names, argument, source, got)
+    weights.require_specs(argument, rule, wanted, specs(found))
+    weights.require_finite(argument, rule, (name for name, value in found.items() if not value.isfinite().all()))
 
 
 def _content(tensors: Mapping[str, Tensor], marks: Mapping[str, str]) -> str:

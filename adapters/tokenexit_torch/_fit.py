@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.errors import require
+from tokenexit.folders import require_metadata
 from tokenexit_torch._features import TARGET, Cached, Rows
-from tokenexit_torch._files import read, require_marks, require_weights, write
+from tokenexit_torch._files import read, require_weights, specs, write
 from tokenexit_torch._modules import evaluating
 
 __all__ = ["Fit", "Recipe"]
@@ -122,7 +123,7 @@ class Fit:
             TokenExitError: If it was another fit, or the file is not valid.
         """
         tensors, found = read(file, "resume")
-        require_marks("resume", file, marks, found)
+        require_metadata("resume", file, marks, found)
         try:
             where = _Where.of(json.loads(found.get(_WHERE, "")), self.recipe)
             # Copies, for the file is written again while these change.
@@ -167,7 +168,7 @@ class Fit:
             | moments
         )
         others = {name: value for name, value in tensors.items() if name != _GENERATOR}
-        require_weights("resume", "hold where this fit is", wanted, others)
+        require_weights("resume", "hold where this fit is", specs(wanted), others)
         self._heads.load_state_dict({name: tensors[f"heads.{name}"] for name in weights})
         state = {
             index: {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS}

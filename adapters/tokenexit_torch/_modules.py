@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.errors import require
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Certificates of PyTorch models: fingerprints, writing, and loading onto the model that was certified.
 
-The statistics are `tokenexit.calibration`, the file is `tokenexit.certificate`; `calibrate` makes both.
+The statistics are `tokenexit.guarantees.calibration`, the file is `tokenexit.guarantees.certificate`; `calibrate`
+makes both.
 """
 
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenexit import TokenExitError, certificate, folders
-from tokenexit.certificate import Certificate, Fingerprints
+from tokenexit import TokenExitError, folders
 from tokenexit.errors import require
+from tokenexit.guarantees import certificate
+from tokenexit.guarantees.certificate import Certificate, Fingerprints
 from tokenexit_torch._files import fingerprint
 from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.heads import NeighbourhoodHead

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teacher, gathered

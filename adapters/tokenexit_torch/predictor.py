@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.area import Area
-from tokenexit.certificate import Certificate, require_matches
 from tokenexit.errors import require
+from tokenexit.guarantees.certificate import Certificate, require_matches
 from tokenexit_torch.certifying import fingerprints
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.exits.outputs import upsampled

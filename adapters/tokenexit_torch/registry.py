@@ -119,7 +119,7 @@ def host_of(model: object, /) -> Host:
         return model
     got = full_name(model)
     if got in _DECODING_HOSTS:
-        rule = "feed no decoder of its own, which `wrap_decoder` takes"
+        rule = "feed no decoder of its own, which `wrap_decoder` takes, and `load` with kind='decoder'"
         raise TokenExitError(f"`model` must {rule}, got {got}")
     if isinstance(model, nn.Module):
         inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]

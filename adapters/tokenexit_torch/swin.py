@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import semantic
-from tokenexit._array import require_marks
+from tokenexit.adapting import require_marks
 from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew

@@ -9,7 +9,7 @@ data are yours.
     loss = stages.loss(lambda logits: tet.pixel_cross_entropy(logits, labels, ignore=255))
     loss.backward()
 
-A threshold that changes from step to step is in `tokenexit.annealing`; averaged weights are
+A threshold that changes from step to step is in `tokenexit.training`; averaged weights are
 `torch.optim.swa_utils.AveragedModel`.
 """
 
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit.auxiliary import loss_weights
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
+from tokenexit.training import loss_weights
 from tokenexit_torch.exits.forward import on_grid, run_pass
 from tokenexit_torch.exits.model import ExitingModel, final_output, packed_output
 from tokenexit_torch.exits.outputs import Output

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import is_whole
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit_torch.exits.outputs import Output, upsampled

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit import TokenExitError
-from tokenexit._plain import is_whole
+from tokenexit.adapting import MOST, ONE, is_whole, require_places, require_room
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
-from tokenexit.manifest import MOST
 from tokenexit.schedule import Schedule, neighbours, svit
-from tokenexit.scores import ONE
-from tokenexit.semantic import SemanticPlan, require_places, require_room, stvit
+from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image

@@ -153,10 +153,10 @@ def saved_model(source: Path, size: tuple[int, int], *, fitted: Path | None = No
     """
     if source.is_dir():
         model = runs.load(source)[0]
-        return model if fitted is None else tet.load(fitted, model.host, head=model.head)
+        return model if fitted is None else tet.load(model.host, fitted, kind="exits", head=model.head)
     vit, final, heads = ready_model(source, size)
     if fitted is not None:
-        return tet.load(fitted, vit, head=final)
+        return tet.load(vit, fitted, kind="exits", head=final)
     return tet.wrap(vit, schedule.dense(after=sorted(heads)), head=final, exit_heads=heads)
 
 

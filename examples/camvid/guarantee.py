@@ -28,9 +28,10 @@ from torch import Tensor
 import tokenexit_torch as tet
 from examples import metrics, shell
 from examples.camvid import common, data, evaluate
-from tokenexit import risks, schedule
-from tokenexit.bounds import images_needed
-from tokenexit.calibration import certify
+from tokenexit import schedule
+from tokenexit.guarantees import risks
+from tokenexit.guarantees.bounds import images_needed
+from tokenexit.guarantees.calibration import certify
 from tokenexit.policies import always
 from tokenexit.schedule import Schedule
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenexit import schedule
-from tokenexit.annealing import Annealed, Drawn
 from tokenexit.schedule import Schedule
+from tokenexit.training import Annealed, Drawn
 
 __all__ = ["METHODS", "Method", "neighbourhood"]
 

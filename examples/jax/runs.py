@@ -64,7 +64,7 @@ def load(folder: str | Path, /) -> tuple[Loaded, about.About]:
         TokenExitError: If a file is missing or not what it should be.
     """
     network, params, found = _host(Path(folder))
-    model, heads = tej.load(folder, network)
+    model, heads = tej.load(network, folder, kind="exits")
     return Loaded(model, params, _float32(heads)), found
 
 
@@ -115,7 +115,7 @@ def load_gated(folder: str | Path, /) -> tuple[LoadedGates, about.About]:
     def head(_params: tej.Params, tokens: Array) -> Array:
         return read_head(MLP(), final, tokens)
 
-    model, gates = tej.load_gates(folder, network, head=head)
+    model, gates = tej.load(network, folder, kind="gates", head=head)
     return LoadedGates(model, params, _float32(gates)), found
 
 

@@ -316,7 +316,7 @@ def run(recipe: Recipe, out: Path) -> dict[str, Any]:
     train(gated, recipe, "gated", out)
     plan = calibrated(gated, recipe)
     gated.backbone.retune(plan)
-    tet.save_gates(gated.backbone, out / "gates")
+    tet.save(gated.backbone, out / "gates")
     rows = {
         "dense": dense,
         "dense, trained as long": tested(as_long, recipe, schedule.dense(), name="dense, trained as long"),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokenexit import bounds, calibration
+from tokenexit.guarantees import bounds, calibration
 
 LEVEL, DELTA = 0.1, 0.1
 IMAGES = (50, 100, 500, 2000)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tokenexit.policies import to_dict
+
 
 def probabilities(row: np.ndarray) -> list[float]:
     """Softmax of one token, or NaN everywhere if it has none."""
@@ -253,3 +255,61 @@ def hoeffding_bentkus(losses, at_most):
         math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(min(n, math.ceil(np.sum(losses))) + 1)
     )
     return min(hoeffding, math.e * float(tail))
+
+
+@dataclass
+class Passed:
+    """What a pass comes to, by image and patch."""
+
+    depth: np.ndarray
+    logits: np.ndarray
+    tokens_per_block: np.ndarray
+
+
+def exit_pass(logits, plan, scores_of, *, grid, prefix, centres) -> Passed:
+    """A pass through exits on recorded class scores, token by token.
+
+    Args:
+        logits: Class scores of all patches by head, `{blocks before it: (images, patches, classes)}`.
+        plan: The schedule.
+        scores_of: Scores by name of `(tokens, classes)`: those that the library found, to the last bit.
+        grid: Height and width of the grid.
+        prefix: Prefix tokens.
+        centres: Positions of cell centres.
+    """
+    depth = max(logits)
+    images, places, _ = logits[depth].shape
+    left = np.zeros((images, places), dtype=int)
+    out = np.zeros_like(logits[depth])
+    label_map, score_map = np.full((images, places), -1), np.zeros((images, places), np.float32)
+    earlier, counts = [], np.zeros((images, depth), dtype=int)
+    policy_after = {exit.after: exit.policy for exit in plan.active}
+    for block in range(1, depth + 1):
+        held = (left == 0).sum(axis=1)
+        counts[:, block - 1] = np.where(held > 0, held + prefix, 0)
+        if block not in policy_after:
+            continue
+        image, position = np.nonzero(left == 0)
+        rows = logits[block][image, position]
+        found = scores_of(rows)
+        with np.errstate(invalid="ignore"):
+            label = rows.argmax(axis=-1)
+        facts = Facts(
+            images, grid, image, position, np.ones(len(rows), dtype=bool), label, found["confidence"],
+            np.zeros(len(rows)), np.array([one[image, position] for one in earlier]).reshape(len(earlier), len(rows)),
+            label_map, score_map, found["entropy"], found["margin"],
+        )  # fmt: skip
+        leave = leaves(to_dict(policy_after[block]), facts)
+        for number in range(images):
+            mine = image == number
+            finished = bool(leave[mine].all())
+            for token in np.flatnonzero(mine & leave):
+                if finished or position[token] not in centres:
+                    place = number, position[token]
+                    left[place], out[place] = block, rows[token]
+                    label_map[place], score_map[place] = label[token], found["confidence"][token]
+        with np.errstate(invalid="ignore"):
+            earlier.append(logits[block].argmax(axis=-1))
+    rest = left == 0
+    out[rest] = logits[depth][rest]
+    return Passed(np.where(rest, depth, left), out, counts)

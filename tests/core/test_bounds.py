@@ -11,8 +11,9 @@ from hypothesis.extra import numpy as hnp
 from tests.core import oracles
 from tests.core.backends import each_backend
 from tests.core.strategies import fewer
-from tokenexit import TokenExitError, bounds
-from tokenexit.bounds import images_needed, p_values, upper_bounds
+from tokenexit import TokenExitError
+from tokenexit.guarantees import bounds
+from tokenexit.guarantees.bounds import images_needed, p_values, upper_bounds
 
 TESTS = ("betting", "hoeffding-bentkus")
 LOSS = st.sampled_from([0.0, 1.0, 0.5, 0.25]) | st.floats(0, 1, width=16)
@@ -115,7 +116,7 @@ def test_hoeffding_bentkus_and_fixed_sequences_are_those_of_mapie(losses, at_mos
     from mapie.risk_control.fwer_control import FWERFixedSequenceTesting, control_fwer
     from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 
-    from tokenexit.calibration import fixed_sequence
+    from tokenexit.guarantees.calibration import fixed_sequence
 
     losses = losses.astype(float)
     found = p_values(losses, at_most=at_most, test="hoeffding-bentkus")

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, calibration, ladders, schedule
-from tokenexit.bounds import p_values, upper_bounds
-from tokenexit.calibration import certify, certify_in_turn, conformal, fixed_sequence
-from tokenexit.certificate import ASSUMPTIONS, Fingerprints
+from tokenexit import TokenExitError, schedule
+from tokenexit.guarantees import calibration, ladders
+from tokenexit.guarantees.bounds import p_values, upper_bounds
+from tokenexit.guarantees.calibration import certify, certify_in_turn, conformal, fixed_sequence
+from tokenexit.guarantees.certificate import ASSUMPTIONS, Fingerprints
 
 LADDER = (
     *ladders.by_threshold(schedule.dtop(after=(4, 8)), thresholds=(0.99, 0.95, 0.9, 0.8, 0.7)),

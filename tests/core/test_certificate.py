@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.core.test_policies import PLAIN
 from tests.core.test_schedule import SCHEDULE
-from tokenexit import TokenExitError, certificate, schedule, sealed
-from tokenexit.certificate import ASSUMPTIONS, Certificate, Fingerprints, require_matches
+from tokenexit import TokenExitError, schedule, sealed
+from tokenexit.guarantees import certificate
+from tokenexit.guarantees.certificate import ASSUMPTIONS, Certificate, Fingerprints, require_matches
 
 SHARE = st.floats(0, 1)
 BETWEEN = st.floats(0, 1, exclude_min=True, exclude_max=True)

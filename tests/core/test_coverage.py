@@ -5,7 +5,8 @@ import pytest
 
 from tests.core import coverage
 from tests.core.coverage import CASES, DELTA, LEVEL, TESTS, WRONG
-from tokenexit import calibration, schedule
+from tokenexit import schedule
+from tokenexit.guarantees import calibration
 
 REPEATS = 150
 LADDER = tuple(schedule.dtop(threshold=threshold) for threshold in (0.99, 0.95, 0.9, 0.8, 0.7))

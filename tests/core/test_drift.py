@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, drift
-from tokenexit.drift import Sample, compare, sample
+from tokenexit import TokenExitError
+from tokenexit.guarantees import drift
+from tokenexit.guarantees.drift import Sample, compare, sample
 
 FEW = st.lists(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1, width=16), min_size=1, max_size=5).map(tuple)
 ROW = st.lists(st.floats(0, 1, width=16), min_size=1, max_size=30).map(tuple)

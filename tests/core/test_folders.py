@@ -230,3 +230,75 @@ def test_what_is_in_the_way_is_named(saved, tmp_path):
     (saved / "exits.json").write_bytes(b"\xff")
     with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.json"):
         read(saved)
+
+
+def exits(network, folder, /, *, head=None):
+    return "exits", network, Path(folder).name, head
+
+
+def decoder(network, folder, /):
+    return "decoder", network
+
+
+def gates(network, folder, /, *, head=None, taps=None):
+    return "gates", network, taps
+
+
+LOADERS = {"exits": ("exits", exits), "decoder": ("exits", decoder), "gates": ("gates", gates)}
+LOADERS["semantic"] = ("semantic", lambda network, folder, /: ("semantic", network))
+
+
+def load(folder, kind=None, /, **options):
+    return folders.load_by_kind(LOADERS, "network", folder, kind, options)
+
+
+def test_a_folder_is_loaded_by_the_kind_that_it_holds(saved, tmp_path):
+    assert load(saved) == load(str(saved), "exits") == ("exits", "network", "exits", None)
+    assert load(saved, head="h", taps=None) == ("exits", "network", "exits", "h")
+    assert load(saved, "decoder") == ("decoder", "network")
+    folders.save(tmp_path / "two", "gates", *OLD)
+    assert load(tmp_path / "two", taps=(1,)) == ("gates", "network", (1,))
+    folders.save(tmp_path / "two", "semantic", *OLD)
+    assert load(tmp_path / "two", "gates") == ("gates", "network", None)
+    assert load(tmp_path / "two", "semantic") == ("semantic", "network")
+
+
+def test_a_folder_of_several_kinds_is_not_guessed(saved):
+    folders.save(saved, "gates", *OLD)
+    several = "`kind` must be given for a folder that holds several kinds, exits and gates, got None"
+    with pytest.raises(TokenExitError, match=several):
+        load(saved)
+    with pytest.raises(TokenExitError, match=several):
+        load(saved, taps=(1,))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_kind_or_an_option_that_does_not_serve_is_named_with_those_that_do(saved, tmp_path):
+    for call, message in (
+        (
+            lambda: load(tmp_path / "none"),
+            "`folder` must hold the file exits.json or gates.json or semantic.json, got ",
+        ),
+        (lambda: load(tmp_path, "exits"), "`folder` must hold the file exits.json for kind='exits', got [^,]*$"),
+        (
+            lambda: load(saved, "gates"),
+            "`folder` must hold the file gates.json for kind='gates', got .*, which holds exits: load it with kind='exits'",
+        ),
+        (lambda: load(saved, taps=(1,)), "`taps` must be left out for kind='exits': it is for kind='gates', got tuple"),
+        (
+            lambda: load(saved, "decoder", head="h"),
+            "`head` must be left out for kind='decoder': it is for kind='exits' or 'gates', got str",
+        ),
+        (lambda: load(saved, "head"), "`kind` must be one of exits, decoder, gates, semantic, or None, got 'head'"),
+        (lambda: load(saved, ["exits"]), r"`kind` must be one of .*, got \['exits'\]"),
+        (lambda: load(3), "`folder` must be a path, got int"),
+        (lambda: folders.read(None, "exits", plan_of), "`folder` must be a path, got NoneType"),
+        (lambda: folders.save(2.0, "exits", *OLD), "`folder` must be a path, got float"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            call()
+
+
+def test_what_is_no_file_is_no_kind(saved):
+    (saved / "gates.json").mkdir()
+    assert load(saved)[0] == "exits"

@@ -8,8 +8,9 @@ import pytest
 USE = """
 import numpy as np
 import tokenexit
-from tokenexit import calibration, carries, certificate, cost, drift, heads, ladders, ledger, manifest, policies
-from tokenexit import folders, retention, risks, schedule, scores, sealed, semantic, surroundings, tokens
+from tokenexit import adapting, carries, cost, folders, heads, ledger, manifest, policies
+from tokenexit import retention, schedule, scores, sealed, semantic, surroundings, tokens, training, weights
+from tokenexit.guarantees import calibrate, calibration, certificate, drift, ladders, risks
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
 evidence = policies.Evidence(
@@ -53,8 +54,11 @@ blocks = np.full((2, 12), 3)
 price.multiply_adds(blocks, patches=3, exits=(6,))
 price.repacking(blocks[:, 5], 1, after=6, per_moved_element=0.5).batch_pays
 cost.token_blocks(blocks, slots=3)
-plan = manifest.Manifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
-assert manifest.from_dict(manifest.to_dict(plan)) == plan
+plan = manifest.HeadManifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
+assert manifest.from_dict(manifest.to_dict(plan), "exits") == plan
+specs = manifest.head_specs(plan, "exits", {"0.bias": weights.Spec((3,), "float32")})
+weights.require_specs("folder", manifest.weights_rule("exits"), specs, specs)
+assert adapting.is_whole(3)
 assert sealed.unseal(sealed.seal(manifest.to_dict(plan))) == manifest.to_dict(plan)
 assert carries.from_dict(carries.to_dict(carries.Feature())) == carries.Feature()
 windows = semantic.stvit_r().windows(9, 14)
@@ -74,6 +78,18 @@ paper = certificate.from_json(certificate.to_json(report.certificate(prints)))
 certificate.require_matches(paper, prints)
 seen = drift.sample(np.ones((2, 3, 4), np.float32), np.ones((2, 4), int), after=(1,))
 str(drift.compare(seen, seen)), str(report), str(paper)
+training.Annealed(1.0, 0.9, steps=2).at(1)
+pictures = np.random.default_rng(0).normal(size=(40, 3, 2, 2))
+digests = tuple(certificate.digest(one.tobytes(), dtype="float64", shape=one.shape) for one in pictures)
+def run(images, plan, /, *, size):
+    count = len(images)
+    return calibrate.Outcome(images.argmax(1), images, np.full((count, 2, 2), 3), np.full(count, 9))
+model = calibrate.AdaptedModel(
+    run=run, look=lambda batch: ((2, 2), digests), check=lambda plan: None,
+    settings=lambda: calibrate.default_settings(schedule.neighbours(), after=(1,)),
+    fingerprints=lambda size: prints, store=None, classes=3,
+)
+str(calibrate.calibrate(model, [pictures], level=calibrate.Level(0.3)))
 """
 CHECK = """
 import sys

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, ladders, schedule
+from tokenexit import TokenExitError, schedule
+from tokenexit.guarantees import ladders
 from tokenexit.policies import ConfidenceAbove, Evidence
 from tokenexit.search import Found
 

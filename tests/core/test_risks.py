@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, risks
+from tokenexit import TokenExitError
+from tokenexit.guarantees import risks
 
 SHAPE = st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 4))
 MAPS = SHAPE.flatmap(lambda shape: st.tuples(*[hnp.arrays(np.int64, shape, elements=st.integers(0, 3))] * 3))

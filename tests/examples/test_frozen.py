@@ -16,8 +16,10 @@ from examples.about import About
 from examples.scenes.draw import draw
 from examples.scenes.vit import Config
 from tests.torch import models
-from tokenexit import drift, heads, schedule
-from tokenexit.calibration import Report
+from tokenexit import heads, schedule
+from tokenexit.guarantees import drift
+from tokenexit.guarantees.calibrate import Calibrated
+from tokenexit.guarantees.calibration import Report
 
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
@@ -79,7 +81,7 @@ def test_from_pictures_to_a_certificate(network, pictures, tmp_path, monkeypatch
     with Image.open(out / "curve.png") as picture:
         assert picture.width > 500
     model, about = runs.load(network)
-    again = tet.load(out / "exits", model.host, head=model.head)
+    again = tet.load(model.host, out / "exits", head=model.head)
     words = json.loads((out / "certificate.json").read_text())["fingerprints"]["preprocessing"]
     assert words.startswith("RGB, scaled to cover 32 x 48 and cropped in the middle, 0 to 1, mean (0.5, 0.5, 0.5)")
     found = tet.load_certificate(out, again, resolution=about.size, preprocessing=words)
@@ -90,7 +92,7 @@ def test_heads_may_look_around_tokens(network, pictures, tmp_path, monkeypatch):
     out = tmp_path / "out"
     call(monkeypatch, *of_folder(network, pictures, out, "--heads", "neighbourhood"))
     model, _ = runs.load(network)
-    assert tet.load(out / "exits", model.host, head=model.head).head_plan == heads.Neighbourhood()
+    assert tet.load(model.host, out / "exits", head=model.head).head_plan == heads.Neighbourhood()
     assert json.loads((out / "fit.json").read_text())["fitted"]["heads"] == "neighbourhood"
     with pytest.raises(shell.UsageError, match="`--out` must be new or of the same exits"):
         call(monkeypatch, *of_folder(network, pictures, out))
@@ -127,7 +129,7 @@ def test_never_exit_leaves_no_certificate(network, pictures, tmp_path, monkeypat
     def never(*positional, **options):
         found = whole(*positional, **options)
         report = Report(**(vars(found.report) | {"chosen": None}))
-        return tet.Calibrated(report, None, found.before)
+        return Calibrated(report, None, found.before)
 
     whole = tet.calibrate
     monkeypatch.setattr(tet, "calibrate", never)

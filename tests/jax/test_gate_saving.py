@@ -26,12 +26,12 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path)
     network, vit = networks.timm_network(depth=4), gated().theirs.model
     model = tej.wrap_gates(network, SVIT, gates=plan)
     weights = model.init(jax.random.key(3))
-    tej.save_gates(model, weights, tmp_path / "jax")
-    theirs = tet.load_gates(tmp_path / "jax", vit)
+    tej.save(model, weights, tmp_path / "jax")
+    theirs = tet.load(vit, tmp_path / "jax")
     assert theirs.schedule == model.schedule
     exact(gates_of(theirs), weights)
-    tet.save_gates(theirs, tmp_path / "torch")
-    again, read = tej.load_gates(tmp_path / "torch", network)
+    tet.save(theirs, tmp_path / "torch")
+    again, read = tej.load(network, tmp_path / "torch")
     assert again == model
     exact(read, weights)
     assert plan_in(tmp_path / "torch", "gates") == plan_in(tmp_path / "jax", "gates")
@@ -42,12 +42,12 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path)
 def test_what_comes_back_decides_as_before(tmp_path):
     both, images = gated(), models.images(3, networks.SIZE)
     both.theirs.retune(threshold={1: 0.45, 2: 0.5, 3: 0.6})
-    tet.save_gates(both.theirs, tmp_path)
+    tet.save(both.theirs, tmp_path)
     with torch.no_grad():
         wanted = both.theirs(images)
     both.theirs.retune(threshold=0.5)
     options = {"head": pairs.head, "taps": pairs.TAPS, "capacities": (0.7, 1.0)}
-    model, weights = tej.load_gates(tmp_path, both.model.network, **options)
+    model, weights = tej.load(both.model.network, tmp_path, **options)
     assert (model.after, model.taps) == ((1, 2, 3), (2, 4))
     exact(weights, both.gates)
     found = model(both.params, weights, networks.images_of(images))
@@ -56,14 +56,14 @@ def test_what_comes_back_decides_as_before(tmp_path):
 
 def test_a_model_without_gates_is_saved_as_well(tmp_path):
     model = tej.wrap_gates(networks.timm_network(), schedule.dense())
-    tej.save_gates(model, model.init(jax.random.key(0)), tmp_path)
-    assert tej.load_gates(tmp_path, networks.timm_network()) == (model, {})
+    tej.save(model, model.init(jax.random.key(0)), tmp_path)
+    assert tej.load(networks.timm_network(), tmp_path) == (model, {})
 
 
 @pytest.fixture
 def saved(tmp_path):
     model = tej.wrap_gates(networks.timm_network(), SVIT, gates=heads.MLP(7))
-    tej.save_gates(model, model.init(jax.random.key(0)), tmp_path)
+    tej.save(model, model.init(jax.random.key(0)), tmp_path)
     return tmp_path
 
 
@@ -83,16 +83,18 @@ def saved(tmp_path):
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
     edit(saved, "gates", **changes)
     with pytest.raises(TokenExitError, match=message):
-        tej.load_gates(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_files_that_are_missing_or_no_weights_are_clear_errors(saved):
     put(saved, b"no weights", "gates")
     with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
-        tej.load_gates(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
     weights_in(saved, "gates").unlink()
     with pytest.raises(TokenExitError, match="`folder` must hold the weights that gates.json names"):
-        tej.load_gates(saved, networks.timm_network())
-    with pytest.raises(TokenExitError, match="`model` must have gates, as `wrap_gates` gives, got int"):
-        tej.save_gates(3, {}, saved)
+        tej.load(networks.timm_network(), saved)
+    with pytest.raises(
+        TokenExitError, match="`model` must be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`, got int"
+    ):
+        tej.save(3, {}, saved)

@@ -388,7 +388,7 @@ def test_what_does_not_fit_the_model_is_named(tmp_path):
         lambda: model.masked(params, others, ours),
         lambda: tej.sampled(model, params, others, ours, key=jax.random.key(0), rates=0.5),
         lambda: tej.gate_thresholds(model, params, others, ours, rates=0.5),
-        lambda: tej.save_gates(model, others, tmp_path),
+        lambda: tej.save(model, others, tmp_path),
     ):
         with pytest.raises(TokenExitError, match=message):
             call()

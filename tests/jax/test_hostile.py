@@ -20,17 +20,17 @@ def content(weights):
 
 
 def of_exits(folder):
-    model, weights = tej.load(folder, NETWORK)
+    model, weights = tej.load(NETWORK, folder)
     return content(weights), model.schedule, model.fitted
 
 
 def of_gates(folder):
-    model, weights = tej.load_gates(folder, NETWORK)
+    model, weights = tej.load(NETWORK, folder)
     return content(weights), model.schedule
 
 
 def of_semantic(folder):
-    model, weights = tej.load_semantic(folder, NETWORK)
+    model, weights = tej.load(NETWORK, folder)
     return content(weights), model.plan, model.replaced
 
 
@@ -41,11 +41,11 @@ def whole(kind, folder):
         tej.save(model, model.init(key), folder)
     elif kind == "gates":
         model = tej.wrap_gates(NETWORK, schedule.svit(after=(1, 2)), gates=heads.MLP(4))
-        tej.save_gates(model, model.init(key), folder)
+        tej.save(model, model.init(key), folder)
     else:
         plan = semantic.SemanticPlan(None, (2, 3), None, learned=(2, 2), layer_scale=0.1)
         model = tej.wrap_semantic(NETWORK, plan, after=1, until=4, heads=3)
-        tej.save_semantic(model, model.init(key), folder)
+        tej.save(model, model.init(key), folder)
 
 
 TARGETS = {"exits": (of_exits, 25), "gates": (of_gates, 12), "semantic": (of_semantic, 12)}

@@ -17,7 +17,8 @@ from tests.jax import networks
 from tests.jax.networks import heads_of, pair
 from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
-from tokenexit import TokenExitError, certificate, heads, ladders, schedule
+from tokenexit import TokenExitError, heads, schedule
+from tokenexit.guarantees import certificate, ladders
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4, per_class=1)
 PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.Neighbourhood(6, 2), heads.ATM(1, 2))
@@ -38,11 +39,11 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, tmp_path)
     model = tej.wrap(network, schedule.dtop(after=(2, 4), threshold=0.7), classes=5, exit_heads=plan)
     weights = model.init(jax.random.key(3))
     tej.save(model, weights, tmp_path / "jax")
-    theirs = tet.load(tmp_path / "jax", vit())
+    theirs = tet.load(vit(), tmp_path / "jax")
     assert theirs.schedule == model.schedule
     exact(heads_of(theirs), weights)
     tet.save(theirs, tmp_path / "torch")
-    again, read = tej.load(tmp_path / "torch", network)
+    again, read = tej.load(network, tmp_path / "torch")
     assert again == model
     exact(read, weights)
     assert plan_in(tmp_path / "torch") == plan_in(tmp_path / "jax")
@@ -55,7 +56,7 @@ def test_what_comes_back_decides_as_before(tmp_path):
     both.theirs.retune(PLAN)
     tet.save(both.theirs, tmp_path)
     both.theirs.retune(schedule.dense())
-    model, weights = tej.load(tmp_path, both.model.network, capacities=(0.5, 1.0))
+    model, weights = tej.load(both.model.network, tmp_path, capacities=(0.5, 1.0))
     assert model.after == (2, 3, 4)
     exact(weights, both.heads)
     with torch.no_grad():
@@ -73,10 +74,10 @@ def test_what_was_fitted_and_certified_in_pytorch_runs_in_jax(tmp_path):
     found = tet.calibrate(theirs, images, at_most=0.6, preprocessing="as drawn", settings=settings, progress=iter)
     assert found.certificate is not None
     tet.save(theirs, tmp_path)
-    assert tej.load(tmp_path, both.model.network)[0].fitted == theirs.fitted != ()
+    assert tej.load(both.model.network, tmp_path)[0].fitted == theirs.fitted != ()
     tet.save_certificate(found.certificate, tmp_path)
     certified = certificate.from_json((tmp_path / "certificate.json").read_text())
-    model, weights = tej.load(tmp_path, both.model.network)
+    model, weights = tej.load(both.model.network, tmp_path)
     ours = model.retuned(certified.schedule)(both.params, weights, networks.images_of(images))
     with torch.no_grad():
         wanted = theirs(images, schedule=found.report.schedule)
@@ -90,17 +91,17 @@ def test_a_final_head_of_ones_own_is_given_again(tmp_path):
     model = tej.wrap(network, PLAN, classes=5, head=head)
     weights = model.init(jax.random.key(0))
     tej.save(model, weights, tmp_path)
-    again, read = tej.load(tmp_path, network, head=head)
+    again, read = tej.load(network, tmp_path, head=head)
     assert again == model
     exact(read, weights)
     with pytest.raises(TokenExitError, match="`head` must be given exactly if the exits were saved without a final"):
-        tej.load(tmp_path, network)
+        tej.load(network, tmp_path)
 
 
 def test_thresholds_that_are_arrays_are_written_as_numbers(tmp_path):
     model = tej.wrap(networks.timm_network(), PLAN, classes=5).retuned(threshold=jax.numpy.float32(0.25))
     tej.save(model, model.init(jax.random.key(0)), tmp_path)
-    assert tej.load(tmp_path, networks.timm_network())[0].schedule == PLAN.with_threshold(0.25)
+    assert tej.load(networks.timm_network(), tmp_path)[0].schedule == PLAN.with_threshold(0.25)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def saved(tmp_path):
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
     edit(saved, **changes)
     with pytest.raises(TokenExitError, match=message):
-        tej.load(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
 
 
 def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
@@ -142,14 +143,16 @@ def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
 
     put(saved, pickle.dumps(Evil()))
     with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
-        tej.load(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
     assert not (tmp_path / "ran").exists()
     weights_in(saved).unlink()
     with pytest.raises(TokenExitError, match="`folder` must hold the weights that exits.json names"):
-        tej.load(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
     (saved / "exits.json").unlink()
-    with pytest.raises(TokenExitError, match="`folder` must hold the file exits.json, got "):
-        tej.load(saved, networks.timm_network())
+    with pytest.raises(
+        TokenExitError, match="`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
+        tej.load(networks.timm_network(), saved)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_files_that_are_missing_or_no_weights_are_clear_errors(saved, tmp_path):
 def test_weights_of_another_kind_are_refused(saved, change, message):
     put(saved, to_bytes({name: change(value) for name, value in load_file(weights_in(saved)).items()}))
     with pytest.raises(TokenExitError, match=f"`folder` must hold the weights that exits.json .*{message}"):
-        tej.load(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
 
 
 def test_damaged_weights_and_edited_plans_are_refused(saved):
@@ -173,14 +176,14 @@ def test_damaged_weights_and_edited_plans_are_refused(saved):
     raw = file.read_bytes()
     file.write_bytes(bytes([*raw[:-2], raw[-2] ^ 64, raw[-1]]))
     with pytest.raises(TokenExitError, match="hold the weights that exits.json names, .* SHA-256"):
-        tej.load(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
     file.write_bytes(raw)
     text = (saved / "exits.json").read_text()
     (saved / "exits.json").write_text(text.replace('"threshold": 0.4', '"threshold": 0.3'))
     with pytest.raises(TokenExitError, match="`checksum` must be that of the content"):
-        tej.load(saved, networks.timm_network())
+        tej.load(networks.timm_network(), saved)
     edit(saved)
-    assert tej.load(saved, networks.timm_network())[0].schedule == PLAN.with_threshold(0.3)
+    assert tej.load(networks.timm_network(), saved)[0].schedule == PLAN.with_threshold(0.3)
 
 
 def test_weights_that_could_not_be_loaded_are_not_saved(saved):
@@ -194,6 +197,20 @@ def test_weights_that_could_not_be_loaded_are_not_saved(saved):
         with pytest.raises(TokenExitError, match=f"`heads` must be weights to be saved, .*{message}"):
             tej.save(model, jax.tree.map(change, weights), saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_kind_chooses_in_a_folder_that_holds_several(saved):
+    network, svit = networks.timm_network(), schedule.svit(after=(1, 3))
+    gated = tej.wrap_gates(network, svit)
+    tej.save(gated, gated.init(jax.random.key(0)), saved)
+    assert tej.load(network, saved, kind="exits")[0].schedule == PLAN
+    assert tej.load(network, saved, kind="gates")[0].schedule == svit
+    with pytest.raises(TokenExitError, match="`kind` must be given for a folder .*, exits and gates, got None"):
+        tej.load(network, saved)
+    with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json for kind='semantic', got "):
+        tej.load(network, saved, kind="semantic")
+    with pytest.raises(TokenExitError, match="`taps` must be left out for kind='exits': it is for kind='gates'"):
+        tej.load(network, saved, kind="exits", taps=(2,))
 
 
 def test_weights_of_other_heads_are_not_written(tmp_path):

@@ -28,12 +28,12 @@ def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(plan, until, hi
     network = networks.timm_network(depth=DEPTH)
     model = tej.wrap_semantic(network, plan, after=1, until=until, heads=3, hidden=hidden)
     layers = model.init(jax.random.key(3))
-    tej.save_semantic(model, layers, tmp_path / "jax")
-    theirs = tet.load_semantic(tmp_path / "jax", host())
+    tej.save(model, layers, tmp_path / "jax")
+    theirs = tet.load(host(), tmp_path / "jax")
     assert theirs.plan == plan
     exact(from_torch(theirs.layers), layers)
-    tet.save_semantic(theirs, tmp_path / "torch")
-    again, read = tej.load_semantic(tmp_path / "torch", network)
+    tet.save(theirs, tmp_path / "torch")
+    again, read = tej.load(network, tmp_path / "torch")
     assert again.plan == plan
     assert again.replaced == model.replaced
     exact(read, layers)
@@ -47,8 +47,8 @@ def test_what_comes_back_gives_the_same_tokens(tmp_path):
         block.norm1.eps = block.norm2.eps = 1e-6
     vit.blocks[1].norm1.eps = 0.25
     theirs = tet.wrap_semantic(vit, LEARNED, after=1, until=5)
-    tet.save_semantic(theirs, tmp_path)
-    model, layers = tej.load_semantic(tmp_path, networks.timm_network(depth=DEPTH))
+    tet.save(theirs, tmp_path)
+    model, layers = tej.load(networks.timm_network(depth=DEPTH), tmp_path)
     assert model.tokens.epsilon == 0.25
     found = jax.jit(model)(from_torch(vit), layers, networks.images_of(images))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_what_comes_back_gives_the_same_tokens(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     model = tej.wrap_semantic(networks.timm_network(depth=DEPTH), LEARNED, after=1, until=5, heads=3)
-    tej.save_semantic(model, model.init(jax.random.key(0)), tmp_path)
+    tej.save(model, model.init(jax.random.key(0)), tmp_path)
     return tmp_path
 
 
@@ -77,20 +77,24 @@ def saved(tmp_path):
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
     edit(saved, "semantic", **changes)
     with pytest.raises(TokenExitError, match=message):
-        tej.load_semantic(saved, networks.timm_network(depth=DEPTH))
+        tej.load(networks.timm_network(depth=DEPTH), saved)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_saved_or_is_not_there_is_named(saved, tmp_path):
     network = networks.timm_network(depth=DEPTH)
     model = tej.wrap_semantic(network, LEARNED, after=1, until=5, heads=3)
-    with pytest.raises(TokenExitError, match="`model` must be on semantic tokens, as `wrap_semantic` gives, got str"):
-        tej.save_semantic("model", {}, tmp_path / "new")
+    with pytest.raises(
+        TokenExitError, match="`model` must be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`, got str"
+    ):
+        tej.save("model", {}, tmp_path / "new")
     with pytest.raises(TokenExitError, match="`layers` must be of the model, as `init` makes them"):
-        tej.save_semantic(model, {"tokens.learned": np.zeros(3)}, tmp_path / "new")
+        tej.save(model, {"tokens.learned": np.zeros(3)}, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json"):
-        tej.load_semantic(tmp_path / "new", network)
+    with pytest.raises(
+        TokenExitError, match="`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
+        tej.load(network, tmp_path / "new")
     put(saved, b"no numbers", "semantic")
     with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
-        tej.load_semantic(saved, network)
+        tej.load(network, saved)

@@ -15,7 +15,7 @@ import tokenexit_torch as tet
 from tests.jax import networks
 from tests.jax.parity import from_torch, same
 from tests.torch import models
-from tokenexit import TokenExitError, annealing, policies, schedule
+from tokenexit import TokenExitError, policies, schedule, training
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.heads import ATM, FCN, MLP, Neighbourhood
 from tokenexit.schedule import Exit, Schedule
@@ -218,7 +218,7 @@ def test_what_is_told_apart_comes_together(plan):
 
 def test_training_with_exits_learns():
     """Two bright classes on a dark ground, by patch; the threshold changes, and nothing is compiled anew."""
-    threshold = annealing.Annealed(1.0, 0.8, steps=20)
+    threshold = training.Annealed(1.0, 0.8, steps=20)
     network, params = networks.timm_network(depth=3), from_torch(models.timm_vit(depth=3, size=networks.SIZE))
     model = tej.wrap(network, schedule.dense(after=(1, 2)), classes=3, exit_heads=FCN(24), capacities=(1.0,))
     rng = np.random.default_rng(5)

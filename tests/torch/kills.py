@@ -45,7 +45,7 @@ def saving(folder: Path) -> tuple[Callable[[], object], Callable[[], bool]]:
             for model in reversed(both):
                 tet.save(model, folder)
 
-    return work, lambda: state(tet.load(folder, both[0].model)) in [state(model) for model in both]
+    return work, lambda: state(tet.load(both[0].model, folder)) in [state(model) for model in both]
 
 
 def fitting(folder: Path) -> tuple[Callable[[], object], Callable[[], bool]]:

@@ -18,7 +18,7 @@ def from_folder(folder: Path, *, pause: float = 0.0) -> tet.ExitingModel:
     """The tests' own ViT with the exits of a folder; it notes that it was built, after a pause in seconds."""
     time.sleep(pause)
     built.append(threading.get_ident())
-    return tet.load(folder, models.plain_host())
+    return tet.load(models.plain_host(), folder)
 
 
 def from_nothing() -> str:

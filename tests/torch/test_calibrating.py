@@ -16,9 +16,10 @@ from torch.nn import functional
 import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.decoders import DECODERS
-from tokenexit import TokenExitError, certificate, drift, ladders, policies, schedule
-from tokenexit.calibration import certify
+from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
+from tokenexit.guarantees import certificate, drift, ladders
+from tokenexit.guarantees.calibration import certify
 from tokenexit.heads import Neighbourhood
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch import _files, calibrating
@@ -449,7 +450,7 @@ def test_images_that_fitted_the_heads_are_refused_unless_the_caller_says_why(tmp
     model = easy()
     tet.fit_exits(model, torch.cat([IMAGES[5:7], models.images(2, seed=8)]), steps=1, progress=iter)
     tet.save(model, tmp_path)
-    loaded = tet.load(tmp_path, model.model)  # the digests travel with the exits
+    loaded = tet.load(model.model, tmp_path)  # the digests travel with the exits
     for one in (model, loaded):
         with pytest.raises(TokenExitError, match="`images` must be others than those that `fit_exits` .*2 of 24 that"):
             calibrated(one)
@@ -481,9 +482,7 @@ def test_a_network_whose_images_see_each_other_is_refused():
 def test_classes_beyond_sixteen_bits_are_told_apart():
     scores = torch.zeros(1, 2**15 + 2, 1, 1)
     scores[0, 2**15 + 1] = 1
-    none = torch.zeros(1, 1, 1, dtype=torch.int64)
-    output = tet.Output(scores, none, none[0], (), "running")
-    assert calibrating._Outcome(output, scores, none).label_maps((1, 1)).item() == 2**15 + 1
+    assert calibrating._label_maps(scores, (1, 1), None, grid=(1, 1)).item() == 2**15 + 1
 
 
 def test_options_that_are_refused_leave_no_folder_behind(tmp_path):

@@ -338,7 +338,7 @@ def test_exits_are_saved_and_loaded(name, tmp_path):
     model, images = DECODERS[name].make(), models.images(2, SIZE)
     wrapped = tet.wrap_decoder(model, schedule.paumer(keep={1: 0.7, 2: 0.4}), num_classes=CLASSES)
     tet.save(wrapped, tmp_path / "planned")
-    again = tet.load_decoder(tmp_path / "planned", model)
+    again = tet.load(model, tmp_path / "planned", kind="decoder")
     assert again.schedule == wrapped.schedule
     with torch.no_grad():
         assert torch.equal(again(images).exit_depth, wrapped(images).exit_depth)
@@ -349,10 +349,10 @@ def test_exits_are_saved_and_loaded(name, tmp_path):
 
     own = tet.wrap_decoder(model, wrapped.schedule, exit_heads=modules(), num_classes=CLASSES)
     tet.save(own, tmp_path / "own")
-    again = tet.load_decoder(tmp_path / "own", model, exit_heads=modules())
+    again = tet.load(model, tmp_path / "own", kind="decoder", exit_heads=modules())
     assert torch.equal(again.exit_heads["2"].weight, own.exit_heads["2"].weight)
     with pytest.raises(TokenExitError, match="`exit_heads` must be given if they were saved as modules of your own"):
-        tet.load_decoder(tmp_path / "own", model)
+        tet.load(model, tmp_path / "own", kind="decoder")
 
 
 def test_exits_with_a_final_head_are_no_exits_under_a_decoder(tmp_path):
@@ -360,7 +360,7 @@ def test_exits_with_a_final_head_are_no_exits_under_a_decoder(tmp_path):
     with pytest.raises(
         TokenExitError, match="`folder` must hold exits of a model with a decoder of its own, got a fin"
     ):
-        tet.load_decoder(tmp_path, DECODERS["EoMT"].make())
+        tet.load(DECODERS["EoMT"].make(), tmp_path, kind="decoder")
 
 
 def test_another_plan_may_be_used_later():
@@ -600,7 +600,8 @@ def test_the_other_wraps_say_which_takes_it_and_nothing_is_wrapped_twice():
     model = DECODERS["EoMT"].make()
     for wrap in (functools.partial(tet.wrap, num_classes=2), tet.wrap_gates):
         with pytest.raises(
-            TokenExitError, match="`model` must feed no decoder of its own, which `wrap_decoder` takes, go"
+            TokenExitError,
+            match="`model` must feed no decoder of its own, which `wrap_decoder` takes, and `load` with kind='decoder', go",
         ):
             wrap(model)
     with pytest.raises(TokenExitError, match="`model` must not be wrapped already"):

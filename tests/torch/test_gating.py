@@ -387,8 +387,8 @@ def test_no_images_at_all():
 def test_saved_and_loaded_it_is_the_same(tmp_path, carry):
     host = models.timm_vit()
     model, images = gated(host, carry=carry), models.images(2)
-    tet.save_gates(model, tmp_path)
-    loaded = tet.load_gates(tmp_path, host, head=model.head, taps=(6,))
+    tet.save(model, tmp_path)
+    loaded = tet.load(host, tmp_path, head=model.head, taps=(6,))
     assert loaded.schedule == model.schedule
     assert torch.equal(loaded(images).logits, model(images).logits)
 
@@ -396,19 +396,21 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, carry):
 def test_saved_gates_are_not_taken_for_what_they_are_not(tmp_path):
     host = models.timm_vit()
     model = gated(host)
-    tet.save_gates(model, tmp_path)
+    tet.save(model, tmp_path)
     with pytest.raises(TokenExitError, match=r"`model` must have width 48, as the saved gates, got 32"):
-        tet.load_gates(tmp_path, models.plain_host())
+        tet.load(models.plain_host(), tmp_path)
     edit(tmp_path, "gates", classes=3)
     with pytest.raises(TokenExitError, match=r"`folder` must hold gates, got heads of 3 classes"):
-        tet.load_gates(tmp_path, host)
+        tet.load(host, tmp_path)
     edit(tmp_path, "gates", classes=2, plan={"kind": "mlp", "hidden": 500_000})
     with pytest.raises(
         TokenExitError, match=r"`folder` must hold the weights that gates.json describes, got gates\.1\.1"
     ):
-        tet.load_gates(tmp_path, host)
-    with pytest.raises(TokenExitError, match=r"`folder` must hold the file gates.json"):
-        tet.load_gates(tmp_path / "none", host)
+        tet.load(host, tmp_path)
+    with pytest.raises(
+        TokenExitError, match=r"`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
+        tet.load(host, tmp_path / "none")
 
 
 def own_gates(width=48, logits=2):
@@ -418,11 +420,11 @@ def own_gates(width=48, logits=2):
 def test_gates_of_ones_own(tmp_path):
     host, images = models.timm_vit(), models.images(2)
     model = tet.wrap_gates(host, schedule.svit(after=AFTER), gates=own_gates())
-    tet.save_gates(model, tmp_path)
-    loaded = tet.load_gates(tmp_path, host, gates=own_gates())
+    tet.save(model, tmp_path)
+    loaded = tet.load(host, tmp_path, gates=own_gates())
     assert torch.equal(loaded(images).maps[6], model(images).maps[6])
     with pytest.raises(TokenExitError, match=r"`gates` must be given if they were saved as modules of your own"):
-        tet.load_gates(tmp_path, host)
+        tet.load(host, tmp_path)
     assert gated(host, gates=Linear())(images).keep.shape == (2, 3, 4, 6)
 
 
@@ -568,8 +570,8 @@ def test_what_is_no_number_is_drawn_to_run():
 
 def test_a_model_without_gates_is_saved_and_loaded(tmp_path):
     host = models.timm_vit()
-    tet.save_gates(tet.wrap_gates(host, schedule.dense()), tmp_path)
-    assert len(tet.load_gates(tmp_path, host).gates) == 0
+    tet.save(tet.wrap_gates(host, schedule.dense()), tmp_path)
+    assert len(tet.load(host, tmp_path).gates) == 0
 
 
 @torch.no_grad()

@@ -29,17 +29,17 @@ def content(module):
 
 
 def of_exits(folder):
-    model = tet.load(folder, VIT)
+    model = tet.load(VIT, folder)
     return content(model), model.schedule, model.fitted
 
 
 def of_gates(folder):
-    model = tet.load_gates(folder, VIT)
+    model = tet.load(VIT, folder)
     return content(model), model.schedule
 
 
 def of_semantic(folder):
-    model = tet.load_semantic(folder, VIT)
+    model = tet.load(VIT, folder)
     return content(model), model.plan, model.replaced
 
 
@@ -84,10 +84,10 @@ def whole(target: str, folder: Path) -> None:
             model.fitted = ("0" * 32, "1" * 32)
             tet.save(model, folder)
         case "gates":
-            tet.save_gates(tet.wrap_gates(VIT, schedule.svit(after=(1, 2)), gates=heads.MLP(4)), folder)
+            tet.save(tet.wrap_gates(VIT, schedule.svit(after=(1, 2)), gates=heads.MLP(4)), folder)
         case "semantic":
             plan = semantic.SemanticPlan(None, (2, 3), None, learned=(2, 2), layer_scale=0.1)
-            tet.save_semantic(tet.wrap_semantic(VIT, plan, after=0, until=3), folder)
+            tet.save(tet.wrap_semantic(VIT, plan, after=0, until=3), folder)
         case "certificate":
             model = exits()
             found = tet.calibrate(model, IMAGES, at_most=0.9, preprocessing=WORDS, settings=[PLAN], progress=iter)

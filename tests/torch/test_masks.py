@@ -351,7 +351,7 @@ def test_what_was_saved_comes_back(tmp_path, carry):
     vit = models.timm_vit()
     model, images = masked(vit, Schedule(DTOP.exits, carry)), models.images()
     tet.save(model, tmp_path)
-    loaded = tet.load(tmp_path, vit).eval()
+    loaded = tet.load(vit, tmp_path).eval()
     assert loaded.schedule == model.schedule
     assert loaded.head_plan == heads.ATM(layers=2, attention_heads=2)
     assert torch.equal(loaded(images).logits, model(images).logits)
@@ -359,7 +359,7 @@ def test_what_was_saved_comes_back(tmp_path, carry):
     final = tet.AttentionToMask(48, 5)
     model = tet.wrap(vit, Schedule(DTOP.exits, carry), head=final, exit_heads=own).eval()
     tet.save(model, tmp_path)
-    again = tet.load(tmp_path, vit, head=final, exit_heads={after: tet.AttentionToMask(48, 5) for after in (2, 4)})
+    again = tet.load(vit, tmp_path, head=final, exit_heads={after: tet.AttentionToMask(48, 5) for after in (2, 4)})
     assert torch.equal(again.eval()(images).logits, model(images).logits)
 
 

@@ -177,7 +177,7 @@ def test_they_cost_what_their_layers_cost():
 def test_they_are_saved_and_loaded(tmp_path):
     model, images = looking(), models.images(2)
     tet.save(model, tmp_path)
-    again = tet.load(tmp_path, models.timm_vit())
+    again = tet.load(models.timm_vit(), tmp_path)
     assert again.head_plan == HEADS
     with torch.no_grad():
         torch.testing.assert_close(again(images).logits, model(images).logits)

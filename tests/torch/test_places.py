@@ -20,7 +20,7 @@ from tokenexit.area import Area
 from tokenexit.carries import Feature, Preserved
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch._features import Teacher, label_share
-from tokenexit_torch.calibrating import _outcomes
+from tokenexit_torch.calibrating import _adapted
 from tokenexit_torch.hosts import embedded_by
 from tokenexit_torch.registry import host_of
 
@@ -152,9 +152,11 @@ def test_an_edge_between_patches_is_found_where_it_is(way, drawn):
     wanted = image[:, 0] > 0
     for ask in WAYS:
         assert torch.equal(ask(model, image).argmax(dim=1) > 0, wanted), ask.__name__
-    outcome = _outcomes(model, None)(image, DENSE)
-    assert torch.equal(outcome.label_maps(size) > 0, wanted)
-    assert outcome.label_maps(tuple(outcome.scores.shape[2:])).shape == outcome.scores[:, 0].shape
+    run = _adapted(model, None, "as drawn").run
+    assert torch.equal(run(image, DENSE, size=size).label_maps > 0, wanted)
+    grid = tuple(model(image).exit_depth.shape[1:])
+    by_patch = run(image, DENSE, size=grid)
+    assert torch.equal(by_patch.label_maps.long(), by_patch.scores.argmax(dim=1))
     # Every patch is of one class, and all of its pixels have a label.
     target = Teacher(model, model.patches_and_output, label_weight=1.0, ignore=255).rows((image, wanted.long()))[0]
     bright = model(image).logits.argmax(dim=1).flatten()
@@ -320,15 +322,15 @@ def test_the_map_of_a_decoder_is_of_what_patches_cover():
     """What a function of the user's makes of it may be of anything."""
     model, images = models_with_decoder(), models.images(1, size=(45, 41))
     with torch.no_grad():
-        outcome = _outcomes(model, None)(images, schedule.dense())
-    assert outcome.output.area == Area((40, 40), (45, 41))
-    whole = functional.interpolate(outcome.scores, (40, 40), mode="bilinear").argmax(dim=1)
-    label = outcome.label_maps((45, 41))
-    assert torch.equal(label[:, :40, :40].long(), whole)
+        output = model(images, schedule=schedule.dense())
     read = model.host.class_scores
+    assert output.area == Area((40, 40), (45, 41))
+    whole = functional.interpolate(read(output.decoded), (40, 40), mode="bilinear").argmax(dim=1)
+    label = _adapted(model, None, "as drawn").run(images, schedule.dense(), size=(45, 41)).label_maps
+    assert torch.equal(label[:, :40, :40].long(), whole)
     refused = "`images` must be covered exactly by their patches"
     with pytest.raises(TokenExitError, match=f"{refused} where `scores` is given.*45 x 41 pixels.* cover 40 x 40"):
-        tet.drift_sample(model, outcome.output, scores=read)
+        tet.drift_sample(model, output, scores=read)
     with pytest.raises(TokenExitError, match=f"{refused} where `targets` is given"):
         tet.fit_exits(model, images, targets=read, steps=1, progress=iter)
     with pytest.raises(TokenExitError, match=f"{refused} for losses"):

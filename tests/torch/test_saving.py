@@ -28,7 +28,7 @@ def test_what_was_saved_comes_back(tmp_path):
     vit = models.timm_vit()
     model = models.wrapped(vit, PLAN)
     tet.save(model, tmp_path / "new" / "folder")
-    loaded = tet.load(tmp_path / "new" / "folder", vit).eval()
+    loaded = tet.load(vit, tmp_path / "new" / "folder").eval()
     assert loaded.schedule == PLAN
     assert [*loaded.exit_heads] == ["2", "3", "4"]
     images = models.images()
@@ -42,19 +42,21 @@ def test_heads_of_ones_own_come_back(tmp_path):
     vit, head = models.timm_vit(), nn.Linear(48, 5)
     model = tet.wrap(vit, PLAN, head=head, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
     tet.save(model, tmp_path)
-    loaded = tet.load(tmp_path, vit, head=head, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
+    loaded = tet.load(vit, tmp_path, head=head, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
     assert torch.equal(model(models.images()).logits, loaded(models.images()).logits)
     with pytest.raises(TokenExitError, match="`exit_heads` must be given"):
-        tet.load(tmp_path, vit, head=head)
+        tet.load(vit, tmp_path, head=head)
     with pytest.raises(TokenExitError, match=r"`exit_heads` must follow the blocks \(2, 4\), got \[2\]"):
-        tet.load(tmp_path, vit, head=head, exit_heads={2: nn.Linear(48, 5)})
+        tet.load(vit, tmp_path, head=head, exit_heads={2: nn.Linear(48, 5)})
     with pytest.raises(TokenExitError, match="`head` must be given exactly if"):
-        tet.load(tmp_path, vit, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
+        tet.load(vit, tmp_path, exit_heads={2: nn.Linear(48, 5), 4: nn.Linear(48, 5)})
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(TokenExitError, match="`folder` must hold the file exits.json, got "):
-        tet.load(tmp_path, models.timm_vit())
+    with pytest.raises(
+        TokenExitError, match="`folder` must hold the file exits.json or gates.json or semantic.json, got "
+    ):
+        tet.load(models.timm_vit(), tmp_path)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -62,7 +64,7 @@ def test_a_missing_file_is_named(tmp_path):
     ("changes", "message"),
     [
         ({"schema": 99}, "`schema` must be 2, got 99"),
-        ({"more": 1}, "`plan` must have exactly the keys"),
+        ({"more": 1}, "`manifest` must have exactly the keys"),
         ({"classes": -5}, "`classes` must be a whole number from 1 to 1000000, got -5"),
         ({"after": [2, 2, 4]}, r"`after` must ascend, got \[2, 2, 4\]"),
         ({"after": ["../../x"]}, "`after` must be a list of blocks from 1 to 5"),
@@ -99,14 +101,14 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_bad_plan_is_a_clear_error(saved, changes, message):
     edit(saved, **changes)
     with pytest.raises(TokenExitError, match=message):
-        tet.load(saved, models.timm_vit())
+        tet.load(models.timm_vit(), saved)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00", "[" * 100_000, "9" * 5000])
 def test_what_is_no_plan_is_a_clear_error(saved, text):
     (saved / "exits.json").write_text(text)
     with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.json, got .*exits.json"):
-        tet.load(saved, models.timm_vit())
+        tet.load(models.timm_vit(), saved)
 
 
 def test_a_policy_nested_too_deeply_is_a_clear_error(saved):
@@ -118,7 +120,7 @@ def test_a_policy_nested_too_deeply_is_a_clear_error(saved):
     data["checksum"] = BY_HAND
     (saved / "exits.json").write_text(json.dumps(data).replace('"HERE"', inner))
     with pytest.raises(TokenExitError, match="`folder` must hold a valid exits.json"):
-        tet.load(saved, models.timm_vit())
+        tet.load(models.timm_vit(), saved)
 
 
 def test_a_pickle_is_not_executed(saved, tmp_path):
@@ -128,14 +130,14 @@ def test_a_pickle_is_not_executed(saved, tmp_path):
 
     put(saved, pickle.dumps(Evil()))
     with pytest.raises(TokenExitError, match="`folder` must hold valid weights, got "):
-        tet.load(saved, models.timm_vit())
+        tet.load(models.timm_vit(), saved)
     assert not (tmp_path / "ran").exists()
 
 
 def test_other_weights_are_named(saved):
     put(saved, to_bytes({"a.weight": torch.zeros(3)}))
     with pytest.raises(TokenExitError, match=r"a.weight: \(3,\) instead of None, .*: None instead of \(48,\)"):
-        tet.load(saved, models.timm_vit())
+        tet.load(models.timm_vit(), saved)
 
 
 def test_a_policy_of_ones_own_cannot_be_saved_and_nothing_is_written(tmp_path):
@@ -182,8 +184,8 @@ def test_semantic_tokens_come_back(tmp_path, host, until):
     model = semantic_model(vit, until=until)
     for weight in model.layers.parameters():
         weight.normal_(std=0.1)
-    tet.save_semantic(model, tmp_path / "new" / "folder")
-    loaded = tet.load_semantic(tmp_path / "new" / "folder", vit)
+    tet.save(model, tmp_path / "new" / "folder")
+    loaded = tet.load(vit, tmp_path / "new" / "folder")
     assert (loaded.plan, loaded.replaced) == (model.plan, model.replaced)
     assert (loaded.kept, loaded.new, loaded.left) == ({}, (), ())
     assert torch.equal(loaded(images).tokens, model(images).tokens)
@@ -197,24 +199,22 @@ def test_norms_that_were_saved_are_as_they_were(tmp_path):
         if isinstance(layer, nn.LayerNorm):
             layer.eps = 0.25
     model = semantic_model(vit)
-    tet.save_semantic(model, tmp_path)
-    for one in (model, tet.load_semantic(tmp_path, vit)):
+    tet.save(model, tmp_path)
+    for one in (model, tet.load(vit, tmp_path)):
         assert {norm.eps for norm in one.layers.modules() if isinstance(norm, nn.LayerNorm)} == {0.25}
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_semantic_tokens_of_something_else_are_refused(tmp_path):
     vit = models.timm_vit()
-    with pytest.raises(TokenExitError, match="`model` must be on semantic tokens, as `wrap_semantic` gives, got "):
-        tet.save_semantic(models.wrapped(vit, PLAN), tmp_path)
     model = semantic_model(vit)
     with pytest.raises(TokenExitError, match="`folder` must hold the file semantic.json"):
-        tet.load_semantic(tmp_path, vit)
-    tet.save_semantic(model, tmp_path)
+        tet.load(vit, tmp_path, kind="semantic")
+    tet.save(model, tmp_path)
     with pytest.raises(TokenExitError, match="`model` must have depth 6, as the saved layers, got 5"):
-        tet.load_semantic(tmp_path, models.timm_vit(depth=5))
+        tet.load(models.timm_vit(depth=5), tmp_path)
     with pytest.raises(TokenExitError, match="`model` must not be wrapped"):
-        tet.load_semantic(tmp_path, model)
+        tet.load(model, tmp_path)
     plan = json.loads((tmp_path / "semantic.json").read_text())["plan"]
     for changes, message in (
         ({"hidden": 999_999}, "hold the weights that semantic.json describes, got recovery.block.mlp.0"),
@@ -226,7 +226,7 @@ def test_semantic_tokens_of_something_else_are_refused(tmp_path):
     ):
         edit(tmp_path, "semantic", **changes)
         with pytest.raises(TokenExitError, match=message):
-            tet.load_semantic(tmp_path, vit)
+            tet.load(vit, tmp_path)
 
 
 def test_a_threshold_is_edited_knowingly_or_not_at_all(saved):
@@ -234,12 +234,12 @@ def test_a_threshold_is_edited_knowingly_or_not_at_all(saved):
     text = file.read_text()
     file.write_text(text.replace('"threshold": 0.4', '"threshold": 0.3'))
     with pytest.raises(TokenExitError, match='`checksum` must be .*: "edited by hand" in its place says'):
-        tet.load(saved, vit)
+        tet.load(vit, saved)
     edit(saved)
-    assert tet.load(saved, vit).schedule == PLAN.with_threshold(0.3)
+    assert tet.load(vit, saved).schedule == PLAN.with_threshold(0.3)
     edit(saved, schedule=PLAN.with_threshold(0.3).to_dict() | {"cell": -1})
     with pytest.raises(TokenExitError, match="`cell` must be"):
-        tet.load(saved, vit)
+        tet.load(vit, saved)
 
 
 @pytest.mark.parametrize(
@@ -247,18 +247,18 @@ def test_a_threshold_is_edited_knowingly_or_not_at_all(saved):
     [
         (lambda value: value * torch.nan, "describes, all of them finite, got NaN or infinity in exit_heads.2.0.bias"),
         (lambda value: value / 0, "describes, all of them finite, got NaN or infinity in "),
-        (lambda value: value.long(), "in float16, bfloat16, float32, float64, got .* in torch.int64"),
-        (lambda value: value > 0, "in float16, bfloat16, float32, float64, got .* in torch.bool"),
-        (lambda value: value.to(torch.uint8), "in float16, bfloat16, float32, float64, got .* in torch.uint8"),
-        (lambda value: value.to(torch.complex64), "in float16, bfloat16, float32, float64, got .* in torch.complex64"),
-        (lambda value: value.to(torch.float8_e4m3fn), "in float16, bfloat16, float32, float64, got .*float8"),
+        (lambda value: value.long(), "in float16, bfloat16, float32, float64, got .* in int64"),
+        (lambda value: value > 0, "in float16, bfloat16, float32, float64, got .* in BOOL"),
+        (lambda value: value.to(torch.uint8), "in float16, bfloat16, float32, float64, got .* in U8"),
+        (lambda value: value.to(torch.complex64), "in float16, bfloat16, float32, float64, got .* in C64"),
+        (lambda value: value.to(torch.float8_e4m3fn), "in float16, bfloat16, float32, float64, got .* in F8_E4M3"),
     ],
 )
 def test_weights_of_another_kind_are_refused(saved, change, message):
     file = weights_in(saved)
     put(saved, to_bytes({name: change(value) for name, value in load_file(file).items()}))
     with pytest.raises(TokenExitError, match=f"`folder` must hold the weights that exits.json .*{message}"):
-        tet.load(saved, models.timm_vit())
+        tet.load(models.timm_vit(), saved)
 
 
 def test_weights_of_another_save_are_refused(saved, tmp_path):
@@ -269,6 +269,41 @@ def test_weights_of_another_save_are_refused(saved, tmp_path):
     theirs = weights_in(tmp_path / "other").read_bytes()
     weights_in(saved).write_bytes(theirs)
     with pytest.raises(TokenExitError, match="hold the weights that exits.json names, .* SHA-256"):
+        tet.load(models.timm_vit(), saved)
+
+
+def test_exits_gates_and_semantic_tokens_lie_side_by_side_and_kind_chooses(saved):
+    vit, svit = models.timm_vit(), schedule.svit(after=(2, 3))
+    tet.save(tet.wrap_gates(vit, svit), saved)
+    tet.save(semantic_model(vit), saved)
+    loaded = {kind: tet.load(vit, saved, kind=kind) for kind in ("exits", "gates", "semantic")}
+    assert (loaded["exits"].schedule, loaded["gates"].schedule) == (PLAN, svit)
+    assert [type(one) for one in loaded.values()] == [tet.ExitingModel, tet.GatedModel, tet.SemanticModel]
+    with pytest.raises(TokenExitError, match="`kind` must be given for a folder that .* exits and gates and semantic"):
+        tet.load(vit, saved)
+    with pytest.raises(
+        TokenExitError, match="`taps` must be left out for kind='exits': it is for kind='gates', got tu"
+    ):
+        tet.load(vit, saved, kind="exits", taps=(2,))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_not_wrapped_and_a_kind_that_is_not_there_are_named(saved):
+    with pytest.raises(TokenExitError, match="`model` must be wrapped by `wrap`, .* or `wrap_semantic`, got Linear"):
+        tet.save(nn.Linear(2, 2), saved)
+    with pytest.raises(
+        TokenExitError, match="hold the file gates.json for kind='gates', .*: load it with kind='exits'"
+    ):
+        tet.load(models.timm_vit(), saved, kind="gates")
+    with pytest.raises(
+        TokenExitError, match="hold exits of a model with a decoder .*, got a final head .* kind='exits'"
+    ):
+        tet.load(models.timm_vit(), saved, kind="decoder")
+    with pytest.raises(
+        TokenExitError, match="`kind` must be one of exits, decoder, gates, semantic, or None, got 'head'"
+    ):
+        tet.load(models.timm_vit(), saved, kind="head")
+    with pytest.raises(TokenExitError, match="`folder` must be a path, got VisionTransformer"):
         tet.load(saved, models.timm_vit())
 
 
@@ -286,7 +321,7 @@ def test_tied_layers_of_a_head_of_ones_own_come_back(tmp_path):
     vit, head = models.timm_vit(), nn.Linear(48, 5)
     model = tet.wrap(vit, schedule.dense(after=(2,)), head=head, exit_heads={2: Tied()}).eval()
     tet.save(model, tmp_path)
-    loaded = tet.load(tmp_path, vit, head=head, exit_heads={2: Tied()}).eval()
+    loaded = tet.load(vit, tmp_path, head=head, exit_heads={2: Tied()}).eval()
     assert loaded.exit_heads["2"].one.weight is loaded.exit_heads["2"].other.weight
     for one, other in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -342,4 +377,4 @@ def test_images_that_heads_were_fitted_to_are_kept_with_them(tmp_path):
     tet.fit_exits(model, [images[:1], models.images(4, seed=9)[3:]], steps=1, progress=iter)
     assert len(model.fitted) == 4
     tet.save(model, tmp_path)
-    assert tet.load(tmp_path, vit).fitted == model.fitted
+    assert tet.load(vit, tmp_path).fitted == model.fitted

@@ -18,7 +18,7 @@ from tests.torch.test_hosts import exiting, told
 from tests.torch.test_running import CELLS, FEATURES, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch import _passing
+from tokenexit_torch.exits import layouts
 
 ALL = {
     **PLANS,
@@ -217,7 +217,7 @@ def test_no_operator_waits_for_a_device_or_copies_from_the_host(name):
 def test_where_it_has_to_wait_a_packed_pass_does_so_once_at_each_exit(monkeypatch):
     model, images = models.wrapped(models.timm_vit(), PLANS["neighbours"]).double(), models.images(3).double()
     wanted = model(images)
-    monkeypatch.setattr(_passing, "has_to_wait", lambda _: True)
+    monkeypatch.setattr(layouts, "has_to_wait", lambda _: True)
     waits = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (waits.append(tensor.shape), tolist(tensor))[1])
@@ -257,7 +257,7 @@ def test_it_follows_the_plan_of_its_model():
     [
         (
             lambda m: tet.StaticModel(m.model, capacities=0.5),
-            "`model` must be wrapped by `wrap`, got VisionTransformer",
+            "`model` must be wrapped by `wrap` or `wrap_decoder`, got VisionTransformer",
         ),
         (
             lambda m: tet.StaticModel(m, capacities=0.0),
@@ -276,14 +276,6 @@ def test_bad_input_is_named(make, message):
     model = models.wrapped(models.timm_vit(), PLANS["neighbours"])
     with pytest.raises(TokenExitError, match=message):
         make(model)
-
-
-def test_mask_heads_are_refused():
-    from tokenexit.heads import ATM
-
-    model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=3, exit_heads=ATM(layers=1))
-    with pytest.raises(TokenExitError, match="`model` must have heads that give no masks, got mask heads"):
-        tet.StaticModel(model, capacities=0.5)
 
 
 @torch.no_grad()

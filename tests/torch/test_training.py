@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.test_running import FEATURES, PLANS
-from tokenexit import TokenExitError, annealing, policies, schedule
+from tokenexit import TokenExitError, policies, schedule, training
 from tokenexit.heads import FCN
 from tokenexit.schedule import Exit, Schedule
 
@@ -245,8 +245,8 @@ def test_a_norm_over_tokens_takes_what_it_knows_if_a_single_one_is_left():
 
 METHODS = {
     "dtop": lambda step: schedule.dtop(after=(1, 2), threshold=0.8, per_class=1),
-    "dovit": lambda step: schedule.dovit(after=(1, 2), threshold=annealing.Annealed(1.0, 0.8, steps=30).at(step)),
-    "paumer": lambda step: schedule.paumer(keep={1: annealing.Drawn(0.2, 1.0).at(step)}),
+    "dovit": lambda step: schedule.dovit(after=(1, 2), threshold=training.Annealed(1.0, 0.8, steps=30).at(step)),
+    "paumer": lambda step: schedule.paumer(keep={1: training.Drawn(0.2, 1.0).at(step)}),
     "neighbours": lambda step: schedule.neighbours(radius={1: 1, 2: 0}, threshold=0.7, per_class=1),
 }  # fmt: skip
 

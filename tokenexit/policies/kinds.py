@@ -145,6 +145,8 @@ class BatchBudget(Budget):
     images had at first.
     """
 
+    mixes: ClassVar[bool] = True
+
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         """See `Policy.leaves`."""
         if evidence.images is None:

@@ -242,7 +242,7 @@ class ThresholdPolicy(Policy, ABC):
 
     def limit(
         self, evidence: Evidence, /, *, label: Int[Array, "*tokens"] | None = None
-    ) -> float | Float[Array, "*tokens"]:
+    ) -> float | Float[Array, "..."]:
         """The threshold, or that of every token.
 
         Args:

@@ -259,13 +259,14 @@ def run_stage(given: Given, state: State, *, at: int, capacity: int) -> State:
     )
     if stage.exit is not None:
         return exit_point(given, state, selection, entries, at=at)
-    if given.feature is not None or state.ledger is None:
+    book = state.ledger
+    if given.feature is not None or book is None:
         return state
     finished = network.finish(given.params, entries)[:, prefix:]
     output, statistics = _read(given, given.model.depth, finished, state.grid, selection)
-    state = _kept(given, state, state.ledger, selection, output, statistics, given.model.depth)
+    state = _kept(given, state, book, selection, output, statistics, given.model.depth)
     constant = lax.stop_gradient(output) if given.which == "all" else output
-    book = exits.settle(state.ledger, selection, selection.valid, constant, depth=given.model.depth)
+    book = exits.settle(book, selection, selection.valid, constant, depth=given.model.depth)
     return dataclasses.replace(state, ledger=book)
 
 
@@ -341,9 +342,7 @@ def _rejoined(given: Given, state: State) -> tuple[State, HeadOutput]:
         if output.mask_logits is not None and output.presence_logits is not None:
             masks = output.mask_logits, output.presence_logits
         read = jnp.ones(output.logits.shape[:2], dtype=bool)
-        state = dataclasses.replace(
-            state, kept=_with(kept, model.depth, model.depth, output.logits, read, masks, statistics)
-        )
+        state = dataclasses.replace(state, kept=_with(given, kept, model.depth, output.logits, read, masks, statistics))
     return state, output
 
 
@@ -420,9 +419,7 @@ def _kept(
     if every.mask_logits is not None and every.presence_logits is not None:
         masks = every.mask_logits, every.presence_logits
         logits = log_scores(masks[0], masks[1][:, None]) if given.reweighs else logits
-    return dataclasses.replace(
-        state, kept=_with(kept, after, given.model.depth, logits, selection.running, masks, statistics)
-    )
+    return dataclasses.replace(state, kept=_with(given, kept, after, logits, selection.running, masks, statistics))
 
 
 def _blank(given: Given, output: HeadOutput) -> Kept:

@@ -18,10 +18,11 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit import TokenExitError
+from tokenexit.adapting import require_fits
 from tokenexit.cost import Cost
 from tokenexit.errors import require
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule, require_fits
+from tokenexit.schedule import Schedule
 from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
 from tokenexit_jax._network import require_covered

@@ -18,13 +18,14 @@ from jax import numpy as jnp
 from jax.core import Tracer
 
 from tokenexit import TokenExitError
+from tokenexit.adapting import require_gates_fit
 from tokenexit.carries import Preserved
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule, require_gates_fit
+from tokenexit.schedule import Schedule
 from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
 from tokenexit_jax.exits.model import as_arrays

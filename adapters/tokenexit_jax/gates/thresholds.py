@@ -9,8 +9,9 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
+from tokenexit.adapting import rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import calibrated, rates_by_gate
+from tokenexit.gates import calibrated
 from tokenexit.policies import GateBelow
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_jax._given import require_array

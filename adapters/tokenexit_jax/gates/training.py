@@ -22,9 +22,8 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Float
 
 from tokenexit import gates as core
-from tokenexit._plain import is_number
+from tokenexit.adapting import coin_for, is_number, rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_jax._given import require_array, require_key
 from tokenexit_jax._network import require_covered

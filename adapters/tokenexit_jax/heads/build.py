@@ -68,6 +68,7 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
             return {**between, **new_linear(last, "2", hidden, classes)}
         case ATM():
             return new_masks(plan, first, width, classes)
+    raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
 
 
 def require_same_structure(heads: Heads, wanted: Heads, /, *, argument: str) -> Heads:

@@ -6,10 +6,11 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
+from tokenexit.adapting import require_fits
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Threshold
-from tokenexit.schedule import Schedule, require_fits
+from tokenexit.schedule import Schedule
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.exits.outputs import DecodedOutput, Output

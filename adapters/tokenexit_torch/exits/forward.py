@@ -238,8 +238,12 @@ def exit_point(state: State, stage: Stage, /) -> State:
         runs=any(row.lengths),
         ledger=settled,
         exits=(*state.exits, stage.stop),
-        overflow=None if moved.overflow is None else state.overflow + moved.overflow,
+        overflow=_sum(state.overflow, moved.overflow),
     )
+
+
+def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return None if before is None or more is None else before + more
 
 
 def _kept(state: State, output: HeadOutput, receipt: Receipt, book: Ledger, after: int) -> State:

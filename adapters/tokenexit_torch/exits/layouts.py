@@ -3,9 +3,10 @@
 A layout is a value; the forward pass is the same for both.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -55,35 +56,34 @@ class Counts(NamedTuple):
     held: Int[Tensor, "images"] | None = None
 
 
-@runtime_checkable
-class Layout(Protocol):
+class Layout(ABC):
     """How the tokens that run lie beside one another."""
 
+    @abstractmethod
     def require_exits(self, after: Sequence[int]) -> None:
         """Raise a `TokenExitError` unless there can be exits after these blocks."""
-        ...
 
+    @abstractmethod
     def full(self, images: int, slots: int, device: torch.device) -> Receipt:
         """Receipt of all tokens."""
-        ...
 
+    @abstractmethod
     def compact(self, receipt: Receipt, decision: Decision, after: int, prefix: int) -> Compaction:
         """Drop the tokens that leave after a block, and those without room."""
-        ...
 
+    @abstractmethod
     def attention(
         self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None
     ) -> PerImage | Padded | None:
         """Attention within each image, or None if the row needs no help."""
-        ...
 
+    @abstractmethod
     def tokens_per_block(self, counts: Sequence[Counts], device: torch.device) -> Int[Tensor, "images blocks"]:
         """Tokens of each image in each block."""
-        ...
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Layout):
     """One row of the tokens that run, and no others. Its shapes depend on the data: an exit waits for the device."""
 
     def require_exits(self, after: Sequence[int]) -> None:
@@ -94,9 +94,10 @@ class Packed:
         everything = torch.ones(images, slots, dtype=torch.bool, device=device)
         return Packing(everything, torch.arange(images * slots, device=device))
 
-    def compact(self, receipt: Packing, decision: Decision, after: int, prefix: int) -> Compaction:  # noqa: ARG002
+    def compact(self, receipt: Receipt, decision: Decision, after: int, prefix: int) -> Compaction:  # noqa: ARG002
         """See `Layout.compact`."""
         require_not_exported("a packed pass")
+        assert isinstance(receipt, Packing)
         # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
         counted = functional.pad(decision.stay.cumsum(0), (1, 0)).index_select(0, receipt.offsets)
         lengths = tuple(counted.diff().tolist())
@@ -104,9 +105,10 @@ class Packed:
         packing, rows = tokens.repack(receipt, decision.stay, count=count)
         return Compaction(packing, rows, decision.stay, lengths)
 
-    def attention(self, receipt: Packing, lengths: Sequence[int], token_size: Tensor | None) -> PerImage | None:
+    def attention(self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None) -> PerImage | None:
         """See `Layout.attention`: a row with the tokens of one image needs no help."""
         running = sum(length > 0 for length in lengths)
+        assert isinstance(receipt, Packing)
         helpless = running == 0 or (running == 1 and token_size is None)
         return None if helpless else PerImage(lengths, receipt.offsets, token_size)
 
@@ -121,7 +123,7 @@ PACKED = Packed()
 
 
 @dataclass(frozen=True)
-class Static:
+class Static(Layout):
     """As many entries for each image, with a token or without: shapes are known beforehand, and nothing waits.
 
     Entries without a token repeat one of their image's, so that they are finite, and none attends to them.
@@ -143,8 +145,9 @@ class Static:
         nothing = torch.zeros(images, dtype=torch.int64, device=device)
         return Selection(every, torch.ones_like(every, dtype=torch.bool), slots, nothing)
 
-    def compact(self, receipt: Selection, decision: Decision, after: int, prefix: int) -> Compaction:
+    def compact(self, receipt: Receipt, decision: Decision, after: int, prefix: int) -> Compaction:
         """See `Layout.compact`."""
+        assert isinstance(receipt, Selection)
         images, before = receipt.layout
         capacity = min(tokens.room(self.capacities[after], slots=receipt.slots, prefix=prefix), before)
         certain = torch.where(decision.pinned, -torch.inf, decision.confidence)
@@ -153,8 +156,9 @@ class Static:
         rows = rearrange(entry + starts, "images capacity -> (images capacity)")
         return Compaction(smaller, rows, decision.stay & ~surplus, (capacity,) * images, smaller.overflow)
 
-    def attention(self, receipt: Selection, lengths: Sequence[int], token_size: Tensor | None) -> Padded:  # noqa: ARG002
+    def attention(self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None) -> Padded:  # noqa: ARG002
         """See `Layout.attention`."""
+        assert isinstance(receipt, Selection)
         return Padded(receipt.valid, token_size)
 
     def tokens_per_block(self, counts: Sequence[Counts], device: torch.device) -> Int[Tensor, "images blocks"]:

@@ -104,9 +104,8 @@ class ExitingModel(WithExits[Host]):
         for state, where in zip(states, places, strict=True):
             whole, _ = packed_output(as_batch(state))
             for number, at in enumerate(where):
-                one = slice(number, number + 1)
-                tables = (table[one] for table in whole[:3])
-                found[at] = Output(*tables, *whole[3:6])
+                logits, depth, ran = (table[number : number + 1] for table in whole[:3])
+                found[at] = Output(logits, depth, ran, whole.exits, whole.head_on, whole.area)
         return tuple(found[at] for at in sorted(found))
 
     def every_exit(
@@ -144,7 +143,11 @@ class ExitingModel(WithExits[Host]):
         require(self.gives_masks, "model", "have mask heads", type(self.head).__name__)
         outputs, area, grid = self.read_all(images)
         require_covered(area)
-        return {after: as_maps(one.mask_logits, one.presence_logits, grid) for after, one in outputs.items()}
+        return {
+            after: as_maps(one.mask_logits, one.presence_logits, grid)
+            for after, one in outputs.items()
+            if one.mask_logits is not None and one.presence_logits is not None
+        }
 
     def patches_after(
         self, images: Float[Tensor, "images channels height width"]

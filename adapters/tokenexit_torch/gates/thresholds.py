@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenexit.adapting import rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import calibrated, keep_probability, rates_by_gate, returnable
+from tokenexit.gates import calibrated, keep_probability, returnable
 from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.gates import forward
@@ -23,7 +24,7 @@ Progress = Callable[[Iterable], Iterable]
 @torch.inference_mode()
 def gate_thresholds(
     model: GatedModel,
-    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "batch channels height width"]],
+    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "_ channels _ _"]],
     /,
     *,
     rates: float | Mapping[int, float],

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokenexit import gates
+from tokenexit.adapting import coin_for, rates_by_gate
 from tokenexit.errors import require
-from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.gates.forward import (
     Decision,

@@ -35,8 +35,7 @@ def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Sch
     once = sorted(set(thresholds), reverse=True)
     require(len(once) > 0, "thresholds", "be at least one", once)
     ladder = tuple(plan.with_threshold(threshold) for threshold in once)
-    compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
-    return ladder[::-1] if compared & {"entropy", "gate"} else ladder
+    return ladder[::-1] if any("below" in exit.policy.directions for exit in plan.exits) else ladder
 
 
 def by_frontier(found: Iterable[Found], /) -> tuple[Schedule, ...]:

@@ -1,11 +1,11 @@
-"""The curve of a calibration as a picture."""
+"""Plot of a calibration: loss and upper bound of every setting by its cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenexit import TokenExitError
-from tokenexit.calibration import Point, Report
+from tokenexit.errors import TokenExitError
+from tokenexit.guarantees.calibration import Point, Report
 
 __all__ = ["draw"]
 
@@ -13,7 +13,7 @@ _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#8a8a8a"
 
 
 def draw(report: Report, file: str | Path, /) -> None:
-    """Loss and upper bound of every setting that was run, by its cost, and the level.
+    """Draw loss and upper bound of every setting that was run, by its cost, and the level.
 
     Args:
         report: The report.

@@ -1,20 +1,21 @@
-"""Numbers that change while a network is trained with exits: thresholds, and fractions of tokens that stay.
+"""Training with exits: schedules of thresholds and token fractions over steps, and the loss weights of exit heads.
 
-Each is plain frozen data and a function of the step alone. So a run that resumes at a step goes on with the same
+A schedule is plain frozen data and a function of the step alone. So a run that resumes at a step goes on with the same
 number, all processes of a run agree on it, and there is no state to save.
 
-    threshold = annealing.Annealed(1.0, 0.985, steps=4000)
+    threshold = training.Annealed(1.0, 0.985, steps=4000)
     for step, batch in enumerate(batches, start=first):
         plan = schedule.dovit(threshold=threshold.at(step))
 """
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
 
-__all__ = ["Annealed", "Drawn"]
+__all__ = ["Annealed", "Drawn", "loss_weights"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,30 @@ class Drawn:
         """
         _require_step(step)
         return random.Random((self.seed << 32) + step).uniform(self.low, self.high)
+
+
+def loss_weights(auxiliary: float | Mapping[int, float], /, *, exits: Sequence[int], depth: int) -> dict[int, float]:
+    """Weight of the loss of each head, by the blocks before it; the final head's is 1.
+
+    Args:
+        auxiliary: Weight of the exits; one for all, or one for each. Weights of exits that do not run are passed over.
+        exits: The blocks after which an exit head ran.
+        depth: How many blocks there are: what the final head is known by.
+
+    Returns:
+        The weights.
+
+    Raises:
+        TokenExitError: If a weight is missing or negative, or of a block that can have no exit.
+    """
+    given = auxiliary if isinstance(auxiliary, Mapping) else dict.fromkeys(exits, auxiliary)
+    rule = "be a weight from 0 up, or one for each block with an exit"
+    numbers = [is_number(one) and one >= 0 for one in given.values()]
+    blocks = all(isinstance(after, int) and 0 < after < depth for after in given)
+    require(all(numbers) and blocks, "auxiliary", rule, repr(auxiliary))
+    missing = [after for after in exits if after not in given]
+    require(not missing, "auxiliary", "have a weight for every exit that runs", f"none for {missing}")
+    return {**given, depth: 1.0}
 
 
 def _require_numbers(**values: float) -> None:

@@ -21,9 +21,9 @@ from jaxtyping import Float
 
 from tokenexit._array import Array, array_namespace, device, is_array, plain, take, with_doubles
 from tokenexit._plain import require_share
-from tokenexit.bounds import Test, images_needed, p_values, upper_bounds
-from tokenexit.certificate import ASSUMPTIONS, Certificate, Fingerprints
 from tokenexit.errors import TokenExitError, require
+from tokenexit.guarantees.bounds import Test, images_needed, p_values, upper_bounds
+from tokenexit.guarantees.certificate import ASSUMPTIONS, Certificate, Fingerprints
 from tokenexit.policies import always
 from tokenexit.schedule import Schedule, dense
 
@@ -202,13 +202,13 @@ def certify(
 
     Args:
         settings: From the most careful to the boldest, in an order that was fixed before these losses were seen.
-        losses: Losses in [0, 1] of independent images (`tokenexit.risks`); with classes, each must pass, for which
-            no correction is needed: a setting is certified only if the worst of its p-values is small.
+        losses: Losses in [0, 1] of independent images (`tokenexit.guarantees.risks`); with classes, each must pass, for
+            which no correction is needed: a setting is certified only if the worst of its p-values is small.
         costs: What each setting costs on average; the dense network costs 1.
         at_most: The mean loss that is not to be exceeded.
         confidence: With which confidence it is not.
         risk: What the loss is, for the report.
-        test: Which test (`tokenexit.bounds`).
+        test: Which test (`tokenexit.guarantees.bounds`).
         chains: Settings that are tested one after another, by their places, if they are not all one ladder: exits and
             networks cut short, for example. `1 - confidence` is shared evenly among the chains.
         seed: Of the order in which the test takes the images, which is drawn anew: data sets are often sorted.
@@ -253,7 +253,7 @@ def certify_in_turn(
         at_most: The mean loss that is not to be exceeded.
         confidence: With which confidence it is not.
         risk: What the loss is, for the report.
-        test: Which test (`tokenexit.bounds`).
+        test: Which test (`tokenexit.guarantees.bounds`).
         chains: As for `certify`; each is measured up to its first failure.
         seed: Of the order in which the test takes the images.
 

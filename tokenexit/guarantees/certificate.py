@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from tokenexit._plain import is_whole, require_keys, shortened
-from tokenexit.bounds import Test
 from tokenexit.errors import TokenExitError, require
+from tokenexit.guarantees.bounds import Test
 from tokenexit.schedule import Schedule
 from tokenexit.sealed import parse, require_whole, seal
 
@@ -86,7 +86,7 @@ class Certificate:
         at_most: The mean loss over images that is not exceeded.
         confidence: With which confidence.
         images: How many images that rests on.
-        test: Which test of `tokenexit.bounds` certified it.
+        test: Which test of `tokenexit.guarantees.bounds` certified it.
         seed: Of the order in which the test took the images.
         loss: Mean loss of the setting on these images.
         saving: Share of the dense network's cost that it saved on them; this is measured, not certified.

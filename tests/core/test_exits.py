@@ -1,0 +1,296 @@
+"""The exit point, on all backends and in both layouts, against passes token by token."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.core import oracles, strategies
+from tests.core.backends import each_backend
+from tokenexit import TokenExitError, cells, exits, ledger, policies, replay, schedule, scores, tokens
+from tokenexit.carries import Feature, Preserved
+from tokenexit.exits import HeadOutput
+from tokenexit.policies import ConfidenceAbove, Patience, always, never
+from tokenexit.schedule import Exit, Schedule, Stage
+
+DEPTH = 5
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # infinite logits, in NumPy
+each_layout = pytest.mark.parametrize("layout", ["packed", "static"])
+
+
+@st.composite
+def passes(draw):
+    """Recorded class scores of every head, and a plan with exits after some of the blocks."""
+    grid = draw(st.sampled_from([(1, 1), (1, 5), (3, 4), (4, 3)]))
+    images, classes = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**20)))
+    shape = (images, grid[0] * grid[1], classes)
+    after = sorted(draw(st.sets(st.integers(1, DEPTH - 1), min_size=1, max_size=3)))
+    odd = draw(st.booleans())
+    prevailing = np.where(np.arange(classes) == rng.integers(classes), 3, 0)
+    logits = {
+        block: (strategies._numbers(rng, shape, odd, 3) + prevailing).astype(np.float32) for block in (*after, DEPTH)
+    }
+    drawn = strategies.policies(classes).filter(lambda policy: "gate" not in policy.needs)
+    plan = Schedule(tuple(Exit(block, draw(drawn)) for block in after), cell=draw(st.sampled_from([None, None, 2, 3])))
+    return grid, logits, plan
+
+
+def scores_by(backend):
+    return lambda rows: {name: backend.numpy(one.of(backend.array(rows))) for name, one in scores.SCORES.items()}
+
+
+def wanted(backend, grid, logits, plan, prefix):
+    places = np.arange(grid[0] * grid[1])
+    centres = set()
+    if plan.cell is not None:
+        centres = set(places[cells.is_cell_centre(places, grid=grid, side=plan.cell)].tolist())
+    held = {after: backend.held(table) for after, table in logits.items()}
+    with np.errstate(invalid="ignore"):
+        return oracles.exit_pass(held, plan, scores_by(backend), grid=grid, prefix=prefix, centres=centres)
+
+
+def run(backend, grid, logits, plan, prefix, layout):
+    """A pass by `decide` and `settle`, prefix tokens in the row, in either layout."""
+    xp_array, images, places = backend.array, *logits[DEPTH].shape[:2]
+    slots = prefix + places
+    table = {after: np.pad(one, ((0, 0), (prefix, 0), (0, 0))) for after, one in logits.items()}
+    everything = xp_array(np.ones((images, slots), dtype=bool))
+    nothing = xp_array(np.zeros((images, slots), dtype=np.float32))
+
+    def receipt_of(running):
+        return tokens.pack(running) if layout == "packed" else tokens.select(running, nothing, capacity=slots)[0]
+
+    receipt, book, labels = receipt_of(everything), None, []
+    for stage in plan.stages(DEPTH):
+        if stage.exit is None:
+            continue
+        output = HeadOutput(tokens.gather(xp_array(table[stage.stop]), receipt))
+        book = ledger.open_ledger(output.logits, receipt) if book is None else book
+        previous = [backend.numpy(tokens.gather(xp_array(one), receipt)).reshape(-1) for one in labels]
+        previous = xp_array(np.array(previous, dtype=np.int64).reshape(len(labels), receipt.index.shape[0]))
+        options = {"grid": grid, "prefix": prefix, "exit": stage.index, "cell": plan.cell}
+        decision = exits.decide(stage.exit.policy, output, receipt, book, previous, **options)
+        leave = ~decision.stay
+        book = exits.settle(book, receipt, leave, output, depth=stage.stop, score=decision.confidence)
+        receipt = receipt_of(tokens.scatter(decision.stay, receipt, into=~everything))
+        with np.errstate(invalid="ignore"):
+            labels.append(backend.held(table[stage.stop]).argmax(axis=-1))
+    return receipt, book
+
+
+@each_backend
+@strategies.fewer(6)
+@given(drawn=passes(), prefix=st.integers(0, 2))
+def test_a_replay_is_a_pass_token_by_token(backend, drawn, prefix):
+    grid, logits, plan = drawn
+    expected = wanted(backend, grid, logits, plan, prefix)
+    given_ = {after: backend.array(table) for after, table in logits.items()}
+    found = replay.replay(given_, plan, grid=grid, prefix=prefix)
+    np.testing.assert_array_equal(backend.numpy(found.exit_depth), expected.depth)
+    np.testing.assert_array_equal(backend.numpy(found.logits), expected.logits)
+    np.testing.assert_array_equal(backend.numpy(found.tokens_per_block), expected.tokens_per_block)
+
+
+@each_layout
+@each_backend
+@strategies.fewer(6)
+@given(drawn=passes(), prefix=st.integers(0, 2))
+def test_prefix_tokens_run_as_long_as_any_patch_of_their_image(backend, layout, drawn, prefix):
+    grid, logits, plan = drawn
+    plan = Schedule((*plan.exits, Exit(DEPTH, never())), cell=plan.cell) if not plan.active else plan
+    expected = wanted(backend, grid, logits, plan, prefix)
+    receipt, book = run(backend, grid, logits, plan, prefix, layout)
+    if book is None:
+        return
+    depth = backend.numpy(book.exit_depth(DEPTH))
+    np.testing.assert_array_equal(depth[:, prefix:], expected.depth)
+    ran_on = (expected.depth == DEPTH).any(axis=1)
+    running = backend.numpy(receipt.running)
+    np.testing.assert_array_equal(running[:, prefix:], expected.depth == DEPTH)
+    assert (running[:, :prefix] == ran_on[:, None]).all()
+    np.testing.assert_array_equal(depth[:, :prefix], np.repeat(expected.depth.max(axis=1)[:, None], prefix, axis=1))
+
+
+def test_jax_replays_the_same_compiled():
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    logits = {after: rng.normal(scale=3, size=(3, 12, 4)).astype(np.float32) for after in (2, 3, 5)}
+    plan = Schedule((Exit(2, ConfidenceAbove(0.8).retaining(per_class=1)), Exit(3, Patience(1))), cell=2)
+    own = replay.replay(logits, plan, grid=(3, 4), prefix=1)
+    arrays = {after: jax.numpy.asarray(table) for after, table in logits.items()}
+    program = jax.jit(lambda given_: vars(replay.replay(given_, plan, grid=(3, 4), prefix=1)))
+    found = program(arrays)
+    np.testing.assert_array_equal(found["exit_depth"], own.exit_depth)
+    np.testing.assert_array_equal(found["logits"], own.logits)
+    np.testing.assert_array_equal(found["tokens_per_block"], own.tokens_per_block)
+
+
+@each_backend
+def test_what_may_not_leave_for_lack_of_room_is_pinned(backend):
+    running = backend.array(np.ones((1, 10), dtype=bool))
+    receipt = tokens.pack(running)
+    rng = np.random.default_rng(0)
+    output = HeadOutput(backend.array(rng.normal(size=(10, 3)).astype(np.float32)))
+    book = ledger.open_ledger(output.logits, receipt)
+    previous = backend.array(np.zeros((0, 10), dtype=np.int64))
+    decision = exits.decide(never(), output, receipt, book, previous, grid=(3, 3), prefix=1, cell=3)
+    pinned = np.zeros(10, dtype=bool)
+    pinned[[0, 5]] = True  # the prefix token, and the centre of the one cell
+    np.testing.assert_array_equal(backend.numpy(decision.pinned), pinned)
+    assert backend.numpy(decision.stay).all()
+    half = exits.decide(ConfidenceAbove(0.5), output, receipt, book, previous, grid=(3, 3), prefix=1, cell=3)
+    own = backend.numpy(output.confidence) > 0.5
+    np.testing.assert_array_equal(backend.numpy(half.stay), ~own | pinned)
+    gone = exits.decide(always(), output, receipt, book, previous, grid=(3, 3), prefix=1, cell=3)
+    assert not backend.numpy(gone.stay).any()
+
+
+@each_layout
+@each_backend
+def test_presence_is_that_of_the_last_head_that_read_any_token_of_the_image(backend, layout):
+    """Also of an image all of whose tokens leave there; and of one that has left before, that it left with."""
+    array = backend.array
+    running = np.array([[True, True], [True, True], [False, False]])
+    nothing = array(np.zeros((3, 2), dtype=np.float32))
+    receipt = (
+        tokens.pack(array(running)) if layout == "packed" else tokens.select(array(running), nothing, capacity=2)[0]
+    )
+    rng = np.random.default_rng(1)
+    shape = (*receipt.layout, 2)
+    logits, masks = (array(rng.normal(size=shape).astype(np.float32)) for _ in range(2))
+    before, now = (array(rng.normal(size=(3, 2)).astype(np.float32)) for _ in range(2))
+    book = ledger.open_ledger(logits, receipt, presence_logits=before)
+    output = HeadOutput(logits, mask_logits=masks, presence_logits=now)
+    leave = np.zeros(receipt.layout, dtype=bool)
+    leave.reshape(-1)[:2] = True  # all of the first image
+    settled = exits.settle(book, receipt, array(leave), output, depth=2)
+    wanted_ = np.concatenate([backend.numpy(now)[:2], backend.numpy(before)[2:]])
+    np.testing.assert_array_equal(backend.numpy(settled.presence_logits), wanted_)
+    kept = backend.numpy(settled.mask_logits)
+    np.testing.assert_array_equal(kept[:2].reshape(4, 2), backend.numpy(masks).reshape(-1, 2)[:4])
+    assert not kept[2].any()
+    every = exits.everywhere(output, receipt, book)
+    np.testing.assert_array_equal(backend.numpy(every.mask_logits), kept)
+    np.testing.assert_array_equal(backend.numpy(every.presence_logits), wanted_)
+
+
+@each_backend
+@given(mask=strategies.running(st.integers(1, 3), st.integers(1, 6)), seed=st.integers(0, 99))
+def test_an_output_everywhere_is_the_heads_own_where_tokens_run_and_the_ledgers_elsewhere(backend, mask, seed):
+    rng = np.random.default_rng(seed)
+    old, new = (rng.normal(size=(*mask.shape, 3)).astype(np.float32) for _ in range(2))
+    receipt = tokens.pack(backend.array(mask))
+    everything = tokens.pack(backend.array(np.ones_like(mask)))
+    first = HeadOutput(tokens.gather(backend.array(old), everything))
+    gone = tokens.gather(backend.array(~mask), everything)
+    book = exits.settle(ledger.open_ledger(first.logits, everything), everything, gone, first, depth=1)
+    found = exits.everywhere(HeadOutput(tokens.gather(backend.array(new), receipt)), receipt, book)
+    wanted_ = np.where(mask[..., None], backend.held(new), backend.held(old))
+    np.testing.assert_array_equal(backend.numpy(found.logits), wanted_)
+
+
+# The itinerary.
+
+PLANS = st.sets(st.integers(1, 7)).flatmap(
+    lambda after: st.builds(
+        lambda kinds, carry: Schedule(tuple(map(Exit, sorted(after), kinds)), carry),
+        st.tuples(*[st.sampled_from([never(), always(), ConfidenceAbove(0.5)])] * len(after)),
+        st.sampled_from([Feature(), Feature("last block"), schedule.Schedule().carry]),
+    )
+)
+
+
+@given(plan=PLANS, taps=st.sets(st.integers(1, 8)), heads=st.sampled_from(["active", "all"]))
+def test_stages_run_every_block_once_and_stop_wherever_something_happens(plan, taps, heads):
+    stages = plan.stages(8, taps=taps, heads=heads)
+    assert [block for stage in stages for block in range(stage.start, stage.stop)] == list(range(8))
+    asked = plan.active if heads == "active" else plan.exits
+    assert [stage.exit for stage in stages if stage.exit is not None] == list(asked)
+    assert [stage.index for stage in stages if stage.index is not None] == list(range(len(asked)))
+    assert all(stage.exit.after == stage.stop for stage in stages if stage.exit is not None)
+    assert {stage.stop for stage in stages if stage.tap} == taps
+    rejoins = [stage.stop for stage in stages if stage.rejoin]
+    carry = plan.carry
+    assert rejoins == ([7 if carry.before == "last block" else 8] if isinstance(carry, Feature) else [])
+    needed = {exit.after for exit in asked} | taps | set(rejoins) | {8}
+    assert {stage.stop for stage in stages} == needed
+
+
+def test_stages_of_a_plan():
+    plan = Schedule((Exit(2, never()), Exit(4, always())), Feature("last block"))
+    assert plan.stages(6, taps=(6,)) == (
+        Stage(0, 4, plan.exits[1], 0),
+        Stage(4, 5, rejoin=True),
+        Stage(5, 6, tap=True),
+    )
+    with pytest.raises(TokenExitError, match="`schedule` must have exits and taps within 3 blocks, got 4"):
+        plan.stages(3)
+
+
+# What policies say of themselves.
+
+
+@example(policy=policies.BatchBudget(0.5, by="margin") & ~policies.EntropyBelow(0.2))
+@given(policy=strategies.policies(3))
+def test_a_policy_needs_what_it_reads_and_nothing_else(policy):
+    """With what it needs it decides; without one of the scores that it needs it is refused."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(6, 3)).astype(np.float32)
+    common = {"image": np.array([0, 0, 0, 1, 1, 1]), "images": 2, "grid": (1, 3), "position": np.arange(6) % 3}
+    seen = {**common, "previous": np.zeros((3, 6), dtype=int)}
+    gate = table[:, 0] > 0
+    whole = policies.Evidence(table, gate=gate.astype(np.float32), **seen)
+    policy(whole)
+    gated = "gate" in policy.needs
+    try:
+        policy(policies.Evidence(table, **seen))
+        assert not gated
+    except TokenExitError:
+        assert gated
+    spread = {"entropy", "margin"} & policy.needs
+    try:
+        policy(policies.Evidence(class_scores=table, gate=whole.gate, **seen))
+        assert not spread
+    except TokenExitError:
+        assert spread
+    assert policy.mixes_images == ("BatchBudget" in repr(policy))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda table: replay.replay(table, Schedule(carry=Feature()), grid=(1, 2)), "`plan` must carry predictions"),
+        (lambda table: replay.replay(table, Schedule(carry=Preserved()), grid=(1, 2)), "`plan` must carry predictions"),
+        (
+            lambda table: replay.replay(table, schedule.truncated(after=2), grid=(1, 2)),
+            r"`plan` must have exits only after blocks with an exit head, \[1\], got \[2\]",
+        ),
+        (
+            lambda table: replay.replay(table, schedule.dense(), grid=(2, 2)),
+            r"`logits` must be of one shape, \(images, 4, classes\), got \[\(1, 2, 3\)\]",
+        ),
+    ],
+)
+def test_bad_replays_are_refused(call, message):
+    table = {after: np.zeros((1, 2, 3), dtype=np.float32) for after in (1, 3)}
+    with pytest.raises(TokenExitError, match=message):
+        call(table)
+
+
+def test_an_output_in_another_layout_is_refused():
+    receipt = tokens.pack(np.ones((1, 4), dtype=bool))
+    output = HeadOutput(np.zeros((3, 2), dtype=np.float32))
+    book = ledger.open_ledger(np.zeros((4, 2), dtype=np.float32), receipt)
+    with pytest.raises(
+        TokenExitError, match=r"`output` must have the layout of the receipt, \(4,\), and one more axis"
+    ):
+        exits.decide(never(), output, receipt, book, np.zeros((0, 4), dtype=int), grid=(2, 2))
+
+
+def test_a_ledger_with_masks_asks_for_masks():
+    receipt = tokens.pack(np.ones((1, 4), dtype=bool))
+    logits = np.zeros((4, 2), dtype=np.float32)
+    book = ledger.open_ledger(logits, receipt, presence_logits=np.zeros((1, 2), dtype=np.float32))
+    with pytest.raises(TokenExitError, match="`output` must have masks for a ledger that keeps them, got none"):
+        exits.settle(book, receipt, np.ones(4, dtype=bool), HeadOutput(logits), depth=1)
