@@ -2,30 +2,27 @@
 
 A gate is a small head that gives every patch two logits, *keep* and *skip*: by default `heads.MLP` with a quarter of
 the channels between its layers. Trained, a decision is drawn; in use, the probability of *keep* is compared with a
-threshold, by `policies.GateBelow`, and nothing is drawn. `stages` is the itinerary of a forward pass and `decide` the
-decision of a gate in it. All functions take arrays of any library, and gradients flow through them, decisions aside.
+threshold, by `policies.GateBelow`, and nothing is drawn. `Schedule.stages` is the itinerary of a forward pass, and
+`decide` the decision of a gate in it. All functions take arrays of any library, and gradients flow through them,
+decisions aside.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 from jaxtyping import Bool, Float
 
 from tokenexit._array import Array, aligned, array_namespace, counting, data_dependent_shapes
 from tokenexit._plain import is_number, is_whole
-from tokenexit.carries import Preserved
 from tokenexit.errors import require
 from tokenexit.heads import MLP
 from tokenexit.policies import Evidence, GateBelow, Policy
-from tokenexit.schedule import Exit, Schedule, require_gates_fit
+from tokenexit.schedule import Exit, Schedule
 
 __all__ = [
     "FIRST_BIAS",
-    "Stage",
     "calibrated",
     "decide",
     "keep_probability",
@@ -34,59 +31,11 @@ __all__ = [
     "returnable",
     "soft_draw",
     "staged_rates",
-    "stages",
     "threshold_for",
 ]
 
 FIRST_BIAS = (2.0, 0.0)
 """Bias of a new gate's last layer: its keep probability is 0.88 at first, so training starts near the dense network."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Consecutive blocks in the forward pass of a network with gates, and what follows them.
-
-    Attributes:
-        start: How many blocks run before these.
-        stop: How many blocks have run after them; greater than `start`.
-        tap: Whether a feature map is taken then, before anything else.
-        gate: The gate that decides then, with its policy; None if none does.
-        rejoin: Whether all tokens are active again from then on.
-    """
-
-    start: int
-    stop: int
-    tap: bool = False
-    gate: Exit | None = None
-    rejoin: bool = False
-
-
-def stages(plan: Schedule, depth: int, /, *, taps: Iterable[int] = ()) -> tuple[Stage, ...]:
-    """Itinerary of a forward pass with gates: the blocks that run without interruption, and what follows them.
-
-    Args:
-        plan: The schedule; a gate whose policy is `never()` does not decide, and interrupts nothing.
-        depth: How many blocks the network has.
-        taps: After how many blocks a feature map is taken.
-
-    Returns:
-        The stages, in the order of the blocks; together they are all blocks.
-
-    Raises:
-        TokenExitError: If the plan is not one of a network with gates (`schedule.require_gates_fit`), or a tap lies
-            outside of the network.
-    """
-    plan, taps = require_gates_fit(plan, depth=depth, after=plan.after), frozenset(taps)
-    inside = all(is_whole(tap, least=1) and tap <= depth for tap in taps)
-    require(inside, "taps", f"be blocks from 1 to {depth}", sorted(taps, key=str))
-    gates = {exit.after: exit for exit in plan.active}
-    rejoins = len(gates) > 0 and isinstance(plan.carry, Preserved) and plan.carry.before == "last block"
-    rejoin = {depth - 1} if rejoins else set[int]()
-    stops = sorted({*gates, *taps, *rejoin, depth})
-    return tuple(
-        Stage(start, stop, tap=stop in taps, gate=gates.get(stop), rejoin=stop in rejoin)
-        for start, stop in pairwise([0, *stops])
-    )
 
 
 def decide(

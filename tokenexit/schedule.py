@@ -75,7 +75,7 @@ class Stage:
         stop: Blocks that have run after.
         exit: The exit point that follows, if any.
         index: Which of the exit points of the pass it is, from 0; None without one.
-        rejoin: Whether all tokens of all images run on from here, exited ones with the features they left with.
+        rejoin: Whether all tokens of all images run on from here, exited or skipped ones with the features they have.
         tap: Whether something reads the tokens of all images here.
     """
 
@@ -151,6 +151,8 @@ class Schedule:
         rejoin = None
         if isinstance(self.carry, Feature):
             rejoin = depth - 1 if self.carry.before == "last block" else depth
+        elif isinstance(self.carry, Preserved) and self.carry.before == "last block" and len(exits) > 0:
+            rejoin = depth - 1
         taps = frozenset(taps)
         stops = sorted({*exits, *taps, depth, *([] if rejoin is None else [rejoin])} - {0})
         require(stops[-1] == depth, "schedule", f"have exits and taps within {depth} blocks", stops[-1])

@@ -21,7 +21,6 @@ import tokenexit_torch as tet
 from examples.camvid import common, gated
 from tests.benchmarks.clock import interleaved
 from tokenexit import schedule
-from tokenexit.gates import stages
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.gates import forward
@@ -38,7 +37,7 @@ def known(model: tet.GatedModel, images: Tensor, plan: Schedule, decisions: Mapp
         return forward.decided(keep, keep, prefix=state.embedded.prefix)
 
     state = forward.start(model.host, images, plan, patch=model.patch)
-    state = forward.run(model.host, state, stages(plan, model.depth), layout=forward.PACKED, decide=decide)
+    state = forward.run(model.host, state, plan.stages(model.depth), layout=forward.PACKED, decide=decide)
     return forward.output(model.host, model.head, state)
 
 

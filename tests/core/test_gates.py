@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.core import oracles, strategies
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, gates, policies, schedule
-from tokenexit.carries import Prediction, Preserved
+from tokenexit.carries import Preserved
 from tokenexit.policies import BatchBudget, Budget, GateBelow, never
 from tokenexit.schedule import Exit, Schedule
 
@@ -206,17 +206,17 @@ def walked(plan, depth, taps):
 @given(gated_plans())
 def test_stages_are_all_blocks_and_what_follows_them(drawn):
     plan, depth, taps = drawn
-    found = gates.stages(plan, depth, taps=taps)
+    found = plan.stages(depth, taps=taps)
     events = []
     for stage in found:
         events += [("block", block) for block in range(stage.start, stage.stop)]
         events += [("tap", stage.stop)] if stage.tap else []
-        events += [] if stage.gate is None else [("gate", stage.gate)]
+        events += [] if stage.exit is None else [("gate", stage.exit)]
         events += [("rejoin", stage.stop)] if stage.rejoin else []
     assert events == walked(plan, depth, taps)
     assert all(stage.start < stage.stop for stage in found)
     # Nothing is interrupted for nothing.
-    assert all(stage.tap or stage.gate or stage.rejoin for stage in found[:-1])
+    assert all(stage.tap or stage.exit or stage.rejoin for stage in found[:-1])
 
 
 @each_backend
@@ -304,9 +304,6 @@ SVIT = schedule.svit(after=(1, 2))
         (lambda: gates.decide(never(), Z((2, 5)), grid=(2, 3)), "`probability` must have shape (images, 6), for a grid of 2 x 3, got shape (2, 5)"),
         (lambda: gates.decide(never(), Z(6), grid=(2, 3)), "`probability` must have shape (images, 6), for a grid of 2 x 3, got shape (6,)"),
         (lambda: gates.decide(never(), Z((2, 6)), grid=(2, 3), before=Z((1, 6), bool)), "`before` must have shape (2, 6), got shape (1, 6)"),
-        (lambda: gates.stages(SVIT, 4, taps=(0, 5)), "`taps` must be blocks from 1 to 4, got [0, 5]"),
-        (lambda: gates.stages(SVIT, 2), "`schedule` must have gates after blocks 1 to 1 only, for 2 blocks and before='decoder', got [2]"),
-        (lambda: gates.stages(Schedule(SVIT.exits, Prediction()), 4), "`schedule` must carry Preserved, for a model with gates, got Prediction()"),
         (lambda: gates.calibrated(SVIT, {1: 0.5}, lambda *_: Z(3)), "`rates` must be one number, or one for each gate, after blocks (1, 2), got {1: 0.5}"),
         (lambda: gates.calibrated(SVIT, 0.5, lambda *_: Z(0)), "`probability` must hold at least one token, got (0,)"),
         (lambda: gates.staged_rates((3, 3)), "`after` must be ascending blocks from 1 up, at least one, got (3, 3)"),

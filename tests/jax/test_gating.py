@@ -22,6 +22,7 @@ from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature, Preserved
 from tokenexit.heads import ATM, FCN, MLP, Linear, Neighbourhood
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_jax.heads import build
 
 SVIT = schedule.svit(after=pairs.AFTER)
 HALF = Schedule(tuple(Exit(after, policies.Budget(0.5, by="gate")) for after in pairs.AFTER), Preserved())
@@ -329,7 +330,7 @@ def test_new_gates_let_most_tokens_run():
         gates = model.init(jax.random.key(0))
         assert [*gates] == ["1", "2", "3"]
         patches = jax.random.normal(jax.random.key(1), (200, 48))
-        probability = jax.nn.softmax(tej.heads.read(plan, gates["2"], patches))[:, 0]
+        probability = jax.nn.softmax(build.read(plan, gates["2"], patches))[:, 0]
         assert 0.8 < probability.mean() < 0.95
         first, second = (jax.tree.leaves(gates[after]) for after in ("1", "2"))
         assert any(not jnp.array_equal(one, other) for one, other in zip(first, second, strict=True))

@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from tokenexit import gates as core
 from tokenexit import tokens
 from tokenexit.carries import Preserved
-from tokenexit.gates import Stage, keep_probability
+from tokenexit.gates import keep_probability
 from tokenexit.heads import HeadPlan
 from tokenexit.policies import Policy
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Schedule, Stage
 from tokenexit_jax._layers import Weights
 from tokenexit_jax._network import embed, run_block
 from tokenexit_jax.exits.forward import capacities_in_entries, on_grid
@@ -303,7 +303,7 @@ def run(
         The state at the end.
     """
     assert isinstance(plan.carry, Preserved)
-    first, *later = core.stages(plan, model.depth, taps=model.taps)
+    first, *later = plan.stages(model.depth, taps=model.taps)
     embedded = driver.first_blocks(model.network, params, images, stop=first.stop)
     slots = embedded.tokens.shape[1]
     state = State(plan.carry, embedded, held=(None,) * first.stop, room=(slots,) * first.stop)
@@ -319,8 +319,8 @@ def _between(model: GatedParts, state: State, stage: Stage, decide: Decide) -> S
     """What follows the blocks of a stage."""
     if stage.tap and stage.stop < model.depth:
         state = dataclasses.replace(state, passed={**state.passed, stage.stop: state.embedded})
-    if stage.gate is not None:
-        decisions = {**state.decisions, stage.stop: decide(state, stage.gate)}
+    if stage.exit is not None:
+        decisions = {**state.decisions, stage.stop: decide(state, stage.exit)}
         state = dataclasses.replace(state, gate=stage.stop, decisions=decisions)
     return dataclasses.replace(state, gate=None) if stage.rejoin else state
 

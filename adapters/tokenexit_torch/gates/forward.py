@@ -19,8 +19,7 @@ from torch.nn import functional
 from tokenexit import TokenExitError, gates, tokens
 from tokenexit.area import Area
 from tokenexit.carries import Preserved
-from tokenexit.gates import Stage
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Schedule, Stage
 from tokenexit.tokens import Packing
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import is_training, require_not_exported
@@ -192,9 +191,9 @@ def run(host: Host, state: State, stages: Iterable[Stage], /, *, layout: Layout,
         state = run_blocks(host, state, stage.start, stage.stop, layout=layout)
         if stage.tap:
             state = replace(state, maps={**state.maps, stage.stop: feature_map(host, state)})
-        if stage.gate is not None:
+        if stage.exit is not None:
             state = set_active(state, None, layout=layout)
-            state = apply_decision(state, stage.gate.after, decide(state, stage.gate), layout=layout)
+            state = apply_decision(state, stage.stop, decide(state, stage.exit), layout=layout)
         if stage.rejoin:
             state = set_active(state, None, layout=layout)
     return state

@@ -11,7 +11,6 @@ from functools import partial
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tokenexit import gates as core
 from tokenexit.carries import Preserved
 from tokenexit.cost import HeadCost
 from tokenexit.heads import HeadPlan
@@ -112,7 +111,7 @@ class GatedModel(Planned):
 
     def _run(self, images: Tensor, plan: Schedule, layout: Layout) -> GatedOutput:
         state = start(self.host, images, plan, patch=self.patch)
-        stages = core.stages(plan, self.depth, taps=self.taps)
+        stages = plan.stages(self.depth, taps=self.taps)
         state = run(self.host, state, stages, layout=layout, decide=partial(decide_by_policy, self.gates))
         return output(self.host, self.head, state)
 

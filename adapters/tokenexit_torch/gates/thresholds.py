@@ -12,16 +12,8 @@ from tokenexit.errors import require
 from tokenexit.gates import calibrated, keep_probability, returnable
 from tokenexit.schedule import Schedule
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.gates.forward import (
-    PACKED,
-    State,
-    apply_decision,
-    decide_by_policy,
-    run_blocks,
-    score,
-    set_active,
-    start,
-)
+from tokenexit_torch.gates import forward
+from tokenexit_torch.gates.forward import PACKED, State
 from tokenexit_torch.gates.model import GatedModel
 
 __all__ = ["gate_thresholds"]
@@ -32,7 +24,7 @@ Progress = Callable[[Iterable], Iterable]
 @torch.inference_mode()
 def gate_thresholds(
     model: GatedModel,
-    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "batch channels height width"]],
+    images: Float[Tensor, "images channels height width"] | Iterable[Float[Tensor, "_ channels _ _"]],
     /,
     *,
     rates: float | Mapping[int, float],
@@ -63,7 +55,9 @@ def gate_thresholds(
     wanted = rates_by_gate(rates, model.schedule.after)
     batches = images.split(8) if isinstance(images, Tensor) else images
     with evaluating(model):
-        states = [start(model.host, batch, model.schedule, patch=model.patch) for batch in batches if len(batch)]
+        states = [
+            forward.start(model.host, batch, model.schedule, patch=model.patch) for batch in batches if len(batch)
+        ]
         require(len(states) > 0, "images", "hold at least one image", "none")
 
         def probabilities(earlier: Schedule, after: int) -> Tensor:
@@ -77,11 +71,12 @@ def _before_gate(model: GatedModel, state: State, earlier: Schedule, after: int)
     """Run on to a gate from the one before it, by its decision; all tokens are active again."""
     if earlier.exits:
         last = earlier.exits[-1]
-        state = apply_decision(state, last.after, decide_by_policy(model.gates, state, last), layout=PACKED)
-    state = run_blocks(model.host, state, len(state.counts), after, layout=PACKED)
-    return set_active(state, None, layout=PACKED)
+        decision = forward.decide_by_policy(model.gates, state, last)
+        state = forward.apply_decision(state, last.after, decision, layout=PACKED)
+    state = forward.run_blocks(model.host, state, len(state.counts), after, layout=PACKED)
+    return forward.set_active(state, None, layout=PACKED)
 
 
 def _probability(model: GatedModel, state: State, after: int) -> Float[Tensor, "images patches"]:
-    logits = score(model.gates[str(after)], state.tokens, prefix=state.embedded.prefix)
+    logits = forward.score(model.gates[str(after)], state.tokens, prefix=state.embedded.prefix)
     return returnable(keep_probability(logits), state.before)

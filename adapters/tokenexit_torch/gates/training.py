@@ -138,7 +138,7 @@ class Sampled(nn.Module):
         state = start(model.host, images, plan, patch=model.patch)
         require_covered(state.area)
         decide = partial(self._decide, generator, plan)
-        stages = gates.stages(plan, model.depth, taps=model.taps)
+        stages = plan.stages(model.depth, taps=model.taps)
         state = run(model.host, state, stages, layout=_DRAWN, decide=decide)
         found = output(model.host, model.head, state)
         keep = [decision.keep for decision in state.decisions.values()]
