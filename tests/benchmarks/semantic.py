@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokenexit_torch as tet
 from examples.counting import multiply_adds
-from examples.timm_import import import_timm
+from tests.timm_import import import_timm
 from tests.benchmarks.clock import interleaved
 from tokenexit import semantic
 

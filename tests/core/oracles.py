@@ -226,3 +226,32 @@ def hoeffding_bentkus(losses, at_most):
         math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(min(n, math.ceil(np.sum(losses))) + 1)
     )
     return min(hoeffding, math.e * float(tail))
+
+
+def standardised(x):
+    wide = np.asarray(x, np.float64)
+    wide = wide - wide.mean(-1, keepdims=True)
+    return wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+
+
+def walked(x, running, grid, radius, prefix):
+    """The mean over the places around each slot that run, one slot at a time."""
+    images, slots, width = x.shape
+    own, found = standardised(x), np.zeros((images, slots, width))
+    for image in range(images):
+        for slot in range(prefix, slots):
+            row, column = divmod(slot - prefix, grid[1])
+            around = [
+                own[image, prefix + i * grid[1] + j]
+                for i in range(max(0, row - radius), min(grid[0], row + radius + 1))
+                for j in range(max(0, column - radius), min(grid[1], column + radius + 1))
+                if running[image, prefix + i * grid[1] + j]
+            ]
+            found[image, slot] = np.mean(around, axis=0) if around else 0
+    return np.concatenate([own, found], axis=-1)
+
+
+def starts(size, side, reach, edges):
+    for first in range(0, size, side):
+        start = first - math.floor((reach - side) / 2)
+        yield max(0, min(start, size - reach)) if edges == "inside" else start

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -21,6 +22,7 @@ from tokenexit.policies import (
     always,
     never,
 )
+from tokenexit.schedule import Exit, Schedule
 
 ODD = [np.nan, np.inf, -np.inf, 7e4, -7e4, 0.0]
 
@@ -182,3 +184,32 @@ def policies(classes=None) -> st.SearchStrategy[Policy]:
         ),
         max_leaves=3,
     )
+
+
+# What JSON can hold, with names and values that plans have.
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["never", "PerClass", "gate", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["kind", "threshold", "thresholds", "policy", "left", "keep"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+CARRY = (
+    st.just(Prediction())
+    | st.builds(
+        Preserved,
+        returning=st.sampled_from(["every gate", "never"]),
+        keys=st.sampled_from(["running", "all"]),
+        before=st.sampled_from(["decoder", "last block"]),
+    )
+    | st.just(MaskPrediction())
+    | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
+)
+EXITS = st.dictionaries(st.integers(1, 40), policies(), max_size=5).map(
+    lambda exits: tuple(Exit(after, exits[after]) for after in sorted(exits))
+)
+SCHEDULE = st.builds(Schedule, EXITS, CARRY)

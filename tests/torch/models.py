@@ -5,7 +5,7 @@ from torch import nn
 
 import tokenexit_torch as tet
 from examples.scenes.vit import Config, PlainHost, ViT
-from examples.timm_import import import_timm
+from tests.timm_import import import_timm
 from tokenexit.heads import MLP
 
 CLASSES = 5

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
-from examples.timm_import import import_timm
+from tests.timm_import import import_timm
 from tests.core.test_semantic import starts
 from tests.torch import models
 from tokenexit import TokenExitError, semantic
