@@ -22,7 +22,7 @@ class Decoder:
     """A model of another library whose ViT feeds a decoder of its own.
 
     Attributes:
-        make: Builds it.
+        make: Builds it, once: each call gives a copy.
         prefix: How many of its tokens are no patches.
         taps: After how many blocks its decoder looks at all tokens.
         blocks: Its blocks.
@@ -36,6 +36,9 @@ class Decoder:
     blocks: Callable[[Any], Any]
     tables: Callable[[Any, Tensor, Tensor], dict[str, Any]] = lambda *_: {}
     classes: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "make", models.once(self.make))
 
     def embedded(self, model: Any, images: Tensor) -> Tensor:
         """What its first block is given by its own forward."""

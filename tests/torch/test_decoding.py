@@ -16,34 +16,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
-from tests.torch import models
+from tests.torch import hosts, models
 from tests.torch.decoders import CLASSES, DECODERS, DEPTH, GRID, HEADS, PATCH, SIZE, WIDTH, dinov2, made, on_backbone
-from tests.torch.test_hosts import Told
+from tests.torch.hosts import AFTER, PATCHES, Told, one_of
 from tokenexit import TokenExitError, heads, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.decoding import pooled
 from tokenexit_torch.registry import decoding_host_of
 
-AFTER = (1, 2)
-PATCHES = GRID[0] * GRID[1]
 each = pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS.keys())
 
 
-def told(images, *, carry=Feature(), done=None, seed=0):
-    """After each of two blocks, other tokens leave: few of the first image, many of the last; all of `done`."""
-    shares = torch.linspace(0.2, 0.7, images)[:, None]
-    random = torch.Generator().manual_seed(seed)
-    masks = [torch.rand(images, PATCHES, generator=random) < shares for _ in AFTER]
-    if done is not None:
-        masks[0][done] = True
-    return Schedule(tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True)), carry)
-
-
-def one_of(plan, number):
-    """The plan for one image alone."""
-    own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
-    return dataclasses.replace(plan, exits=own)
+told = functools.partial(hosts.told, carry=Feature())
 
 
 def exiting(model):

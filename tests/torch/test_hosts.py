@@ -15,41 +15,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.hosts import DEPTH, FOREIGN, GRID, HEADS, PATCH, SIZE, WIDTH, eva, torchvision_vit, transformers_model
-from tokenexit import TokenExitError, policies, schedule
+from tests.torch.hosts import (
+    AFTER,
+    DEPTH,
+    FOREIGN,
+    GRID,
+    HEADS,
+    PATCH,
+    PATCHES,
+    SIZE,
+    WIDTH,
+    Told,
+    eva,
+    exiting,
+    one_of,
+    told,
+    torchvision_vit,
+    transformers_model,
+)
+from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.semantic import SemanticPlan
 from tokenexit_torch.registry import REFUSED
 
-AFTER = (1, 2)
-PATCHES = GRID[0] * GRID[1]
 each = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
-
-
-class Told(policies.Policy):
-    """Lets go those that it is told to, by image and place."""
-
-    def __init__(self, leave):
-        self.leave = leave
-
-    def leaves(self, evidence):
-        return self.leave[evidence.image, evidence.position.clamp(min=0)]
-
-
-def told(images, *, seed=0, carry=None):
-    """After each of two blocks, other tokens leave: few of the first image, many of the last."""
-    shares = torch.linspace(0.2, 0.7, images)[:, None]
-    random = torch.Generator().manual_seed(seed)
-    masks = [torch.rand(images, PATCHES, generator=random) < shares for _ in AFTER]
-    exits = tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True))
-    return Schedule(exits) if carry is None else Schedule(exits, carry)
-
-
-def exiting(model):
-    """Its heads hand the tokens out as they are."""
-    heads = {after: nn.Identity() for after in AFTER}
-    return tet.wrap(model, schedule.dense(after=AFTER), head=nn.Identity(), exit_heads=heads)
 
 
 def gated(model, carry):
@@ -145,8 +135,7 @@ def test_an_image_does_not_depend_on_its_batch(foreign):
     wrapped, images, plan = exiting(foreign.make()), models.images(3, SIZE), told(3)
     together = wrapped(images, schedule=plan)
     for number in range(3):
-        own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
-        alone = wrapped(images[number : number + 1], schedule=Schedule(own))
+        alone = wrapped(images[number : number + 1], schedule=one_of(plan, number))
         torch.testing.assert_close(together.logits[number], alone.logits[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(together.tokens_per_block[number], alone.tokens_per_block[0])
 
@@ -382,7 +371,7 @@ def test_sharded_models_run_by_forward_and_say_what_else_to_do():
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     images, plan = models.images(2), schedule.paumer(keep={2: 0.5})
-    model = models.wrapped_after(models.timm_vit(), plan, after=(2,))
+    model = models.wrapped(models.timm_vit, plan, after=(2,))
     wanted = model(images).logits
     for block in model.model.blocks:
         fully_shard(block)
@@ -394,7 +383,7 @@ def test_sharded_models_run_by_forward_and_say_what_else_to_do():
     torch.testing.assert_close(model(images).logits, wanted)
     register_fsdp_forward_method(model, "every_exit")
     assert len(model.every_exit(images)) == 2
-    inner = models.wrapped_after(models.timm_vit(), plan, after=(2,))
+    inner = models.wrapped(models.timm_vit, plan, after=(2,))
     fully_shard(inner.model)
     with pytest.raises(TokenExitError, match=sharded):
         inner(images)

@@ -40,29 +40,20 @@ each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 each_carry = pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES.keys())
 
 
-def lively(head):
-    with torch.no_grad():
-        for layer in head.layers:
-            layer.query.weight.mul_(5)
-            layer.key_value.weight.mul_(5)
-        head.presence.weight.mul_(3)
-    return head
-
-
 def masked(host, plan, atm=heads.ATM(layers=2, attention_heads=2)):
     """A model with mask heads after blocks 2, 3 and 4 whose confidences spread over (0, 1)."""
     torch.manual_seed(1)
     after = schedule.dense(after=(2, 3, 4))
     model = tet.wrap(host, after, num_classes=models.CLASSES, exit_heads=atm).eval()
     for head in [*model.exit_heads.values(), model.head]:
-        lively(head)
+        models.lively_masks(head)
     model.retune(plan)
     return model
 
 
 def a_head(width=12, classes=3, **options):
     torch.manual_seed(5)
-    return lively(tet.AttentionToMask(width, classes, **options).double())
+    return models.lively_masks(tet.AttentionToMask(width, classes, **options).double())
 
 
 def drawn(*shape, seed=0):
@@ -415,7 +406,7 @@ def test_stages_of_a_dense_plan_and_of_features_have_masks_too():
     loss = stages.loss_of_masks(lambda maps: tet.mask_loss(maps, labels), auxiliary={2: 0.0, 4: 2.0})
     wanted = 2 * tet.mask_loss(stages.masks[4], labels) + tet.mask_loss(stages.masks[6], labels)
     torch.testing.assert_close(loss, wanted)
-    softmax = Staged(models.wrapped(models.timm_vit(), schedule.dense()))(images)
+    softmax = Staged(models.wrapped(models.timm_vit, schedule.dense()))(images)
     assert softmax.masks is None
     with pytest.raises(TokenExitError, match="`stages` must be of mask heads for a loss of masks, got none"):
         softmax.loss_of_masks(lambda maps: maps.mask_logits.sum())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenexit_torch as tet
-from tests.core.test_surroundings import walked
+from tests.core.oracles import walked
 from tests.torch import models
 from tests.torch.decoders import DECODERS
 from tokenexit import TokenExitError, schedule
@@ -18,7 +18,7 @@ from tokenexit_torch.heads import build
 
 PLAN = schedule.neighbours(radius={2: 0, 3: 1, 4: 0}, threshold=0.5, per_class=1)
 HEADS = Neighbourhood(hidden=16, radius=1)
-HOSTS = {"timm": models.timm_vit, "plain": models.plain_host, "placed": models.Placed}
+HOSTS = {"timm": models.timm_vit, "plain": models.plain_host, "placed": models.placed}
 
 
 def looking(host="timm", plan=PLAN, heads=HEADS):
