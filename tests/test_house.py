@@ -24,8 +24,7 @@ def imported(source: str, package: tuple[str, ...]) -> Iterator[str]:
 def complaints(source: str, file: Path) -> list[str]:
     """What is wrong with the imports of a file, whose path begins in the folder of the tests."""
     names = sorted(imported(source, ("tests", *file.parts[:-1])))
-    tests = [name for name in names if any(part.startswith("test_") for part in name.split(".")[:-1])]
-    tests += [name for name in names if name.startswith("tests.") and name.rpartition(".")[2].startswith("test_")]
+    tests = [name for name in names if name.startswith("tests.") and ".test_" in name]
     examples = [name for name in names if name.partition(".")[0] == "examples" and file.parts[0] in OF_THE_LIBRARY]
     return [f"{file} imports {name}" for name in sorted({*tests, *examples})]
 
