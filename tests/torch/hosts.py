@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenexit_torch as tet
-from tests.torch import models
+from tests.torch import models, oracle
 from tokenexit import policies, schedule
 from tokenexit.carries import Prediction
 from tokenexit.schedule import Exit, Schedule
@@ -55,6 +55,21 @@ class Foreign:
         """Block `index`, called as its own library does, on all prefix tokens and these patches of one image."""
         return self.blocks(model)[index](tokens, **self.tables(model, images, patches, index))
 
+    def alone(self, model: nn.Module, image: Tensor) -> oracle.Alone:
+        """One image of the size of the model, in its own code."""
+
+        def run(block: int, row: Tensor, slots: Tensor) -> Tensor:
+            return self.run(model, block, row, image, slots[self.prefix :] - self.prefix)
+
+        def finish(tokens: Tensor) -> Tensor:
+            """The final norm alone, by the model's own forward: its last block is made to give these tokens."""
+            hook = self.blocks(model)[-1].register_forward_hook(lambda *_: tokens)
+            found = self.dense(model, image)
+            hook.remove()
+            return found
+
+        return oracle.Alone(self.embedded(model, image), self.prefix, GRID, run, finish)
+
 
 class Told(policies.Policy):
     """Lets go those that it is told to, by image and place."""
@@ -76,16 +91,30 @@ def told(images, *, seed=0, carry=Prediction(), done=None) -> Schedule:
     return Schedule(tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True)), carry)
 
 
+def depths_of(plan: Schedule, blocks: int) -> Tensor:
+    """After how many of the blocks each token leaves by a plan of `told`, (images, rows, columns)."""
+    first, second = (one.policy.leave.unflatten(1, GRID) for one in plan.exits)
+    depth = torch.where(second, AFTER[1], blocks)
+    return torch.where(first, AFTER[0], depth)
+
+
 def one_of(plan: Schedule, number: int) -> Schedule:
     """A plan of `told` for one image alone."""
     own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
     return dataclasses.replace(plan, exits=own)
 
 
-def exiting(model: nn.Module) -> tet.ExitingModel:
-    """Its heads hand the tokens out as they are."""
+def exiting(model: nn.Module | Foreign) -> tet.ExitingModel:
+    """Its heads hand the tokens out as they are; a `Foreign` is made and wrapped once, and this is a copy."""
+    if isinstance(model, Foreign):
+        return _exiting_once(model)
     heads = {after: nn.Identity() for after in AFTER}
     return tet.wrap(model, schedule.dense(after=AFTER), head=nn.Identity(), exit_heads=heads)
+
+
+@models.once
+def _exiting_once(foreign: Foreign) -> tet.ExitingModel:
+    return exiting(foreign.make())
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 References call the blocks as their own library does, one image at a time, on a plain batch of the tokens that run.
 """
 
+import functools
 import importlib
 import itertools
 import warnings
@@ -26,6 +27,7 @@ from tests.torch.hosts import (
     SIZE,
     WIDTH,
     Told,
+    depths_of,
     eva,
     exiting,
     one_of,
@@ -33,6 +35,7 @@ from tests.torch.hosts import (
     torchvision_vit,
     transformers_model,
 )
+from tests.torch.oracle import run_one_by_one
 from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
@@ -50,35 +53,10 @@ def as_map(tokens):
     return tokens.mT.unflatten(2, GRID)
 
 
-def finished(foreign, model, images):
-    """The final norm alone, by the model's own forward: its last block is made to give these tokens."""
-
-    def given(tokens):
-        hook = foreign.blocks(model)[-1].register_forward_hook(lambda *_: tokens)
-        found = foreign.dense(model, images)
-        hook.remove()
-        return found
-
-    return given
-
-
-def slow(foreign, model, images, plan):
-    """Each token as it was when it left, or finished; one image at a time, without those that have left."""
-    found = []
-    for number in range(len(images)):
-        image = images[number : number + 1]
-        row, prefix = foreign.embedded(model, image), foreign.prefix
-        outcome, here = torch.zeros(PATCHES, WIDTH), torch.arange(PATCHES)
-        for block in range(DEPTH):
-            if prefix + len(here):  # some blocks cannot reshape nothing
-                row = foreign.run(model, block, row, image, here)
-            if block + 1 in AFTER:
-                leave = plan.exits[block].policy.leave[number, here]
-                outcome[here[leave]] = row[0, prefix:][leave]
-                row, here = torch.cat([row[:, :prefix], row[:, prefix:][:, ~leave]], dim=1), here[~leave]
-        outcome[here] = finished(foreign, model, image)(row)[0, prefix:]
-        found.append(outcome)
-    return as_map(torch.stack(found))
+def outcome(foreign, wrapped, images, plan):
+    """Each token as it was when it left, or finished; the blocks are called as their own library calls them."""
+    alone = functools.partial(foreign.alone, wrapped.model)
+    return run_one_by_one(wrapped, images, depths_of(plan, DEPTH), alone=alone)
 
 
 def slow_gates(foreign, model, images, plan):
@@ -100,15 +78,16 @@ def slow_gates(foreign, model, images, plan):
                 after = foreign.run(model, block, every[:, rows], image, run.nonzero()[:, 0])
             every = every.clone()
             every[:, rows] = after
-        found.append(finished(foreign, model, image)(every)[0, prefix:])
+        found.append(foreign.alone(model, image).finish(every)[0, prefix:])
     return as_map(torch.stack(found))
 
 
 @torch.no_grad()
 @each
 def test_nothing_leaves_is_the_models_own_output(foreign):
-    model, images = foreign.make(), models.images(3, SIZE)
-    wrapped, own = exiting(model), as_map(foreign.dense(model, images)[:, foreign.prefix :])
+    wrapped, images = exiting(foreign), models.images(3, SIZE)
+    model = wrapped.model
+    own = as_map(foreign.dense(model, images)[:, foreign.prefix :])
     stay = torch.zeros(3, PATCHES, dtype=torch.bool)
     packed = Schedule(tuple(Exit(after, Told(stay)) for after in AFTER))
     for plan in (schedule.dense(), packed):
@@ -123,16 +102,17 @@ def test_nothing_leaves_is_the_models_own_output(foreign):
 @torch.no_grad()
 @each
 def test_tokens_keep_their_places_when_others_leave(foreign):
-    model, images, plan = foreign.make(), models.images(3, SIZE), told(3)
-    out = exiting(model)(images, schedule=plan)
+    wrapped, images, plan = exiting(foreign), models.images(3, SIZE), told(3)
+    out = wrapped(images, schedule=plan)
+    assert torch.equal(out.exit_depth, depths_of(plan, DEPTH))
     assert out.exit_depth.unique().tolist() == [1, 2, DEPTH]
-    torch.testing.assert_close(out.logits, slow(foreign, model, images, plan), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(out.logits, outcome(foreign, wrapped, images, plan), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @each
 def test_an_image_does_not_depend_on_its_batch(foreign):
-    wrapped, images, plan = exiting(foreign.make()), models.images(3, SIZE), told(3)
+    wrapped, images, plan = exiting(foreign), models.images(3, SIZE), told(3)
     together = wrapped(images, schedule=plan)
     for number in range(3):
         alone = wrapped(images[number : number + 1], schedule=one_of(plan, number))
@@ -154,8 +134,8 @@ def test_tokens_keep_their_places_when_others_wait(foreign):
 
 @each
 def test_gradients_are_the_models_own_and_finite_when_tokens_leave(foreign):
-    model, images = foreign.make(), models.images(2, SIZE)
-    wrapped, weights = exiting(model), torch.randn(2, WIDTH, *GRID, generator=torch.Generator().manual_seed(3))
+    wrapped, images = exiting(foreign), models.images(2, SIZE)
+    model, weights = wrapped.model, torch.randn(2, WIDTH, *GRID, generator=torch.Generator().manual_seed(3))
     stay = torch.zeros(2, PATCHES, dtype=torch.bool)
     calls = [
         lambda: as_map(foreign.dense(model, images)[:, foreign.prefix :]),
@@ -179,7 +159,7 @@ def test_gradients_are_the_models_own_and_finite_when_tokens_leave(foreign):
 @torch.no_grad()
 @each
 def test_multiply_adds_are_those_of_torchs_own_counter(foreign):
-    wrapped, images = exiting(foreign.make()), models.images(2, SIZE)
+    wrapped, images = exiting(foreign), models.images(2, SIZE)
     for plan in (schedule.dense(), told(2)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             out = wrapped(images, schedule=plan)
@@ -190,8 +170,9 @@ def test_multiply_adds_are_those_of_torchs_own_counter(foreign):
 @pytest.mark.parametrize("name", ["timm DINOv3", *(name for name in FOREIGN if name.startswith("transformers"))])
 def test_images_of_another_size(name):
     foreign, images = FOREIGN[name], models.images(2, (48, 40))
-    model = foreign.make()
-    wrapped, own = exiting(model), foreign.dense(model, images)[:, foreign.prefix :]
+    wrapped = exiting(foreign)
+    model = wrapped.model
+    own = foreign.dense(model, images)[:, foreign.prefix :]
     torch.testing.assert_close(wrapped(images).logits, own.mT.unflatten(2, (6, 5)), atol=1e-5, rtol=1e-5)
 
 
@@ -316,8 +297,8 @@ HOOKED = {"timm distilled": 4, "timm DINOv3": 4, "torchvision": 4, "transformers
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_on_blocks_see_a_batch_then_one_row_of_all_images(name):
     foreign, images = FOREIGN[name], models.images(3, SIZE)
-    model = foreign.make()
-    wrapped, seen = exiting(model), []
+    wrapped, seen = exiting(foreign), []
+    model = wrapped.model
     for block in foreign.blocks(model):
         block.register_forward_hook(lambda _, given, out: seen.append((tuple(given[0].shape), tuple(out.shape))))
     slots, out = PATCHES + foreign.prefix, wrapped(images, schedule=told(3))
@@ -341,7 +322,10 @@ def test_torchvisions_blocks_and_their_attention_are_called():
     torch.testing.assert_close(wrapped(images, schedule=schedule.dense()).logits, as_map(own), atol=1e-5, rtol=1e-5)
     plan = told(2)
     torch.testing.assert_close(
-        wrapped(images, schedule=plan).logits, slow(FOREIGN["torchvision"], model, images, plan), atol=2e-5, rtol=1e-5
+        wrapped(images, schedule=plan).logits,
+        outcome(FOREIGN["torchvision"], wrapped, images, plan),
+        atol=2e-5,
+        rtol=1e-5,
     )
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
+from tests.torch.oracle import log_scores, run_one_by_one
 from tokenexit import TokenExitError, cost, heads, policies, schedule, scores
 from tokenexit.carries import MaskPrediction, Prediction
 from tokenexit.policies import Policy
@@ -58,42 +59,6 @@ def a_head(width=12, classes=3, **options):
 
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def log_scores(mask_logits, presence_logits):
-    return (presence_logits.sigmoid() * mask_logits.sigmoid()).log()
-
-
-def one_by_one(model, images, exit_depth, carry):
-    """A slow reference: leave as `exit_depth` says, one image at a time, and weigh as the carry says."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix = embedded.prefix
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        row, slots = embedded.tokens, torch.arange(len(depth))
-        masks, frozen = row.new_zeros(2, len(depth), models.CLASSES)
-        presence = None
-        for block in range(model.depth):
-            if len(slots) == 0:
-                continue
-            row = model.host.run(block, row, None)
-            last = block + 1 == model.depth
-            heads = {**model.exit_heads, str(model.depth): model.head}
-            if str(block + 1) not in heads or not (last or block + 1 in model.schedule.after):
-                continue
-            read = (model.host.finish(row) if last else row)[0, prefix:]
-            said, there = heads[str(block + 1)](read, [len(read)])
-            presence = there[0]
-            masks[slots[prefix:]] = said
-            leaving = depth[slots] == block + 1 if not last else depth[slots] > 0
-            frozen[slots[prefix:]] = log_scores(said, presence)
-            row, slots = row[:, ~leaving], slots[~leaving]
-            if (slots < prefix).all():
-                slots = slots[:0]
-        scored = log_scores(masks, presence) if carry == MaskPrediction() else frozen
-        found.append(scored[prefix:].T.unflatten(1, embedded.grid))
-    return torch.stack(found)
 
 
 # The head by itself.
@@ -219,7 +184,7 @@ def test_running_packed_is_running_one_image_at_a_time_with_its_own_tokens(host,
     model, images = masked(host(), plan).double(), models.images(4).double()
     out = model(images)
     assert len(out.exit_depth.unique()) > 1
-    expected = one_by_one(model, images, out.exit_depth, plan.carry)
+    expected = run_one_by_one(model, images, out.exit_depth, carry=plan.carry)
     torch.testing.assert_close(out.logits, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -239,7 +204,7 @@ def test_any_grid_and_any_batch(grid, count, threshold, carry):
     assert out.logits.shape == (count, models.CLASSES, *grid)
     assert out.logits.isfinite().all()
     if count:
-        expected = one_by_one(model, images, out.exit_depth, carry)
+        expected = run_one_by_one(model, images, out.exit_depth, carry=carry)
         torch.testing.assert_close(out.logits, expected, rtol=1e-6, atol=1e-6)
 
 

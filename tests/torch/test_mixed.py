@@ -63,7 +63,7 @@ def test_the_blocks_run_once_on_all_of_them():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["timm DINOv3", "transformers DINOv3", "transformers DINOv2", "timm EVA-02"])
 def test_rotary_and_interpolated_positions_are_those_of_each_size(name):
-    model = exiting(FOREIGN[name].make()).double()
+    model = exiting(FOREIGN[name]).double()
     sizes = [(32, 32), (32, 48), (64, 32)] if "EVA" not in name else [(32, 32)] * 2
     plan = Schedule(tuple(Exit(after, policies.Budget(0.6)) for after in (1, 2)))
     images = drawn(sizes)

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.core import strategies
 from tests.torch import models
+from tests.torch.oracle import run_one_by_one
 from tests.torch.plans import CELLS, FEATURES, PLANS
-from tokenexit import TokenExitError, cells, policies, schedule, tokens
+from tokenexit import TokenExitError, cells, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
 HOSTS = {
@@ -26,82 +27,6 @@ HOSTS = {
 }
 each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-def as_often_as_it_counts(model, images, exit_depth, side):
-    """A slow reference for cells: a token that stands for n is there n times, in plain batches of a single image."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix, grid = embedded.prefix, embedded.grid
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        middle = cells.in_the_middle(torch.arange(len(depth)) - prefix, grid=grid, side=side)
-        features, slots = embedded.tokens[0].clone(), torch.arange(len(depth))
-        logits = features.new_zeros(len(depth), models.CLASSES)
-        for block in range(model.depth):
-            running = torch.zeros(1, len(depth), dtype=torch.bool)
-            running[0, slots] = True
-            often = cells.stands_for(tokens.pack(running), grid=grid, side=side).int()
-            assert (often[~middle[slots]] == 1).all()
-            row = torch.repeat_interleave(features[slots], often, dim=0)
-            first = torch.cumsum(often, 0) - often
-            features[slots] = model.host.run(block, row[None], None)[0, first]
-            leaving = depth[slots] == block + 1
-            if leaving.any() and block + 1 < model.depth:
-                logits[slots[leaving]] = model.exit_heads[str(block + 1)](features[slots[leaving]])
-                slots = slots[~leaving]
-                slots = slots[:0] if (slots < prefix).all() else slots
-            if len(slots) == 0:
-                break
-        logits[slots] = model.head(model.host.finish(features[slots]))
-        found.append(logits[prefix:].T.unflatten(1, grid))
-    return torch.stack(found)
-
-
-def rejoined_one_by_one(model, images, exit_depth, carry):
-    """A slow reference for features that rejoin: leave as `exit_depth` says, image by image."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix = embedded.prefix
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        features, slots = embedded.tokens.clone(), torch.arange(len(depth))
-        for block in range(model.depth):
-            if carry.before == "last block" and block == model.depth - 1:
-                slots = torch.arange(len(depth))
-            if len(slots) == 0:
-                continue
-            row = model.host.run(block, features[:, slots], None)
-            features[:, slots] = row
-            leaving = depth[slots] == block + 1
-            if carry.fold_above is not None and leaving.sum() > carry.fold_above * (len(slots) - 1):
-                features[0, 0] = (row[0, 0] + row[0, leaving].mean(dim=0)) / 2
-            slots = slots[~leaving]
-            if (slots < prefix).all():
-                slots = slots[:0]
-        logits = model.head(model.host.finish(features))[0, prefix:]
-        found.append(logits.T.unflatten(1, embedded.grid))
-    return torch.stack(found)
-
-
-def one_by_one(model, images, exit_depth):
-    """A slow reference: leave as `exit_depth` says, but drop tokens from plain batches of a single image."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        depth = torch.cat([torch.full((embedded.prefix,), 99), exit_depth[index].flatten()])
-        row, slots = embedded.tokens, torch.arange(len(depth))
-        logits = row.new_zeros(len(depth), models.CLASSES)
-        for block in range(model.depth):
-            positions = None if embedded.positions is None else embedded.positions[slots]
-            row = model.host.run(block, row, positions)
-            leaving = depth[slots] == block + 1
-            if leaving.any() and block + 1 < model.depth:
-                logits[slots[leaving]] = model.exit_heads[str(block + 1)](row[0, leaving])
-                row, slots = row[:, ~leaving], slots[~leaving]
-        logits[slots] = model.head(model.host.finish(row))[0]
-        found.append(logits[embedded.prefix :].T.unflatten(1, embedded.grid))
-    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -172,7 +97,7 @@ def test_running_packed_is_running_one_image_at_a_time_with_its_own_tokens(host,
     model, images = models.wrapped(host, plan), models.images(3)
     out = model(images)
     assert len(out.exit_depth.unique()) > 1
-    torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.logits, run_one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -183,7 +108,7 @@ def test_features_that_rejoin_are_those_of_one_image_at_a_time(plan, prefix):
     out = model(images)
     depths = out.exit_depth.flatten(1)
     assert depths.min() < 6
-    expected = rejoined_one_by_one(model, images, out.exit_depth, plan.carry)
+    expected = run_one_by_one(model, images, out.exit_depth, carry=plan.carry)
     torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
     for block in range(model.depth):
         patches = (depths > block).sum(dim=1)
@@ -277,7 +202,7 @@ def test_any_grid_and_any_batch(grid, count, threshold, seed):
     assert out.tokens_per_block.dtype == torch.int64
     if count:
         assert threshold < 1.0 or out.exit_depth.eq(6).all()
-        torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.logits, run_one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -430,7 +355,7 @@ def test_a_middle_counts_as_often_as_there_are_tokens_that_it_stands_for(plan, p
     images = models.images(3, size=(40, 56))
     out = model(images)
     assert (out.exit_depth < model.depth).any()
-    expected = as_often_as_it_counts(model, images, out.exit_depth, plan.cell)
+    expected = run_one_by_one(model, images, out.exit_depth, cell=plan.cell)
     torch.testing.assert_close(out.logits, expected, rtol=1e-3, atol=1e-3)
     without = model(images, schedule=dataclasses.replace(plan, cell=None))
     assert not torch.allclose(without.logits, out.logits, atol=1e-2)

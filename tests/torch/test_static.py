@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_packed_run(plan):
 @torch.no_grad()
 @pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
 def test_every_host_runs_static(foreign):
-    model = exiting(foreign.make())
+    model = exiting(foreign)
     images, plan = models.images(3, SIZE), told(3)
     packed, out = model(images, schedule=plan), tet.StaticModel(model, capacities=1.0)(images, schedule=plan)
     torch.testing.assert_close(out.logits, packed.logits, atol=2e-5, rtol=1e-5)
