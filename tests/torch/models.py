@@ -70,12 +70,13 @@ def wrapped(host, plan, *, after=(2, 3, 4), **options) -> tet.ExitingModel:
         after: After which blocks there is an exit.
         **options: What is made.
     """
-    exiting = _exiting_once(host, after, **options) if _makes(host) else _exiting(host, after)
+    exiting = _exiting_once(host, after, **options) if makes(host) else _exiting(host, after)
     exiting.retune(plan)
     return exiting
 
 
-def _makes(host):
+def makes(host):
+    """Whether it makes a model, and is none."""
     return callable(host) and not isinstance(host, nn.Module)
 
 

@@ -24,12 +24,18 @@ HOSTS = {"timm": models.timm_vit, "plain": models.plain_host, "placed": models.p
 
 def looking(host="timm", plan=PLAN, heads=HEADS):
     """A model all of whose heads look around, the final one as well, with confidences that spread."""
+    model = looking_once(host, heads)
+    model.retune(plan)
+    return model
+
+
+@models.once
+def looking_once(host, heads):
     torch.manual_seed(2)
     model = tet.wrap(HOSTS[host](), schedule.dense(after=(2, 3, 4)), num_classes=models.CLASSES, exit_heads=heads)
     with torch.no_grad():
         for head in [*model.exit_heads.values(), model.head]:
             head[-1].weight.mul_(12)
-    model.retune(plan)
     return model.eval()
 
 
