@@ -8,6 +8,8 @@ core runs on several array libraries, at all cases on NumPy. `CHECK_TYPES=every`
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 
 import jaxtyping
@@ -31,6 +33,17 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What JAX compiles for one worker, or in a process that a test starts, is read by all the others."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker
+        return
+    folder = tempfile.mkdtemp(prefix="tokenexit-jax-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    everything = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.update({f"JAX_PERSISTENT_CACHE_{name}": value for name, value in everything.items()})
 
 
 _TYPES = pytest.StashKey[bool]()
