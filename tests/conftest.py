@@ -1,10 +1,16 @@
-"""Hypothesis profiles: `make test` runs the quick one, which draws the same examples every time.
+"""Hypothesis profiles, and where the runtime type checker looks.
 
-`make properties` runs the thorough one, and `make invariance` the one of that name.
+`make test` runs the quick profile, which draws the same examples every time; `make properties` runs the thorough one, and
+`make invariance` the one of that name.
+
+The type checker is most of the time of a small call. So it looks at the first case of each test: where a test of the
+core runs on several array libraries, at all cases on NumPy. `CHECK_TYPES=every` has it look at all.
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
 
 import jaxtyping
 import pytest
@@ -29,10 +35,44 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What JAX compiles for one worker, or in a process that a test starts, is read by all the others."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker
+        return
+    folder = tempfile.mkdtemp(prefix="tokenexit-jax-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    everything = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ.update({f"JAX_PERSISTENT_CACHE_{name}": value for name, value in everything.items()})
+
+
+_TYPES = pytest.StashKey[bool]()
+
+
+def _look_at_types(items: list[pytest.Item]) -> None:
+    every, seen = os.environ.get("CHECK_TYPES") == "every", set()
+    for item in items:
+        backend = (
+            item.callspec.params.get("backend")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        test = (item.path, getattr(item, "originalname", item.name))
+        item.stash[_TYPES] = every or (test not in seen if backend is None else backend.name == "numpy")
+        seen.add(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    jaxtyping.config.update("jaxtyping_disable", not item.stash[_TYPES])
+    return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What loads JAX comes last: a process that has its threads must not fork, as the trainings' data loaders do.
 
     Of that the documentation comes first: it is one file, which one worker would otherwise be left alone with.
     """
     late = {"core", "jax", "test_docs.py"}
+    _look_at_types(items)
     items.sort(key=lambda item: (not late.isdisjoint(item.path.parts), "test_docs.py" not in item.path.parts))

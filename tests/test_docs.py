@@ -20,7 +20,7 @@ import yaml
 import tokenexit
 import tokenexit_jax
 import tokenexit_torch
-from examples.timm_import import import_timm
+from tests.timm_import import import_timm
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

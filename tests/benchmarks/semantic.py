@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import tokenexit_torch as tet
 from examples.counting import multiply_adds
-from examples.timm_import import import_timm
 from tests.benchmarks.clock import interleaved
+from tests.timm_import import import_timm
 from tokenexit import semantic
 
 Contenders = Mapping[str, Callable[[Tensor], Tensor]]

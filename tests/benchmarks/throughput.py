@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 
 import tokenexit_torch as tet
-from examples.timm_import import import_timm
 from tests.benchmarks.clock import interleaved
+from tests.timm_import import import_timm
 from tokenexit import policies
 from tokenexit.policies import NeighboursAgree, Policy
 from tokenexit.schedule import Exit, Schedule

@@ -313,3 +313,32 @@ def exit_pass(logits, plan, scores_of, *, grid, prefix, centres) -> Passed:
     rest = left == 0
     out[rest] = logits[depth][rest]
     return Passed(np.where(rest, depth, left), out, counts)
+
+
+def standardised(x):
+    wide = np.asarray(x, np.float64)
+    wide = wide - wide.mean(-1, keepdims=True)
+    return wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+
+
+def walked(x, running, grid, radius, prefix):
+    """The mean over the places around each slot that run, one slot at a time."""
+    images, slots, width = x.shape
+    own, found = standardised(x), np.zeros((images, slots, width))
+    for image in range(images):
+        for slot in range(prefix, slots):
+            row, column = divmod(slot - prefix, grid[1])
+            around = [
+                own[image, prefix + i * grid[1] + j]
+                for i in range(max(0, row - radius), min(grid[0], row + radius + 1))
+                for j in range(max(0, column - radius), min(grid[1], column + radius + 1))
+                if running[image, prefix + i * grid[1] + j]
+            ]
+            found[image, slot] = np.mean(around, axis=0) if around else 0
+    return np.concatenate([own, found], axis=-1)
+
+
+def starts(size, side, reach, edges):
+    for first in range(0, size, side):
+        start = first - math.floor((reach - side) / 2)
+        yield max(0, min(start, size - reach)) if edges == "inside" else start

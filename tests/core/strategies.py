@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -21,6 +22,7 @@ from tokenexit.policies import (
     always,
     never,
 )
+from tokenexit.schedule import Exit, Schedule
 
 ODD = [np.nan, np.inf, -np.inf, 7e4, -7e4, 0.0]
 
@@ -88,7 +90,7 @@ class Scene:
         )
 
 
-def _numbers(rng, shape, odd, scale):
+def numbers(rng, shape, odd, scale):
     """Many ties among them, and NaN and infinities if `odd`."""
     whole = rng.integers(-3, 4, shape).astype(np.float32)
     some = np.where(rng.random(shape) < 0.5, whole, rng.normal(scale=scale, size=shape).astype(np.float32))
@@ -107,7 +109,7 @@ def scenes(draw, odd=st.booleans()):
     image, position = np.nonzero(mask)
     tokens = len(image)
     # One class that prevails, so that neighbours do agree.
-    rows = _numbers(rng, (tokens, classes), odd, 3) + np.where(np.arange(classes) == rng.integers(classes), 3, 0)
+    rows = numbers(rng, (tokens, classes), odd, 3) + np.where(np.arange(classes) == rng.integers(classes), 3, 0)
     gate = rng.integers(0, 5, tokens).astype(np.float32) / 4
     gate = np.where(rng.random(tokens) < 0.5, gate, rng.random(tokens))
     gate = np.where(rng.random(tokens) < 0.1 * odd, np.nan, gate).astype(np.float32)
@@ -203,3 +205,32 @@ def gate_policies() -> st.SearchStrategy[Policy]:
         lambda inner: st.builds(lambda a, b: a & b, inner, inner) | st.builds(lambda a, b: a | b, inner, inner),
         max_leaves=3,
     )
+
+
+# What JSON can hold, with names and values that plans have.
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["never", "PerClass", "gate", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["kind", "threshold", "thresholds", "policy", "left", "keep"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+CARRY = (
+    st.just(Prediction())
+    | st.builds(
+        Preserved,
+        returning=st.sampled_from(["every gate", "never"]),
+        keys=st.sampled_from(["running", "all"]),
+        before=st.sampled_from(["decoder", "last block"]),
+    )
+    | st.just(MaskPrediction())
+    | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
+)
+EXITS = st.dictionaries(st.integers(1, 40), policies(), max_size=5).map(
+    lambda exits: tuple(Exit(after, exits[after]) for after in sorted(exits))
+)
+SCHEDULE = st.builds(Schedule, EXITS, CARRY)

@@ -3,25 +3,13 @@ import json
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.core import strategies
 from tokenexit import TokenExitError, carries
 from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 
-CARRY = (
-    st.just(Prediction())
-    | st.builds(
-        Preserved,
-        returning=st.sampled_from(["every gate", "never"]),
-        keys=st.sampled_from(["running", "all"]),
-        before=st.sampled_from(["decoder", "last block"]),
-    )
-    | st.just(MaskPrediction())
-    | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
-)
 
-
-@given(carry=CARRY)
+@given(carry=strategies.CARRY)
 def test_a_carry_survives_json(carry):
     again = carries.from_dict(json.loads(json.dumps(carries.to_dict(carry))))
     assert again == carry

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core.test_policies import PLAIN
-from tests.core.test_schedule import SCHEDULE
+from tests.core.strategies import PLAIN, SCHEDULE
 from tokenexit import TokenExitError, schedule, sealed
 from tokenexit.guarantees import certificate
 from tokenexit.guarantees.certificate import ASSUMPTIONS, Certificate, Fingerprints, require_matches

@@ -29,7 +29,7 @@ def passes(draw):
     odd = draw(st.booleans())
     prevailing = np.where(np.arange(classes) == rng.integers(classes), 3, 0)
     logits = {
-        block: (strategies._numbers(rng, shape, odd, 3) + prevailing).astype(np.float32) for block in (*after, DEPTH)
+        block: (strategies.numbers(rng, shape, odd, 3) + prevailing).astype(np.float32) for block in (*after, DEPTH)
     }
     drawn = strategies.policies(classes).filter(lambda policy: "gate" not in policy.needs)
     plan = Schedule(tuple(Exit(block, draw(drawn)) for block in after), cell=draw(st.sampled_from([None, None, 2, 3])))

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core.test_policies import PLAIN
-from tests.core.test_schedule import SCHEDULE
+from tests.core.strategies import PLAIN, SCHEDULE
 from tokenexit import TokenExitError, heads, manifest, schedule
 from tokenexit.manifest import HeadManifest, SemanticManifest
 from tokenexit.semantic import SemanticPlan, stvit

@@ -640,18 +640,6 @@ def test_hostile_data_is_refused(data, message):
         policies.from_dict(data)
 
 
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["never", "PerClass", "gate", "x"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["kind", "threshold", "thresholds", "policy", "left", "keep"]), inner, max_size=3
-        )
-    ),
-    max_leaves=8,
-)
-
-
 @pytest.mark.usefixtures("unchecked")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(policy=strategies.policies(), data=st.data())
@@ -660,7 +648,7 @@ def test_damaged_data_is_refused_by_the_librarys_own_error_or_read_as_a_policy(p
     inside = damaged
     while data.draw(st.booleans()) and any(isinstance(value, dict) for value in inside.values()):
         inside = inside[data.draw(st.sampled_from([key for key, value in inside.items() if isinstance(value, dict)]))]
-    inside[data.draw(st.sampled_from(sorted(inside)))] = data.draw(PLAIN)
+    inside[data.draw(st.sampled_from(sorted(inside)))] = data.draw(strategies.PLAIN)
     with contextlib.suppress(TokenExitError):
         assert isinstance(policies.from_dict(damaged), Policy)
 

@@ -6,10 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core import strategies
 from tests.core.backends import each_backend
-from tests.core.test_carries import CARRY
-from tests.core.test_policies import PLAIN
+from tests.core.strategies import PLAIN, SCHEDULE
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.policies import (
@@ -26,11 +24,6 @@ from tokenexit.policies import (
     never,
 )
 from tokenexit.schedule import Exit, Schedule
-
-EXITS = st.dictionaries(st.integers(1, 40), strategies.policies(), max_size=5).map(
-    lambda exits: tuple(Exit(after, exits[after]) for after in sorted(exits))
-)
-SCHEDULE = st.builds(Schedule, EXITS, CARRY)
 
 
 @given(plan=SCHEDULE)

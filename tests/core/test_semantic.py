@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core import strategies
+from tests.core import oracles, strategies
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, semantic
 from tokenexit.semantic import SemanticPlan, Windows
@@ -34,18 +34,12 @@ def called(backend, function, map, windows, valid, **options):
     return values, np.ones(values.shape[:3], bool) if found is None else backend.numpy(found)
 
 
-def starts(size, side, reach, edges):
-    for first in range(0, size, side):
-        start = first - math.floor((reach - side) / 2)
-        yield max(0, min(start, size - reach)) if edges == "inside" else start
-
-
 def around(map, windows, valid, *, size, edges):
     """Values, and which of them are valid, place by place."""
     reach = [min(a, b) for a, b in zip(size, map.shape[1:3], strict=True)] if edges == "inside" else size
     values, marks = [], []
-    for top in starts(windows.height, windows.window[0], reach[0], edges):
-        for left in starts(windows.width, windows.window[1], reach[1], edges):
+    for top in oracles.starts(windows.height, windows.window[0], reach[0], edges):
+        for left in oracles.starts(windows.width, windows.window[1], reach[1], edges):
             for row in range(top, top + reach[0]):
                 for column in range(left, left + reach[1]):
                     there = 0 <= row < windows.height and 0 <= column < windows.width

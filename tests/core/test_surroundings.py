@@ -5,34 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.core import strategies
+from tests.core import oracles, strategies
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, surroundings, tokens
 
 grids = st.tuples(st.integers(0, 5), st.integers(1, 6))
-
-
-def standardised(x):
-    wide = np.asarray(x, np.float64)
-    wide = wide - wide.mean(-1, keepdims=True)
-    return wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
-
-
-def walked(x, running, grid, radius, prefix):
-    """The mean over the places around each slot that run, one slot at a time."""
-    images, slots, width = x.shape
-    own, found = standardised(x), np.zeros((images, slots, width))
-    for image in range(images):
-        for slot in range(prefix, slots):
-            row, column = divmod(slot - prefix, grid[1])
-            around = [
-                own[image, prefix + i * grid[1] + j]
-                for i in range(max(0, row - radius), min(grid[0], row + radius + 1))
-                for j in range(max(0, column - radius), min(grid[1], column + radius + 1))
-                if running[image, prefix + i * grid[1] + j]
-            ]
-            found[image, slot] = np.mean(around, axis=0) if around else 0
-    return np.concatenate([own, found], axis=-1)
 
 
 @each_backend
@@ -45,7 +22,7 @@ def test_a_token_is_beside_the_mean_of_what_runs_around_it(backend, grid, radius
     running = random.random((images, prefix + places)) < share
     x = backend.numpy(backend.array(x))  # as half precision has it
     within = {"torch-bfloat16": 0.01, "torch-float16": 0.002}.get(backend.name, 2e-5)
-    wanted = walked(x, running, grid, radius, prefix)
+    wanted = oracles.walked(x, running, grid, radius, prefix)
     mask = backend.array(running)
     packing = tokens.pack(mask)
     entries = tokens.gather(backend.array(x), packing)
@@ -61,7 +38,7 @@ def test_a_token_is_beside_the_mean_of_what_runs_around_it(backend, grid, radius
         np.testing.assert_allclose(found[image][valid[image]], wanted[image, slot[image][valid[image]]], atol=within)
     if prefix == 0:
         found = backend.numpy(surroundings.beside_all(backend.array(x), grid=grid, radius=radius))
-        np.testing.assert_allclose(found, walked(x, np.ones_like(running), grid, radius, 0), atol=within)
+        np.testing.assert_allclose(found, oracles.walked(x, np.ones_like(running), grid, radius, 0), atol=within)
 
 
 def test_a_wide_mean_in_half_precision_is_that_of_more():
@@ -76,7 +53,7 @@ def test_half_precision_stays_and_is_computed_in_more():
     x = np.full((1, 4, 3), 60000, np.float16) * np.asarray([1, 0.5, -1], np.float16)
     found = surroundings.beside_all(x, grid=(2, 2), radius=1)
     assert found.dtype == np.float16
-    np.testing.assert_allclose(found[0, 0, :3], standardised(x[0, 0]), atol=1e-3)
+    np.testing.assert_allclose(found[0, 0, :3], oracles.standardised(x[0, 0]), atol=1e-3)
     np.testing.assert_allclose(found[..., 3:], found[..., :3], atol=1e-3)
 
 

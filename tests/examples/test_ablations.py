@@ -81,7 +81,7 @@ def test_a_class_that_no_threshold_makes_good_enough_stays() -> None:
 
 
 def test_the_oracle_leaves_where_the_label_is_final() -> None:
-    model = models.wrapped(models.timm_vit(prefix=1), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     images = models.images(3)
     heads = model.every_exit(images)
     after = tuple(heads)[:-1]

@@ -14,7 +14,7 @@ import tokenexit_torch as tet
 from examples import demo, frozen, runs, shell
 from examples.about import About
 from examples.scenes.draw import draw
-from examples.scenes.vit import Config
+from examples.scenes.vit import Config, PlainHost, ViT
 from tests.torch import models
 from tokenexit import heads, schedule
 from tokenexit.guarantees import drift
@@ -34,9 +34,10 @@ SIZE = (32, 48)
 def network(tmp_path):
     """A run folder with a tiny network, whose weights are random."""
     torch.manual_seed(0)
-    host = models.plain_host()
-    model = tet.wrap(host, schedule.dense(after=(2,)), num_classes=3)
     config = vars(Config(width=32, depth=6, heads=2, patch=8))
+    vit = ViT(Config(**config))
+    vit.load_state_dict(models.plain_host().module.state_dict())
+    model = tet.wrap(PlainHost(vit), schedule.dense(after=(2,)), num_classes=3)
     palette = ((0, 0, 0), (1, 1, 1), (2, 2, 2))
     about = About("plain", config, ("a", "b", "c"), palette, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), SIZE)
     runs.save(tmp_path / "network", model, about)

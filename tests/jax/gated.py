@@ -62,7 +62,7 @@ def gated(kind="timm", capacities=(0.7, 1.0)):
             networks.timm_network(prefix=3, depth=4),
         ),
         "plain": lambda: (models.plain_host(depth=4), networks.plain_network(depth=4)),
-        "placed": lambda: (models.Placed(), networks.plain_network(depth=6, placed=True)),
+        "placed": lambda: (models.placed(), networks.plain_network(depth=6, placed=True)),
     }[kind]()
     torch.manual_seed(2)
     classes = nn.Linear(network.width, networks.CLASSES)

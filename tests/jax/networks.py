@@ -14,7 +14,7 @@ import tokenexit_jax as tej
 import tokenexit_torch as tet
 from tests.jax.parity import from_torch
 from tests.torch import models
-from tests.torch.test_masks import lively
+from tests.torch.vit import positions
 from tokenexit import schedule
 from tokenexit.heads import ATM, MLP, Neighbourhood
 
@@ -83,8 +83,6 @@ def plain_network(heads=2, depth=5, placed=False):
     """The demo's own ViT, without prefix tokens; `placed` adds something that belongs to each place in every block."""
 
     def embed(params, images):
-        from examples.scenes.vit import positions
-
         grid = grid_of(images)
         table = jnp.asarray(positions(grid, 32).numpy())
         slots = jnp.arange(grid[0] * grid[1])
@@ -147,7 +145,7 @@ def pair(kind="timm", capacities=(0.5, 1.0)):
         "timm": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
         "timm, registers": lambda: (models.timm_vit(depth=5, size=SIZE, prefix=3), timm_network(prefix=3)),
         "plain": lambda: (models.plain_host(depth=5), plain_network()),
-        "placed": lambda: (models.Placed(), plain_network(depth=6, placed=True)),
+        "placed": lambda: (models.placed(), plain_network(depth=6, placed=True)),
         "masks": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
         "around": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
     }[kind]()
@@ -163,7 +161,7 @@ def pair(kind="timm", capacities=(0.5, 1.0)):
         torch.manual_seed(1)
         theirs = tet.wrap(host, declared, num_classes=CLASSES, exit_heads=plan).eval()
         for head in [*theirs.exit_heads.values(), theirs.head]:
-            lively(head)
+            models.lively_masks(head)
     else:
         plan, theirs = MLP(), models.wrapped(host, declared)
     model = tej.wrap(network, declared, classes=CLASSES, exit_heads=plan, capacities=capacities)

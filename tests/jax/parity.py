@@ -1,5 +1,6 @@
 """The same numbers on both sides."""
 
+import jax
 import numpy as np
 import torch
 from jax import numpy as jnp
@@ -19,3 +20,8 @@ def same(found, wanted, within=1e-5):
     found, wanted = numbers(found), numbers(wanted)
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, rtol=within, atol=within)
+
+
+def exact(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

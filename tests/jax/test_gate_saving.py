@@ -11,7 +11,7 @@ import tokenexit_torch as tet
 from tests.jax import gated as pairs
 from tests.jax import networks
 from tests.jax.gated import gated, gates_of
-from tests.jax.test_saving import exact
+from tests.jax.parity import exact
 from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule

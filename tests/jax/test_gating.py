@@ -14,9 +14,9 @@ from jax import numpy as jnp
 import tokenexit_jax as tej
 from tests.jax import gated as pairs
 from tests.jax import networks
+from tests.jax.counting import Compilations
 from tests.jax.gated import gated
 from tests.jax.parity import same
-from tests.jax.test_running import Compilations
 from tests.torch import models
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature, Preserved

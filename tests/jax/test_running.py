@@ -13,6 +13,7 @@ from jax import numpy as jnp
 import tokenexit_jax as tej
 from tests.core import strategies
 from tests.jax import networks
+from tests.jax.counting import Compilations
 from tests.jax.networks import pair
 from tests.jax.parity import same
 from tests.torch import models
@@ -265,15 +266,6 @@ def test_masks_of_every_head_are_those_of_pytorch():
 
 
 # How often something is compiled.
-
-
-class Compilations:
-    """Counts what XLA is given to compile."""
-
-    count = 0
-
-    def __call__(self, event, duration, **_):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture

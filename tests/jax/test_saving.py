@@ -15,6 +15,7 @@ import tokenexit_jax as tej
 import tokenexit_torch as tet
 from tests.jax import networks
 from tests.jax.networks import heads_of, pair
+from tests.jax.parity import exact
 from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule
@@ -26,11 +27,6 @@ PLANS = (heads.Linear(), heads.MLP(hidden=7), heads.FCN(hidden=8), heads.Neighbo
 
 def vit():
     return pair("timm").theirs.model
-
-
-def exact(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=[type(plan).__name__ for plan in PLANS])

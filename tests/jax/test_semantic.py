@@ -16,7 +16,7 @@ import tokenexit_torch as tet
 from tests.jax import networks
 from tests.jax.parity import from_torch, numbers, same
 from tests.torch import models
-from tests.torch.test_semantic import HEADS, PLANS, WIDTH, drawn, lively, unit
+from tests.torch.semantic import HEADS, PLANS, WIDTH, drawn, lively, unit
 from tokenexit import TokenExitError, semantic
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_jax import vit
@@ -240,7 +240,7 @@ def test_a_shrunk_model_is_that_of_pytorch(kind, plan, until):
     assert model.multiply_adds(params, networks.images_of(images)) == theirs.multiply_adds((4, 5), prefix=found.prefix)
 
 
-def test_what_token_size_nothing_is_no_key():
+def test_what_stands_for_nothing_is_no_key():
     """The blocks are told that it counts as none."""
 
     def block(params, tokens, counts, positions):
@@ -384,6 +384,6 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(TokenExitError, match=message):
             call()
-    params = from_torch(models.Placed().module)
+    params = from_torch(models.placed().module)
     with pytest.raises(TokenExitError, match="`network.embed` must give no positions: semantic tokens have none"):
         placed(params, jax.eval_shape(placed.init, jax.random.key(0)), images)

@@ -8,8 +8,7 @@ import torch
 import tokenexit_jax as tej
 import tokenexit_torch as tet
 from tests.jax import networks
-from tests.jax.parity import from_torch, same
-from tests.jax.test_saving import exact
+from tests.jax.parity import exact, from_torch, same
 from tests.saved import edit, plan_in, put
 from tests.torch import models
 from tokenexit import TokenExitError

@@ -14,7 +14,7 @@ import tokenexit_torch as tet
 from tests.jax.networks import images_of
 from tests.jax.parity import from_torch, numbers, same
 from tests.torch import models
-from tests.torch.test_swin import PLANS, PUBLISHED
+from tests.torch.semantic import PUBLISHED, SWINS
 from tokenexit import TokenExitError, semantic
 from tokenexit_jax._counting import multiply_adds
 from tokenexit_jax._layers import STATISTICS
@@ -87,7 +87,7 @@ def test_usual_sizes_are_those_of_pytorch(size, side, kind):
         check(jax.jit(ours(plan, window))(weights, images_of(images), valid=array(valid)), wanted)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 @torch.no_grad()
 def test_what_goes_on_from_the_maps_is_that_of_pytorch(plan):
     """Odd sides, windows of 3 x 5, and a batch of images of two sizes; what padding holds changes nothing."""
@@ -161,7 +161,7 @@ def test_padding_counts_in_statistics_as_zeros_do():
         same(value, after[name])
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 def test_weights_have_the_names_and_shapes_of_pytorch(plan):
     for kind, options in (("SwinClassifier", {"classes": 5}), ("SwinBackbone", {})):
         made = jax.eval_shape(getattr(tej, kind)(ours(plan, (3, 5)), **options).init, jax.random.key(0))
@@ -193,7 +193,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones(build):
 
 
 def test_layers_are_dropped_by_the_rates_of_pytorch_and_only_with_a_key():
-    for plan in PLANS.values():
+    for plan in SWINS.values():
         network = tej.Swin(plan=plan, drop_path=0.5)
         found = [rate for stage in network.stages for layer in stage for rate in np.ravel(layer.drop_path)]
         assert found == pytest.approx([0.5 * number / 23 for number in range(24)])

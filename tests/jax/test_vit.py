@@ -11,8 +11,8 @@ from flax import nnx
 from jax import numpy as jnp
 from safetensors.torch import save_file
 
-from examples.timm_import import import_timm
 from tests.jax.parity import same
+from tests.timm_import import import_timm
 from tokenexit import TokenExitError
 from tokenexit_jax import vit, weights
 

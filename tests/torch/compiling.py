@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
-from tests.torch.test_running import CELLS, FEATURES, PLANS
+from tests.torch.plans import CELLS, FEATURES, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
@@ -44,7 +44,7 @@ def afresh():
 @torch.no_grad()
 @each
 def test_a_packed_pass_is_a_program_for_the_blocks_between_two_exits_whoever_leaves(plan):
-    model, programs = models.wrapped(models.timm_vit(), plan), CompileCounterWithBackend("eager")
+    model, programs = models.wrapped(models.timm_vit, plan), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, dynamic=True, backend=programs)
     stops = sorted({0, *plan.after, model.depth, *([model.depth - 1] if "last" in repr(plan.carry) else [])})
     ran, kinds = set(), set()
@@ -63,7 +63,7 @@ def test_a_packed_pass_is_a_program_for_the_blocks_between_two_exits_whoever_lea
 
 @torch.no_grad()
 def test_another_batch_and_another_size_need_no_other_program():
-    model, programs = models.wrapped(models.plain_host(), PLANS["neighbours"]), CompileCounterWithBackend("eager")
+    model, programs = models.wrapped(models.plain_host, PLANS["neighbours"]), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, dynamic=True, backend=programs)
     for images in (models.images(3), models.images(2), models.images(5, size=(64, 40))):
         torch.testing.assert_close(compiled(images).logits, model(images).logits)
@@ -72,7 +72,7 @@ def test_another_batch_and_another_size_need_no_other_program():
 
 @torch.no_grad()
 def test_images_of_several_sizes_compile_too():
-    model = models.wrapped(models.timm_vit(dynamic_img_size=True), PLANS["neighbours"])
+    model = models.wrapped(models.timm_vit, PLANS["neighbours"], dynamic_img_size=True)
     programs = CompileCounterWithBackend("eager")
     images = [models.images(1, size=size)[0] for size in ((32, 48), (16, 64), (32, 48))]
     wanted = model.mixed(images)
@@ -84,7 +84,7 @@ def test_images_of_several_sizes_compile_too():
 
 def test_gradients_through_a_compiled_packed_pass():
     plan = dataclasses.replace(SOME["dovit"], cell=2)
-    model, images, found = models.wrapped(models.timm_vit(), plan), models.images(2), []
+    model, images, found = models.wrapped(models.timm_vit, plan), models.images(2), []
     for run in (model, torch.compile(model, dynamic=True, backend="aot_eager")):
         model.zero_grad()
         run(images).logits.square().sum().backward()
@@ -99,7 +99,7 @@ def test_gradients_through_a_compiled_packed_pass():
 @torch.no_grad()
 def test_a_static_pass_is_one_program_without_a_break():
     plan = dataclasses.replace(SOME["neighbours"], carry=Feature("last block", fold_above=0.1), cell=2)
-    static = tet.StaticModel(models.wrapped(models.timm_vit(), plan), capacities={2: 0.7, 3: 0.6, 4: 0.5})
+    static = tet.StaticModel(models.wrapped(models.timm_vit, plan), capacities={2: 0.7, 3: 0.6, 4: 0.5})
     programs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(static, fullgraph=True, backend=programs)
     for seed in range(3):
@@ -129,7 +129,7 @@ def test_other_hosts_compile(name):
 @torch.no_grad()
 def test_the_default_compiler_makes_the_same_of_a_packed_pass():
     plan = schedule.dtop(after=(2,), threshold=0.5, per_class=2)
-    model = models.wrapped_after(models.timm_vit(depth=3), plan, after=(2,))
+    model = models.wrapped(models.timm_vit, plan, after=(2,), depth=3)
     compiled = torch.compile(model, dynamic=True)
     for seed in range(2):
         images = models.images(3, seed=seed)
@@ -139,7 +139,7 @@ def test_the_default_compiler_makes_the_same_of_a_packed_pass():
 @torch.no_grad()
 def test_attention_that_is_switched_later_is_refused_in_programs_too():
     plan = schedule.paumer(keep={2: 0.5})
-    model, images = models.wrapped_after(models.timm_vit(depth=3), plan, after=(2,)), models.images(2)
+    model, images = models.wrapped(models.timm_vit, plan, after=(2,), depth=3), models.images(2)
     packed = torch.compile(model, dynamic=True, backend="eager")
     static = torch.compile(tet.StaticModel(model, capacities=0.5), fullgraph=True, backend="eager")
     for run in (packed, static):

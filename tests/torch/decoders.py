@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.torch import models
+from tests.torch import models, oracle
 from tests.torch.hosts import lively
 
 SIZE, PATCH, WIDTH, HEADS, DEPTH = (32, 32), 8, 32, 2, 5
@@ -22,7 +22,7 @@ class Decoder:
     """A model of another library whose ViT feeds a decoder of its own.
 
     Attributes:
-        make: Builds it.
+        make: Builds it, once: each call gives a copy.
         prefix: How many of its tokens are no patches.
         taps: After how many blocks its decoder looks at all tokens.
         blocks: Its blocks.
@@ -37,6 +37,9 @@ class Decoder:
     tables: Callable[[Any, Tensor, Tensor], dict[str, Any]] = lambda *_: {}
     classes: bool = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "make", models.once(self.make))
+
     def embedded(self, model: Any, images: Tensor) -> Tensor:
         """What its first block is given by its own forward."""
         seen = []
@@ -48,6 +51,14 @@ class Decoder:
     def run(self, model: Any, index: int, tokens: Tensor, images: Tensor, patches: Tensor) -> Tensor:
         """Block `index`, called as its own library does, on all prefix tokens and these patches of one image."""
         return self.blocks(model)[index](tokens, **self.tables(model, images, patches))
+
+    def alone(self, model: Any, image: Tensor) -> oracle.Alone:
+        """One image of the size of the model, in its own code, up to its decoder."""
+
+        def run(block: int, row: Tensor, slots: Tensor) -> Tensor:
+            return self.run(model, block, row, image, slots[self.prefix :] - self.prefix)
+
+        return oracle.Alone(self.embedded(model, image), self.prefix, GRID, run, lambda tokens: tokens)
 
     def decoded(self, model: Any, images: Tensor, taken: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Its own forward, in which the blocks before the taps are made to give these tokens."""

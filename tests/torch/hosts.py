@@ -1,5 +1,6 @@
 """Models of other libraries, small and with random weights, and how their own code runs them, for the tests of hosts."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.torch import models
+import tokenexit_torch as tet
+from tests.torch import models, oracle
+from tokenexit import policies, schedule
+from tokenexit.carries import Prediction
+from tokenexit.schedule import Exit, Schedule
 
 SIZE, PATCH, WIDTH, HEADS, DEPTH = (32, 32), 8, 32, 2, 4
-GRID = (4, 4)
+GRID, PATCHES = (4, 4), 16
+AFTER = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Foreign:
     """A model of another library, as that library runs it.
 
     Attributes:
-        make: Builds it.
+        make: Builds it, once: each call gives a copy.
         prefix: How many of its tokens are no patches.
         dense: Its own forward: finished tokens of images.
         blocks: Its blocks.
@@ -34,6 +40,9 @@ class Foreign:
     blocks: Callable[[Any], Any]
     tables: Callable[[Any, Tensor, Tensor, int], dict[str, Any]] = lambda *_: {}
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "make", models.once(self.make))
+
     def embedded(self, model: nn.Module, images: Tensor) -> Tensor:
         """What its first block is given by its own forward."""
         seen = []
@@ -45,6 +54,67 @@ class Foreign:
     def run(self, model: nn.Module, index: int, tokens: Tensor, images: Tensor, patches: Tensor) -> Tensor:
         """Block `index`, called as its own library does, on all prefix tokens and these patches of one image."""
         return self.blocks(model)[index](tokens, **self.tables(model, images, patches, index))
+
+    def alone(self, model: nn.Module, image: Tensor) -> oracle.Alone:
+        """One image of the size of the model, in its own code."""
+
+        def run(block: int, row: Tensor, slots: Tensor) -> Tensor:
+            return self.run(model, block, row, image, slots[self.prefix :] - self.prefix)
+
+        def finish(tokens: Tensor) -> Tensor:
+            """The final norm alone, by the model's own forward: its last block is made to give these tokens."""
+            hook = self.blocks(model)[-1].register_forward_hook(lambda *_: tokens)
+            found = self.dense(model, image)
+            hook.remove()
+            return found
+
+        return oracle.Alone(self.embedded(model, image), self.prefix, GRID, run, finish)
+
+
+class Told(policies.Policy):
+    """Lets go those that it is told to, by image and place."""
+
+    def __init__(self, leave):
+        self.leave = leave
+
+    def leaves(self, evidence):
+        return self.leave[evidence.image, evidence.position.clamp(min=0)]
+
+
+def told(images, *, seed=0, carry=Prediction(), done=None) -> Schedule:
+    """After each of two blocks, other tokens leave: few of the first image, many of the last; all of `done`."""
+    shares = torch.linspace(0.2, 0.7, images)[:, None]
+    random = torch.Generator().manual_seed(seed)
+    masks = [torch.rand(images, PATCHES, generator=random) < shares for _ in AFTER]
+    if done is not None:
+        masks[0][done] = True
+    return Schedule(tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True)), carry)
+
+
+def depths_of(plan: Schedule, blocks: int) -> Tensor:
+    """After how many of the blocks each token leaves by a plan of `told`, (images, rows, columns)."""
+    first, second = (one.policy.leave.unflatten(1, GRID) for one in plan.exits)
+    depth = torch.where(second, AFTER[1], blocks)
+    return torch.where(first, AFTER[0], depth)
+
+
+def one_of(plan: Schedule, number: int) -> Schedule:
+    """A plan of `told` for one image alone."""
+    own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
+    return dataclasses.replace(plan, exits=own)
+
+
+def exiting(model: nn.Module | Foreign) -> tet.ExitingModel:
+    """Its heads hand the tokens out as they are; a `Foreign` is made and wrapped once, and this is a copy."""
+    if isinstance(model, Foreign):
+        return _exiting_once(model)
+    heads = {after: nn.Identity() for after in AFTER}
+    return tet.wrap(model, schedule.dense(after=AFTER), head=nn.Identity(), exit_heads=heads)
+
+
+@models.once
+def _exiting_once(foreign: Foreign) -> tet.ExitingModel:
+    return exiting(foreign.make())
 
 
 def lively(model: nn.Module) -> nn.Module:

@@ -1,16 +1,42 @@
-"""Small vision transformers for the tests, with random weights large enough that predictions differ."""
+"""Small vision transformers for the tests, with random weights large enough that predictions differ.
+
+What is asked for again is a copy of what was made first: each test may do with its own what it likes.
+"""
+
+import copy
+import functools
 
 import torch
 from torch import nn
 
 import tokenexit_torch as tet
-from examples.scenes.vit import Config, PlainHost, ViT
-from examples.timm_import import import_timm
+from tests.timm_import import import_timm
+from tests.torch.vit import Placed, PlainHost, ViT
+from tokenexit import schedule
 from tokenexit.heads import MLP
 
 CLASSES = 5
 
 
+def once(make):
+    """`make`, called once for each specification; each call gets a copy, and the random state that `make` left."""
+
+    @functools.cache
+    def first(*given, **options):
+        with torch.inference_mode(False):  # whoever asks first
+            made = make(*given, **options)
+        return made, torch.get_rng_state()
+
+    @functools.wraps(make)
+    def again(*given, **options):
+        made, random = first(*given, **options)
+        torch.set_rng_state(random)
+        return copy.deepcopy(made)
+
+    return again
+
+
+@once
 def timm_vit(*, heads=3, prefix=1, size=(32, 48), patch=8, depth=6, **options) -> nn.Module:
     """A timm VisionTransformer of width 48; `prefix` counts cls and registers."""
     timm = import_timm()
@@ -23,54 +49,49 @@ def timm_vit(*, heads=3, prefix=1, size=(32, 48), patch=8, depth=6, **options) -
     return _lively(vit).eval()
 
 
-def plain_host(*, width=32, heads=2, depth=6, patch=8) -> PlainHost:
-    """The demo's own ViT, which has no prefix tokens."""
+@once
+def plain_host(*, width=32, heads=2, depth=6, patch=8, kind=PlainHost) -> PlainHost:
+    """A ViT of one's own, which has no prefix tokens."""
     torch.manual_seed(7)
-    return PlainHost(_lively(ViT(Config(width=width, depth=depth, heads=heads, patch=patch))).eval())
+    return kind(_lively(ViT(width, depth, heads, patch)).eval())
 
 
-class Placed:
-    """The demo's ViT with something that belongs to each place and comes into every block, as rotary tables do."""
-
-    def __init__(self) -> None:
-        self._host = plain_host()
-        self.module, self.blocks = self._host.module, self._host.blocks
-        self.width, self.image_shape = self._host.width, self._host.image_shape
-        self.finish = self._host.finish
-
-    def embed(self, images):
-        embedded = self._host.embed(images)
-        slots = embedded.tokens.shape[1]
-        table = torch.sin(torch.arange(slots)[:, None] * torch.arange(1, self.width + 1))
-        return tet.Embedded(embedded.tokens, embedded.prefix, embedded.grid, positions=table)
-
-    def run(self, index, tokens, positions):
-        return self.blocks[index](tokens + positions)
-
-    def dense(self, images):
-        embedded = self.embed(images)
-        tokens = embedded.tokens
-        for block in self.blocks:
-            tokens = block(tokens + embedded.positions)
-        return self.finish(tokens)
+def placed() -> Placed:
+    """The same, and something that belongs to each place comes into every block."""
+    return plain_host(kind=Placed)
 
 
-def wrapped(model, plan, **options) -> tet.ExitingModel:
-    """The model with exits after blocks 2, 3 and 4 whose confidences spread over (0, 1)."""
-    return wrapped_after(model, plan, after=(2, 3, 4), **options)
+def wrapped(host, plan, *, after=(2, 3, 4), **options) -> tet.ExitingModel:
+    """A model with exits whose confidences spread over (0, 1).
+
+    Args:
+        host: A model, or what makes one: then it is wrapped once for all tests, and this is a copy.
+        plan: The plan.
+        after: After which blocks there is an exit.
+        **options: What is made.
+    """
+    exiting = _exiting_once(host, after, **options) if makes(host) else _exiting(host, after)
+    exiting.retune(plan)
+    return exiting
 
 
-def wrapped_after(model, plan, *, after, **options) -> tet.ExitingModel:
-    """The model with exits after some blocks whose confidences spread over (0, 1)."""
-    from tokenexit import schedule
+def makes(host):
+    """Whether it makes a model, and is none."""
+    return callable(host) and not isinstance(host, nn.Module)
 
+
+def _exiting(model, after):
     torch.manual_seed(1)
-    exiting = tet.wrap(model, schedule.dense(after=after), num_classes=CLASSES, exit_heads=MLP(), **options).eval()
+    exiting = tet.wrap(model, schedule.dense(after=after), num_classes=CLASSES, exit_heads=MLP()).eval()
     with torch.no_grad():
         for head in [*exiting.exit_heads.values(), exiting.head]:
             head[-1].weight.mul_(12)
-    exiting.retune(plan)
     return exiting
+
+
+@once
+def _exiting_once(make, after, **options):
+    return _exiting(make(**options), after)
 
 
 def images(count=3, size=(32, 48), seed=0) -> torch.Tensor:
@@ -86,3 +107,13 @@ def _lively(module: nn.Module) -> nn.Module:
                     nn.init.trunc_normal_(parameter, std=0.02)
                 parameter.mul_(3)
     return module
+
+
+def lively_masks(head):
+    """A mask head whose queries attend to some tokens more than to others."""
+    with torch.no_grad():
+        for layer in head.layers:
+            layer.query.weight.mul_(5)
+            layer.key_value.weight.mul_(5)
+        head.presence.weight.mul_(3)
+    return head

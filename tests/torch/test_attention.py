@@ -12,7 +12,7 @@ from torch.nn import functional
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
-from tests.torch.test_running import CELLS, FEATURES, PLANS
+from tests.torch.plans import CELLS, FEATURES, PLANS
 from tokenexit_torch import attention
 from tokenexit_torch.attention import Padded, PerImage, has_varlen, per_image
 
@@ -86,7 +86,7 @@ def test_entries_without_a_token_are_an_image_of_their_own(counts):
 @pytest.mark.parametrize("plan", [PLANS["neighbours"], FEATURES["dovit"], CELLS["dtop"]])
 @pytest.mark.parametrize("capacity", [None, 1.0, 0.5])
 def test_a_model_runs_by_the_kernel(kernel, plan, capacity):
-    model, images = models.wrapped(models.timm_vit(), plan).double(), models.images(3).double()
+    model, images = models.wrapped(models.timm_vit, plan).double(), models.images(3).double()
     run = model if capacity is None else tet.StaticModel(model, capacities=capacity)
     kernel.clear()  # the self-check has called it
     found = run(images)

@@ -25,7 +25,7 @@ OWN = functional.scaled_dot_product_attention
 
 
 def exiting(vit):
-    return models.wrapped_after(vit, PLAN, after=(2,))
+    return models.wrapped(vit, PLAN, after=(2,))
 
 
 def gated(vit, keys="running"):

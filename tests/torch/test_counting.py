@@ -24,6 +24,7 @@ PLAN = Schedule((Exit(2, policies.Budget(0.5)),))
 GATED = Schedule((Exit(2, policies.Budget(0.5, by="gate")),), Preserved())
 
 
+@models.once
 def exiting():
     return tet.wrap(models.timm_vit(depth=3), PLAN, num_classes=5).eval()
 

@@ -16,60 +16,54 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
-from tests.torch import models
-from tests.torch.decoders import CLASSES, DECODERS, DEPTH, GRID, HEADS, PATCH, SIZE, WIDTH, dinov2, made, on_backbone
-from tests.torch.test_hosts import Told
+from tests.torch import hosts, models, oracle
+from tests.torch.decoders import (
+    CLASSES,
+    DECODERS,
+    DEPTH,
+    GRID,
+    HEADS,
+    PATCH,
+    SIZE,
+    WIDTH,
+    Decoder,
+    dinov2,
+    made,
+    on_backbone,
+)
+from tests.torch.hosts import AFTER, PATCHES, Told, depths_of, one_of
 from tokenexit import TokenExitError, heads, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.exits.decoder import pooled
 from tokenexit_torch.registry import decoding_host_of
 
-AFTER = (1, 2)
-PATCHES = GRID[0] * GRID[1]
 each = pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS.keys())
 
 
-def told(images, *, carry=Feature(), done=None, seed=0):
-    """After each of two blocks, other tokens leave: few of the first image, many of the last; all of `done`."""
-    shares = torch.linspace(0.2, 0.7, images)[:, None]
-    random = torch.Generator().manual_seed(seed)
-    masks = [torch.rand(images, PATCHES, generator=random) < shares for _ in AFTER]
-    if done is not None:
-        masks[0][done] = True
-    return Schedule(tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True)), carry)
-
-
-def one_of(plan, number):
-    """The plan for one image alone."""
-    own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
-    return dataclasses.replace(plan, exits=own)
+told = functools.partial(hosts.told, carry=Feature())
 
 
 def exiting(model):
+    """A model, or a `Decoder`, which is made and wrapped once: then this is a copy."""
+    if isinstance(model, Decoder):
+        return exiting_once(model)
     classes = None if decoding_host_of(model).classes else CLASSES
     return tet.wrap_decoder(model, schedule.dense(after=AFTER), num_classes=classes)
 
 
+@models.once
+def exiting_once(decoder):
+    return exiting(decoder.make())
+
+
+@torch.no_grad()
 def slow(decoder, model, images, plan):
     """The model's own output, one image at a time, its leavers frozen as they left."""
-    found = []
-    for number in range(len(images)):
-        image = images[number : number + 1]
-        row, prefix, here = decoder.embedded(model, image), decoder.prefix, torch.arange(PATCHES)
-        grid, taken = row.clone(), {}
-        for block in range(max(decoder.taps)):
-            if plan.carry.before == "last block" and block == max(decoder.taps) - 1:
-                row, here = grid, torch.arange(PATCHES)
-            if len(here):
-                row = decoder.run(model, block, row, image, here)
-                grid = grid.clone()
-                grid[:, :prefix], grid[:, prefix + here] = row[:, :prefix], row[:, prefix:]
-            if block + 1 in AFTER and len(here):
-                leave = plan.exits[block].policy.leave[number, here]
-                row, here = torch.cat([row[:, :prefix], row[:, prefix:][:, ~leave]], dim=1), here[~leave]
-            if block + 1 in decoder.taps:
-                taken[block + 1] = grid
+    found, blocks = [], max(decoder.taps)
+    for image, depth in zip(images.split(1), depths_of(plan, blocks), strict=True):
+        steps = oracle.walk(decoder.alone(model, image), depth, blocks=blocks, carry=plan.carry)
+        taken = {block: features[None] for block, (features, *_) in enumerate(steps, 1) if block in decoder.taps}
         found.append(decoder.decoded(model, image, taken))
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
@@ -86,8 +80,8 @@ def assert_same(found, wanted, *, near=1e-5):
 @torch.no_grad()
 @each
 def test_nothing_leaves_is_the_models_own_output(decoder):
-    model, images = decoder.make(), models.images(3, SIZE)
-    wrapped, own = exiting(model), model(images)
+    wrapped, images = exiting(decoder), models.images(3, SIZE)
+    own = wrapped.model(images)
     stay = torch.zeros(3, PATCHES, dtype=torch.bool)
     packed = Schedule(tuple(Exit(after, Told(stay)) for after in AFTER), Feature())
     for plan in (schedule.dense(), packed):
@@ -103,10 +97,11 @@ def test_nothing_leaves_is_the_models_own_output(decoder):
 @each
 @pytest.mark.parametrize("carry", [Feature(), Feature("last block")], ids=["decoder", "last block"])
 def test_the_decoder_meets_leavers_as_they_left_and_the_others_in_their_places(decoder, carry):
-    model, images = decoder.make(), models.images(3, SIZE)
+    wrapped, images = exiting(decoder), models.images(3, SIZE)
     plan = told(3, carry=carry, done=1)
-    out, wanted = exiting(model)(images, schedule=plan), slow(decoder, model, images, plan)
+    out, wanted = wrapped(images, schedule=plan), slow(decoder, wrapped.model, images, plan)
     assert_same(out.decoded, wanted, near=5e-5)
+    assert torch.equal(out.exit_depth, depths_of(plan, max(decoder.taps)))
     assert out.exit_depth[1].eq(1).all()
     assert out.exit_depth.unique().tolist() == [1, 2, max(decoder.taps)]
     late = PATCHES + decoder.prefix if carry.before == "last block" else 0
@@ -117,7 +112,7 @@ def test_the_decoder_meets_leavers_as_they_left_and_the_others_in_their_places(d
 @torch.no_grad()
 @each
 def test_an_image_does_not_depend_on_its_batch(decoder):
-    wrapped, images, plan = exiting(decoder.make()), models.images(3, SIZE), told(3)
+    wrapped, images, plan = exiting(decoder), models.images(3, SIZE), told(3)
     together = wrapped(images, schedule=plan)
     for number in range(3):
         alone = wrapped(images[number : number + 1], schedule=one_of(plan, number))
@@ -129,8 +124,8 @@ def test_an_image_does_not_depend_on_its_batch(decoder):
 
 @each
 def test_gradients_are_the_models_own_and_finite_when_tokens_leave(decoder):
-    model, images = decoder.make(), models.images(2, SIZE)
-    wrapped, stay = exiting(model), torch.zeros(2, PATCHES, dtype=torch.bool)
+    wrapped, images = exiting(decoder), models.images(2, SIZE)
+    model, stay = wrapped.model, torch.zeros(2, PATCHES, dtype=torch.bool)
     calls = [
         lambda: model(images),
         lambda: (
@@ -157,7 +152,7 @@ def test_gradients_are_the_models_own_and_finite_when_tokens_leave(decoder):
 @torch.no_grad()
 @each
 def test_multiply_adds_are_those_of_torchs_own_counter(decoder):
-    wrapped, images = exiting(decoder.make()), models.images(2, SIZE)
+    wrapped, images = exiting(decoder), models.images(2, SIZE)
     for plan in (schedule.dense(), told(2)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             out = wrapped(images, schedule=plan)
@@ -168,8 +163,8 @@ def test_multiply_adds_are_those_of_torchs_own_counter(decoder):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "size"), [("DPT, segmentation", (48, 48)), ("Depth Anything", (48, 40))])
 def test_images_of_another_size(name, size):
-    model, images = DECODERS[name].make(), models.images(2, size)
-    wrapped, own = exiting(model), model(images)
+    wrapped, images = exiting(DECODERS[name]), models.images(2, size)
+    own = wrapped.model(images)
     out = wrapped(images, schedule=schedule.dense())
     assert_same(out.decoded, dict(own))
     assert out.exit_depth.shape == (2, size[0] // PATCH, size[1] // PATCH)
@@ -214,8 +209,8 @@ def test_labels_give_the_models_own_loss():
 @torch.no_grad()
 @each
 def test_threads_may_run_one_model_at_a_time_each_with_its_own_plan(decoder):
-    model, images = decoder.make(), models.images(2, SIZE)
-    wrapped, plans = exiting(model), [told(2, seed=seed) for seed in range(3)]
+    wrapped, images = exiting(decoder), models.images(2, SIZE)
+    model, plans = wrapped.model, [told(2, seed=seed) for seed in range(3)]
     wanted = [wrapped(images, schedule=plan).decoded for plan in plans]
     own, found = dict(model(images)), {}
 
@@ -258,8 +253,8 @@ def test_the_model_is_left_as_it_is(decoder):
 @each
 def test_a_forward_that_was_put_on_the_model_is_not_run_in_place_of_the_decoder(decoder):
     """As accelerate puts one there, and compilation a call: bound to the model, they would run all tokens again."""
-    model, images, plan = decoder.make(), models.images(2, SIZE), told(2)
-    wrapped = exiting(model)
+    wrapped, images, plan = exiting(decoder), models.images(2, SIZE), told(2)
+    model = wrapped.model
     wanted = dict(wrapped(images, schedule=plan).decoded)
     model.forward = functools.partial(type(model).forward, model)
     model._compiled_call_impl = model._call_impl
@@ -364,7 +359,7 @@ def test_exits_with_a_final_head_are_no_exits_under_a_decoder(tmp_path):
 
 
 def test_another_plan_may_be_used_later():
-    wrapped, images = exiting(DECODERS["EoMT"].make()), models.images(2, SIZE)
+    wrapped, images = exiting(DECODERS["EoMT"]), models.images(2, SIZE)
     wrapped.retune(schedule.paumer(keep={1: 0.5}))
     with torch.no_grad():
         assert wrapped(images).tokens_per_block[:, 1].eq(8 + 3).all()
@@ -512,7 +507,7 @@ def test_what_does_not_fit_is_named(options, message):
 
 
 def test_a_plan_that_does_not_fit_is_refused_in_a_call():
-    wrapped = exiting(DECODERS["EoMT"].make())
+    wrapped = exiting(DECODERS["EoMT"])
     with pytest.raises(TokenExitError, match="`schedule` must carry features"):
         wrapped(models.images(1, SIZE), schedule=schedule.dtop(after=(1, 2)))
 
@@ -624,15 +619,15 @@ def test_a_model_without_classes_asks_for_them():
     ],
 )
 def test_images_of_a_size_that_the_model_cannot_take_are_refused(name, size, message):
-    wrapped = exiting(DECODERS[name].make())
+    wrapped = exiting(DECODERS[name])
     with pytest.raises(TokenExitError, match=f"`images` must have a size that the model takes, got .*: {message}"):
         wrapped(models.images(1, size))
 
 
 @torch.no_grad()
 def test_blocks_behind_the_last_tap_are_not_run():
-    model = DECODERS["DPT, depth"].make()
-    wrapped, ran = exiting(model), []
+    wrapped, ran = exiting(DECODERS["DPT, depth"]), []
+    model = wrapped.model
     assert wrapped.depth == DEPTH - 1
     for index, block in enumerate(model.dpt.encoder.layer):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))

@@ -11,7 +11,7 @@ import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
-from tests.torch.test_running import CELLS, PLANS
+from tests.torch.plans import CELLS, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch import exporting
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def static(plan, capacities=0.5):
-    return tet.StaticModel(models.wrapped(models.timm_vit(), plan), capacities=capacities)
+    return tet.StaticModel(models.wrapped(models.timm_vit, plan), capacities=capacities)
 
 
 def run(file, images):
@@ -79,7 +79,7 @@ def test_no_topk_is_longer_than_tensorrt_takes(tmp_path):
     # 4,225 tokens: rows are sorted in parts, and merged.
     host = models.plain_host(width=16, heads=1, depth=3)
     plan = schedule.neighbours(radius={2: 1}, threshold=0.3, per_class=2)
-    model = models.wrapped_after(host, plan, after=(2,))
+    model = models.wrapped(host, plan, after=(2,))
     images = models.images(1, (8 * 65, 8 * 65))
     one = tet.StaticModel(model, capacities=0.6)
     tet.export_onnx(one, images, tmp_path / "model.onnx")
@@ -140,7 +140,7 @@ def test_bad_input_is_named(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_depends_on_the_data_is_refused_with_the_call_that_works():
     plan = schedule.paumer(keep={2: 0.5})
-    model, images = models.wrapped_after(models.timm_vit(), plan, after=(2,)), models.images(2)
+    model, images = models.wrapped(models.timm_vit, plan, after=(2,)), models.images(2)
     gates = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,))).eval()
     with pytest.raises(TokenExitError, match="`model` must be static to be exported: use export_program"):
         torch.export.export(model, (images,))

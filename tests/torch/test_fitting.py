@@ -14,13 +14,13 @@ from tokenexit_torch._features import Teacher, label_share
 
 
 def fitted(images, **options):
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     return model, tet.fit_exits(model, images, **{"steps": 150, "patches_per_step": 96, "progress": iter} | options)
 
 
 def test_heads_learn_what_the_final_head_says_and_nothing_else_changes():
     images = models.images(12)
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     wanted = model.every_exit(images)[6].argmax(dim=1)
     frozen = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("exit_heads")}
     before = {
@@ -52,7 +52,7 @@ def test_half_precision_a_bad_image_and_inference_mode_are_no_obstacle():
     images[2] = float("nan")
     for dtype in (torch.float16, torch.bfloat16):
         with torch.inference_mode():
-            model = models.wrapped(models.timm_vit(), schedule.dense()).to(dtype)
+            model = models.wrapped(models.timm_vit, schedule.dense()).to(dtype)
             report = tet.fit_exits(model, images.to(dtype), steps=40, patches_per_step=64, progress=iter)
         assert report.patches == 5 * 24
         assert all(p.dtype == dtype and p.isfinite().all() for p in model.exit_heads.parameters())
@@ -60,7 +60,7 @@ def test_half_precision_a_bad_image_and_inference_mode_are_no_obstacle():
 
 
 def test_an_interrupt_leaves_the_heads_as_they_were():
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def interrupted(loop):
@@ -169,7 +169,7 @@ def test_the_best_heads_are_those_of_the_step_that_is_reported(tmp_path):
     images = models.images(16)
     model, report = fitted(images, **OVERFITTING)
     assert 0 < report.kept_step < report.steps
-    again = models.wrapped(models.timm_vit(), schedule.dense())
+    again = models.wrapped(models.timm_vit, schedule.dense())
     with pytest.raises(KeyboardInterrupt):
         tet.fit_exits(again, images, resume=tmp_path, progress=stopping(report.kept_step), **OVERFITTING)
     then = load_file(tmp_path / "fit.safetensors")
@@ -183,7 +183,7 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(cache, at, tmp_path):
     where = tmp_path / "tokens" if cache == "disk" else cache
     options = {"held_out": 0.2, "check_every": 10, "patience": 4, "steps": 50, "learning_rate": 0.02, "cache": where}
     straight, report = fitted(images, **options)
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     before = weights_of(model)
     folder = tmp_path / "fit"
     options |= {"patches_per_step": 96, "resume": folder}
@@ -203,7 +203,7 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(cache, at, tmp_path):
 def test_an_interrupt_within_a_step_costs_what_came_after_the_last_check(tmp_path, monkeypatch):
     images = models.images(4)
     straight, report = fitted(images, steps=30, check_every=10)
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     step, taken = torch.optim.AdamW.step, []
 
     def interrupted(self, *given):
@@ -252,13 +252,13 @@ def test_batch_norm_and_an_unseeded_new_model_resume_too(tmp_path):
 def test_another_fit_is_not_resumed(tmp_path):
     images, pairs = models.images(4), torch.zeros(4, 32, 48, dtype=torch.int64)
     options = {"steps": 12, "patches_per_step": 50, "resume": tmp_path, "progress": iter}
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     with pytest.raises(KeyboardInterrupt):
         tet.fit_exits(model, images, **options | {"progress": stopping(5)})
-    changed = models.wrapped(models.timm_vit(), schedule.dense())
+    changed = models.wrapped(models.timm_vit, schedule.dense())
     with torch.no_grad():
         changed.head[-1].bias[0] += 1
-    fewer = models.wrapped_after(models.timm_vit(), schedule.dense(), after=(2, 3))
+    fewer = models.wrapped(models.timm_vit, schedule.dense(), after=(2, 3))
     for name, one, batches, given in [
         ("model", changed, images, {}),
         ("exits", fewer, images, {}),
@@ -282,7 +282,7 @@ def test_where_a_fit_is_must_be_as_it_was_written_and_possible(tmp_path):
     """What is damaged is seen by its hash; what was written with one is looked at all the same."""
     images, file = models.images(4), tmp_path / "fit.safetensors"
     options = {"steps": 12, "check_every": 3, "patches_per_step": 50, "held_out": 0.3, "resume": tmp_path}
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     with pytest.raises(KeyboardInterrupt):
         tet.fit_exits(model, images, **options, progress=stopping(7))
     raw = file.read_bytes()
@@ -326,7 +326,7 @@ def test_where_a_fit_is_must_be_as_it_was_written_and_possible(tmp_path):
 
 def test_what_is_in_the_way_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    model, options = models.wrapped(models.timm_vit(), schedule.dense()), {"steps": 2, "progress": iter}
+    model, options = models.wrapped(models.timm_vit, schedule.dense()), {"steps": 2, "progress": iter}
     for name in ("resume", "cache"):
         with pytest.raises(TokenExitError, match=f"`{name}` must be a folder that can be written to, got "):
             tet.fit_exits(model, models.images(2), **options, **{name: tmp_path / "file"})
@@ -357,7 +357,7 @@ def test_what_is_kept_on_disk_is_what_is_kept_in_memory_and_is_read_again(tmp_pa
     batches[1][4:] = float("nan")
     batches[2][:] = float("nan")
     one, report = fitted(batches, steps=20)
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     seen, run = [], model.host.run
 
     def progress(loop):
@@ -443,7 +443,7 @@ def test_shares_of_labels_are_counted_patch_by_patch(height, width, grid):
 
 
 def test_the_target_of_a_patch_is_what_the_page_says():
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     images, label = models.images(1), torch.full((1, 4, 6), 2)
     label[0, 0, 0] = -100
     teacher = Teacher(model, model.patches_and_output, label_weight=0.25, ignore=-100)
@@ -525,4 +525,4 @@ def test_batch_norm_learns_nothing_of_images_held_out():
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(TokenExitError, match=message):
-        call(models.wrapped(models.timm_vit(), schedule.dense()))
+        call(models.wrapped(models.timm_vit, schedule.dense()))

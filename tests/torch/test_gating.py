@@ -24,7 +24,7 @@ HOSTS = {
     "timm, three heads": models.timm_vit,
     "timm, no cls": lambda: models.timm_vit(prefix=0),
     "timm, cls and five registers": lambda: models.timm_vit(prefix=6, heads=1),
-    "placed": models.Placed,
+    "placed": models.placed,
 }
 CARRIES = [
     Preserved(returning, keys, before)

@@ -3,6 +3,7 @@
 References call the blocks as their own library does, one image at a time, on a plain batch of the tokens that run.
 """
 
+import functools
 import importlib
 import itertools
 import warnings
@@ -15,41 +16,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.hosts import DEPTH, FOREIGN, GRID, HEADS, PATCH, SIZE, WIDTH, eva, torchvision_vit, transformers_model
-from tokenexit import TokenExitError, policies, schedule
+from tests.torch.hosts import (
+    AFTER,
+    DEPTH,
+    FOREIGN,
+    GRID,
+    HEADS,
+    PATCH,
+    PATCHES,
+    SIZE,
+    WIDTH,
+    Told,
+    depths_of,
+    eva,
+    exiting,
+    one_of,
+    told,
+    torchvision_vit,
+    transformers_model,
+)
+from tests.torch.oracle import run_one_by_one
+from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.semantic import SemanticPlan
 from tokenexit_torch.registry import REFUSED
 
-AFTER = (1, 2)
-PATCHES = GRID[0] * GRID[1]
 each = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
-
-
-class Told(policies.Policy):
-    """Lets go those that it is told to, by image and place."""
-
-    def __init__(self, leave):
-        self.leave = leave
-
-    def leaves(self, evidence):
-        return self.leave[evidence.image, evidence.position.clamp(min=0)]
-
-
-def told(images, *, seed=0, carry=None):
-    """After each of two blocks, other tokens leave: few of the first image, many of the last."""
-    shares = torch.linspace(0.2, 0.7, images)[:, None]
-    random = torch.Generator().manual_seed(seed)
-    masks = [torch.rand(images, PATCHES, generator=random) < shares for _ in AFTER]
-    exits = tuple(Exit(after, Told(mask)) for after, mask in zip(AFTER, masks, strict=True))
-    return Schedule(exits) if carry is None else Schedule(exits, carry)
-
-
-def exiting(model):
-    """Its heads hand the tokens out as they are."""
-    heads = {after: nn.Identity() for after in AFTER}
-    return tet.wrap(model, schedule.dense(after=AFTER), head=nn.Identity(), exit_heads=heads)
 
 
 def gated(model, carry):
@@ -60,35 +53,10 @@ def as_map(tokens):
     return tokens.mT.unflatten(2, GRID)
 
 
-def finished(foreign, model, images):
-    """The final norm alone, by the model's own forward: its last block is made to give these tokens."""
-
-    def given(tokens):
-        hook = foreign.blocks(model)[-1].register_forward_hook(lambda *_: tokens)
-        found = foreign.dense(model, images)
-        hook.remove()
-        return found
-
-    return given
-
-
-def slow(foreign, model, images, plan):
-    """Each token as it was when it left, or finished; one image at a time, without those that have left."""
-    found = []
-    for number in range(len(images)):
-        image = images[number : number + 1]
-        row, prefix = foreign.embedded(model, image), foreign.prefix
-        outcome, here = torch.zeros(PATCHES, WIDTH), torch.arange(PATCHES)
-        for block in range(DEPTH):
-            if prefix + len(here):  # some blocks cannot reshape nothing
-                row = foreign.run(model, block, row, image, here)
-            if block + 1 in AFTER:
-                leave = plan.exits[block].policy.leave[number, here]
-                outcome[here[leave]] = row[0, prefix:][leave]
-                row, here = torch.cat([row[:, :prefix], row[:, prefix:][:, ~leave]], dim=1), here[~leave]
-        outcome[here] = finished(foreign, model, image)(row)[0, prefix:]
-        found.append(outcome)
-    return as_map(torch.stack(found))
+def outcome(foreign, wrapped, images, plan):
+    """Each token as it was when it left, or finished; the blocks are called as their own library calls them."""
+    alone = functools.partial(foreign.alone, wrapped.model)
+    return run_one_by_one(wrapped, images, depths_of(plan, DEPTH), alone=alone)
 
 
 def slow_gates(foreign, model, images, plan):
@@ -110,15 +78,16 @@ def slow_gates(foreign, model, images, plan):
                 after = foreign.run(model, block, every[:, rows], image, run.nonzero()[:, 0])
             every = every.clone()
             every[:, rows] = after
-        found.append(finished(foreign, model, image)(every)[0, prefix:])
+        found.append(foreign.alone(model, image).finish(every)[0, prefix:])
     return as_map(torch.stack(found))
 
 
 @torch.no_grad()
 @each
 def test_nothing_leaves_is_the_models_own_output(foreign):
-    model, images = foreign.make(), models.images(3, SIZE)
-    wrapped, own = exiting(model), as_map(foreign.dense(model, images)[:, foreign.prefix :])
+    wrapped, images = exiting(foreign), models.images(3, SIZE)
+    model = wrapped.model
+    own = as_map(foreign.dense(model, images)[:, foreign.prefix :])
     stay = torch.zeros(3, PATCHES, dtype=torch.bool)
     packed = Schedule(tuple(Exit(after, Told(stay)) for after in AFTER))
     for plan in (schedule.dense(), packed):
@@ -133,20 +102,20 @@ def test_nothing_leaves_is_the_models_own_output(foreign):
 @torch.no_grad()
 @each
 def test_tokens_keep_their_places_when_others_leave(foreign):
-    model, images, plan = foreign.make(), models.images(3, SIZE), told(3)
-    out = exiting(model)(images, schedule=plan)
+    wrapped, images, plan = exiting(foreign), models.images(3, SIZE), told(3)
+    out = wrapped(images, schedule=plan)
+    assert torch.equal(out.exit_depth, depths_of(plan, DEPTH))
     assert out.exit_depth.unique().tolist() == [1, 2, DEPTH]
-    torch.testing.assert_close(out.logits, slow(foreign, model, images, plan), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(out.logits, outcome(foreign, wrapped, images, plan), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @each
 def test_an_image_does_not_depend_on_its_batch(foreign):
-    wrapped, images, plan = exiting(foreign.make()), models.images(3, SIZE), told(3)
+    wrapped, images, plan = exiting(foreign), models.images(3, SIZE), told(3)
     together = wrapped(images, schedule=plan)
     for number in range(3):
-        own = tuple(Exit(one.after, Told(one.policy.leave[number : number + 1])) for one in plan.exits)
-        alone = wrapped(images[number : number + 1], schedule=Schedule(own))
+        alone = wrapped(images[number : number + 1], schedule=one_of(plan, number))
         torch.testing.assert_close(together.logits[number], alone.logits[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(together.tokens_per_block[number], alone.tokens_per_block[0])
 
@@ -165,8 +134,8 @@ def test_tokens_keep_their_places_when_others_wait(foreign):
 
 @each
 def test_gradients_are_the_models_own_and_finite_when_tokens_leave(foreign):
-    model, images = foreign.make(), models.images(2, SIZE)
-    wrapped, weights = exiting(model), torch.randn(2, WIDTH, *GRID, generator=torch.Generator().manual_seed(3))
+    wrapped, images = exiting(foreign), models.images(2, SIZE)
+    model, weights = wrapped.model, torch.randn(2, WIDTH, *GRID, generator=torch.Generator().manual_seed(3))
     stay = torch.zeros(2, PATCHES, dtype=torch.bool)
     calls = [
         lambda: as_map(foreign.dense(model, images)[:, foreign.prefix :]),
@@ -190,7 +159,7 @@ def test_gradients_are_the_models_own_and_finite_when_tokens_leave(foreign):
 @torch.no_grad()
 @each
 def test_multiply_adds_are_those_of_torchs_own_counter(foreign):
-    wrapped, images = exiting(foreign.make()), models.images(2, SIZE)
+    wrapped, images = exiting(foreign), models.images(2, SIZE)
     for plan in (schedule.dense(), told(2)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             out = wrapped(images, schedule=plan)
@@ -201,8 +170,9 @@ def test_multiply_adds_are_those_of_torchs_own_counter(foreign):
 @pytest.mark.parametrize("name", ["timm DINOv3", *(name for name in FOREIGN if name.startswith("transformers"))])
 def test_images_of_another_size(name):
     foreign, images = FOREIGN[name], models.images(2, (48, 40))
-    model = foreign.make()
-    wrapped, own = exiting(model), foreign.dense(model, images)[:, foreign.prefix :]
+    wrapped = exiting(foreign)
+    model = wrapped.model
+    own = foreign.dense(model, images)[:, foreign.prefix :]
     torch.testing.assert_close(wrapped(images).logits, own.mT.unflatten(2, (6, 5)), atol=1e-5, rtol=1e-5)
 
 
@@ -327,8 +297,8 @@ HOOKED = {"timm distilled": 4, "timm DINOv3": 4, "torchvision": 4, "transformers
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_on_blocks_see_a_batch_then_one_row_of_all_images(name):
     foreign, images = FOREIGN[name], models.images(3, SIZE)
-    model = foreign.make()
-    wrapped, seen = exiting(model), []
+    wrapped, seen = exiting(foreign), []
+    model = wrapped.model
     for block in foreign.blocks(model):
         block.register_forward_hook(lambda _, given, out: seen.append((tuple(given[0].shape), tuple(out.shape))))
     slots, out = PATCHES + foreign.prefix, wrapped(images, schedule=told(3))
@@ -352,7 +322,10 @@ def test_torchvisions_blocks_and_their_attention_are_called():
     torch.testing.assert_close(wrapped(images, schedule=schedule.dense()).logits, as_map(own), atol=1e-5, rtol=1e-5)
     plan = told(2)
     torch.testing.assert_close(
-        wrapped(images, schedule=plan).logits, slow(FOREIGN["torchvision"], model, images, plan), atol=2e-5, rtol=1e-5
+        wrapped(images, schedule=plan).logits,
+        outcome(FOREIGN["torchvision"], wrapped, images, plan),
+        atol=2e-5,
+        rtol=1e-5,
     )
 
 
@@ -382,7 +355,7 @@ def test_sharded_models_run_by_forward_and_say_what_else_to_do():
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     images, plan = models.images(2), schedule.paumer(keep={2: 0.5})
-    model = models.wrapped_after(models.timm_vit(), plan, after=(2,))
+    model = models.wrapped(models.timm_vit, plan, after=(2,))
     wanted = model(images).logits
     for block in model.model.blocks:
         fully_shard(block)
@@ -394,7 +367,7 @@ def test_sharded_models_run_by_forward_and_say_what_else_to_do():
     torch.testing.assert_close(model(images).logits, wanted)
     register_fsdp_forward_method(model, "every_exit")
     assert len(model.every_exit(images)) == 2
-    inner = models.wrapped_after(models.timm_vit(), plan, after=(2,))
+    inner = models.wrapped(models.timm_vit, plan, after=(2,))
     fully_shard(inner.model)
     with pytest.raises(TokenExitError, match=sharded):
         inner(images)

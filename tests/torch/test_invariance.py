@@ -18,7 +18,6 @@ from torch import Tensor
 import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, lively
-from tests.torch.test_masks import lively as lively_masks
 from tokenexit import schedule
 from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.heads import ATM
@@ -90,7 +89,7 @@ def masked(name: str, classes: int) -> tet.ExitingModel:
     heads = ATM(layers=1, attention_heads=2)
     model = tet.wrap(host(name), schedule.dense(after=AFTER), num_classes=classes, exit_heads=heads).double().eval()
     for head in [*model.exit_heads.values(), model.head]:
-        lively_masks(head)
+        models.lively_masks(head)
     return model
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
+from tests.torch.oracle import log_scores, run_one_by_one
 from tokenexit import TokenExitError, cost, heads, policies, schedule, scores
 from tokenexit.carries import MaskPrediction, Prediction
 from tokenexit.policies import Policy
@@ -40,69 +41,36 @@ each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 each_carry = pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES.keys())
 
 
-def lively(head):
-    with torch.no_grad():
-        for layer in head.layers:
-            layer.query.weight.mul_(5)
-            layer.key_value.weight.mul_(5)
-        head.presence.weight.mul_(3)
-    return head
-
-
 def masked(host, plan, atm=heads.ATM(layers=2, attention_heads=2)):
-    """A model with mask heads after blocks 2, 3 and 4 whose confidences spread over (0, 1)."""
-    torch.manual_seed(1)
-    after = schedule.dense(after=(2, 3, 4))
-    model = tet.wrap(host, after, num_classes=models.CLASSES, exit_heads=atm).eval()
-    for head in [*model.exit_heads.values(), model.head]:
-        lively(head)
+    """A model with mask heads after blocks 2, 3 and 4 whose confidences spread over (0, 1).
+
+    `host` is a model, or what makes one: then it is wrapped once for all tests, and this is a copy.
+    """
+    model = masked_once(host, atm) if models.makes(host) else with_masks(host, atm)
     model.retune(plan)
     return model
 
 
+def with_masks(host, atm):
+    torch.manual_seed(1)
+    model = tet.wrap(host, schedule.dense(after=(2, 3, 4)), num_classes=models.CLASSES, exit_heads=atm).eval()
+    for head in [*model.exit_heads.values(), model.head]:
+        models.lively_masks(head)
+    return model
+
+
+@models.once
+def masked_once(make, atm):
+    return with_masks(make(), atm)
+
+
 def a_head(width=12, classes=3, **options):
     torch.manual_seed(5)
-    return lively(tet.AttentionToMask(width, classes, **options).double())
+    return models.lively_masks(tet.AttentionToMask(width, classes, **options).double())
 
 
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def log_scores(mask_logits, presence_logits):
-    return (presence_logits.sigmoid() * mask_logits.sigmoid()).log()
-
-
-def one_by_one(model, images, exit_depth, carry):
-    """A slow reference: leave as `exit_depth` says, one image at a time, and weigh as the carry says."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix = embedded.prefix
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        row, slots = embedded.tokens, torch.arange(len(depth))
-        masks, frozen = row.new_zeros(2, len(depth), models.CLASSES)
-        presence = None
-        for block in range(model.depth):
-            if len(slots) == 0:
-                continue
-            row = model.host.run(block, row, None)
-            last = block + 1 == model.depth
-            heads = {**model.exit_heads, str(model.depth): model.head}
-            if str(block + 1) not in heads or not (last or block + 1 in model.schedule.after):
-                continue
-            read = (model.host.finish(row) if last else row)[0, prefix:]
-            said, there = heads[str(block + 1)](read, [len(read)])
-            presence = there[0]
-            masks[slots[prefix:]] = said
-            leaving = depth[slots] == block + 1 if not last else depth[slots] > 0
-            frozen[slots[prefix:]] = log_scores(said, presence)
-            row, slots = row[:, ~leaving], slots[~leaving]
-            if (slots < prefix).all():
-                slots = slots[:0]
-        scored = log_scores(masks, presence) if carry == MaskPrediction() else frozen
-        found.append(scored[prefix:].T.unflatten(1, embedded.grid))
-    return torch.stack(found)
 
 
 # The head by itself.
@@ -183,7 +151,7 @@ def test_a_plan_survives_json():
 @torch.no_grad()
 @each_host
 def test_nothing_leaves_is_the_dense_model(host):
-    model, images = masked(host(), schedule.dense()), models.images()
+    model, images = masked(host, schedule.dense()), models.images()
     out, every = model(images), model.every_exit(images)
     torch.testing.assert_close(out.logits, every[6])
     for after, maps in model.every_mask(images).items():
@@ -200,7 +168,7 @@ def test_nothing_leaves_is_the_dense_model(host):
 @each_host
 @each_carry
 def test_everything_leaves_is_the_first_head(host, carry):
-    model, images = masked(host(), Schedule(schedule.truncated(after=3).exits, carry)), models.images()
+    model, images = masked(host, Schedule(schedule.truncated(after=3).exits, carry)), models.images()
     out = model(images)
     torch.testing.assert_close(out.logits, model.every_exit(images)[3], rtol=1e-4, atol=1e-4)
     assert out.exit_depth.eq(3).all()
@@ -210,7 +178,7 @@ def test_everything_leaves_is_the_first_head(host, carry):
 @each_host
 @each_plan
 def test_an_image_alone_is_the_image_in_a_batch(host, plan):
-    model, images = masked(host(), plan).double(), models.images(4).double()
+    model, images = masked(host, plan).double(), models.images(4).double()
     together = model(images)
     assert len(together.exit_depth.unique()) > 1
     for index in range(len(images)):
@@ -225,10 +193,10 @@ def test_an_image_alone_is_the_image_in_a_batch(host, plan):
 @pytest.mark.parametrize("name", ["dtop", "dtop, masks weighted anew", "neighbours", "a budget"])
 def test_running_packed_is_running_one_image_at_a_time_with_its_own_tokens(host, name):
     plan = PLANS[name]
-    model, images = masked(host(), plan).double(), models.images(4).double()
+    model, images = masked(host, plan).double(), models.images(4).double()
     out = model(images)
     assert len(out.exit_depth.unique()) > 1
-    expected = one_by_one(model, images, out.exit_depth, plan.carry)
+    expected = run_one_by_one(model, images, out.exit_depth, carry=plan.carry)
     torch.testing.assert_close(out.logits, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -242,13 +210,13 @@ def test_running_packed_is_running_one_image_at_a_time_with_its_own_tokens(host,
 @strategies.fewer(3)
 def test_any_grid_and_any_batch(grid, count, threshold, carry):
     plan = Schedule(PLANS["neighbours"].with_threshold(threshold).exits, carry)
-    model = masked(models.plain_host(), plan).double()
+    model = masked(models.plain_host, plan).double()
     images = models.images(count, (8 * grid[0], 8 * grid[1])).double()
     out = model(images)
     assert out.logits.shape == (count, models.CLASSES, *grid)
     assert out.logits.isfinite().all()
     if count:
-        expected = one_by_one(model, images, out.exit_depth, carry)
+        expected = run_one_by_one(model, images, out.exit_depth, carry=carry)
         torch.testing.assert_close(out.logits, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -256,7 +224,7 @@ def test_any_grid_and_any_batch(grid, count, threshold, carry):
 @each_carry
 def test_a_nan_never_leaves_and_an_image_may_lose_all_its_patches(carry):
     plan = schedule.dtop(after=(2, 4), threshold=0.0, per_class=0)
-    model, images = masked(models.timm_vit(), Schedule(plan.exits, carry)), models.images(3)
+    model, images = masked(models.timm_vit, Schedule(plan.exits, carry)), models.images(3)
     images[1] = float("nan")
     out = model(images)
     assert out.exit_depth[[0, 2]].eq(2).all()
@@ -276,7 +244,7 @@ def test_the_confidence_is_the_greatest_of_presence_times_mask(host):
             seen.append(evidence)
             return evidence.confidence > threshold
 
-    model, images = masked(host(), schedule.dense(after=(2, 3))), models.images(2)
+    model, images = masked(host, schedule.dense(after=(2, 3))), models.images(2)
     maps = model.every_mask(images)[2]
     mask_logits = maps.mask_logits.flatten(2).transpose(1, 2)
     wanted = scores.mask_scores(mask_logits, maps.presence_logits.sigmoid()[:, None])
@@ -295,7 +263,7 @@ def test_the_confidence_is_the_greatest_of_presence_times_mask(host):
 
 @torch.no_grad()
 def test_the_two_carries_agree_exactly_where_presence_does_not_change():
-    model, images = masked(models.timm_vit(), DTOP), models.images(4)
+    model, images = masked(models.timm_vit, DTOP), models.images(4)
     anew = PLANS["dtop, masks weighted anew"]
     differ = (model(images).logits - model(images, schedule=anew).logits).abs().amax(dim=1)
     depth = model(images).exit_depth
@@ -311,7 +279,7 @@ def test_the_two_carries_agree_exactly_where_presence_does_not_change():
 
 @torch.no_grad()
 def test_multiply_adds_are_those_of_torchs_own_counter():
-    model, images = masked(models.timm_vit(), schedule.dense()), models.images(2)
+    model, images = masked(models.timm_vit, schedule.dense()), models.images(2)
     for plan in (schedule.dense(), schedule.truncated(after=3), schedule.dtop(after=(2, 4), threshold=1.0)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             out = model(images, schedule=plan)
@@ -320,7 +288,7 @@ def test_multiply_adds_are_those_of_torchs_own_counter():
 
 @torch.no_grad()
 def test_multiply_adds_of_heads_follow_the_tokens():
-    model, images = masked(models.timm_vit(), DTOP), models.images(3)
+    model, images = masked(models.timm_vit, DTOP), models.images(3)
     out = model(images)
     head = cost.atm_head(width=48, classes=models.CLASSES, layers=2)
     patches = out.tokens_per_block.numpy() - 1
@@ -334,7 +302,7 @@ def test_multiply_adds_of_heads_follow_the_tokens():
 @torch.no_grad()
 @pytest.mark.parametrize("plan", [schedule.dense(), schedule.truncated(after=3)])
 def test_half_precision_and_autocast_are_near_to_single(plan):
-    model, images = masked(models.timm_vit(), plan), models.images(2)
+    model, images = masked(models.timm_vit, plan), models.images(2)
     single = model(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = model(images)
@@ -369,7 +337,7 @@ def test_what_was_saved_comes_back(tmp_path, carry):
 @each_carry
 def test_gradients_reach_the_queries_and_the_embedding(carry):
     plan = Schedule(DTOP.with_threshold({2: 0.6, 4: 0.2}).exits, carry)
-    model, images = masked(models.timm_vit(), plan), models.images(4)
+    model, images = masked(models.timm_vit, plan), models.images(4)
     out = model(images)
     assert {2, 4, 6} == set(out.exit_depth.unique().tolist())
     out.logits.square().sum().backward()
@@ -384,7 +352,7 @@ def test_gradients_reach_the_queries_and_the_embedding(carry):
 @each_carry
 def test_stages_have_the_masks_of_every_head_and_what_has_left_is_constant(carry):
     plan = Schedule(DTOP.exits, carry)
-    model, images = masked(models.timm_vit(), plan), models.images(3)
+    model, images = masked(models.timm_vit, plan), models.images(3)
     stages, out = Staged(model)(images), model(images)
     assert [*stages.masks] == [*stages.logits] == [2, 4, 6]
     assert torch.equal(stages.output.exit_depth, out.exit_depth)
@@ -401,7 +369,7 @@ def test_stages_have_the_masks_of_every_head_and_what_has_left_is_constant(carry
 
 
 def test_stages_of_a_dense_plan_and_of_features_have_masks_too():
-    model, images = masked(models.timm_vit(), schedule.dense()), models.images(2)
+    model, images = masked(models.timm_vit, schedule.dense()), models.images(2)
     assert [*Staged(model)(images).masks] == [6]
     stages = Staged(model)(images, schedule=PLANS["dovit"])
     assert [*stages.masks] == [2, 4, 6]
@@ -415,7 +383,7 @@ def test_stages_of_a_dense_plan_and_of_features_have_masks_too():
     loss = stages.loss_of_masks(lambda maps: tet.mask_loss(maps, labels), auxiliary={2: 0.0, 4: 2.0})
     wanted = 2 * tet.mask_loss(stages.masks[4], labels) + tet.mask_loss(stages.masks[6], labels)
     torch.testing.assert_close(loss, wanted)
-    softmax = Staged(models.wrapped(models.timm_vit(), schedule.dense()))(images)
+    softmax = Staged(models.wrapped(models.timm_vit, schedule.dense()))(images)
     assert softmax.masks is None
     with pytest.raises(TokenExitError, match="`stages` must be of mask heads for a loss of masks, got none"):
         softmax.loss_of_masks(lambda maps: maps.mask_logits.sum())

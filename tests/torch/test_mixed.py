@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from tests.core import strategies
 from tests.torch import models
-from tests.torch.hosts import FOREIGN
-from tests.torch.test_hosts import exiting
-from tests.torch.test_static import ALL, BARE, ONE_BY_ONE, on
+from tests.torch.hosts import FOREIGN, exiting
+from tests.torch.plans import ALL, BARE, ONE_BY_ONE, on
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
@@ -39,22 +38,22 @@ def assert_each_alone(model, images):
 
 
 @torch.no_grad()
-@on([(dynamic, ONE_BY_ONE), (models.Placed, {name: plan for name, plan in BARE.items() if name in ONE_BY_ONE})])
+@on([(dynamic, ONE_BY_ONE), (models.placed, {name: plan for name, plan in BARE.items() if name in ONE_BY_ONE})])
 def test_an_image_among_others_of_other_sizes_is_the_image_alone(host, plan):
-    assert_each_alone(models.wrapped(host(), plan).double(), drawn(SIZES))
+    assert_each_alone(models.wrapped(host, plan).double(), drawn(SIZES))
 
 
 @torch.no_grad()
 @given(sizes=st.lists(st.sampled_from(SIZES), max_size=6), threshold=st.sampled_from([0.0, 0.4, 1.0]))
 @strategies.fewer(3)
 def test_any_sizes_in_any_order(sizes, threshold):
-    model = models.wrapped(models.plain_host(), ALL["neighbours"].with_threshold(threshold)).double()
+    model = models.wrapped(models.plain_host, ALL["neighbours"].with_threshold(threshold)).double()
     assert_each_alone(model, drawn(sizes))
 
 
 @torch.no_grad()
 def test_the_blocks_run_once_on_all_of_them():
-    model, rows = models.wrapped(dynamic(), ALL["dtop"]).double(), []
+    model, rows = models.wrapped(dynamic, ALL["dtop"]).double(), []
     hook = model.model.blocks[0].register_forward_pre_hook(lambda _, given: rows.append(tuple(given[0].shape)))
     model.mixed(drawn(SIZES))
     hook.remove()
@@ -64,7 +63,7 @@ def test_the_blocks_run_once_on_all_of_them():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["timm DINOv3", "transformers DINOv3", "transformers DINOv2", "timm EVA-02"])
 def test_rotary_and_interpolated_positions_are_those_of_each_size(name):
-    model = exiting(FOREIGN[name].make()).double()
+    model = exiting(FOREIGN[name]).double()
     sizes = [(32, 32), (32, 48), (64, 32)] if "EVA" not in name else [(32, 32)] * 2
     plan = Schedule(tuple(Exit(after, policies.Budget(0.6)) for after in (1, 2)))
     images = drawn(sizes)
@@ -73,7 +72,7 @@ def test_rotary_and_interpolated_positions_are_those_of_each_size(name):
 
 
 def test_gradients_are_those_of_one_by_one():
-    model, images = models.wrapped(dynamic(), ALL["neighbours"]).double(), drawn(SIZES[:3])
+    model, images = models.wrapped(dynamic, ALL["neighbours"]).double(), drawn(SIZES[:3])
     found = []
     for run in (model.mixed, lambda images: [model(image[None]) for image in images]):
         model.zero_grad()
@@ -97,7 +96,7 @@ def test_gradients_are_those_of_one_by_one():
     ],
 )
 def test_bad_input_is_named(images, message):
-    model = models.wrapped(dynamic(), schedule.dense())
+    model = models.wrapped(dynamic, schedule.dense())
     with pytest.raises(TokenExitError, match=message):
         model.mixed(images)
 
@@ -105,7 +104,7 @@ def test_bad_input_is_named(images, message):
 @torch.no_grad()
 @pytest.mark.parametrize("exits", [(), (Exit(2, policies.never()),)])
 def test_features_that_rejoin_though_nothing_could_leave(exits):
-    model, plan = models.wrapped(models.timm_vit(), schedule.dense()), Schedule(exits, Feature("last block"))
+    model, plan = models.wrapped(models.timm_vit, schedule.dense()), Schedule(exits, Feature("last block"))
     images = models.images(2)
     for found, image in zip(model.mixed([*images], schedule=plan), images, strict=True):
         wanted = model(image[None], schedule=plan)
@@ -130,4 +129,4 @@ def test_features_that_rejoin_though_nothing_could_leave(exits):
 )
 def test_what_is_no_list_of_images_is_named(images, message):
     with pytest.raises(TokenExitError, match=message):
-        models.wrapped(models.timm_vit(), schedule.dense()).mixed(images)
+        models.wrapped(models.timm_vit, schedule.dense()).mixed(images)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import tokenexit_torch as tet
-from tests.core.test_surroundings import walked
+from tests.core.oracles import walked
 from tests.torch import models
 from tests.torch.decoders import DECODERS
+from tests.torch.oracle import run_one_by_one
 from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Feature
 from tokenexit.heads import MLP, Neighbourhood
@@ -18,51 +19,24 @@ from tokenexit_torch.heads import build
 
 PLAN = schedule.neighbours(radius={2: 0, 3: 1, 4: 0}, threshold=0.5, per_class=1)
 HEADS = Neighbourhood(hidden=16, radius=1)
-HOSTS = {"timm": models.timm_vit, "plain": models.plain_host, "placed": models.Placed}
+HOSTS = {"timm": models.timm_vit, "plain": models.plain_host, "placed": models.placed}
 
 
 def looking(host="timm", plan=PLAN, heads=HEADS):
     """A model all of whose heads look around, the final one as well, with confidences that spread."""
+    model = looking_once(host, heads)
+    model.retune(plan)
+    return model
+
+
+@models.once
+def looking_once(host, heads):
     torch.manual_seed(2)
     model = tet.wrap(HOSTS[host](), schedule.dense(after=(2, 3, 4)), num_classes=models.CLASSES, exit_heads=heads)
     with torch.no_grad():
         for head in [*model.exit_heads.values(), model.head]:
             head[-1].weight.mul_(12)
-    model.retune(plan)
     return model.eval()
-
-
-@torch.no_grad()
-def one_by_one(model, images, exit_depth):
-    """Image by image, tokens leaving as `exit_depth` says; heads are shown what a walk over the grid finds."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix, grid = embedded.prefix, embedded.grid
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        features, slots = embedded.tokens.clone(), torch.arange(len(depth))
-        logits = features.new_zeros(len(depth), models.CLASSES)
-
-        def read(head, tokens, slots, prefix=prefix, grid=grid, shape=features.shape):
-            running, rows = np.zeros(shape[:2], bool), np.zeros(shape)
-            running[0, slots], rows[0, slots] = True, tokens
-            beside = walked(rows, running, grid, head.radius, prefix)[0, slots]
-            return head(torch.from_numpy(beside).float())
-
-        for block in range(model.depth):
-            positions = None if embedded.positions is None else embedded.positions[slots]
-            features[:, slots] = model.host.run(block, features[:, slots], positions)
-            leaving = depth[slots] == block + 1
-            if block + 1 < model.depth and leaving.any():
-                logits[slots[leaving]] = read(model.exit_heads[str(block + 1)], features[0, slots], slots)[leaving]
-                slots = slots[~leaving]
-                slots = slots[:0] if (slots < prefix).all() else slots
-            if len(slots) == 0:
-                break
-        if len(slots):
-            logits[slots] = read(model.head, model.host.finish(features)[0, slots], slots)
-        found.append(logits[prefix:].T.unflatten(1, grid))
-    return torch.stack(found)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -72,7 +46,7 @@ def test_heads_are_shown_what_still_runs_around_a_token(host, radius):
     model, images = looking(host, heads=Neighbourhood(hidden=16, radius=radius)), models.images(3)
     out = model(images)
     assert len(out.exit_depth.unique()) > 2
-    torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(out.logits, run_one_by_one(model, images, out.exit_depth), atol=2e-4, rtol=2e-4)
 
 
 @torch.no_grad()
@@ -151,7 +125,7 @@ def test_with_room_for_some_the_others_are_not_seen():
     static = tet.StaticModel(model, capacities={2: 0.7, 3: 0.4, 4: 0.3})
     out = static(images)
     assert out.overflow.sum() > 0
-    torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(out.logits, run_one_by_one(model, images, out.exit_depth), atol=2e-4, rtol=2e-4)
     exported = tet.export_program(static, images).module()
     for found, wanted in zip(exported(images)[:2], out[:2], strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

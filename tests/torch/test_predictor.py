@@ -26,7 +26,7 @@ EVERYTHING = ("label", "exit_depth", "tokens", "scores")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("exits")
-    tet.save(models.wrapped(models.plain_host(), PLAN), where)
+    tet.save(models.wrapped(models.plain_host, PLAN), where)
     return where
 
 
@@ -342,7 +342,7 @@ def test_with_a_certificate_only_what_was_certified_is_run(folder, tmp_path):
         predictor(folder, certificate=found, windows=tet.Windows(SIZE, SIZE))
     with pytest.raises(TokenExitError, match="got dtype 'float32, autocast to bfloat16' instead of 'float32'"):
         predictor(folder, certificate=found, autocast=torch.bfloat16).load()
-    other = models.wrapped(models.plain_host(), PLAN.with_threshold(0.1))
+    other = models.wrapped(models.plain_host, PLAN.with_threshold(0.1))
     tet.save(other, tmp_path / "other")
     with pytest.raises(TokenExitError, match="`build` must return a model with the schedule of the certificate"):
         predictor(tmp_path / "other", certificate=found).load()

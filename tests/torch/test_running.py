@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.core import strategies
 from tests.torch import models
-from tokenexit import TokenExitError, cells, policies, schedule, tokens
-from tokenexit.carries import Feature
+from tests.torch.oracle import run_one_by_one
+from tests.torch.plans import CELLS, FEATURES, PLANS
+from tokenexit import TokenExitError, cells, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
 HOSTS = {
@@ -24,114 +25,13 @@ HOSTS = {
     "timm, no cls": lambda: models.timm_vit(prefix=0),
     "timm, cls and five registers": lambda: models.timm_vit(prefix=6),
 }
-PLANS = {
-    "neighbours": schedule.neighbours(radius={2: 1, 3: 1, 4: 0}, threshold=0.4, per_class=1),
-    "dtop": schedule.dtop(after=(2, 4), threshold=0.5, per_class=2),
-    "entropy or margin": Schedule((Exit(2, policies.EntropyBelow(0.3) | policies.MarginAbove(0.8)),)),
-}
-FEATURES = {
-    "dovit": schedule.dovit(after=(2, 4), threshold=0.5),
-    "dovit, nothing folded": schedule.dovit(after=(2, 3, 4), threshold=0.6, fold_above=None),
-    "paumer": schedule.paumer(after=(2, 4), threshold=0.4),
-    "paumer, a budget": schedule.paumer(keep={2: 0.6, 3: 0.4, 4: 0.1}),
-    "rejoining for the last block": Schedule(
-        schedule.paumer(after=(2, 4), threshold=0.4).exits, Feature("last block", fold_above=0.05)
-    ),
-    "all leave, and rejoin for the last block": Schedule((Exit(3, policies.always()),), Feature("last block")),
-    "all leave": Schedule((Exit(3, policies.always()),), Feature()),
-}
 each_host = pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-CELLS = {
-    "neighbours": schedule.neighbours(radius={2: 1, 3: 1, 4: 0}, threshold=0.55, per_class=0, cell=2),
-    "wide": schedule.neighbours(radius={2: 0, 4: 0}, threshold=0.6, per_class=1, cell=9),
-    "dtop": Schedule(schedule.dtop(after=(2, 4), threshold=0.7, per_class=0).exits, cell=3),
-    "paumer": Schedule(schedule.paumer(after=(2, 4), threshold=0.6).exits, Feature("last block"), cell=2),
-}
-
-
-def as_often_as_it_counts(model, images, exit_depth, side):
-    """A slow reference for cells: a token that stands for n is there n times, in plain batches of a single image."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix, grid = embedded.prefix, embedded.grid
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        middle = cells.is_cell_centre(torch.arange(len(depth)) - prefix, grid=grid, side=side)
-        features, slots = embedded.tokens[0].clone(), torch.arange(len(depth))
-        logits = features.new_zeros(len(depth), models.CLASSES)
-        for block in range(model.depth):
-            running = torch.zeros(1, len(depth), dtype=torch.bool)
-            running[0, slots] = True
-            often = cells.token_size(tokens.pack(running), grid=grid, side=side).int()
-            assert (often[~middle[slots]] == 1).all()
-            row = torch.repeat_interleave(features[slots], often, dim=0)
-            first = torch.cumsum(often, 0) - often
-            features[slots] = model.host.run(block, row[None], None)[0, first]
-            leaving = depth[slots] == block + 1
-            if leaving.any() and block + 1 < model.depth:
-                logits[slots[leaving]] = model.exit_heads[str(block + 1)](features[slots[leaving]])
-                slots = slots[~leaving]
-                slots = slots[:0] if (slots < prefix).all() else slots
-            if len(slots) == 0:
-                break
-        logits[slots] = model.head(model.host.finish(features[slots]))
-        found.append(logits[prefix:].T.unflatten(1, grid))
-    return torch.stack(found)
-
-
-def rejoined_one_by_one(model, images, exit_depth, carry):
-    """A slow reference for features that rejoin: leave as `exit_depth` says, image by image."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        prefix = embedded.prefix
-        depth = torch.cat([torch.full((prefix,), 99), exit_depth[index].flatten()])
-        features, slots = embedded.tokens.clone(), torch.arange(len(depth))
-        for block in range(model.depth):
-            if carry.before == "last block" and block == model.depth - 1:
-                slots = torch.arange(len(depth))
-            if len(slots) == 0:
-                continue
-            row = model.host.run(block, features[:, slots], None)
-            features[:, slots] = row
-            leaving = depth[slots] == block + 1
-            if carry.fold_above is not None and leaving.sum() > carry.fold_above * (len(slots) - 1):
-                features[0, 0] = (row[0, 0] + row[0, leaving].mean(dim=0)) / 2
-            slots = slots[~leaving]
-            if (slots < prefix).all():
-                slots = slots[:0]
-        logits = model.head(model.host.finish(features))[0, prefix:]
-        found.append(logits.T.unflatten(1, embedded.grid))
-    return torch.stack(found)
-
-
-def one_by_one(model, images, exit_depth):
-    """A slow reference: leave as `exit_depth` says, but drop tokens from plain batches of a single image."""
-    found = []
-    for index in range(len(images)):
-        embedded = model.host.embed(images[index : index + 1])
-        depth = torch.cat([torch.full((embedded.prefix,), 99), exit_depth[index].flatten()])
-        row, slots = embedded.tokens, torch.arange(len(depth))
-        logits = row.new_zeros(len(depth), models.CLASSES)
-        for block in range(model.depth):
-            positions = None if embedded.positions is None else embedded.positions[slots]
-            row = model.host.run(block, row, positions)
-            leaving = depth[slots] == block + 1
-            if leaving.any() and block + 1 < model.depth:
-                logits[slots[leaving]] = model.exit_heads[str(block + 1)](row[0, leaving])
-                row, slots = row[:, ~leaving], slots[~leaving]
-        logits[slots] = model.head(model.host.finish(row))[0]
-        found.append(logits[embedded.prefix :].T.unflatten(1, embedded.grid))
-    return torch.stack(found)
 
 
 @torch.no_grad()
 @each_host
 def test_nothing_leaves_is_the_dense_model(host):
-    host = host()
     model, images = models.wrapped(host, schedule.dense()), models.images()
     prefix = model.host.embed(images).prefix
     dense = model.head(model.host.dense(images)[:, prefix:])
@@ -145,7 +45,7 @@ def test_nothing_leaves_is_the_dense_model(host):
 @each_host
 def test_a_policy_that_lets_nothing_go_runs_packed_and_is_the_dense_model(host):
     # Unlike never(), a threshold of 1 is evaluated: all tokens run on in one packed row.
-    model, images = models.wrapped(host(), schedule.dtop(after=(2, 4), threshold=1.0)), models.images()
+    model, images = models.wrapped(host, schedule.dtop(after=(2, 4), threshold=1.0)), models.images()
     dense = model(images, schedule=schedule.dense())
     torch.testing.assert_close(model(images).logits, dense.logits, rtol=1e-4, atol=1e-4)
 
@@ -153,7 +53,7 @@ def test_a_policy_that_lets_nothing_go_runs_packed_and_is_the_dense_model(host):
 @torch.no_grad()
 @each_host
 def test_everything_leaves_is_the_first_head(host):
-    model, images = models.wrapped(host(), schedule.truncated(after=3)), models.images()
+    model, images = models.wrapped(host, schedule.truncated(after=3)), models.images()
     out = model(images)
     torch.testing.assert_close(out.logits, model.every_exit(images)[3], rtol=1e-5, atol=1e-5)
     assert out.exit_depth.eq(3).all()
@@ -165,7 +65,7 @@ def test_everything_leaves_is_the_first_head(host):
 @each_plan
 def test_an_image_alone_is_the_image_in_a_batch(host, plan):
     # In double precision no rounding comes near enough to a threshold to flip a token.
-    model, images = models.wrapped(host(), plan).double(), models.images(5).double()
+    model, images = models.wrapped(host, plan).double(), models.images(5).double()
     together = model(images)
     for index in range(len(images)):
         alone = model(images[index : index + 1])
@@ -178,7 +78,7 @@ def test_an_image_alone_is_the_image_in_a_batch(host, plan):
 @each_host
 @each_plan
 def test_what_ran_is_what_the_depths_say(host, plan):
-    model, images = models.wrapped(host(), plan), models.images(4)
+    model, images = models.wrapped(host, plan), models.images(4)
     out = model(images)
     prefix = model.host.embed(images).prefix
     depths = out.exit_depth.flatten(1)
@@ -192,23 +92,23 @@ def test_what_ran_is_what_the_depths_say(host, plan):
 
 @torch.no_grad()
 @each_plan
-@pytest.mark.parametrize("host", [models.timm_vit, models.Placed], ids=["timm", "positions that travel"])
+@pytest.mark.parametrize("host", [models.timm_vit, models.placed], ids=["timm", "positions that travel"])
 def test_running_packed_is_running_one_image_at_a_time_with_its_own_tokens(host, plan):
-    model, images = models.wrapped(host(), plan), models.images(3)
+    model, images = models.wrapped(host, plan), models.images(3)
     out = model(images)
     assert len(out.exit_depth.unique()) > 1
-    torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.logits, run_one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("plan", FEATURES.values(), ids=FEATURES.keys())
 @pytest.mark.parametrize("prefix", [1, 6])
 def test_features_that_rejoin_are_those_of_one_image_at_a_time(plan, prefix):
-    model, images = models.wrapped(models.timm_vit(prefix=prefix), plan), models.images(3)
+    model, images = models.wrapped(models.timm_vit, plan, prefix=prefix), models.images(3)
     out = model(images)
     depths = out.exit_depth.flatten(1)
     assert depths.min() < 6
-    expected = rejoined_one_by_one(model, images, out.exit_depth, plan.carry)
+    expected = run_one_by_one(model, images, out.exit_depth, carry=plan.carry)
     torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
     for block in range(model.depth):
         patches = (depths > block).sum(dim=1)
@@ -225,7 +125,7 @@ def test_features_that_rejoin_are_those_of_one_image_at_a_time(plan, prefix):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["dovit", "paumer, a budget", "rejoining for the last block"])
 def test_an_image_whose_features_rejoin_does_not_depend_on_its_batch(name):
-    model, images = models.wrapped(models.timm_vit(), FEATURES[name]).double(), models.images(4).double()
+    model, images = models.wrapped(models.timm_vit, FEATURES[name]).double(), models.images(4).double()
     together = model(images)
     for index in range(len(images)):
         alone = model(images[index : index + 1])
@@ -234,7 +134,7 @@ def test_an_image_whose_features_rejoin_does_not_depend_on_its_batch(name):
 
 
 def test_gradients_reach_what_left_and_rejoined():
-    model, images = models.wrapped(models.timm_vit(), FEATURES["dovit"]), models.images(2)
+    model, images = models.wrapped(models.timm_vit, FEATURES["dovit"]), models.images(2)
     out = model(images)
     out.logits[:, :, out.exit_depth[0] == 2].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.patch_embed.parameters())
@@ -244,7 +144,7 @@ def test_gradients_reach_what_left_and_rejoined():
 @torch.no_grad()
 def test_a_budget_is_kept_by_every_image():
     plan = Schedule(tuple(Exit(after, policies.Budget(keep)) for after, keep in ((2, 0.75), (3, 0.5), (4, 3))))
-    out = models.wrapped(models.timm_vit(), plan)(models.images(4))
+    out = models.wrapped(models.timm_vit, plan)(models.images(4))
     for block, patches in ((1, 24), (2, 18), (3, 12), (4, 3), (5, 3)):
         assert out.tokens_per_block[:, block].eq(patches + 1).all()
 
@@ -252,7 +152,7 @@ def test_a_budget_is_kept_by_every_image():
 @torch.no_grad()
 def test_patience_waits_for_heads_that_agree():
     plan = Schedule(tuple(Exit(after, policies.Patience(1)) for after in (2, 3, 4)))
-    model, images = models.wrapped(models.timm_vit(), plan), models.images(4)
+    model, images = models.wrapped(models.timm_vit, plan), models.images(4)
     out, every = model(images), model.every_exit(images)
     two, three = (every[after].argmax(dim=1) for after in (2, 3))
     assert (out.exit_depth >= 3).all()
@@ -265,7 +165,7 @@ def test_patience_remembers_the_tokens_that_still_run():
     # Others leave first, so that the row is another one when the exits are compared.
     first = policies.Patience(1) | policies.ConfidenceAbove(0.7)
     plan = Schedule((Exit(2, first), Exit(3, first), Exit(4, policies.Patience(1))))
-    model, images = models.wrapped(models.timm_vit(), plan).double(), models.images(3).double()
+    model, images = models.wrapped(models.timm_vit, plan).double(), models.images(3).double()
     together = model(images)
     assert {2, 3, 4, 6} == set(together.exit_depth.unique().tolist())
     for index in range(len(images)):
@@ -274,12 +174,12 @@ def test_patience_remembers_the_tokens_that_still_run():
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_carry_that_the_model_cannot_run_is_named():
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     with pytest.raises(TokenExitError, match="`schedule` must carry predictions or features .*without gates"):
         model.retune(schedule.svit(after=(2, 3)))
     with pytest.raises(TokenExitError, match="look at no gate, for a model without gates"):
         model.retune(Schedule((Exit(2, policies.never() | policies.GateBelow(0.5)),)))
-    bare = models.wrapped(models.timm_vit(prefix=0), schedule.dovit(after=(2,), threshold=0.5))
+    bare = models.wrapped(models.timm_vit, schedule.dovit(after=(2,), threshold=0.5), prefix=0)
     with pytest.raises(TokenExitError, match="`schedule` must have fold_above=None for a model without prefix tokens"):
         bare(models.images(1))
 
@@ -293,7 +193,7 @@ def test_a_carry_that_the_model_cannot_run_is_named():
 )
 @strategies.fewer(3)
 def test_any_grid_and_any_batch(grid, count, threshold, seed):
-    model = models.wrapped(models.plain_host(), PLANS["neighbours"].with_threshold(threshold))
+    model = models.wrapped(models.plain_host, PLANS["neighbours"].with_threshold(threshold))
     images = models.images(count, (8 * grid[0], 8 * grid[1]), seed)
     out = model(images)
     assert out.logits.shape == (count, models.CLASSES, *grid)
@@ -302,7 +202,7 @@ def test_any_grid_and_any_batch(grid, count, threshold, seed):
     assert out.tokens_per_block.dtype == torch.int64
     if count:
         assert threshold < 1.0 or out.exit_depth.eq(6).all()
-        torch.testing.assert_close(out.logits, one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.logits, run_one_by_one(model, images, out.exit_depth), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -320,7 +220,7 @@ def test_timm_with_a_dynamic_image_size(size):
 @torch.no_grad()
 def test_a_nan_never_leaves_and_an_image_may_lose_all_its_patches():
     model, images = (
-        models.wrapped(models.timm_vit(), schedule.dtop(after=(2,), threshold=0.0, per_class=0)),
+        models.wrapped(models.timm_vit, schedule.dtop(after=(2,), threshold=0.0, per_class=0)),
         models.images(3),
     )
     images[1] = float("nan")
@@ -332,7 +232,7 @@ def test_a_nan_never_leaves_and_an_image_may_lose_all_its_patches():
 
 
 def test_gradients_reach_the_embedding_through_every_exit():
-    model, images = models.wrapped(models.timm_vit(), PLANS["neighbours"]), models.images(2)
+    model, images = models.wrapped(models.timm_vit, PLANS["neighbours"]), models.images(2)
     out = model(images)
     depths = out.exit_depth.unique().tolist()
     assert len(depths) > 1
@@ -344,7 +244,7 @@ def test_gradients_reach_the_embedding_through_every_exit():
 
 @torch.no_grad()
 def test_a_tighter_threshold_runs_more_and_a_plan_for_one_call_is_not_remembered():
-    model, images = models.wrapped(models.timm_vit(), PLANS["neighbours"]), models.images(4)
+    model, images = models.wrapped(models.timm_vit, PLANS["neighbours"]), models.images(4)
     before = model(images)
     counts = [
         int(model(images, schedule=PLANS["dtop"].with_threshold(t)).tokens_per_block.sum()) for t in (0.2, 0.5, 0.9)
@@ -362,7 +262,7 @@ def test_a_tighter_threshold_runs_more_and_a_plan_for_one_call_is_not_remembered
 def test_a_threshold_may_be_a_tensor_that_changes():
     threshold = torch.tensor(1.0)
     plan = Schedule((Exit(2, policies.ConfidenceAbove(threshold)),))
-    model, images = models.wrapped(models.timm_vit(), plan), models.images(2)
+    model, images = models.wrapped(models.timm_vit, plan), models.images(2)
     assert model(images).exit_depth.eq(6).all()
     threshold.fill_(0.0)
     assert model(images).exit_depth.eq(2).all()
@@ -370,7 +270,7 @@ def test_a_threshold_may_be_a_tensor_that_changes():
 
 @torch.no_grad()
 def test_upsampling_interpolates_the_logits():
-    out = models.wrapped(models.timm_vit(), PLANS["dtop"])(models.images(1))
+    out = models.wrapped(models.timm_vit, PLANS["dtop"])(models.images(1))
     wanted = torch.nn.functional.interpolate(out.logits, (32, 48), mode="bilinear", align_corners=False)
     assert torch.equal(out.upsample((32, 48)), wanted)
 
@@ -380,7 +280,7 @@ def test_upsampling_interpolates_the_logits():
     "plan", [schedule.dense(), schedule.truncated(after=3), schedule.dtop(after=(2,), threshold=1.0)]
 )
 def test_half_precision_and_autocast_are_near_to_single(plan):
-    model, images = models.wrapped(models.timm_vit(), plan), models.images(2)
+    model, images = models.wrapped(models.timm_vit, plan), models.images(2)
     single = model(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = model(images)
@@ -394,7 +294,7 @@ def test_half_precision_and_autocast_are_near_to_single(plan):
 
 @torch.no_grad()
 def test_half_precision_and_autocast_decide_in_single():
-    model, images = models.wrapped(models.timm_vit(), PLANS["neighbours"]), models.images(2)
+    model, images = models.wrapped(models.timm_vit, PLANS["neighbours"]), models.images(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(images)
     assert 6 in out.exit_depth
@@ -404,7 +304,7 @@ def test_half_precision_and_autocast_decide_in_single():
 
 @torch.no_grad()
 def test_multiply_adds_are_those_of_torchs_own_counter():
-    model, images = models.wrapped(models.timm_vit(), schedule.dense()), models.images(2)
+    model, images = models.wrapped(models.timm_vit, schedule.dense()), models.images(2)
     for plan in (schedule.dense(), schedule.truncated(after=3), PLANS["neighbours"]):
         # Fused attention on CPU is invisible to the counter; its unfused form is two counted products.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -440,7 +340,7 @@ def test_multiply_adds_are_those_of_torchs_own_counter():
     ],
 )
 def test_bad_input_is_named(call, message):
-    model = models.wrapped(models.timm_vit(), PLANS["neighbours"])
+    model = models.wrapped(models.timm_vit, PLANS["neighbours"])
     with pytest.raises(TokenExitError, match=message):
         call(model)
 
@@ -450,12 +350,12 @@ def test_bad_input_is_named(call, message):
     "plan", [CELLS["neighbours"], CELLS["wide"], CELLS["dtop"]], ids=["neighbours", "wide", "dtop"]
 )
 @pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_a_middle_counts_as_often_as_there_are_tokens_that_it_token_size(plan, prefix):
-    model = models.wrapped(models.timm_vit(prefix=prefix, size=(40, 56)), plan)
+def test_a_middle_counts_as_often_as_its_size(plan, prefix):
+    model = models.wrapped(models.timm_vit, plan, prefix=prefix, size=(40, 56))
     images = models.images(3, size=(40, 56))
     out = model(images)
     assert (out.exit_depth < model.depth).any()
-    expected = as_often_as_it_counts(model, images, out.exit_depth, plan.cell)
+    expected = run_one_by_one(model, images, out.exit_depth, cell=plan.cell)
     torch.testing.assert_close(out.logits, expected, rtol=1e-3, atol=1e-3)
     without = model(images, schedule=dataclasses.replace(plan, cell=None))
     assert not torch.allclose(without.logits, out.logits, atol=1e-2)
@@ -464,7 +364,7 @@ def test_a_middle_counts_as_often_as_there_are_tokens_that_it_token_size(plan, p
 @torch.no_grad()
 @pytest.mark.parametrize("plan", CELLS.values(), ids=CELLS.keys())
 def test_the_middle_of_each_cell_runs_on_unless_all_leave(plan):
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     out = model(models.images(4))
     middle = cells.is_cell_centre(torch.arange(24), grid=(4, 6), side=plan.cell).unflatten(0, (4, 6))
     finished = (out.exit_depth < model.depth).all(dim=2).all(dim=1)
@@ -476,7 +376,7 @@ def test_the_middle_of_each_cell_runs_on_unless_all_leave(plan):
 @torch.no_grad()
 @pytest.mark.parametrize("plan", CELLS.values(), ids=CELLS.keys())
 def test_with_cells_an_image_does_not_depend_on_its_batch(plan):
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     images = models.images(4)
     together = model(images)
     for index in range(4):
@@ -487,7 +387,7 @@ def test_with_cells_an_image_does_not_depend_on_its_batch(plan):
 
 @torch.no_grad()
 def test_if_all_leave_so_do_the_middles():
-    model = models.wrapped(models.timm_vit(), dataclasses.replace(schedule.truncated(after=3), cell=2))
+    model = models.wrapped(models.timm_vit, dataclasses.replace(schedule.truncated(after=3), cell=2))
     out = model(models.images(2))
     assert (out.exit_depth == 3).all()
     assert (out.tokens_per_block[:, 3:] == 0).all()
@@ -495,6 +395,6 @@ def test_if_all_leave_so_do_the_middles():
 
 @torch.no_grad()
 def test_if_every_token_is_a_cell_none_leaves():
-    model = models.wrapped(models.timm_vit(), dataclasses.replace(PLANS["dtop"], cell=1))
+    model = models.wrapped(models.timm_vit, dataclasses.replace(PLANS["dtop"], cell=1))
     images = models.images(2)
     torch.testing.assert_close(model(images).logits, model(images, schedule=schedule.dense()).logits)

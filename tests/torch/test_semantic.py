@@ -9,45 +9,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
-from examples.timm_import import import_timm
-from tests.core.test_semantic import starts
+from tests.core.oracles import starts
+from tests.timm_import import import_timm
 from tests.torch import models
+from tests.torch.semantic import HEADS, PLANS, WIDTH, drawn, lively, unit
 from tokenexit import TokenExitError, semantic
 from tokenexit.semantic import SemanticPlan, stvit, stvit_r, stvit_r_dense
 
-WIDTH, HEADS = 8, 2
-PLANS = {
-    "classification": SemanticPlan((3, 3), (2, 2), (4, 4)),
-    "dense": SemanticPlan((3, 3), (2, 2), (6, 6), (9, 9), (6, 6), "beyond", residual=True, own_keys=False),
-    "whole map": stvit((2, 3)),
-    "means": SemanticPlan((3, 4), (2, 3), (5, 6), pool="mean", residual=True, layer_scale=None),
-    "learned": SemanticPlan((3, 3), (2, 2), (4, 4), learned=(3, 4)),
-    "around, own keys": SemanticPlan((4, 2), (2, 1), (4, 4), (6, 4), (4, 3), "inside"),
-}
 SIZES = [(6, 6), (6, 8), (7, 5), (2, 2), (1, 9)]
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-
-
-def unit(plan, **options) -> tet.SemanticUnit:
-    torch.manual_seed(5)
-    made = tet.SemanticUnit(plan, width=WIDTH, heads=HEADS, **options)
-    return lively(made).eval()
-
-
-def lively(module):
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "scale" in name:
-                parameter.copy_(torch.rand_like(parameter))
-            elif parameter.ndim >= 2:
-                parameter.mul_(15)
-    return module
-
-
-def drawn(size, seed=0, share=0.7):
-    random = torch.Generator().manual_seed(seed)
-    map = torch.randn(2, *size, WIDTH, generator=random)
-    return map, torch.rand(2, *size, generator=random) < share
 
 
 def spans(size, side, reach, edges):
@@ -363,7 +333,7 @@ def test_what_follows_in_timm_reads_semantic_tokens():
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_wrapped_is_named():
-    vit, placed = models.timm_vit(), models.Placed()
+    vit, placed = models.timm_vit(), models.placed()
     for call, message in (
         (lambda: tet.wrap_semantic(vit, "stvit", after=1, until=5), "`plan` must be a tokenexit.semantic.SemanticPlan"),
         (lambda: shrunk(vit, after=5), "`after` must be a block from 0 to 4, for 6 blocks"),

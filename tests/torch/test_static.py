@@ -13,48 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
-from tests.torch.hosts import FOREIGN, SIZE
-from tests.torch.test_hosts import exiting, told
-from tests.torch.test_running import CELLS, FEATURES, PLANS
-from tokenexit import TokenExitError, policies, schedule
-from tokenexit.schedule import Exit, Schedule
+from tests.torch.hosts import FOREIGN, SIZE, exiting, told
+from tests.torch.plans import ALL, BARE, ONE_BY_ONE, PLANS, on
+from tokenexit import TokenExitError, schedule
 from tokenexit_torch.exits import layouts
-
-ALL = {
-    **PLANS,
-    **FEATURES,
-    **{f"cells: {name}": plan for name, plan in CELLS.items()},
-    "dense": schedule.dense(),
-    "truncated": schedule.truncated(after=3),
-    "budget": Schedule((Exit(2, policies.Budget(0.5)), Exit(4, policies.BatchBudget(0.2)))),
-    "patience": Schedule((Exit(2, policies.Patience(1)), Exit(3, policies.Patience(1)))),
-    "at least": Schedule((Exit(2, policies.ConfidenceAbove(0.2).with_minimum(per_image=4)),)),
-    "per class": schedule.dtop(after=(2, 4), threshold=policies.PerClass((0.3, 0.5, 0.7, 0.9, 0.4))),
-}
-BARE = {name: plan for name, plan in ALL.items() if getattr(plan.carry, "fold_above", None) is None}
-"""What a host without prefix tokens can follow: nothing is folded into one."""
-
-ONE_BY_ONE = {name: plan for name, plan in ALL.items() if name != "budget"}
-"""What decides each image by itself."""
 
 each_plan = pytest.mark.parametrize("plan", ALL.values(), ids=ALL.keys())
 
 
-def on(hosts):
-    """Each host with each of the plans that it can follow."""
-    return pytest.mark.parametrize(
-        ("host", "plan"),
-        [
-            pytest.param(host, plan, id=f"{host.__name__}, {name}")
-            for host, plans in hosts
-            for name, plan in plans.items()
-        ],
-    )
-
-
 def pair(host, plan, capacities=1.0):
     """A wrapped model in double precision, in which no rounding flips a token, and its static form."""
-    model = models.wrapped(host(), plan).double()
+    model = models.wrapped(host, plan).double()
     return model, tet.StaticModel(model, capacities=capacities)
 
 
@@ -67,7 +36,7 @@ def assert_alike(static, packed):
 
 
 @torch.no_grad()
-@on([(models.timm_vit, ALL), (models.Placed, BARE)])
+@on([(models.timm_vit, ALL), (models.placed, BARE)])
 def test_with_room_for_all_it_is_what_runs_packed(host, plan):
     model, static = pair(host, plan)
     images = models.images(3).double()
@@ -77,7 +46,7 @@ def test_with_room_for_all_it_is_what_runs_packed(host, plan):
 @torch.no_grad()
 @each_plan
 def test_with_as_much_room_as_is_needed_it_is_what_runs_packed(plan):
-    model = models.wrapped(models.timm_vit(), plan).double()
+    model = models.wrapped(models.timm_vit, plan).double()
     images = models.images(4).double()
     packed = model(images)
     needed = tet.needed_capacity(packed)
@@ -133,7 +102,7 @@ def test_a_surplus_leaves_with_its_prediction_the_most_confident_first_and_is_co
 )
 @strategies.fewer(3)
 def test_any_grid_any_batch_any_room(grid, count, threshold, capacity, seed):
-    model = models.wrapped(models.plain_host(), PLANS["neighbours"].with_threshold(threshold)).double()
+    model = models.wrapped(models.plain_host, PLANS["neighbours"].with_threshold(threshold)).double()
     images = models.images(count, (8 * grid[0], 8 * grid[1]), seed).double()
     out = tet.StaticModel(model, capacities=capacity)(images)
     assert out.logits.shape == (count, models.CLASSES, *grid)
@@ -175,7 +144,7 @@ def test_gradients_are_those_of_the_packed_run(plan):
 @torch.no_grad()
 @pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
 def test_every_host_runs_static(foreign):
-    model = exiting(foreign.make())
+    model = exiting(foreign)
     images, plan = models.images(3, SIZE), told(3)
     packed, out = model(images, schedule=plan), tet.StaticModel(model, capacities=1.0)(images, schedule=plan)
     torch.testing.assert_close(out.logits, packed.logits, atol=2e-5, rtol=1e-5)
@@ -215,7 +184,7 @@ def test_no_operator_waits_for_a_device_or_copies_from_the_host(name):
 
 @torch.no_grad()
 def test_where_it_has_to_wait_a_packed_pass_does_so_once_at_each_exit(monkeypatch):
-    model, images = models.wrapped(models.timm_vit(), PLANS["neighbours"]).double(), models.images(3).double()
+    model, images = models.wrapped(models.timm_vit, PLANS["neighbours"]).double(), models.images(3).double()
     wanted = model(images)
     monkeypatch.setattr(layouts, "has_to_wait", lambda _: True)
     waits = []
@@ -231,7 +200,7 @@ def test_where_it_has_to_wait_a_packed_pass_does_so_once_at_each_exit(monkeypatc
 
 @torch.no_grad()
 def test_multiply_adds_count_entries_with_or_without_a_token():
-    model = models.wrapped(models.timm_vit(), PLANS["neighbours"])
+    model = models.wrapped(models.timm_vit, PLANS["neighbours"])
     static = tet.StaticModel(model, capacities=0.6)
     images = models.images(2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -273,7 +242,7 @@ def test_it_follows_the_plan_of_its_model():
     ],
 )
 def test_bad_input_is_named(make, message):
-    model = models.wrapped(models.timm_vit(), PLANS["neighbours"])
+    model = models.wrapped(models.timm_vit, PLANS["neighbours"])
     with pytest.raises(TokenExitError, match=message):
         make(model)
 
@@ -281,7 +250,7 @@ def test_bad_input_is_named(make, message):
 @torch.no_grad()
 def test_cells_stand_for_their_own_under_half_precision_too():
     plan = dataclasses.replace(PLANS["dtop"], cell=2)
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     images = models.images(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         packed, out = model(images), tet.StaticModel(model, capacities=1.0)(images)
@@ -292,7 +261,7 @@ def test_cells_stand_for_their_own_under_half_precision_too():
 @torch.no_grad()
 def test_another_model_in_its_place_needs_capacities_for_its_exits():
     plan = schedule.paumer(keep={2: 0.5})
-    static = tet.StaticModel(models.wrapped_after(models.timm_vit(), plan, after=(2,)), capacities=0.7)
-    static.model = models.wrapped_after(models.timm_vit(), schedule.paumer(keep={3: 0.5}), after=(3,))
+    static = tet.StaticModel(models.wrapped(models.timm_vit, plan, after=(2,)), capacities=0.7)
+    static.model = models.wrapped(models.timm_vit, schedule.paumer(keep={3: 0.5}), after=(3,))
     with pytest.raises(TokenExitError, match=r"`capacities` must have one for each exit of the model .*, got \[3\]"):
         static(models.images())

@@ -108,7 +108,7 @@ def test_a_decoder_of_the_models_own_reads_what_it_does_after_a_packed_pass(befo
 
 @pytest.mark.parametrize("name", ["neighbours", "dtop"])
 def test_training_in_the_static_layout_has_the_losses_and_gradients_of_packed_rows(name):
-    model, images, found = models.wrapped(models.timm_vit(), PLANS[name]), models.images(2), []
+    model, images, found = models.wrapped(models.timm_vit, PLANS[name]), models.images(2), []
     label = torch.randint(0, models.CLASSES, (2, 32, 48), generator=torch.Generator().manual_seed(0))
     for run in (tet.Staged(model), tet.Staged(tet.StaticModel(model, capacities=1.0))):
         model.zero_grad()

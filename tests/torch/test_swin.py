@@ -11,11 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.torch import models
+from tests.torch.semantic import PUBLISHED, SWINS
 from tokenexit import TokenExitError, semantic
-
-# Million parameters, and multiply-adds in G.
-PUBLISHED = {tet.swin_small: (49.6255, 5.826), tet.swin_base: (87.81, 10.264)}
-PLANS = {"classification": semantic.stvit_r(), "dense": semantic.stvit_r_dense(), "Swin": None}
 
 
 def tiny(plan=semantic.stvit_r(), window=(7, 7), **options) -> tet.Swin:
@@ -58,7 +55,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones(build):
     assert round((found + of_norms(model, images)) / 1e9, 3) == multiply_adds
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 @pytest.mark.parametrize("window", [(7, 7), (8, 8), (3, 5)], ids=str)
 @pytest.mark.parametrize("size", [(112, 112), (96, 64), (90, 133), (17, 100), (4, 3)], ids=str)
 def test_images_of_any_size_have_finite_maps_of_all_stages(plan, window, size):
@@ -70,7 +67,7 @@ def test_images_of_any_size_have_finite_maps_of_all_stages(plan, window, size):
     assert all(map.isfinite().all() for map in maps)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 @pytest.mark.parametrize("size", [(112, 112), (96, 64), (90, 133)], ids=str)
 def test_what_padding_holds_changes_nothing(plan, size):
     """Neither maps nor scores nor gradients, and be it no number."""
@@ -117,7 +114,7 @@ def test_usual_sizes_are_finite_and_see_no_padding(side, dense, size):
     assert all(torch.equal(*(stage.features for stage in both)) for both in zip(marked, other, strict=True))
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 def test_half_precision_is_near(plan):
     swin, images = tiny(plan), models.images(1, (90, 133))
     valid = torch.ones(1, 90, 133, dtype=torch.bool)
@@ -132,7 +129,7 @@ def test_half_precision_is_near(plan):
         assert gap.norm() < 0.1 * wanted.features[wanted.valid].norm()
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 def test_marks_that_mark_all_change_nothing(plan):
     swin, images = tiny(plan), models.images(2, (90, 133))
     with torch.no_grad():

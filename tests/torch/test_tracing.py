@@ -5,7 +5,7 @@ import torch
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.test_running import FEATURES, PLANS
+from tests.torch.plans import FEATURES, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
@@ -17,7 +17,7 @@ ALL = {**PLANS, "dense": schedule.dense(), "cut short": schedule.truncated(after
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_the_first_exit_is_exact(plan, prefix):
     """Until then nothing has left; and of what leaves there, the prediction is the real one."""
-    model = models.wrapped(models.timm_vit(prefix=prefix), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense(), prefix=prefix)
     images = models.images(4)
     out, replayed = model(images, schedule=plan), tet.trace(model, images, progress=iter).replay(plan, batch=4)
     first = min(out.exits, default=model.depth)
@@ -33,7 +33,7 @@ def test_the_first_exit_is_exact(plan, prefix):
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL.keys())
 def test_without_attention_a_replay_is_the_run(plan, monkeypatch):
     """Then tokens that stay are what they are in a dense run."""
-    model = models.wrapped(models.plain_host(), schedule.dense())
+    model = models.wrapped(models.plain_host, schedule.dense())
     host = model.host
 
     def run(index, tokens, _):
@@ -51,7 +51,7 @@ def test_without_attention_a_replay_is_the_run(plan, monkeypatch):
 
 
 def test_batches_and_how_they_are_replayed_change_nothing():
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     images = models.images(5)
     once, again = (tet.trace(model, each, progress=iter) for each in (images, (part for part in images.split(2))))
     torch.testing.assert_close(once.logits, again.logits, rtol=1e-4, atol=1e-5)
@@ -64,7 +64,7 @@ def test_batches_and_how_they_are_replayed_change_nothing():
 
 
 def test_a_model_is_left_in_its_mode():
-    model = models.wrapped(models.timm_vit(), schedule.dense()).train()
+    model = models.wrapped(models.timm_vit, schedule.dense()).train()
     tet.trace(model, models.images(1), progress=iter)
     assert all(part.training for part in model.modules())
 
@@ -81,7 +81,7 @@ def test_a_model_is_left_in_its_mode():
 )  # fmt: skip
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_is_refused(call, message):
-    model = models.wrapped(models.timm_vit(), schedule.dense())
+    model = models.wrapped(models.timm_vit, schedule.dense())
     with pytest.raises(TokenExitError) as found:
         call(model, tet.trace(model, models.images(2), progress=iter))
     assert str(found.value).startswith(message)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.test_running import FEATURES, PLANS
+from tests.torch.plans import FEATURES, PLANS
 from tokenexit import TokenExitError, policies, schedule, training
 from tokenexit.heads import FCN
 from tokenexit.schedule import Exit, Schedule
@@ -40,7 +40,7 @@ def same(one, other):
 
 @each_plan
 def test_the_output_is_that_of_the_model(plan):
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     expected, found = model(models.images()), tet.Staged(model)(models.images())
     for one, other in zip(expected, found.output, strict=True):
         assert one is other or torch.equal(torch.as_tensor(one), torch.as_tensor(other)) or one == other
@@ -49,7 +49,7 @@ def test_the_output_is_that_of_the_model(plan):
 
 @each_freezing
 def test_a_stage_holds_what_has_left_and_what_its_head_says_of_the_others(plan):
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     stages = tet.Staged(model)(models.images())
     depth, final = stages.output.exit_depth, stages.output.logits
     every = model.every_exit(models.images())
@@ -64,7 +64,7 @@ def test_a_stage_holds_what_has_left_and_what_its_head_says_of_the_others(plan):
 
 def test_a_token_that_runs_on_has_its_present_prediction_in_each_stage():
     plan = Schedule((Exit(2, policies.Budget(0.5)), Exit(4, policies.Budget(0.2))))
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     stages = tet.Staged(model)(models.images())
     running = (stages.output.exit_depth == model.depth)[:, None].expand_as(stages.logits[2])
     assert running.any()
@@ -74,7 +74,7 @@ def test_a_token_that_runs_on_has_its_present_prediction_in_each_stage():
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_frozen_predictions_are_constants_to_later_losses(plan):
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     stages = tet.Staged(model)(models.images())
     assert (stages.output.exit_depth < model.depth).any()
     stages.logits[model.depth].square().sum().backward()
@@ -84,7 +84,7 @@ def test_frozen_predictions_are_constants_to_later_losses(plan):
 
 
 def test_features_that_rejoin_are_no_constants():
-    model = models.wrapped(models.timm_vit(), FEATURES["all leave"])
+    model = models.wrapped(models.timm_vit, FEATURES["all leave"])
     stages = tet.Staged(model)(models.images())
     stages.logits[model.depth].square().sum().backward()
     found = {name: value for name, value in gradients(model.model).items() if name.startswith("blocks")}
@@ -94,7 +94,7 @@ def test_features_that_rejoin_are_no_constants():
 @each_plan
 def test_a_batch_has_the_gradients_of_its_images(plan):
     """So gradients can be accumulated, and no image trains another's tokens."""
-    model = models.wrapped(models.timm_vit(), plan)
+    model = models.wrapped(models.timm_vit, plan)
     staged, images, label = tet.Staged(model), models.images(), labels()
 
     def total(index):
@@ -116,7 +116,7 @@ def test_a_batch_has_the_gradients_of_its_images(plan):
 
 
 def test_gradients_are_those_of_finite_differences():
-    model = models.wrapped(models.timm_vit(), Schedule((Exit(2, policies.ConfidenceAbove(0.5)),))).double()
+    model = models.wrapped(models.timm_vit, Schedule((Exit(2, policies.ConfidenceAbove(0.5)),))).double()
     staged, images, label = tet.Staged(model), models.images(2).double(), labels(2)
     weight = model.model.get_parameter("blocks.4.mlp.fc1.weight")
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_if_all_leave_the_final_head_has_no_stage_and_the_loss_is_the_exits():
-    model = models.wrapped(models.timm_vit(), schedule.truncated(after=3))
+    model = models.wrapped(models.timm_vit, schedule.truncated(after=3))
     stages = tet.Staged(model)(models.images())
     assert set(stages.logits) == {3}
     loss = stages.loss(lambda logits: tet.pixel_cross_entropy(logits, labels()), auxiliary={3: 0.5})
@@ -147,7 +147,7 @@ def test_if_all_leave_the_final_head_has_no_stage_and_the_loss_is_the_exits():
 
 
 def test_weights_are_those_that_were_given():
-    model = models.wrapped(models.timm_vit(), PLANS["dtop"])
+    model = models.wrapped(models.timm_vit, PLANS["dtop"])
     stages = tet.Staged(model)(models.images())
     parts = {after: tet.pixel_cross_entropy(logits, labels()) for after, logits in stages.logits.items()}
     found = stages.loss(lambda logits: tet.pixel_cross_entropy(logits, labels()), auxiliary={2: 0.5, 4: 0.25, 3: 9.0})
@@ -156,7 +156,7 @@ def test_weights_are_those_that_were_given():
 
 @pytest.mark.parametrize("plan", [PLANS["neighbours"], FEATURES["dovit"]], ids=["neighbours", "dovit"])
 def test_autocast_trains_in_half_precision(plan):
-    model = models.wrapped(models.timm_vit(), plan).train()
+    model = models.wrapped(models.timm_vit, plan).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stages = tet.Staged(model)(models.images())
         loss = stages.loss(lambda logits: tet.pixel_cross_entropy(logits, labels()))
@@ -179,7 +179,7 @@ def _rank(rank, port, results):
 
 
 def _for_ddp():
-    return models.wrapped(models.timm_vit(), PLANS["dtop"])
+    return models.wrapped(models.timm_vit, PLANS["dtop"])
 
 
 def _everything_of(rank):
@@ -214,7 +214,7 @@ def test_two_processes_train_as_one():
 
 
 def test_weights_can_be_averaged_by_torch():
-    model = models.wrapped(models.timm_vit(), PLANS["dtop"])
+    model = models.wrapped(models.timm_vit, PLANS["dtop"])
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     averaged.update_parameters(model)
     before = averaged(models.images()).logits
@@ -228,7 +228,7 @@ def test_weights_can_be_averaged_by_torch():
     middle = averaged.module.model.get_parameter(name)
     same(
         2 * middle - model.model.get_parameter(name),
-        models.wrapped(models.timm_vit(), PLANS["dtop"]).model.get_parameter(name),
+        models.wrapped(models.timm_vit, PLANS["dtop"]).model.get_parameter(name),
     )
 
 
@@ -321,7 +321,7 @@ def test_a_teacher_is_not_taught():
 
 
 def staged_stages():
-    return tet.Staged(models.wrapped(models.timm_vit(), PLANS["dtop"]))(models.images())
+    return tet.Staged(models.wrapped(models.timm_vit, PLANS["dtop"]))(models.images())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -332,7 +332,7 @@ def test_labels_may_be_any_whole_numbers(dtype):
 
 def test_where_nobody_may_leave_all_heads_are_read():
     """What `every_exit` says, through a module that DistributedDataParallel can wrap."""
-    model = models.wrapped(models.timm_vit(), schedule.dense(after=(2, 3, 4)))
+    model = models.wrapped(models.timm_vit, schedule.dense(after=(2, 3, 4)))
     stages, every = tet.Staged(model)(models.images()), model.every_exit(models.images())
     assert stages.logits.keys() == every.keys()
     for after, logits in every.items():
@@ -356,7 +356,7 @@ def test_gradient_checkpointing_is_refused():
             "`temperature` must be positive, got 0.0",
         ),
         (
-            lambda: tet.Staged(models.wrapped(models.timm_vit(), PLANS["dtop"]))(models.images()).loss(
+            lambda: tet.Staged(models.wrapped(models.timm_vit, PLANS["dtop"]))(models.images()).loss(
                 lambda logits: logits.sum(), auxiliary={2: 1.0}
             ),
             "`auxiliary` must have a weight for every exit that runs, got none for [4]",

@@ -138,7 +138,7 @@ def test_exits_are_those_of_all_batches():
 
 @torch.inference_mode()
 def test_the_size_of_a_batch_does_not_change_the_result():
-    model, images = models.wrapped(models.timm_vit(), PLAN), models.images(2, (50, 70))
+    model, images = models.wrapped(models.timm_vit, PLAN), models.images(2, (50, 70))
     found = [tet.sliding(model, images, tet.Windows((32, 48), (18, 22), batch=batch)) for batch in (1, 5, 99)]
     for one in found[1:]:
         torch.testing.assert_close(one.logits, found[0].logits, atol=1e-4, rtol=1e-4)
@@ -151,7 +151,7 @@ def test_the_size_of_a_batch_does_not_change_the_result():
 @pytest.mark.parametrize("blend", ["uniform", "linear"])
 @pytest.mark.parametrize("plan", [PLAN, schedule.dense()], ids=["exits", "dense"])
 def test_one_window_over_the_whole_image_is_the_plain_call_upsampled(plan, blend):
-    model, images = models.wrapped(models.timm_vit(), PLAN), models.images(3)
+    model, images = models.wrapped(models.timm_vit, PLAN), models.images(3)
     plain = model(images, schedule=plan)
     out = tet.sliding(model, images, tet.Windows((32, 48), (32, 48), blend=blend), schedule=plan)
     torch.testing.assert_close(out.logits, plain.upsample((32, 48)), atol=1e-5, rtol=1e-5)
@@ -163,7 +163,7 @@ def test_one_window_over_the_whole_image_is_the_plain_call_upsampled(plan, blend
 
 @torch.inference_mode()
 def test_every_window_is_an_image_like_any_other_under_the_plan_of_the_call():
-    model, images = models.wrapped(models.timm_vit(), schedule.dense()), models.images(2, (40, 60))
+    model, images = models.wrapped(models.timm_vit, schedule.dense()), models.images(2, (40, 60))
     out = tet.sliding(model, images, tet.Windows((32, 48), (8, 12), batch=3), schedule=PLAN)
     assert out.corners == ((0, 0), (0, 12), (8, 0), (8, 12))
     crops = [image[:, top : top + 32, left : left + 48] for image in images for top, left in out.corners]
@@ -175,16 +175,14 @@ def test_every_window_is_an_image_like_any_other_under_the_plan_of_the_call():
 
 @torch.inference_mode()
 def test_an_image_smaller_than_a_window_is_padded_with_zeros_and_cut_back():
-    model, images = models.wrapped(models.timm_vit(), PLAN), models.images(2, (20, 31))
+    model, images = models.wrapped(models.timm_vit, PLAN), models.images(2, (20, 31))
     out = tet.sliding(model, images, tet.Windows((32, 48), (16, 16)))
     padded = functional.pad(images, (0, 17, 0, 12))
     torch.testing.assert_close(out.logits, model(padded).upsample((32, 48))[..., :20, :31], atol=1e-5, rtol=1e-5)
 
 
 def test_no_images():
-    out = tet.sliding(
-        models.wrapped(models.timm_vit(), PLAN), models.images(0, (60, 60)), tet.Windows((32, 48), (9, 9))
-    )
+    out = tet.sliding(models.wrapped(models.timm_vit, PLAN), models.images(0, (60, 60)), tet.Windows((32, 48), (9, 9)))
     assert out.logits.shape == (0, models.CLASSES, 60, 60)
     assert out.windows.tokens_per_block.shape == (0, 6)
 
@@ -234,7 +232,7 @@ WINDOWS = tet.Windows((8, 8), (8, 8))
 
 
 def test_a_model_that_does_not_take_the_windows_says_so_and_of_what_size_they_were():
-    model = models.wrapped(models.timm_vit(), PLAN)
+    model = models.wrapped(models.timm_vit, PLAN)
     with pytest.raises(TokenExitError, match="`images` must have a size that the model takes") as caught:
         tet.sliding(model, models.images(1, (60, 60)), tet.Windows((40, 40), (20, 20)))
     assert caught.value.__notes__ == ["The images were windows of 40 x 40 pixels."]

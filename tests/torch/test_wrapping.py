@@ -343,7 +343,7 @@ def wrong_host(**wrong):
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_layers_that_are_quantised_by_the_batch_later_are_noticed_where_images_meet():
-    model = models.wrapped_after(models.timm_vit(), schedule.paumer(keep={2: 0.5}), after=(2,))
+    model = models.wrapped(models.timm_vit, schedule.paumer(keep={2: 0.5}), after=(2,))
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(
         TokenExitError, match="`model` must have no dynamically quantised layers: .*quantized::linear_dyn"

@@ -21,7 +21,7 @@ from tests.jax.parity import same
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED = Path(os.environ.get("TOKENEXIT_DATA", ROOT / ".." / "shared" / "data"))
 CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
 needs_data = pytest.mark.skipif(

@@ -1,0 +1,23 @@
+"""Compiling is most of what these tests do: it is done less thoroughly. `test_sharding` compiles as users do.
+
+All of them run under `jax_numpy_rank_promotion="raise"`: no operation of the library may rely on that promotion.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="package")
+def compiled_quickly() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def ranks_written_out() -> Iterator[None]:
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "allow")
