@@ -29,7 +29,7 @@ from examples.camvid import common, data
 from tokenexit.guarantees.bounds import images_needed
 from tokenexit.guarantees.calibrate import Calibrated
 from tokenexit.heads import MLP, Neighbourhood
-from tokenexit_torch.registry import host_of
+from tokenexit_torch.hosts.registry import host_of
 
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 _KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")

@@ -35,7 +35,7 @@ from tokenexit import TokenExitError, surroundings
 from tokenexit.cost import of_head
 from tokenexit.heads import MLP
 from tokenexit_torch.heads import NeighbourhoodHead, build
-from tokenexit_torch.registry import host_of
+from tokenexit_torch.hosts.registry import host_of
 
 _WEIGHTS = "host.safetensors"
 _HEAD = "head.safetensors"

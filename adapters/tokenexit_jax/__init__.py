@@ -13,13 +13,13 @@ from tokenexit_jax.exits.model import ExitingModel
 from tokenexit_jax.exits.outputs import GatedOutput, Output
 from tokenexit_jax.gates import Drawing, GatedModel, gate_thresholds, sampled
 from tokenexit_jax.heads.masks import MaskMaps, Masks
-from tokenexit_jax.networks import Block, Embedded, Heads, Network, Params
+from tokenexit_jax.models.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
+from tokenexit_jax.networks.protocol import Block, Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.saving import load, save
-from tokenexit_jax.semantic import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
-from tokenexit_jax.shrinking import Adopted, SemanticModel, SemanticOutput
-from tokenexit_jax.swin import Swin, SwinBackbone, SwinBlock, SwinClassifier, SwinMap, swin_base, swin_small
-from tokenexit_jax.training import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
+from tokenexit_jax.semantic.layers import CrossBlock, Recovery, Semantic, SemanticMixing, SemanticTokens, SemanticUnit
+from tokenexit_jax.semantic.model import Adopted, SemanticModel, SemanticOutput
+from tokenexit_jax.training.staged import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
 from tokenexit_jax.wrapping import Capacities, check, wrap, wrap_gates, wrap_semantic
 
 __all__ = [

@@ -11,8 +11,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
-from tokenexit_jax._network import embed
-from tokenexit_jax.networks import Embedded, Network, Params
+from tokenexit_jax.networks.checks import embed
+from tokenexit_jax.networks.protocol import Embedded, Network, Params
 
 __all__ = ["head_cost", "multiply_adds", "network_cost"]
 

@@ -25,8 +25,8 @@ from tokenexit.schedule import dense
 from tokenexit.weights import Spec
 from tokenexit_jax.exits.model import ExitingModel, shapes_of, validated_heads
 from tokenexit_jax.gates.model import GatedModel, fitting_gates, shapes_of_gates
-from tokenexit_jax.networks import Heads, Network, Params
-from tokenexit_jax.shrinking import SemanticModel, fitting_layers, shapes_of_layers
+from tokenexit_jax.networks.protocol import Heads, Network, Params
+from tokenexit_jax.semantic.model import SemanticModel, fitting_layers, shapes_of_layers
 from tokenexit_jax.wrapping import Capacities, wrap, wrap_gates, wrap_semantic
 
 __all__ = ["load", "save"]

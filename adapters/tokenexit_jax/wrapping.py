@@ -19,12 +19,12 @@ from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_jax._given import require_array, require_count
-from tokenexit_jax._network import DECLARED, embed, run_block, whole_sides
 from tokenexit_jax.exits.model import ExitingModel
 from tokenexit_jax.gates.model import GatedModel
-from tokenexit_jax.networks import Embedded, Network, Params
-from tokenexit_jax.semantic import Recovery, SemanticTokens
-from tokenexit_jax.shrinking import SemanticModel
+from tokenexit_jax.networks.checks import DECLARED, embed, run_block, whole_sides
+from tokenexit_jax.networks.protocol import Embedded, Network, Params
+from tokenexit_jax.semantic.layers import Recovery, SemanticTokens
+from tokenexit_jax.semantic.model import SemanticModel
 
 __all__ = ["check", "wrap", "wrap_gates", "wrap_semantic"]  # the name of a type is offered by the package
 
@@ -166,7 +166,7 @@ def wrap_semantic(
         heads: Attention heads of the new layers; as a rule those of the blocks.
         hidden: Channels inside the MLPs of the new layers; four times the width if left out.
         epsilon: What the norms of the new layers add to the variance; as a rule what those of the blocks do. That of
-            ViTs is 1e-6, in timm as in `tokenexit_jax.vit`.
+            ViTs is 1e-6, in timm as in `tokenexit_jax.models.vit`.
 
     Returns:
         The model on semantic tokens.

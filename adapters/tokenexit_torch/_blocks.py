@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenexit import TokenExitError
 from tokenexit_torch.attention import CALL, Attending
-from tokenexit_torch.hosts import Host, Inattentive
+from tokenexit_torch.hosts.protocol import Host, Inattentive
 
 __all__ = ["run_block", "run_blocks"]
 

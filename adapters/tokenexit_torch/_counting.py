@@ -23,8 +23,8 @@ from tokenexit.errors import require
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.heads import NeighbourhoodHead
 from tokenexit_torch.heads.masks import MaskHead
-from tokenexit_torch.hosts import Embedded, Host, full_name
-from tokenexit_torch.hosts_decoding import DecodingHost
+from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.protocol import Embedded, Host, full_name
 
 __all__ = ["Known", "executed", "head_cost", "layer_work", "network_cost", "weight_of"]
 

@@ -26,9 +26,9 @@ from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.hosts import Host
-from tokenexit_torch.registry import decoding_host_of, host_of
-from tokenexit_torch.shrinking import SemanticModel, new_layers, together
+from tokenexit_torch.hosts.protocol import Host
+from tokenexit_torch.hosts.registry import decoding_host_of, host_of
+from tokenexit_torch.semantic.model import SemanticModel, new_layers, together
 from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, wrap_gates
 
 __all__ = ["load", "save"]

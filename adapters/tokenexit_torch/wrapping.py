@@ -24,11 +24,11 @@ from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import NeighbourhoodHead, build
 from tokenexit_torch.heads.masks import MaskHead, Masks
-from tokenexit_torch.hosts import Embedded, Host, embedded_anywhere, embedded_by, patch_of
-from tokenexit_torch.hosts_decoding import DecodingHost
-from tokenexit_torch.hosts_timm import TimmViT
-from tokenexit_torch.registry import decoding_host_of, host_of, require_not_quantised
-from tokenexit_torch.shrinking import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
+from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.protocol import Embedded, Host, embedded_anywhere, embedded_by, patch_of
+from tokenexit_torch.hosts.registry import decoding_host_of, host_of, require_not_quantised
+from tokenexit_torch.hosts.timm import TimmViT
+from tokenexit_torch.semantic.model import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
 __all__ = ["wrap", "wrap_decoder", "wrap_gates", "wrap_semantic"]
 

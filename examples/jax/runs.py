@@ -19,9 +19,9 @@ from examples import about
 from examples.jax import plain_vit
 from tokenexit import TokenExitError, schedule, surroundings
 from tokenexit.heads import MLP, Neighbourhood
-from tokenexit_jax import vit, weights
 from tokenexit_jax.heads import init as init_head
 from tokenexit_jax.heads import read as read_head
+from tokenexit_jax.models import vit, weights
 
 _WEIGHTS = "host.safetensors"
 _HEAD = "head.safetensors"

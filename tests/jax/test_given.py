@@ -17,7 +17,9 @@ from tests.torch import models
 from tokenexit import TokenExitError, schedule
 from tokenexit.heads import ATM, MLP
 from tokenexit.semantic import SemanticPlan
-from tokenexit_jax import heads, semantic, swin, vit, weights
+from tokenexit_jax import heads
+from tokenexit_jax.models import swin, vit, weights
+from tokenexit_jax.semantic import layers as semantic
 
 NETWORK, PLAN = networks.timm_network(), schedule.dtop(after=(2,))
 # Of NumPy, for JAX must not begin where a file is only collected: its threads are in the way of forks.
@@ -121,8 +123,8 @@ BAD = {
     "a Swin without a key": (lambda: small_swin().init(None), "`key` must be a random key"),
     "weights of no file": (lambda: weights.read(None), "`file` must be a path, got NoneType"),
     "a ViT of no weights": (lambda: vit.load(vit.Config((16, 16)), None), "`weights` must be arrays by name"),
-    "a ViT of no plan": (lambda: vit.load(None, {}), "`config` must be a tokenexit_jax.vit.Config"),
-    "parts of no ViT": (lambda: vit.split(None), "`model` must be a tokenexit_jax.vit.ViT"),
+    "a ViT of no plan": (lambda: vit.load(None, {}), "`config` must be a tokenexit_jax.models.vit.Config"),
+    "parts of no ViT": (lambda: vit.split(None), "`model` must be a tokenexit_jax.models.vit.ViT"),
     "split None": (lambda: tej.split(None), "`heads` must be weights by name"),
     "merge None": (lambda: tej.merge({}, None), "`statistics` must be weights by name"),
     # losses

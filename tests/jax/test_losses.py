@@ -9,8 +9,8 @@ from jax import numpy as jnp
 import tokenexit_torch as tet
 from tests.jax.parity import same
 from tokenexit import TokenExitError
-from tokenexit_jax import training
 from tokenexit_jax.heads.masks import MaskMaps
+from tokenexit_jax.training import staged as training
 
 CLASSES, GRID, SIZE = 4, (3, 5), (12, 20)
 

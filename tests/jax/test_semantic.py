@@ -19,7 +19,7 @@ from tests.torch import models
 from tests.torch.semantic import HEADS, PLANS, WIDTH, drawn, lively, unit
 from tokenexit import TokenExitError, semantic
 from tokenexit.semantic import SemanticPlan, stvit
-from tokenexit_jax import vit
+from tokenexit_jax.models import vit
 
 MORE = PLANS | {
     "few learned": SemanticPlan((3, 3), (2, 2), (4, 4), learned=(1, 2), residual=True, own_keys=False),

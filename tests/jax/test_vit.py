@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.jax.parity import same
 from tests.timm_import import import_timm
 from tokenexit import TokenExitError
-from tokenexit_jax import vit, weights
+from tokenexit_jax.models import vit, weights
 
 SIZE, PATCH, WIDTH, DEPTH = (16, 24), 4, 24, 3
 timm = import_timm()

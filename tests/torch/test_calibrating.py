@@ -22,7 +22,8 @@ from tokenexit.guarantees import certificate, drift, ladders
 from tokenexit.guarantees.calibration import certify
 from tokenexit.heads import Neighbourhood
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch import _files, calibrating
+from tokenexit_torch import _files
+from tokenexit_torch.calibration import calibrate as calibrating
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
 SETTINGS = (

@@ -36,7 +36,7 @@ from tokenexit import TokenExitError, heads, policies, schedule
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.exits.decoder import pooled
-from tokenexit_torch.registry import decoding_host_of
+from tokenexit_torch.hosts.registry import decoding_host_of
 
 each = pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS.keys())
 

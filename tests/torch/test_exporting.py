@@ -14,7 +14,7 @@ from tests.torch.hosts import FOREIGN, SIZE
 from tests.torch.plans import CELLS, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch import exporting
+from tokenexit_torch.inference import export as exporting
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnxscript = pytest.importorskip("onnxscript", reason="onnxscript is not installed")

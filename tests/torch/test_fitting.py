@@ -10,7 +10,7 @@ import tokenexit_torch as tet
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule
 from tokenexit_torch import _files
-from tokenexit_torch._features import Teacher, label_share
+from tokenexit_torch.training._features import Teacher, label_share
 
 
 def fitted(images, **options):

@@ -40,7 +40,7 @@ from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.semantic import SemanticPlan
-from tokenexit_torch.registry import REFUSED
+from tokenexit_torch.hosts.registry import REFUSED
 
 each = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
 

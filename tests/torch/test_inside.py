@@ -12,7 +12,7 @@ from torch.nn import functional
 import tokenexit_torch as tet
 from tests.torch import models
 from tokenexit import TokenExitError, schedule
-from tokenexit_torch.registry import AROUND
+from tokenexit_torch.hosts.registry import AROUND
 
 PLAN = schedule.dtop(after=(2, 4), threshold=0.5, per_class=2)
 MAKES = {"timm": models.timm_vit, "plain": models.plain_host}

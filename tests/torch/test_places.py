@@ -19,10 +19,10 @@ from tokenexit import TokenExitError, gates, policies, schedule
 from tokenexit.area import Area
 from tokenexit.carries import Feature, Preserved
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch._features import Teacher, label_share
-from tokenexit_torch.calibrating import _adapted
-from tokenexit_torch.hosts import embedded_by
-from tokenexit_torch.registry import host_of
+from tokenexit_torch.calibration.calibrate import _adapted
+from tokenexit_torch.hosts.protocol import embedded_by
+from tokenexit_torch.hosts.registry import host_of
+from tokenexit_torch.training._features import Teacher, label_share
 
 DENSE = schedule.dense(after=(1,))
 GATED = Schedule((Exit(1, policies.Budget(0.5, by="gate")),), Preserved())

@@ -30,12 +30,12 @@ from tokenexit.heads import HeadPlan
 from tokenexit.ledger import Ledger
 from tokenexit.schedule import Schedule, Stage
 from tokenexit.tokens import Selection
-from tokenexit_jax._network import embed, run_block, run_blocks
 from tokenexit_jax.exits.outputs import Output
 from tokenexit_jax.heads.masks import log_scores
 from tokenexit_jax.heads.reading import apply_head
 from tokenexit_jax.heads.statistics import split
-from tokenexit_jax.networks import Embedded, Heads, Network, Params
+from tokenexit_jax.networks.checks import embed, run_block, run_blocks
+from tokenexit_jax.networks.protocol import Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import register
 
 __all__ = [

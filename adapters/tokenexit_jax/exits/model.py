@@ -25,7 +25,6 @@ from tokenexit.policies import Threshold
 from tokenexit.schedule import Schedule
 from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
-from tokenexit_jax._network import require_covered
 from tokenexit_jax.exits.forward import (
     ExitSpec,
     Given,
@@ -42,7 +41,8 @@ from tokenexit_jax.exits.forward import (
 from tokenexit_jax.exits.outputs import Output
 from tokenexit_jax.heads import build as building
 from tokenexit_jax.heads.masks import MaskMaps
-from tokenexit_jax.networks import Heads, Params
+from tokenexit_jax.networks.checks import require_covered
+from tokenexit_jax.networks.protocol import Heads, Params
 from tokenexit_jax.pytrees import of_pytrees, on_host
 
 __all__ = ["ExitingModel"]

@@ -33,7 +33,7 @@ from tokenexit_jax.exits.outputs import GatedOutput
 from tokenexit_jax.gates import forward
 from tokenexit_jax.gates.forward import IN_ONE_PROGRAM, MASKED, Decision, Driver, GatedParts
 from tokenexit_jax.heads import build as building
-from tokenexit_jax.networks import Embedded, Heads, Network, Params
+from tokenexit_jax.networks.protocol import Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import of_pytrees, on_host
 
 __all__ = ["GatedModel"]

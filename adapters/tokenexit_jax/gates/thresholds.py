@@ -17,7 +17,7 @@ from tokenexit.schedule import Exit, Schedule
 from tokenexit_jax._given import require_array
 from tokenexit_jax.gates.forward import decide_by_policy, run
 from tokenexit_jax.gates.model import ON_HOST, GatedModel, given
-from tokenexit_jax.networks import Heads, Params
+from tokenexit_jax.networks.protocol import Heads, Params
 
 __all__ = ["gate_thresholds"]
 

@@ -27,7 +27,7 @@ from tokenexit_jax._layers import (
     new_norm,
 )
 from tokenexit_jax.heads.masks import Masks, new_masks, read_masks
-from tokenexit_jax.networks import Heads
+from tokenexit_jax.networks.protocol import Heads
 
 __all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenexit.errors import require
 from tokenexit_jax._layers import STATISTICS
-from tokenexit_jax.networks import Heads
+from tokenexit_jax.networks.protocol import Heads
 
 __all__ = ["merge", "split"]
 

@@ -14,7 +14,7 @@ from tokenexit.schedule import Schedule
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.exits.outputs import DecodedOutput, Output
-from tokenexit_torch.hosts import Host
+from tokenexit_torch.hosts.protocol import Host
 
 __all__ = ["Planned", "WithExits"]
 

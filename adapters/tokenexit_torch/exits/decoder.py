@@ -23,8 +23,8 @@ from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.exits.forward import State, exit_depth, on_grid, run_pass, worked
 from tokenexit_torch.exits.outputs import DecodedOutput
 from tokenexit_torch.heads.reading import head_input
-from tokenexit_torch.hosts import Embedded, area_of, embedded_by, require_covered
-from tokenexit_torch.hosts_decoding import DecodingHost
+from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.protocol import Embedded, area_of, embedded_by, require_covered
 
 __all__ = ["DecodingModel"]
 

@@ -33,7 +33,7 @@ from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.exits.layouts import PACKED, Counts, Layout, Packed
 from tokenexit_torch.heads.masks import log_scores
 from tokenexit_torch.heads.reading import apply_head, detached
-from tokenexit_torch.hosts import Embedded, area_of, embedded_by
+from tokenexit_torch.hosts.protocol import Embedded, area_of, embedded_by
 
 __all__ = [
     "Fixed",

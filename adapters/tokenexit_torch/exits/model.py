@@ -23,7 +23,7 @@ from tokenexit_torch.exits.mixed import run_mixed
 from tokenexit_torch.exits.outputs import Output
 from tokenexit_torch.heads.masks import MaskMaps, as_maps, log_scores
 from tokenexit_torch.heads.reading import apply_head_dense, head_input, reads_of
-from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by, require_covered
+from tokenexit_torch.hosts.protocol import Embedded, Host, area_of, embedded_by, require_covered
 
 __all__ = ["ExitingModel"]
 

@@ -31,7 +31,7 @@ from tokenexit_torch.attention import (
     keys_and_values,
 )
 from tokenexit_torch.exits.outputs import upsampled
-from tokenexit_torch.hosts import Embedded, Host, area_of, embedded_by
+from tokenexit_torch.hosts.protocol import Embedded, Host, area_of, embedded_by
 
 __all__ = ["GatedOutput"]
 

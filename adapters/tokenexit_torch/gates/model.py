@@ -19,7 +19,7 @@ from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import require_not_traced
 from tokenexit_torch.exits.base import Planned
 from tokenexit_torch.gates.forward import MASKED, PACKED, GatedOutput, Layout, decide_by_policy, output, run, start
-from tokenexit_torch.hosts import Host
+from tokenexit_torch.hosts.protocol import Host
 
 __all__ = ["GatedModel"]
 

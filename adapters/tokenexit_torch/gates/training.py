@@ -34,7 +34,7 @@ from tokenexit_torch.gates.forward import (
     start,
 )
 from tokenexit_torch.gates.model import GatedModel
-from tokenexit_torch.hosts import require_covered
+from tokenexit_torch.hosts.protocol import require_covered
 
 __all__ = ["Drawing", "Sampled"]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenexit.errors import require
-from tokenexit_torch.hosts import Embedded, full_name
+from tokenexit_torch.hosts.protocol import Embedded, full_name
 
 __all__ = ["TransformersViT"]
 

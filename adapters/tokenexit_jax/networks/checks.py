@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_jax._given import require_images
-from tokenexit_jax.networks import Embedded, Network, Params
+from tokenexit_jax.networks.protocol import Embedded, Network, Params
 
 __all__ = ["DECLARED", "embed", "require_covered", "run_block", "run_blocks", "whole_sides"]
 

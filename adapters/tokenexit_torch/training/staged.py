@@ -30,7 +30,7 @@ from tokenexit_torch.exits.model import ExitingModel, final_output, packed_outpu
 from tokenexit_torch.exits.outputs import Output
 from tokenexit_torch.exits.static import StaticModel
 from tokenexit_torch.heads.masks import MaskMaps, as_maps
-from tokenexit_torch.hosts import require_covered
+from tokenexit_torch.hosts.protocol import require_covered
 
 __all__ = ["Staged", "Stages", "distillation", "mask_loss", "pixel_cross_entropy"]
 

@@ -20,7 +20,7 @@ from tokenexit.errors import require
 from tokenexit.semantic import SemanticPlan, Windows, stvit_r
 from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
 from tokenexit_torch.attention import attend
-from tokenexit_torch.semantic import CrossBlock, SemanticUnit
+from tokenexit_torch.semantic.layers import CrossBlock, SemanticUnit
 
 __all__ = ["Swin", "SwinBackbone", "SwinBlock", "SwinClassifier", "SwinMap", "swin_base", "swin_small"]
 

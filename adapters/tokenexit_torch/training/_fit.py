@@ -16,9 +16,9 @@ from tokenexit import TokenExitError
 from tokenexit.adapting import is_whole
 from tokenexit.errors import require
 from tokenexit.folders import require_metadata
-from tokenexit_torch._features import TARGET, Cached, Rows
 from tokenexit_torch._files import read, require_weights, specs, write
 from tokenexit_torch._modules import evaluating
+from tokenexit_torch.training._features import TARGET, Cached, Rows
 
 __all__ = ["Fit", "Recipe"]
 

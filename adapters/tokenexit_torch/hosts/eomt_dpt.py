@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, finfo, nn
 
 from tokenexit.errors import require
-from tokenexit_torch.hosts import Embedded, full_name
-from tokenexit_torch.hosts_decoding import Given, Last, Passing, Reached, view
-from tokenexit_torch.hosts_transformers import pair, require_interceptable, whole_patches, with_prefix
+from tokenexit_torch.hosts.decoding import Given, Last, Passing, Reached, view
+from tokenexit_torch.hosts.protocol import Embedded, full_name
+from tokenexit_torch.hosts.transformers import pair, require_interceptable, whole_patches, with_prefix
 
 __all__ = ["TransformersDPT", "TransformersEoMT"]
 

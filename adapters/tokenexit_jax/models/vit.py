@@ -25,8 +25,8 @@ from tokenexit.adapting import aligned
 from tokenexit.errors import require
 from tokenexit_jax._given import require_array
 from tokenexit_jax.attention import attend
-from tokenexit_jax.networks import Embedded, Network, Params
-from tokenexit_jax.weights import require_exactly
+from tokenexit_jax.models.weights import require_exactly
+from tokenexit_jax.networks.protocol import Embedded, Network, Params
 
 __all__ = ["Config", "ViT", "load", "split"]
 
@@ -184,8 +184,8 @@ def load(config: Config, weights: Mapping[str, Any], /, *, besides: tuple[str, .
 
     Args:
         config: What it is made of.
-        weights: Arrays by name, as `tokenexit_jax.weights.read` gives them: every tensor of the network in its shape,
-            and nothing unknown. They become float32.
+        weights: Arrays by name, as `tokenexit_jax.models.weights.read` gives them: every tensor of the network in its
+            shape, and nothing unknown. They become float32.
         besides: What else is in the file, by the beginning of its names, and is passed over: `("head.",)`.
 
     Returns:
@@ -194,7 +194,7 @@ def load(config: Config, weights: Mapping[str, Any], /, *, besides: tuple[str, .
     Raises:
         TokenExitError: Naming the tensors that are missing, unknown or of another shape.
     """
-    require(isinstance(config, Config), "config", "be a tokenexit_jax.vit.Config", type(config).__name__)
+    require(isinstance(config, Config), "config", "be a tokenexit_jax.models.vit.Config", type(config).__name__)
     named = isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights)
     require(named, "weights", "be arrays by name, as `weights.read` gives them", type(weights).__name__)
     require(isinstance(besides, tuple), "besides", 'be a tuple of beginnings of names, as ("head.",)', repr(besides))
@@ -222,7 +222,7 @@ def split(model: ViT, /) -> tuple[Network, Params]:
     Raises:
         TokenExitError: If `model` is no `ViT`.
     """
-    require(isinstance(model, ViT), "model", "be a tokenexit_jax.vit.ViT", type(model).__name__)
+    require(isinstance(model, ViT), "model", "be a tokenexit_jax.models.vit.ViT", type(model).__name__)
     graph, params = nnx.split(model)
     blocks = tuple(_RunBlock(graph, index) for index in range(model.config.depth))
     return Network(_RunEmbed(graph), blocks, _RunFinish(graph), model.config.width), params

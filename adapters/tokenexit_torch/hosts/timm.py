@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenexit.errors import require
 from tokenexit_torch.attention import turning
-from tokenexit_torch.hosts import Embedded, full_name
+from tokenexit_torch.hosts.protocol import Embedded, full_name
 
 __all__ = ["TimmEva", "TimmViT"]
 

@@ -11,12 +11,12 @@ from torch import nn
 from tokenexit import TokenExitError
 from tokenexit.errors import require
 from tokenexit_torch.attention import UNQUANTISED
-from tokenexit_torch.hosts import Host, full_name
-from tokenexit_torch.hosts_decoding import DecodingHost
-from tokenexit_torch.hosts_eomt_dpt import DPTS, EOMTS, TransformersDPT, TransformersEoMT
-from tokenexit_torch.hosts_timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
-from tokenexit_torch.hosts_torchvision import TORCHVISION_VIT, TorchvisionViT
-from tokenexit_torch.hosts_transformers import PARTS, TransformersViT
+from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.eomt_dpt import DPTS, EOMTS, TransformersDPT, TransformersEoMT
+from tokenexit_torch.hosts.protocol import Host, full_name
+from tokenexit_torch.hosts.timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
+from tokenexit_torch.hosts.torchvision import TORCHVISION_VIT, TorchvisionViT
+from tokenexit_torch.hosts.transformers import PARTS, TransformersViT
 
 __all__ = ["decoding_host_of", "host_of"]
 
@@ -72,9 +72,9 @@ REFUSED = {
     "transformers.models.vitdet.modeling_vitdet.VitDetPreTrainedModel": _PAIRS_AND_WINDOWS,
     "transformers.models.beit.modeling_beit.BeitPreTrainedModel": _PAIRS,
     "transformers.models.bit.modeling_bit.BitPreTrainedModel": "it is a convolutional network, which has no tokens",
-    "tokenexit_torch.swin.Swin": _WINDOWS,
-    "tokenexit_torch.swin.SwinBackbone": _WINDOWS,
-    "tokenexit_torch.swin.SwinClassifier": _WINDOWS,
+    "tokenexit_torch.models.swin.Swin": _WINDOWS,
+    "tokenexit_torch.models.swin.SwinBackbone": _WINDOWS,
+    "tokenexit_torch.models.swin.SwinClassifier": _WINDOWS,
 }
 """Why a class, and all that derive from it, cannot be a host. It is no part of the public API."""
 

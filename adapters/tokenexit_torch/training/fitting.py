@@ -21,12 +21,12 @@ from tokenexit import TokenExitError
 from tokenexit.adapting import is_whole
 from tokenexit.area import Area
 from tokenexit.errors import require
-from tokenexit_torch._features import FINAL, TARGET, Material, Rows, Seen, Teacher, gathered
 from tokenexit_torch._files import fingerprint
-from tokenexit_torch._fit import Fit, Recipe
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, require_placed
 from tokenexit_torch.exits.model import ExitingModel
+from tokenexit_torch.training._features import FINAL, TARGET, Material, Rows, Seen, Teacher, gathered
+from tokenexit_torch.training._fit import Fit, Recipe
 
 __all__ = ["FitReport", "HeldOut", "fit_exits"]
 

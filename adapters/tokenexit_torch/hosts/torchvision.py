@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from tokenexit import TokenExitError
 from tokenexit.errors import require
 from tokenexit_torch.attention import attend
-from tokenexit_torch.hosts import Embedded, full_name
+from tokenexit_torch.hosts.protocol import Embedded, full_name
 
 __all__ = ["TorchvisionViT"]
 

@@ -23,11 +23,11 @@ from tokenexit.semantic import SemanticPlan
 from tokenexit_jax._counting import network_cost
 from tokenexit_jax._given import new_keys
 from tokenexit_jax._layers import Weights, named, part
-from tokenexit_jax._network import embed, run_block
 from tokenexit_jax.heads import build as building
-from tokenexit_jax.networks import Network, Params
+from tokenexit_jax.networks.checks import embed, run_block
+from tokenexit_jax.networks.protocol import Network, Params
 from tokenexit_jax.pytrees import register
-from tokenexit_jax.semantic import Recovery, SemanticTokens
+from tokenexit_jax.semantic.layers import Recovery, SemanticTokens
 
 __all__ = ["Adopted", "SemanticModel", "SemanticOutput"]
 
@@ -134,7 +134,7 @@ class SemanticModel:
         Args:
             layers: The weights of the layers, as `init` makes them.
             blocks: Weights of the network under timm's names, `blocks.3.attn.qkv.weight` and so on, as
-                `tokenexit_jax.weights.read` gives them; others in it are passed over.
+                `tokenexit_jax.models.weights.read` gives them; others in it are passed over.
 
         Returns:
             The weights of the layers, and which of them come from where.

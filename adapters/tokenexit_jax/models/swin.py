@@ -41,7 +41,7 @@ from tokenexit_jax._layers import (
     part,
     start_linear,
 )
-from tokenexit_jax.semantic import SemanticUnit, require_heads, require_share
+from tokenexit_jax.semantic.layers import SemanticUnit, require_heads, require_share
 
 __all__ = ["Swin", "SwinBackbone", "SwinBlock", "SwinClassifier", "SwinMap", "swin_base", "swin_small"]
 

@@ -33,13 +33,13 @@ from tokenexit.errors import require
 from tokenexit.schedule import Schedule
 from tokenexit.training import loss_weights
 from tokenexit_jax._given import require_array
-from tokenexit_jax._network import require_covered
 from tokenexit_jax.exits.forward import Given, head_outputs, on_grid, run_pass
 from tokenexit_jax.exits.model import ExitingModel, checked, validated_heads
 from tokenexit_jax.exits.outputs import Output
 from tokenexit_jax.heads.masks import MaskMaps
 from tokenexit_jax.heads.statistics import merge, split
-from tokenexit_jax.networks import Heads, Params
+from tokenexit_jax.networks.checks import require_covered
+from tokenexit_jax.networks.protocol import Heads, Params
 from tokenexit_jax.pytrees import register
 
 __all__ = ["Stages", "distillation", "mask_loss", "merge", "pixel_cross_entropy", "split", "staged"]

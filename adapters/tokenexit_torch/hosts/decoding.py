@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenexit_torch.hosts import Embedded, Host
+from tokenexit_torch.hosts.protocol import Embedded, Host
 
 __all__ = ["DecodingHost"]
 

@@ -21,10 +21,10 @@ from tokenexit.adapting import is_whole
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.guarantees.certificate import Certificate, require_matches
-from tokenexit_torch.certifying import fingerprints
+from tokenexit_torch.calibration.certificate import fingerprints
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.exits.outputs import upsampled
-from tokenexit_torch.windows import Windows, sliding
+from tokenexit_torch.inference.windows import Windows, sliding
 
 __all__ = ["Predictor"]
 

@@ -22,8 +22,8 @@ from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import layer_work, network_cost
 from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.attention import attending_to
-from tokenexit_torch.hosts import Host, embedded_by
-from tokenexit_torch.semantic import CrossBlock, Recovery, SemanticTokens
+from tokenexit_torch.hosts.protocol import Host, embedded_by
+from tokenexit_torch.semantic.layers import CrossBlock, Recovery, SemanticTokens
 
 __all__ = ["SemanticModel", "SemanticOutput"]
 

@@ -1,0 +1,1 @@
+"""Networks of pure functions: what they must offer, and the checks of every call."""

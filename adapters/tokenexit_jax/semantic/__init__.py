@@ -1,0 +1,1 @@
+"""Semantic tokens (STViT): layers, and models that run on them."""

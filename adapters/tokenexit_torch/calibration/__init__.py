@@ -1,0 +1,1 @@
+"""Calibration of models with exits, certificates, and traces for replays."""

@@ -1,0 +1,1 @@
+"""Inference: whole images, windows, and export."""

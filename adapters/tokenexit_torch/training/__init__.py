@@ -1,0 +1,1 @@
+"""Training with exits, and fitting of exit heads on frozen networks."""
