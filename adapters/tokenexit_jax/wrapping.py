@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tokenexit.adapting import MOST, is_number, is_whole, require_room
 from tokenexit.errors import require
 from tokenexit.gates import published_gate
-from tokenexit.heads import ATM, MLP, HeadPlan, Neighbourhood
+from tokenexit.heads import MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_jax._given import require_array, require_count
@@ -70,11 +70,11 @@ def wrap(
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
     require_count(classes, "classes")
     # The softmax of one logit is 1, whatever it is: every token would leave at once, and sure of itself.
-    several = classes >= 2 or isinstance(exit_heads, ATM)
+    several = classes >= exit_heads.least_classes
     rule = "be at least 2: use two logits for two classes, whose confidence says something (`heads.ATM` may have 1)"
     require(several, "classes", rule, repr(classes))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
-    alike = head is None or not isinstance(exit_heads, ATM)
+    alike = head is None or not exit_heads.gives_masks
     require(alike, "head", "be None beside mask heads, for the scores of one image must compare", repr(head))
     after = schedule.after
     of_block = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
@@ -124,7 +124,7 @@ def wrap_gates(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     plan = published_gate(network.width) if gates is None else gates
-    each = isinstance(plan, HeadPlan) and not isinstance(plan, ATM | Neighbourhood)
+    each = isinstance(plan, HeadPlan) and plan.reads == "tokens"
     require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
     depth, after = network.depth, schedule.after
     require(taps is None or isinstance(taps, Iterable), "taps", "be several blocks, as (6, 12)", repr(taps))

@@ -21,7 +21,7 @@ from tokenexit.adapting import is_whole
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.heads import NeighbourhoodHead
+from tokenexit_torch.heads import dim_in
 from tokenexit_torch.heads.masks import MaskHead
 from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.protocol import Embedded, Host, full_name
@@ -219,7 +219,7 @@ def _run(host: Host, index: int, embedded: Embedded, count: int) -> None:
 def _head_work(head: nn.Module, argument: str, width: int, like: Tensor | None) -> HeadCost:
     masks = isinstance(head, MaskHead)
     said = head.cost if masks else HeadCost(layer_work(head))
-    wide = 2 * width if isinstance(head, NeighbourhoodHead) else width
+    wide = dim_in(head, width)
     seen: list[int] = []
     for count in (2, 4):
         total, reason = None, "weights that are elsewhere"

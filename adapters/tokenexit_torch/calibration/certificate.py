@@ -15,7 +15,7 @@ from tokenexit.guarantees import certificate
 from tokenexit.guarantees.certificate import Certificate, Fingerprints
 from tokenexit_torch._files import fingerprint
 from tokenexit_torch.exits.base import WithExits
-from tokenexit_torch.heads import NeighbourhoodHead
+from tokenexit_torch.heads import radius_of
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]
 
@@ -42,9 +42,7 @@ def fingerprints(model: nn.Module, /, *, resolution: tuple[int, int], preprocess
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     weights = {name: fingerprint([value]) for name, value in tensors.items()}
     # The same weights say something else with another radius, which no tensor holds.
-    wide = {
-        f"{name}.radius": part.radius for name, part in model.named_modules() if isinstance(part, NeighbourhoodHead)
-    }
+    wide = {f"{name}.radius": radius_of(part) for name, part in model.named_modules() if radius_of(part) > 0}
     weights |= {name: fingerprint([torch.tensor(radius)]) for name, radius in wide.items()}
     return Fingerprints(weights, _dtype(tensors), resolution, preprocessing, _ADAPTER)
 

@@ -2,7 +2,7 @@
 
 from tokenexit_torch.heads.build import NeighbourhoodHead, build
 from tokenexit_torch.heads.masks import AttentionToMask, MaskHead, MaskMaps, Masks
-from tokenexit_torch.heads.reading import apply_head, apply_head_dense, head_input, radius_of, reads_of
+from tokenexit_torch.heads.reading import apply_head, apply_head_dense, dim_in, head_input, radius_of, reads_of
 
 __all__ = [
     "AttentionToMask",
@@ -13,6 +13,7 @@ __all__ = [
     "apply_head",
     "apply_head_dense",
     "build",
+    "dim_in",
     "head_input",
     "radius_of",
     "reads_of",

@@ -15,7 +15,7 @@ from tokenexit_torch._modules import counts_batches, is_training
 from tokenexit_torch.heads.build import NeighbourhoodHead
 from tokenexit_torch.heads.masks import MaskHead, Masks, log_scores, patch_rows, widened
 
-__all__ = ["apply_head", "apply_head_dense", "detached", "head_input", "radius_of", "reads_of"]
+__all__ = ["apply_head", "apply_head_dense", "detached", "dim_in", "head_input", "radius_of", "reads_of"]
 
 
 def reads_of(head: nn.Module, /) -> Reads:
@@ -28,6 +28,11 @@ def reads_of(head: nn.Module, /) -> Reads:
 def radius_of(head: nn.Module, /) -> int:
     """Radius of the neighbourhood that a head reads; 0 for one that treats each token by itself."""
     return head.radius if isinstance(head, NeighbourhoodHead) else 0
+
+
+def dim_in(head: nn.Module, dim: int, /) -> int:
+    """Channels that a head reads for each token of so many channels."""
+    return 2 * dim if reads_of(head) == "neighbourhoods" else dim
 
 
 def apply_head(

@@ -20,7 +20,7 @@ from tokenexit_torch.exits.static import StaticModel
 __all__ = ["export_onnx", "export_program"]
 
 EXPORTED = ("logits", "exit_depth", "tokens_per_block", "overflow")
-"""What an exported model gives, in order: the fields of `StaticOutput` of these names."""
+"""What an exported model gives, in order: the fields of `Output` of these names."""
 
 MOST_IN_TOPK = 3840
 """TensorRT's limit."""
