@@ -20,7 +20,7 @@ from tokenexit.errors import require
 __all__ = [
     "Edges",
     "SemanticPlan",
-    "Windows",
+    "Partition",
     "join",
     "neighbourhoods",
     "pool",
@@ -40,7 +40,7 @@ Sides = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Windows:
+class Partition:
     """A map cut into windows, row by row from the top left. Plain numbers: shapes are known before there is an array.
 
     Attributes:
@@ -62,7 +62,7 @@ class Windows:
         _require_sides(self.window, "window")
 
     @classmethod
-    def whole(cls, height: int, width: int, /) -> "Windows":
+    def whole(cls, height: int, width: int, /) -> "Partition":
         """The map as one window.
 
         Args:
@@ -97,7 +97,7 @@ class Windows:
         """Rows and columns by which the last windows hang over the edge."""
         return self.rows * self.window[0] - self.height, self.columns * self.window[1] - self.width
 
-    def pooled(self, to: tuple[int, int], /) -> "Windows":
+    def pooled(self, to: tuple[int, int], /) -> "Partition":
         """The map of semantic tokens, in windows of its own: `join` makes it of what `pool` gives, `split` undoes it.
 
         Args:
@@ -110,12 +110,12 @@ class Windows:
             TokenExitError: If one of them is no whole number from 1 up.
         """
         _require_sides(to, "to")
-        return Windows(self.rows * to[0], self.columns * to[1], to)
+        return Partition(self.rows * to[0], self.columns * to[1], to)
 
 
 def split(
     map: Shaped[Array, "images height width *rest"],
-    windows: Windows,
+    windows: Partition,
     /,
     *,
     valid: Bool[Array, "images height width"] | None = None,
@@ -137,7 +137,7 @@ def split(
 
 
 def join(
-    values: Shaped[Array, "images windows places *rest"], windows: Windows, /
+    values: Shaped[Array, "images windows places *rest"], windows: Partition, /
 ) -> Shaped[Array, "images height width *rest"]:
     """The map that has these values in its windows: the inverse of `split`.
 
@@ -167,7 +167,7 @@ def join(
 
 def neighbourhoods(
     map: Shaped[Array, "images height width *rest"],
-    windows: Windows,
+    windows: Partition,
     /,
     *,
     size: tuple[int, int],
@@ -206,7 +206,7 @@ def neighbourhoods(
 
 def pool(
     map: Float[Array, "images height width *rest"],
-    windows: Windows,
+    windows: Partition,
     /,
     *,
     to: tuple[int, int],
@@ -218,7 +218,7 @@ def pool(
 
     Args:
         map: The features.
-        windows: The geometry; `Windows.whole` to pool the whole map.
+        windows: The geometry; `Partition.whole` to pool the whole map.
         to: Rows and columns of cells in a window.
         by: The largest value of a cell's valid places (published), or their mean.
         valid: Which places hold a token; all, if left out. The others never win, and do not count in a mean.
@@ -300,7 +300,7 @@ class SemanticPlan:
         number = scale is None or (is_number(scale) and scale > 0)
         require(number, "layer_scale", "be a positive number or None", repr(scale))
 
-    def windows(self, height: int, width: int, /) -> Windows:
+    def windows(self, height: int, width: int, /) -> Partition:
         """The geometry of a map under this plan.
 
         Args:
@@ -313,7 +313,7 @@ class SemanticPlan:
         Raises:
             TokenExitError: If one of them is no whole number from 1 up.
         """
-        return Windows.whole(height, width) if self.window is None else Windows(height, width, self.window)
+        return Partition.whole(height, width) if self.window is None else Partition(height, width, self.window)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for JSON."""
@@ -555,7 +555,7 @@ def _require_area(sides: Sides, argument: str) -> None:
     require(sides[0] * sides[1] <= MOST, argument, f"have at most {MOST:,} places", repr(sides))
 
 
-def _require_map(map: Array, windows: Windows, valid: Array | None) -> None:
+def _require_map(map: Array, windows: Partition, valid: Array | None) -> None:
     size = (windows.height, windows.width)
     rule = f"have {size[0]} rows and {size[1]} columns on axes 1 and 2"
     require(map.ndim >= 3 and tuple(map.shape[1:3]) == size, "map", rule, f"shape {tuple(map.shape)}")

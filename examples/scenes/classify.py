@@ -79,8 +79,8 @@ def _halving(take: int, give: int) -> tuple[nn.Module, ...]:
 
 def swin(*, classes: int, plan: semantic.SemanticPlan | None) -> nn.Module:
     """A narrow Swin with a third stage of six blocks: one unit, if there are semantic tokens."""
-    body = tet.Swin(width=32, depths=(2, 2, 6, 2), heads=(1, 2, 4, 8), window=WINDOW, plan=plan)
-    return tet.SwinClassifier(body, classes=classes)
+    body = tet.models.Swin(width=32, depths=(2, 2, 6, 2), heads=(1, 2, 4, 8), window=WINDOW, plan=plan)
+    return tet.models.SwinClassifier(body, classes=classes)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

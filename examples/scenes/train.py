@@ -203,7 +203,7 @@ def progress(value: Tensor, exits: Mapping[int, Tensor], label: UInt8[Tensor, "b
     return f"loss {value.item():.3f}, pixel accuracy {first:.1f} % (first head), {last:.1f} % (last)"
 
 
-def fit(model: tet.ExitingModel, recipe: Recipe) -> tet.FitReport:
+def fit(model: tet.ExitingModel, recipe: Recipe) -> tet.training.FitReport:
     """Fits the exits to the final head on scenes not seen before."""
     images = [images for images, _ in _fresh(recipe, _FIT, recipe.fit_scenes)]
     return tet.fit_exits(model, images, steps=recipe.fit_steps)

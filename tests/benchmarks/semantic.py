@@ -55,9 +55,12 @@ def cut_short(vit: Any, depth: int) -> nn.Module:
 
 def of_swin(size: str, *, place: Mapping) -> Contenders:
     """Swin, and STViT-R of the same size."""
-    build = {"small": tet.swin_small, "base": tet.swin_base}[size]
+    build = {"small": tet.models.swin_small, "base": tet.models.swin_base}[size]
     plans = {"dense": None, "STViT-R": semantic.stvit_r()}
-    return {name: tet.SwinClassifier(build(plan=plan), classes=1000).eval().to(**place) for name, plan in plans.items()}
+    return {
+        name: tet.models.SwinClassifier(build(plan=plan), classes=1000).eval().to(**place)
+        for name, plan in plans.items()
+    }
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -64,7 +64,7 @@ def logits():
 
 def of_semantic_tokens(array):
     """Functions of a map of which some places are padding; windows hang over the edge on both sides."""
-    windows = semantic.Windows(5, 4, (3, 3))
+    windows = semantic.Partition(5, 4, (3, 3))
     valid = np.random.default_rng(2).random((2, 5, 4)) < 0.6
     valid[0] = False  # cells without any valid place
     valid = array(valid)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.core import oracles, strategies
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, semantic
-from tokenexit.semantic import SemanticPlan, Windows
+from tokenexit.semantic import Partition, SemanticPlan
 
-maps = st.builds(Windows, st.integers(1, 20), st.integers(1, 20), st.tuples(st.integers(1, 8), st.integers(1, 8)))
+maps = st.builds(Partition, st.integers(1, 20), st.integers(1, 20), st.tuples(st.integers(1, 8), st.integers(1, 8)))
 seeds = st.integers(0, 2**20)
 edges = st.sampled_from(["inside", "beyond"])
 some = strategies.fewer(2)
@@ -171,7 +171,7 @@ def test_marks_are_none_exactly_where_all_is_valid(windows, size, edges, data):
 
 def test_the_published_geometry_is_a_case_of_it():
     """14 x 14, windows of 7: 3 x 3 cells of 3 places, and neighbourhoods of 10 that are 4 apart."""
-    windows = Windows(14, 14, (7, 7))
+    windows = Partition(14, 14, (7, 7))
     map = np.arange(196, dtype=np.float32).reshape(1, 14, 14)
     around, marks = semantic.neighbourhoods(map, windows, size=(10, 10))
     assert marks is None
@@ -187,7 +187,7 @@ def test_the_published_geometry_is_a_case_of_it():
 
 def test_the_whole_map_is_a_window():
     windows = semantic.stvit().windows(11, 15)
-    assert windows == Windows.whole(11, 15)
+    assert windows == Partition.whole(11, 15)
     assert (windows.count, windows.padding) == (1, (0, 0))
     map = np.random.default_rng(0).normal(size=(2, 11, 15, 3)).astype(np.float32)
     np.testing.assert_array_equal(semantic.pool(map, windows, to=(1, 1))[0][:, 0, 0], map.max((1, 2)))
@@ -196,7 +196,7 @@ def test_the_whole_map_is_a_window():
 
 @each_backend
 def test_an_empty_batch_is_one(backend):
-    windows = Windows(5, 4, (3, 3))
+    windows = Partition(5, 4, (3, 3))
     empty = backend.array(np.zeros((0, 5, 4, 2), np.float32))
     assert tuple(semantic.pool(empty, windows, to=(2, 2))[0].shape) == (0, 4, 4, 2)
     values, marks = semantic.split(empty, windows)
@@ -206,14 +206,14 @@ def test_an_empty_batch_is_one(backend):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_named():
-    windows, map = Windows(4, 5, (2, 2)), np.zeros((1, 4, 5, 2), np.float32)
+    windows, map = Partition(4, 5, (2, 2)), np.zeros((1, 4, 5, 2), np.float32)
     marks = np.ones((1, 4, 5), bool)
     pair = "two whole numbers from 1 up, rows and columns"
     for call, message in (
-        (lambda: Windows(0, 5, (2, 2)), "`height` must be a whole number from 1 up, got 0"),
-        (lambda: Windows(4, 5.0, (2, 2)), "`width` must be a whole number from 1 up, got 5.0"),
-        (lambda: Windows(4, 5, 2), f"`window` must be {pair}, got 2"),
-        (lambda: Windows(4, 5, (2, 0)), f"`window` must be {pair}, got (2, 0)"),
+        (lambda: Partition(0, 5, (2, 2)), "`height` must be a whole number from 1 up, got 0"),
+        (lambda: Partition(4, 5.0, (2, 2)), "`width` must be a whole number from 1 up, got 5.0"),
+        (lambda: Partition(4, 5, 2), f"`window` must be {pair}, got 2"),
+        (lambda: Partition(4, 5, (2, 0)), f"`window` must be {pair}, got (2, 0)"),
         (lambda: windows.pooled((True, 1)), f"`to` must be {pair}, got (True, 1)"),
         (lambda: semantic.split(map[:, :3], windows), "`map` must have 4 rows and 5 columns on axes 1 and 2"),
         (lambda: semantic.split(map, windows, valid=marks[:, 1:]), "`valid` must have shape (1, 4, 5), got shape (1, 3, 5)"),

@@ -342,7 +342,7 @@ def semantic_tokens(d):
     xp = array_namespace(d.features)
     map = xp.reshape(d.features[:, PREFIX:, :], (IMAGES, *GRID, WIDTH))
     valid = xp.reshape(d.stay[:, PREFIX:], (IMAGES, *GRID))
-    windows = semantic.Windows(*GRID, (2, 3))
+    windows = semantic.Partition(*GRID, (2, 3))
     pooled, held = semantic.pool(map, windows, to=(2, 2), valid=valid)
     around, there = semantic.neighbourhoods(map, windows, size=(4, 3), edges="beyond", valid=valid)
     return {
@@ -352,7 +352,7 @@ def semantic_tokens(d):
         "around": around,
         "there": there,
         "inside": semantic.neighbourhoods(map, windows, size=(3, 4))[0],
-        "mean": semantic.pool(map, semantic.Windows.whole(*GRID), to=(2, 3), by="mean")[0],
+        "mean": semantic.pool(map, semantic.Partition.whole(*GRID), to=(2, 3), by="mean")[0],
         "map": semantic.join(pooled, windows.pooled((2, 2))),
     }
 

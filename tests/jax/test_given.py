@@ -135,7 +135,7 @@ BAD = {
     "temperature None": (lambda: tej.distillation(LOGITS, LOGITS, temperature=None), "`temperature` must be positive, got None"),
     "temperature without end": (lambda: tej.distillation(LOGITS, LOGITS, temperature=10**400), "`temperature` must be positive"),
     "masks None": (lambda: tej.mask_loss(None, LABEL), "`maps` must be masks and presence"),
-    "focal a text": (lambda: tej.mask_loss(tej.MaskMaps(LOGITS, jnp.zeros((1, 3))), LABEL, focal="20"), "`focal` must be a number"),
+    "focal a text": (lambda: tej.mask_loss(tej.heads.MaskMaps(LOGITS, jnp.zeros((1, 3))), LABEL, focal="20"), "`focal` must be a number"),
     # what comes of it
     "size None": (lambda: output().upsample(None), "`size` must be a height and a width"),
     "size of nothing": (lambda: output().upsample((0, 4)), "`size` must be a height and a width"),

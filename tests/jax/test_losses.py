@@ -80,7 +80,7 @@ def test_mask_loss_is_that_of_pytorch(weights, ignore):
             MaskMaps(masks, presence), jnp.asarray(label), ignore=ignore, **weights
         ),
         lambda masks, presence: tet.mask_loss(
-            tet.MaskMaps(first(masks), presence), torch.from_numpy(label), ignore=ignore, **weights
+            tet.heads.MaskMaps(first(masks), presence), torch.from_numpy(label), ignore=ignore, **weights
         ),
         [3 * drawn(2, *GRID, CLASSES), drawn(2, CLASSES, seed=2)],
     )

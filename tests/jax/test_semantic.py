@@ -28,9 +28,9 @@ MORE = PLANS | {
 each_plan = pytest.mark.parametrize("plan", MORE.values(), ids=MORE)
 
 
-def ours(layers: tet.SemanticUnit) -> tej.SemanticUnit:
+def ours(layers: tet.semantic.SemanticUnit) -> tej.semantic.SemanticUnit:
     within = tuple(mixing.within for mixing in layers.mixing)
-    return tej.SemanticUnit(layers.tokens.plan, width=WIDTH, heads=HEADS, mixing=within)
+    return tej.semantic.SemanticUnit(layers.tokens.plan, width=WIDTH, heads=HEADS, mixing=within)
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def test_semantic_tokens_are_those_of_pytorch(plan):
     layers, (map, valid) = unit(plan).tokens, drawn((7, 8), share=0.2)
     prefix = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))
     wanted = layers(map, valid=valid, prefix=prefix)
-    layer = tej.SemanticTokens(plan, width=WIDTH, heads=HEADS)
+    layer = tej.semantic.SemanticTokens(plan, width=WIDTH, heads=HEADS)
     found = jax.jit(layer)(from_torch(layers), array(map), valid=array(valid), prefix=array(prefix))
     assert found.grid == wanted.grid
     for one in ("tokens", "prefix", "map", "valid", "valid_map"):
@@ -108,9 +108,11 @@ def alike(ours, theirs):
 
 def test_new_weights_are_drawn_as_those_of_pytorch():
     plan = SemanticPlan(learned=(20, 20), layer_scale=0.25)
-    drawn = {name: np.asarray(value) for name, value in new(tej.SemanticTokens(plan, width=32, heads=2)).items()}
+    drawn = {
+        name: np.asarray(value) for name, value in new(tej.semantic.SemanticTokens(plan, width=32, heads=2)).items()
+    }
     torch.manual_seed(0)
-    wanted = tet.SemanticTokens(plan, width=32, heads=2).state_dict()
+    wanted = tet.semantic.SemanticTokens(plan, width=32, heads=2).state_dict()
     for name, value in wanted.items():
         assert drawn[name].mean() == pytest.approx(value.mean().item(), abs=2e-3), name
         assert drawn[name].std() == pytest.approx(value.std(unbiased=False).item(), rel=0.1), name
@@ -150,9 +152,9 @@ def test_gradients_are_those_of_pytorch_and_finite():
 
 
 def test_a_group_without_any_key_attends_to_all():
-    block = lively(tet.CrossBlock(WIDTH, HEADS))
+    block = lively(tet.semantic.CrossBlock(WIDTH, HEADS))
     queries, keys = torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH)
-    given, run = (from_torch(block), array(queries), array(keys)), jax.jit(tej.CrossBlock(WIDTH, HEADS))
+    given, run = (from_torch(block), array(queries), array(keys)), jax.jit(tej.semantic.CrossBlock(WIDTH, HEADS))
     with torch.no_grad():
         wanted = block(queries, keys)
     same(run(*given, valid=jnp.zeros((2, 4), dtype=bool)), wanted)
@@ -160,7 +162,7 @@ def test_a_group_without_any_key_attends_to_all():
 
 
 def test_layers_are_dropped_only_with_a_key_and_by_group():
-    block = tej.CrossBlock(WIDTH, HEADS, layer_scale=None, drop_path=0.5)
+    block = tej.semantic.CrossBlock(WIDTH, HEADS, layer_scale=None, drop_path=0.5)
     weights, tokens = new(block), array(torch.randn(64, 3, WIDTH, generator=torch.Generator().manual_seed(1)))
     with_key = jax.jit(lambda weights, key: block(weights, tokens, key=key))
     plain, dropped = jax.jit(block)(weights, tokens), with_key(weights, jax.random.key(2))
@@ -352,7 +354,7 @@ def test_what_does_not_fit_is_named():
     layers = jax.eval_shape(model.init, jax.random.key(0))
     scaled = from_torch(models.timm_vit(depth=DEPTH, size=SIZE, init_values=0.1))
     placed = tej.wrap_semantic(networks.plain_network(placed=True), after=1, until=5, heads=2)
-    unit = tej.SemanticUnit(width=8, heads=2)
+    unit = tej.semantic.SemanticUnit(width=8, heads=2)
     weights, map = jax.eval_shape(unit.init, jax.random.key(0)), jnp.zeros((2, 5, 6, 8))
     marks = jnp.ones((2, 5, 5), dtype=bool)
 
@@ -360,11 +362,11 @@ def test_what_does_not_fit_is_named():
         return tej.wrap_semantic(network, **{"after": 1, "until": 5, "heads": 3} | changes)
 
     for call, message in (
-        (lambda: tej.CrossBlock(8, 3), "`heads` must divide the width, 8, got 3"),
-        (lambda: tej.CrossBlock(8, 2, drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
-        (lambda: tej.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
-        (lambda: tej.SemanticUnit(width=8, heads=2, mixing=("image",)), "`mixing` must be 'window' or 'map'"),
-        (lambda: tej.SemanticUnit(width=8, heads=2, drop_path=(0.1,)), "`drop_path` must have 5 shares"),
+        (lambda: tej.semantic.CrossBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tej.semantic.CrossBlock(8, 2, drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
+        (lambda: tej.semantic.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
+        (lambda: tej.semantic.SemanticUnit(width=8, heads=2, mixing=("image",)), "`mixing` must be 'window' or 'map'"),
+        (lambda: tej.semantic.SemanticUnit(width=8, heads=2, drop_path=(0.1,)), "`drop_path` must have 5 shares"),
         (lambda: unit(weights, map, valid=marks), r"`valid` must have shape \(2, 5, 6\), got shape \(2, 5, 5\)"),
         (lambda: unit(weights, map, valid=map[..., 0]), "`valid` must be boolean, got dtype float32"),
         (lambda: tej.wrap_semantic("vit", after=1, until=5, heads=3), "`network` must be a tokenexit_jax.Network"),

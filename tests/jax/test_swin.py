@@ -26,7 +26,7 @@ SMALL = {"width": 4, "depths": (1, 2, 6, 1), "heads": (1, 1, 2, 2)}
 def theirs(plan, window=(7, 7)):
     """A narrow network with weights of which everything is seen, and statistics that are not those at first."""
     torch.manual_seed(3)
-    swin = tet.Swin(**SMALL, window=window, plan=plan)
+    swin = tet.models.Swin(**SMALL, window=window, plan=plan)
     with torch.no_grad():
         for name, value in swin.state_dict().items():
             if "scale" in name:
@@ -39,7 +39,7 @@ def theirs(plan, window=(7, 7)):
 
 
 def ours(plan, window=(7, 7)):
-    return tej.Swin(**SMALL, window=window, plan=plan)
+    return tej.models.Swin(**SMALL, window=window, plan=plan)
 
 
 def array(values):
@@ -98,16 +98,16 @@ def test_what_goes_on_from_the_maps_is_that_of_pytorch(plan):
     valid[0, 30:] = False
     valid[0, :, 33:] = False
     torch.manual_seed(5)
-    classifier, backbone = tet.SwinClassifier(swin, classes=4).eval(), tet.SwinBackbone(swin).eval()
+    classifier, backbone = tet.models.SwinClassifier(swin, classes=4).eval(), tet.models.SwinBackbone(swin).eval()
     norms = {name: value for name, value in from_torch(backbone).items() if name.startswith("norms.")}
     weights = from_torch(classifier) | norms
 
     @jax.jit
     def both(images):
         network, marked = ours(plan, window), {"valid": array(valid)}
-        return tej.SwinClassifier(network, classes=4)(weights, images, **marked), tej.SwinBackbone(network)(
-            weights, images, **marked
-        )
+        return tej.models.SwinClassifier(network, classes=4)(weights, images, **marked), tej.models.SwinBackbone(
+            network
+        )(weights, images, **marked)
 
     scores, maps = both(images_of(images))
     same(scores, classifier(images, valid=valid), 1e-4)
@@ -123,8 +123,8 @@ def test_training_is_that_of_pytorch():
     plan = semantic.stvit_r((3, 3))
     swin, images, labels = theirs(plan, (3, 3)), models.images(3, (24, 40)), torch.tensor([0, 2, 1])
     torch.manual_seed(5)
-    classifier = tet.SwinClassifier(swin, classes=3)
-    weights, layer = from_torch(classifier), tej.SwinClassifier(ours(plan, (3, 3)), classes=3)
+    classifier = tet.models.SwinClassifier(swin, classes=3)
+    weights, layer = from_torch(classifier), tej.models.SwinClassifier(ours(plan, (3, 3)), classes=3)
     learned, fixed = tej.split(weights)
     assert {name.rpartition(".")[2] for name in fixed} == set(STATISTICS)
 
@@ -173,9 +173,9 @@ def test_weights_have_the_names_and_shapes_of_pytorch(plan):
 
 def test_new_weights_are_drawn_as_those_of_pytorch():
     sizes = {"width": 16, "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1), "plan": None}
-    found = tej.Swin(**sizes).init(jax.random.key(0))
+    found = tej.models.Swin(**sizes).init(jax.random.key(0))
     torch.manual_seed(0)
-    for name, value in tet.Swin(**sizes).state_dict().items():
+    for name, value in tet.models.Swin(**sizes).state_dict().items():
         drawn, wanted = np.asarray(found[name], dtype=np.float32), value.float().numpy()
         assert drawn.mean() == pytest.approx(wanted.mean(), abs=3e-2 if "stem" in name else 8e-3), name
         assert drawn.std() == pytest.approx(wanted.std(), rel=0.25), name
@@ -184,7 +184,7 @@ def test_new_weights_are_drawn_as_those_of_pytorch():
 @pytest.mark.parametrize("build", ["swin_small", "swin_base"])
 def test_parameters_and_multiply_adds_are_the_published_ones(build):
     parameters, wanted = next(numbers for known, numbers in PUBLISHED.items() if known.__name__ == build)
-    layer = tej.SwinClassifier(getattr(tej, build)(), classes=1000)
+    layer = tej.models.SwinClassifier(getattr(tej, build)(), classes=1000)
     weights = jax.eval_shape(layer.init, jax.random.key(0))
     learned = [value for name, value in weights.items() if name.rpartition(".")[2] not in STATISTICS]
     assert sum(value.size for value in learned) == pytest.approx(parameters * 1e6, rel=1e-4)
@@ -194,10 +194,10 @@ def test_parameters_and_multiply_adds_are_the_published_ones(build):
 
 def test_layers_are_dropped_by_the_rates_of_pytorch_and_only_with_a_key():
     for plan in SWINS.values():
-        network = tej.Swin(plan=plan, drop_path=0.5)
+        network = tej.models.Swin(plan=plan, drop_path=0.5)
         found = [rate for stage in network.stages for layer in stage for rate in np.ravel(layer.drop_path)]
         assert found == pytest.approx([0.5 * number / 23 for number in range(24)])
-    network = tej.Swin(width=4, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), plan=None, drop_path=0.9)
+    network = tej.models.Swin(width=4, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), plan=None, drop_path=0.9)
     run, weights = jax.jit(network), network.init(jax.random.key(0))
     images = images_of(models.images(4, (16, 16)))
     one, other = (run(weights, images, key=jax.random.key(seed)) for seed in (0, 1))
@@ -205,7 +205,10 @@ def test_layers_are_dropped_by_the_rates_of_pytorch_and_only_with_a_key():
 
 
 def test_images_are_dropped_whole_and_only_with_a_key():
-    block, map = tej.SwinBlock(4, 1, window=(2, 2), drop_path=0.5), jax.random.normal(jax.random.key(1), (32, 3, 3, 4))
+    block, map = (
+        tej.models.SwinBlock(4, 1, window=(2, 2), drop_path=0.5),
+        jax.random.normal(jax.random.key(1), (32, 3, 3, 4)),
+    )
     weights = block.init(jax.random.key(0))
     run = jax.jit(block)
     still = (run(weights, map, key=jax.random.key(2)) == map).all(axis=3)
@@ -216,7 +219,7 @@ def test_images_are_dropped_whole_and_only_with_a_key():
 
 @pytest.mark.usefixtures("unchecked")
 def test_an_empty_batch_is_one():
-    block = tej.SwinBlock(8, 2, window=(3, 3), shift=(1, 1))
+    block = tej.models.SwinBlock(8, 2, window=(3, 3), shift=(1, 1))
     weights = block.init(jax.random.key(0))
     for size in ((3, 3), (4, 5)):
         assert block(weights, jnp.zeros((0, *size, 8))).shape == (0, *size, 8)
@@ -226,15 +229,15 @@ def test_an_empty_batch_is_one():
 def test_what_does_not_fit_is_named():
     weights = from_torch(theirs(None))
     for call, message in (
-        (lambda: tej.Swin(depths=(2, 2, 8, 2)), "`depths` must have a multiple of 6 blocks in the third stage"),
-        (lambda: tej.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
-        (lambda: tej.Swin(heads=(3, 6, 12, 25)), "`heads` must divide the width, 768, got 25"),
-        (lambda: tej.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tej.models.Swin(depths=(2, 2, 8, 2)), "`depths` must have a multiple of 6 blocks in the third stage"),
+        (lambda: tej.models.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
+        (lambda: tej.models.Swin(heads=(3, 6, 12, 25)), "`heads` must divide the width, 768, got 25"),
+        (lambda: tej.models.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
         (
-            lambda: tej.SwinBlock(8, 2, window=7),
+            lambda: tej.models.SwinBlock(8, 2, window=7),
             "`window` must be two whole numbers from 1 up, rows and columns, got 7",
         ),
-        (lambda: tej.Swin(window=(0, 7)), r"`window` must be two whole numbers .*, got \(0, 7\)"),
+        (lambda: tej.models.Swin(window=(0, 7)), r"`window` must be two whole numbers .*, got \(0, 7\)"),
         (
             lambda: ours(None)(weights, jnp.zeros((1, 32, 48, 3)), valid=jnp.ones((1, 48, 32), bool)),
             r"`valid` must have shape \(1, 32, 48\), got shape \(1, 48, 32\)",

@@ -16,13 +16,13 @@ PLANS = {
 }
 
 # Million parameters, and multiply-adds in G.
-PUBLISHED = {tet.swin_small: (49.6255, 5.826), tet.swin_base: (87.81, 10.264)}
+PUBLISHED = {tet.models.swin_small: (49.6255, 5.826), tet.models.swin_base: (87.81, 10.264)}
 SWINS = {"classification": stvit_r(), "dense": stvit_r_dense(), "Swin": None}
 
 
-def unit(plan, **options) -> tet.SemanticUnit:
+def unit(plan, **options) -> tet.semantic.SemanticUnit:
     torch.manual_seed(5)
-    made = tet.SemanticUnit(plan, width=WIDTH, heads=HEADS, **options)
+    made = tet.semantic.SemanticUnit(plan, width=WIDTH, heads=HEADS, **options)
     return lively(made).eval()
 
 

@@ -492,7 +492,7 @@ PLAN = schedule.paumer(keep={1: 0.5})
             "`exit_heads` must be a plan of tokenexit.heads that gives no masks",
         ),
         (
-            {"exit_heads": {1: tet.AttentionToMask(WIDTH, 3)}},
+            {"exit_heads": {1: tet.heads.AttentionToMask(WIDTH, 3)}},
             "`exit_heads` must treat each token by itself, got a mask head",
         ),
         ({"exit_heads": {1: nn.Linear(WIDTH, 4)}}, r"`exit_heads\[1\]` must give 3 classes, got 4"),

@@ -37,7 +37,9 @@ def run(file, images):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return [dict(zip(tet.EXPORTED, session.run(None, {"images": one.numpy()}), strict=True)) for one in images]
+    return [
+        dict(zip(tet.inference.EXPORTED, session.run(None, {"images": one.numpy()}), strict=True)) for one in images
+    ]
 
 
 def assert_same(found, out):
@@ -123,7 +125,7 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path):
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for seed in range(3):
         images = models.images(2, seed=seed)
-        out, wanted = dict(zip(tet.EXPORTED, loaded(images), strict=True)), model(images)
+        out, wanted = dict(zip(tet.inference.EXPORTED, loaded(images), strict=True)), model(images)
         torch.testing.assert_close(out["logits"], wanted.logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(out["exit_depth"], wanted.exit_depth)
         assert torch.equal(out["overflow"], wanted.overflow)

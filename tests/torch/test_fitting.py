@@ -455,7 +455,9 @@ def test_the_target_of_a_patch_is_what_the_page_says():
 
 
 def test_a_report_is_read_in_words():
-    report = tet.FitReport({3: 0.9, 6: 0.954}, 2400, 100, 350, 100, True, tet.HeldOut({3: 0.5, 6: 0.75}, 240, 10))
+    report = tet.training.FitReport(
+        {3: 0.9, 6: 0.954}, 2400, 100, 350, 100, True, tet.training.HeldOut({3: 0.5, 6: 0.75}, 240, 10)
+    )
     assert str(report) == (
         "Fitted to 2400 patches of 100 images; held out: 240 patches of 10.\n"
         "350 steps, stopped early; the heads are those after step 100.\n"
@@ -463,7 +465,7 @@ def test_a_report_is_read_in_words():
         "  after block 3: on 90.0% of the patches fitted, 50.0% of those held out\n"
         "  after block 6: on 95.4% of the patches fitted, 75.0% of those held out"
     )
-    plain = str(tet.FitReport({3: 0.9}, 2400, 100, 350, 350, False, None))
+    plain = str(tet.training.FitReport({3: 0.9}, 2400, 100, 350, 350, False, None))
     assert "held out: none." in plain
     assert plain.endswith("after block 3: on 90.0% of the patches fitted")
 

@@ -344,7 +344,7 @@ def test_padding_does_not_count_in_the_ratio():
     keep = torch.zeros(2, 1, 2, 2)
     keep[:, :, 0] = 1
     valid = torch.tensor([[True, True], [False, False]]).expand(2, 2, 2)
-    found = tet.Drawing(None, keep, torch.tensor([1.0]))
+    found = tet.gates.Drawing(None, keep, torch.tensor([1.0]))
     assert found.ratio_loss(valid=valid) == 0
     assert found.ratio_loss() == 0.25
 

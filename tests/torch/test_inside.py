@@ -63,7 +63,7 @@ OPTIMIZED = "torch._dynamo.eval_frame.OptimizedModule"
         (compiled_block, f"{OPTIMIZED} at `blocks.3`: "),
         (compiled_in_place(""), "timm.models.vision_transformer.VisionTransformer, compiled: "),
         (compiled_in_place("blocks.1"), "timm.models.vision_transformer.Block, compiled at `blocks.1`: "),
-        (lambda: tet.TimmViT(compiled_in_place("blocks.1")()), "timm.*Block, compiled at `blocks.1`: "),
+        (lambda: tet.hosts.TimmViT(compiled_in_place("blocks.1")()), "timm.*Block, compiled at `blocks.1`: "),
         (host_of_compiled_blocks, rf"{OPTIMIZED} at `blocks\[0\]`: "),
     ],
 )
@@ -180,7 +180,7 @@ def test_attention_is_taken_over_in_one_thread_alone():
     inside, done = threading.Event(), threading.Event()
 
     def hold():
-        with tet.attending_per_image([2, 3]) as attention:
+        with tet.attention.attending_per_image([2, 3]) as attention:
             inside.set()
             assert done.wait(60)
             return functional.scaled_dot_product_attention(*rows), attention.calls

@@ -66,7 +66,7 @@ def masked_once(make, atm):
 
 def a_head(width=12, classes=3, **options):
     torch.manual_seed(5)
-    return models.lively_masks(tet.AttentionToMask(width, classes, **options).double())
+    return models.lively_masks(tet.heads.AttentionToMask(width, classes, **options).double())
 
 
 def drawn(*shape, seed=0):
@@ -127,7 +127,7 @@ def test_an_image_is_read_as_if_it_were_alone(lengths, seed, bad):
 @torch.no_grad()
 def test_its_cost_is_that_of_torchs_own_counter():
     for width, classes, layers, parts in ((12, 3, 3, None), (32, 5, 1, 4), (128, 7, 2, None)):
-        head = tet.AttentionToMask(width, classes, layers=layers, attention_heads=parts)
+        head = tet.heads.AttentionToMask(width, classes, layers=layers, attention_heads=parts)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             head(torch.randn(3 * 10, width), [10, 0, 10, 10])
         counted = counter.get_total_flops() // 2
@@ -137,7 +137,7 @@ def test_its_cost_is_that_of_torchs_own_counter():
 
 
 def test_attention_heads_are_one_for_each_32_channels():
-    assert [tet.AttentionToMask(width, 2).layers[0].heads for width in (8, 48, 128, 384)] == [1, 1, 2, 6]
+    assert [tet.heads.AttentionToMask(width, 2).layers[0].heads for width in (8, 48, 128, 384)] == [1, 1, 2, 6]
 
 
 def test_a_plan_survives_json():
@@ -323,11 +323,13 @@ def test_what_was_saved_comes_back(tmp_path, carry):
     assert loaded.schedule == model.schedule
     assert loaded.head_plan == heads.ATM(layers=2, attention_heads=2)
     assert torch.equal(loaded(images).logits, model(images).logits)
-    own = {after: tet.AttentionToMask(48, 5) for after in (2, 4)}
-    final = tet.AttentionToMask(48, 5)
+    own = {after: tet.heads.AttentionToMask(48, 5) for after in (2, 4)}
+    final = tet.heads.AttentionToMask(48, 5)
     model = tet.wrap(vit, Schedule(DTOP.exits, carry), head=final, exit_heads=own).eval()
     tet.save(model, tmp_path)
-    again = tet.load(vit, tmp_path, head=final, exit_heads={after: tet.AttentionToMask(48, 5) for after in (2, 4)})
+    again = tet.load(
+        vit, tmp_path, head=final, exit_heads={after: tet.heads.AttentionToMask(48, 5) for after in (2, 4)}
+    )
     assert torch.equal(again.eval()(images).logits, model(images).logits)
 
 
@@ -390,7 +392,7 @@ def test_stages_of_a_dense_plan_and_of_features_have_masks_too():
 
 
 def maps_of(images, classes, seed=0):
-    return tet.MaskMaps(
+    return tet.heads.MaskMaps(
         3 * drawn(images, classes, 2, 3, seed=seed).float(), drawn(images, classes, seed=seed + 1).float()
     )
 
@@ -429,7 +431,7 @@ def test_the_loss_is_that_of_every_mask_by_itself(images, classes, seed, unlabel
 
 
 def test_without_labels_the_loss_is_zero_and_pixels_without_one_do_not_count():
-    maps = tet.MaskMaps(*(part.requires_grad_() for part in maps_of(2, 3)))
+    maps = tet.heads.MaskMaps(*(part.requires_grad_() for part in maps_of(2, 3)))
     label = torch.full((2, 4, 6), 255)
     loss = tet.mask_loss(maps, label, ignore=255)
     assert loss == 0
@@ -504,14 +506,14 @@ class Pooled(tet.MaskHead):
         means = [part.mean(dim=0) if len(part) else masks.new_zeros(masks.shape[1]) for part in masks.split(lengths)]
         presence = torch.stack(means)
         if self.wrong == "leak":
-            return tet.Masks(masks - masks.mean(dim=0), presence)
+            return tet.heads.Masks(masks - masks.mean(dim=0), presence)
         if self.wrong == "leaking presence":
-            return tet.Masks(masks, presence + masks.mean(dim=0))
+            return tet.heads.Masks(masks, presence + masks.mean(dim=0))
         if self.wrong == "bare":
             return masks
         if self.wrong == "shape":
-            return tet.Masks(masks, presence[:1])
-        return tet.Masks(masks, presence)
+            return tet.heads.Masks(masks, presence[:1])
+        return tet.heads.Masks(masks, presence)
 
 
 @torch.no_grad()
@@ -530,15 +532,15 @@ def test_a_mask_head_of_ones_own_will_do():
         (lambda v: tet.wrap(v, schedule.dense(), head=Pooled("leaking presence")), "`head` must treat each image by itself"),
         (lambda v: tet.wrap(v, schedule.dense(), head=Pooled("bare")), "`head` must give Masks, got Tensor"),
         (lambda v: tet.wrap(v, schedule.dense(), head=Pooled("shape")), r"`head` must give masks and presence .*, got \(\(5, 5\), \(1, 5\)\)"),
-        (lambda v: tet.wrap(v, schedule.dense(), head=tet.AttentionToMask(32, 5)), r"`head` must take patches of shape \(patches, 48\)"),
+        (lambda v: tet.wrap(v, schedule.dense(), head=tet.heads.AttentionToMask(32, 5)), r"`head` must take patches of shape \(patches, 48\)"),
         (lambda v: tet.wrap(v, DTOP, head=Pooled(), exit_heads={2: Pooled(), 4: Pooled(classes=4)}), r"`exit_heads\[4\]` must give 5 classes, as the final head, got 4"),
         (lambda v: masked(v, schedule.paumer(after=(2,), threshold=0.5)), r"`schedule` must compare confidences, for mask heads, .*got \['entropy'\]"),
         (lambda v: models.wrapped(v, Schedule(DTOP.exits, MaskPrediction())), "`schedule` must carry no MaskPrediction, for heads that give no masks"),
         (lambda v: tet.fit_exits(masked(v, DTOP), models.images()), "`model` must have heads that give no masks.*got mask heads"),
         (lambda v: models.wrapped(v, DTOP).every_mask(models.images()), "`model` must have mask heads, got Sequential"),
-        (lambda v: tet.AttentionToMask(7, 2), "`width` must be even, got 7"),
-        (lambda v: tet.AttentionToMask(12, 2, attention_heads=4), "`attention_heads` must divide half the width, 6, got 4"),
-        (lambda v: tet.AttentionToMask(12, 2, attention_heads=0), "`attention_heads` must divide half the width, 6, got 0"),
+        (lambda v: tet.heads.AttentionToMask(7, 2), "`width` must be even, got 7"),
+        (lambda v: tet.heads.AttentionToMask(12, 2, attention_heads=4), "`attention_heads` must divide half the width, 6, got 4"),
+        (lambda v: tet.heads.AttentionToMask(12, 2, attention_heads=0), "`attention_heads` must divide half the width, 6, got 0"),
         (lambda v: heads.ATM(layers=0), "`layers` must be a whole number from 1 to 64, got 0"),
         (lambda v: heads.ATM(layers=65), "`layers` must be a whole number from 1 to 64, got 65"),
         (lambda v: heads.ATM(attention_heads=1.0), "`attention_heads` must be a whole number from 1 to 1,000,000, got 1.0"),

@@ -133,7 +133,7 @@ def test_what_padding_holds_changes_nothing(plan, content):
 
 
 def test_a_group_without_any_key_attends_to_all():
-    block = lively(tet.CrossBlock(WIDTH, HEADS))
+    block = lively(tet.semantic.CrossBlock(WIDTH, HEADS))
     queries, keys = torch.randn(2, 3, WIDTH), torch.randn(2, 4, WIDTH)
     with torch.no_grad():
         every, none = block(queries, keys), block(queries, keys, valid=torch.zeros(2, 4, dtype=torch.bool))
@@ -358,8 +358,8 @@ def test_frames_are_a_batch_or_share_semantic_tokens():
         batched = layers(frames.flatten(0, 1)).unflatten(0, (2, 3))
         torch.testing.assert_close(batched[:, 1], layers(frames[:, 1]), atol=1e-5, rtol=1e-5)
     clip = rearrange(frames, "clips time h w c -> clips h (w time) c")
-    shared, marks = semantic.pool(clip, semantic.Windows(4, 27, (4, 12)), to=(2, 2))
-    alone, same = semantic.pool(frames.amax(1), semantic.Windows(4, 9, (4, 4)), to=(2, 2))
+    shared, marks = semantic.pool(clip, semantic.Partition(4, 27, (4, 12)), to=(2, 2))
+    alone, same = semantic.pool(frames.amax(1), semantic.Partition(4, 9, (4, 4)), to=(2, 2))
     torch.testing.assert_close(shared, alone, atol=0, rtol=0)
     assert torch.equal(marks, same)
     layers = unit(SemanticPlan((4, 12), (2, 2), (6, 18)))
@@ -371,7 +371,7 @@ def test_frames_are_a_batch_or_share_semantic_tokens():
 def test_a_row_of_semantic_tokens_goes_back():
     map, _ = drawn((7, 8))
     prefix = torch.randn(2, 3, WIDTH)
-    made = lively(tet.SemanticTokens(stvit_r((3, 3)), width=WIDTH, heads=HEADS))
+    made = lively(tet.semantic.SemanticTokens(stvit_r((3, 3)), width=WIDTH, heads=HEADS))
     with torch.no_grad():
         found = made(map, prefix=prefix)
     row, valid = found.to_row()
@@ -389,11 +389,11 @@ def test_a_row_of_semantic_tokens_goes_back():
 @pytest.mark.parametrize("residual", [True, False])
 def test_prefix_tokens_take_part_where_all_of_the_map_is_looked_at(own_keys, residual):
     plan = SemanticPlan(None, (2, 2), None, own_keys=own_keys, residual=residual)
-    made = lively(tet.SemanticTokens(plan, width=WIDTH, heads=HEADS))
+    made = lively(tet.semantic.SemanticTokens(plan, width=WIDTH, heads=HEADS))
     (map, _), prefix = drawn((4, 6)), torch.randn(2, 3, WIDTH)
     with torch.no_grad():
         found = made(map, prefix=prefix)
-        pooled = semantic.pool(map, semantic.Windows.whole(4, 6), to=(2, 2))[0][:, 0]
+        pooled = semantic.pool(map, semantic.Partition.whole(4, 6), to=(2, 2))[0][:, 0]
         every, onto = map.flatten(1, 2), torch.cat([prefix, pooled if residual else 0 * pooled], 1)
         row = torch.cat([prefix, pooled], 1)
         row = made.first(row, torch.cat([row if own_keys else prefix, every], 1), onto=onto)
@@ -402,7 +402,7 @@ def test_prefix_tokens_take_part_where_all_of_the_map_is_looked_at(own_keys, res
 
 
 def test_prefix_tokens_wait_where_a_layer_looks_around_windows():
-    made = lively(tet.SemanticTokens(PLANS["dense"], width=WIDTH, heads=HEADS))
+    made = lively(tet.semantic.SemanticTokens(PLANS["dense"], width=WIDTH, heads=HEADS))
     prefix = torch.randn(2, 3, WIDTH)
     with torch.no_grad():
         found, without = made(drawn((6, 6))[0], prefix=prefix), made(drawn((6, 6))[0])
@@ -421,10 +421,10 @@ def test_the_plan_of_detection_runs_on_maps_smaller_than_its_neighbourhoods():
 def test_what_does_not_fit_is_named():
     map, marks = torch.zeros(2, 5, 6, WIDTH), torch.ones(2, 5, 5, dtype=torch.bool)
     for call, message in (
-        (lambda: tet.CrossBlock(8, 3), "`heads` must divide the width, 8, got 3"),
-        (lambda: tet.CrossBlock(8, 2.0), "`heads` must divide the width, 8, got 2.0"),
-        (lambda: tet.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
-        (lambda: tet.SemanticUnit(width=8, heads=2, mixing=("image",)), "`mixing` must be 'window' or 'map'"),
+        (lambda: tet.semantic.CrossBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tet.semantic.CrossBlock(8, 2.0), "`heads` must divide the width, 8, got 2.0"),
+        (lambda: tet.semantic.SemanticMixing(8, 2, within="image"), "`within` must be 'window' or 'map', got 'image'"),
+        (lambda: tet.semantic.SemanticUnit(width=8, heads=2, mixing=("image",)), "`mixing` must be 'window' or 'map'"),
         (lambda: unit(stvit_r())(map, valid=marks), r"`valid` must have shape \(2, 5, 6\), got shape \(2, 5, 5\)"),
         (lambda: unit(stvit_r())(map, valid=map[..., 0]), "`valid` must be boolean, got dtype torch.float32"),
     ):
@@ -455,7 +455,11 @@ def test_a_shrunk_model_learns(until):
 def test_a_unit_learns_from_what_it_recovers():
     """With the published start, at layer-scales of 1e-5; the map itself is taken off again."""
     torch.manual_seed(0)
-    made, patches, head = tet.SemanticUnit(stvit_r((3, 3)), width=32, heads=2), nn.Conv2d(3, 32, 8, 8), nn.Linear(32, 4)
+    made, patches, head = (
+        tet.semantic.SemanticUnit(stvit_r((3, 3)), width=32, heads=2),
+        nn.Conv2d(3, 32, 8, 8),
+        nn.Linear(32, 4),
+    )
 
     def predict(images):
         map = rearrange(patches(images), "i c h w -> i h w c").detach()
@@ -472,7 +476,7 @@ def test_a_windowed_unit_learns_what_a_place_cannot_know_by_itself(options):
     """One place of a map holds a sign, and all places shall tell it: whoever does not look has a loss of 1."""
     torch.manual_seed(0)
     plan = SemanticPlan(window=(4, 4), neighbourhood=(6, 6), residual=True, layer_scale=None, **options)
-    unit = tet.SemanticUnit(plan, width=16, heads=2)
+    unit = tet.semantic.SemanticUnit(plan, width=16, heads=2)
     optimizer = torch.optim.AdamW(unit.parameters(), lr=5e-3)
     for _ in range(120):
         map, word, each = 0.1 * torch.randn(16, 10, 9, 16), torch.randn(16).sign(), torch.arange(16)

@@ -74,7 +74,7 @@ class OwnMasks(tet.MaskHead):
     cost = HeadCost(1)
 
     def forward(self, row, lengths):
-        return tet.Masks(row[:, :3], row.new_zeros(len(lengths), 3))
+        return tet.heads.Masks(row[:, :3], row.new_zeros(len(lengths), 3))
 
 
 @torch.no_grad()

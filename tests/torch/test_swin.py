@@ -15,9 +15,9 @@ from tests.torch.semantic import PUBLISHED, SWINS
 from tokenexit import TokenExitError, semantic
 
 
-def tiny(plan=semantic.stvit_r(), window=(7, 7), **options) -> tet.Swin:
+def tiny(plan=semantic.stvit_r(), window=(7, 7), **options) -> tet.models.Swin:
     torch.manual_seed(3)
-    swin = tet.Swin(width=8, depths=(2, 2, 6, 2), heads=(1, 1, 2, 2), window=window, plan=plan, **options)
+    swin = tet.models.Swin(width=8, depths=(2, 2, 6, 2), heads=(1, 1, 2, 2), window=window, plan=plan, **options)
     with torch.no_grad():
         for name, parameter in swin.named_parameters():
             if "scale" in name:
@@ -45,7 +45,7 @@ def of_norms(model: nn.Module, images: torch.Tensor) -> int:
 def test_parameters_and_multiply_adds_are_the_published_ones(build):
     parameters, multiply_adds = PUBLISHED[build]
     with torch.device("meta"):
-        model, images = tet.SwinClassifier(build(), classes=1000).eval(), torch.empty(1, 3, 224, 224)
+        model, images = tet.models.SwinClassifier(build(), classes=1000).eval(), torch.empty(1, 3, 224, 224)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters * 1e6, rel=1e-4)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
@@ -61,7 +61,7 @@ def test_parameters_and_multiply_adds_are_the_published_ones(build):
 def test_images_of_any_size_have_finite_maps_of_all_stages(plan, window, size):
     swin = tiny(None if plan is None else replace(plan, window=window), window)
     with torch.no_grad():
-        maps = tet.SwinBackbone(swin)(models.images(2, size))
+        maps = tet.models.SwinBackbone(swin)(models.images(2, size))
     side = [tuple(-(-one // 2**shrunk) for one in size) for shrunk in (2, 3, 4, 5)]
     assert [tuple(map.shape) for map in maps] == [(2, 8 * 2**i, *side[i]) for i in range(4)]
     assert all(map.isfinite().all() for map in maps)
@@ -75,7 +75,7 @@ def test_what_padding_holds_changes_nothing(plan, size):
     valid = torch.ones(2, *size, dtype=torch.bool)
     valid[0, size[0] * 2 // 3 :] = False
     valid[0, :, size[1] // 2 :] = False
-    classifier, backbone = tet.SwinClassifier(swin, classes=4).eval(), tet.SwinBackbone(swin).eval()
+    classifier, backbone = tet.models.SwinClassifier(swin, classes=4).eval(), tet.models.SwinBackbone(swin).eval()
     wanted = classifier(images, valid=valid)
     with torch.no_grad():
         maps = backbone(images, valid=valid)
@@ -205,7 +205,7 @@ def slow_attention(block, map, valid, shift):
 def test_a_block_is_that_of_a_walk(size, shift, marked):
     """Windows of 2 x 3, on maps which they divide on both sides, on one, on none."""
     torch.manual_seed(0)
-    block = tet.SwinBlock(8, 2, window=(2, 3), shift=shift)
+    block = tet.models.SwinBlock(8, 2, window=(2, 3), shift=shift)
     with torch.no_grad():
         block.bias.mul_(50)
         block.qkv.weight.mul_(20)
@@ -226,7 +226,9 @@ def test_a_batch_is_its_images():
 
 def test_layers_are_dropped_in_training_alone():
     swin, images = tiny(drop_path=0.5), models.images(4, (64, 64))
-    rates = [layer.drop.rate for layer in swin.modules() if isinstance(layer, tet.SwinBlock | tet.CrossBlock)]
+    rates = [
+        layer.drop.rate for layer in swin.modules() if isinstance(layer, tet.models.SwinBlock | tet.semantic.CrossBlock)
+    ]
     assert rates == pytest.approx([0.5 * number / 11 for number in range(12)])
     with torch.no_grad():
         assert torch.equal(swin(images)[-1].features, swin(images)[-1].features)
@@ -238,15 +240,15 @@ def test_layers_are_dropped_in_training_alone():
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_named():
     pair = "two whole numbers from 1 up, rows and columns"
-    swin = tet.Swin(width=8, depths=(1, 1, 6, 1), heads=(1, 1, 1, 1), window=(3, 3))
+    swin = tet.models.Swin(width=8, depths=(1, 1, 6, 1), heads=(1, 1, 1, 1), window=(3, 3))
     images, marks = torch.zeros(2, 3, 33, 40), torch.ones(2, 40, 33, dtype=torch.bool)
     for call, message in (
-        (lambda: tet.Swin(depths=(2, 2, 8, 2)), "`depths` must have a multiple of 6 blocks in the third stage"),
-        (lambda: tet.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
-        (lambda: tet.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
-        (lambda: tet.SwinBlock(8, 2, window=7), f"`window` must be {pair}, got 7"),
-        (lambda: tet.Swin(window=7, plan=None), f"`window` must be {pair}, got 7"),
-        (lambda: tet.Swin(window=(0, 7)), rf"`window` must be {pair}, got \(0, 7\)"),
+        (lambda: tet.models.Swin(depths=(2, 2, 8, 2)), "`depths` must have a multiple of 6 blocks in the third stage"),
+        (lambda: tet.models.Swin(drop_path=1.0), r"`drop_path` must be a share in \[0, 1\), got 1.0"),
+        (lambda: tet.models.SwinBlock(8, 3), "`heads` must divide the width, 8, got 3"),
+        (lambda: tet.models.SwinBlock(8, 2, window=7), f"`window` must be {pair}, got 7"),
+        (lambda: tet.models.Swin(window=7, plan=None), f"`window` must be {pair}, got 7"),
+        (lambda: tet.models.Swin(window=(0, 7)), rf"`window` must be {pair}, got \(0, 7\)"),
         (lambda: swin(images, valid=marks), r"`valid` must have shape \(2, 33, 40\), got shape \(2, 40, 33\)"),
         (lambda: swin(images, valid=images[:, 0]), "`valid` must be boolean, got dtype torch.float32"),
     ):

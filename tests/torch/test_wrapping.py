@@ -113,7 +113,7 @@ class Misdeclared:
     """A ViT with a class token and 4 x 6 patches, under another name for its slots."""
 
     def __init__(self, prefix, grid, order="row by row"):
-        self.model = tet.TimmViT(models.timm_vit())
+        self.model = tet.hosts.TimmViT(models.timm_vit())
         self.module, self.blocks, self.width = self.model.module, self.model.blocks, self.model.width
         self.image_shape, self.run, self.finish = self.model.image_shape, self.model.run, self.model.finish
         self.prefix, self.grid = prefix, grid

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from tokenexit import semantic
 from tokenexit.adapting import is_whole, require_marks
 from tokenexit.errors import require
-from tokenexit.semantic import SemanticPlan, Windows, stvit_r
+from tokenexit.semantic import Partition, SemanticPlan, stvit_r
 from tokenexit_jax._given import new_keys, require_array, require_count
 from tokenexit_jax._layers import (
     Weights,
@@ -88,7 +88,7 @@ class SwinBlock:
     def __post_init__(self) -> None:
         require_heads(self.heads, self.width)
         require_share(self.drop_path)
-        Windows(1, 1, self.window)  # raises if `window` is none
+        Partition(1, 1, self.window)  # raises if `window` is none
 
     def init(self, key: Array, /) -> dict[str, Array]:
         """New weights, as ViTs start them.
@@ -131,7 +131,7 @@ class SwinBlock:
         Returns:
             The features, of the same size.
         """
-        windows = Windows(map.shape[1], map.shape[2], self.window)
+        windows = Partition(map.shape[1], map.shape[2], self.window)
         shift = (self.shift[0] if windows.rows > 1 else 0, self.shift[1] if windows.columns > 1 else 0)
         normed = layer_norm(weights, "norm1", map)
         if shift == (0, 0):
@@ -142,18 +142,18 @@ class SwinBlock:
         tokens = map + drop_path(mixed, self.drop_path, of_attention)
         return tokens + drop_path(mlp(weights, "mlp", layer_norm(weights, "norm2", tokens)), self.drop_path, of_mlp)
 
-    def _windowed(self, weights: Weights, map: Array, windows: Windows, valid: Array | None) -> Array:
+    def _windowed(self, weights: Weights, map: Array, windows: Partition, valid: Array | None) -> Array:
         places, marks = semantic.split(map, windows, valid=valid)
         allowed = None if marks is None else marks[:, :, None]
         return semantic.join(self._attend(weights, places, allowed), windows)
 
     def _shifted(
-        self, weights: Weights, map: Array, windows: Windows, valid: Array | None, shift: tuple[int, int]
+        self, weights: Weights, map: Array, windows: Partition, valid: Array | None, shift: tuple[int, int]
     ) -> Array:
         """Windows of the map that is rolled over its edges, each side of a seam by itself."""
         high, wide = windows.padding
         padded = jnp.pad(map, ((0, 0), (0, high), (0, wide), (0, 0)))
-        whole = Windows(padded.shape[1], padded.shape[2], self.window)
+        whole = Partition(padded.shape[1], padded.shape[2], self.window)
         back = (-shift[0], -shift[1])
         sides, _ = semantic.split(_seams(whole, shift)[None], whole)
         allowed = sides[..., :, None] == sides[..., None, :]
@@ -214,7 +214,7 @@ class Swin:
 
     def __post_init__(self) -> None:
         require_share(self.drop_path)
-        Windows(1, 1, self.window)  # raises if `window` is none
+        Partition(1, 1, self.window)  # raises if `window` is none
         require(self.plan is None or isinstance(self.plan, SemanticPlan), "plan", "be a plan or None", repr(self.plan))
         for argument in ("width", "channels"):
             require_count(getattr(self, argument), argument)
@@ -631,7 +631,7 @@ def _distances(window: tuple[int, int]) -> Int[np.ndarray, "places places"]:
     return down * (2 * window[1] - 1) + across
 
 
-def _seams(windows: Windows, shift: tuple[int, int]) -> Int[Array, "height width"]:
+def _seams(windows: Partition, shift: tuple[int, int]) -> Int[Array, "height width"]:
     """On which side of the seams every place of the rolled map is: who was apart must not meet."""
     rows, columns = jnp.arange(windows.height), jnp.arange(windows.width)
     return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])[None, :]

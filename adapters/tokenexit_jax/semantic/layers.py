@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from tokenexit import semantic
 from tokenexit.adapting import aligned, is_number, is_whole
 from tokenexit.errors import require
-from tokenexit.semantic import SemanticPlan, Windows, stvit_r
+from tokenexit.semantic import Partition, SemanticPlan, stvit_r
 from tokenexit_jax._given import new_keys, require_array, require_count
 from tokenexit_jax._layers import (
     Weights,
@@ -56,7 +56,7 @@ class Semantic:
 
     tokens: Float[Array, "images windows pooled width"]
     valid: Bool[Array, "images windows pooled"] | None
-    grid: Windows
+    grid: Partition
     prefix: Float[Array, "images prefix width"] | None = None
 
     @property
@@ -310,7 +310,7 @@ class SemanticTokens:
         onto: Semantic,
         map: Array,
         valid: Array | None,
-        windows: Windows,
+        windows: Partition,
         around: tuple[int, int] | None,
         key: Array | None,
     ) -> Semantic:
@@ -603,7 +603,7 @@ def _require_within(within: object, argument: str) -> None:
     require(within in ("window", "map"), argument, "be 'window' or 'map'", repr(within))
 
 
-def _resized(learned: Array, grid: Windows) -> Array:
+def _resized(learned: Array, grid: Partition) -> Array:
     size = (learned.shape[0], grid.height, grid.width, learned.shape[3])
     if learned.shape != size:
         learned = jax.image.resize(learned, size, "bilinear", antialias=False)

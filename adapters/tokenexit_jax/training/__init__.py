@@ -1,1 +1,13 @@
 """Training with exits."""
+
+from tokenexit_jax.training.staged import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
+
+__all__ = [
+    "Stages",
+    "distillation",
+    "mask_loss",
+    "merge",
+    "pixel_cross_entropy",
+    "split",
+    "staged",
+]

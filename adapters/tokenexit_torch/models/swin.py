@@ -17,7 +17,7 @@ from torch.nn import functional
 from tokenexit import semantic
 from tokenexit.adapting import require_marks
 from tokenexit.errors import require
-from tokenexit.semantic import SemanticPlan, Windows, stvit_r
+from tokenexit.semantic import Partition, SemanticPlan, stvit_r
 from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
 from tokenexit_torch.attention import attend
 from tokenexit_torch.semantic.layers import CrossBlock, SemanticUnit
@@ -68,7 +68,7 @@ class SwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         require_heads(heads, width)
-        Windows(1, 1, window)  # raises if `window` is none
+        Partition(1, 1, window)  # raises if `window` is none
         self.heads, self.window, self.shift = heads, window, shift
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -96,22 +96,22 @@ class SwinBlock(nn.Module):
         Returns:
             The features, of the same size.
         """
-        windows = Windows(map.shape[1], map.shape[2], self.window)
+        windows = Partition(map.shape[1], map.shape[2], self.window)
         shift = (self.shift[0] if windows.rows > 1 else 0, self.shift[1] if windows.columns > 1 else 0)
         attend = self._windowed if shift == (0, 0) else self._shifted
         tokens = map + self.drop(attend(self.norm1(map), windows, valid, shift))
         return tokens + self.drop(self.mlp(self.norm2(tokens)))
 
-    def _windowed(self, map: Tensor, windows: Windows, valid: Tensor | None, _shift: tuple[int, int]) -> Tensor:
+    def _windowed(self, map: Tensor, windows: Partition, valid: Tensor | None, _shift: tuple[int, int]) -> Tensor:
         places, marks = semantic.split(map, windows, valid=valid)
         allowed = None if marks is None else marks[:, :, None]
         return semantic.join(self._attend(places, allowed), windows)
 
-    def _shifted(self, map: Tensor, windows: Windows, valid: Tensor | None, shift: tuple[int, int]) -> Tensor:
+    def _shifted(self, map: Tensor, windows: Partition, valid: Tensor | None, shift: tuple[int, int]) -> Tensor:
         """Windows of the map that is rolled over its edges, each side of a seam by itself."""
         high, wide = windows.padding
         padded = functional.pad(map, (0, 0, 0, wide, 0, high)) if high or wide else map
-        whole = Windows(padded.shape[1], padded.shape[2], self.window)
+        whole = Partition(padded.shape[1], padded.shape[2], self.window)
         back = (-shift[0], -shift[1])
         side = _seams(whole, shift, map.device)
         sides = semantic.split(side[None], whole)[0]
@@ -228,7 +228,7 @@ class Swin(nn.Module):
     ) -> None:
         super().__init__()
         require(0 <= drop_path < 1, "drop_path", "be a share in [0, 1)", drop_path)
-        Windows(1, 1, window)  # raises if `window` is none
+        Partition(1, 1, window)  # raises if `window` is none
         units = plan is None or depths[2] % _UNIT == 0
         require(units, "depths", f"have a multiple of {_UNIT} blocks in the third stage", depths)
         self.width, self.window, self.plan = width, window, plan
@@ -425,7 +425,7 @@ def _distances(window: tuple[int, int]) -> Tensor:
     return down * (2 * window[1] - 1) + across
 
 
-def _seams(windows: Windows, shift: tuple[int, int], device: torch.device) -> Tensor:
+def _seams(windows: Partition, shift: tuple[int, int], device: torch.device) -> Tensor:
     """On which side of the seams every place of the rolled map is: who was apart must not meet."""
     rows, columns = (torch.arange(side, device=device) for side in (windows.height, windows.width))
     return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])

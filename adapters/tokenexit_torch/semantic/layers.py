@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tokenexit import semantic
 from tokenexit.errors import require
-from tokenexit.semantic import SemanticPlan, Windows, stvit_r
+from tokenexit.semantic import Partition, SemanticPlan, stvit_r
 from tokenexit_torch._modules import DropPath, mlp, require_heads, start_anew
 from tokenexit_torch.attention import attend
 
@@ -38,7 +38,7 @@ class Semantic:
 
     tokens: Float[Tensor, "images windows pooled width"]
     valid: Bool[Tensor, "images windows pooled"] | None
-    grid: Windows
+    grid: Partition
     prefix: Float[Tensor, "images prefix width"] | None = None
 
     @property
@@ -218,7 +218,7 @@ class SemanticTokens(nn.Module):
         onto: Semantic,
         map: Tensor,
         valid: Tensor | None,
-        windows: Windows,
+        windows: Partition,
         around: tuple[int, int] | None,
     ) -> Semantic:
         if around is None:
@@ -404,7 +404,7 @@ def _cleared(map: Tensor, valid: Tensor | None) -> Tensor:
     return map if valid is None else torch.where(valid[..., None], map, 0.0)
 
 
-def _resized(learned: Tensor, grid: Windows) -> Tensor:
+def _resized(learned: Tensor, grid: Partition) -> Tensor:
     size = (grid.height, grid.width)
     if tuple(learned.shape[1:3]) != size:
         across = rearrange(learned, "1 height width channels -> 1 channels height width")

@@ -1,1 +1,15 @@
 """Training with exits, and fitting of exit heads on frozen networks."""
+
+from tokenexit_torch.training.fitting import FitReport, HeldOut, fit_exits
+from tokenexit_torch.training.staged import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
+
+__all__ = [
+    "FitReport",
+    "HeldOut",
+    "Staged",
+    "Stages",
+    "distillation",
+    "fit_exits",
+    "mask_loss",
+    "pixel_cross_entropy",
+]
