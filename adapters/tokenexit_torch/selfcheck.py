@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit import TokenExitError
-from tokenexit.adapting import ONE
+from tokenexit.adapting import ONE, is_whole
 from tokenexit.errors import require
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import evaluating
@@ -125,7 +125,7 @@ def check_host(host: Host, like: Tensor) -> tuple[int, int] | None:
 def check_decoder(host: DecodingHost, like: Tensor) -> None:
     """Decode the tokens of an image that has lost none, and compare with the model's own output."""
     taps, last = tuple(host.taps), len(host.blocks)
-    fits = all(map(_is_block, taps)) and list(taps) == sorted(set(taps)) and min(taps, default=0) >= 1
+    fits = all(map(is_whole, taps)) and list(taps) == sorted(set(taps)) and min(taps, default=0) >= 1
     fits = fits and taps[-1] == last
     require(fits, "model.taps", f"be ascending numbers of blocks, from 1 up, the last {last}", repr(taps))
     image = drawn(1, *host.image_shape, like=like)

@@ -202,7 +202,7 @@ def wrap_gates(
         require(each, "head", "treat each token by itself", type(head).__name__)
         classes_of(head, host.width, like, "head", least=1)
     tapped = (depth,) if taps is None else tuple(taps)
-    fits = list(tapped) == sorted(set(tapped)) and all(_is_block(tap) and 1 <= tap <= depth for tap in tapped)
+    fits = list(tapped) == sorted(set(tapped)) and all(is_whole(tap, least=1) and tap <= depth for tap in tapped)
     require(fits, "taps", f"be ascending blocks from 1 to {depth}", tapped)
     named = {f"gates[{after}]": one for after, one in chosen.items()} | ({} if head is None else {"head": head})
     _require_apart(named, host.module)
@@ -307,15 +307,10 @@ def _require_count(classes: Any, *, least: int, why: str = "") -> None:
     require(fits, "num_classes", rule, repr(classes))
 
 
-def _is_block(value: object) -> bool:
-    """Whether a value can count blocks."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _given_heads(
     heads: Any, argument: str, depth: int, classes: int, alike: str, width: int, like: Tensor
 ) -> dict[int, nn.Module]:
-    blocks = all(_is_block(after) and 1 <= after < depth for after in heads)
+    blocks = all(is_whole(after, least=1) and after < depth for after in heads)
     require(blocks, argument, f"have blocks from 1 to {depth - 1} as keys, for {depth} blocks", list(heads))
     for after, head in heads.items():
         one = f"{argument}[{after}]"
