@@ -20,7 +20,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """The mask logits of its exit head are frozen, and whether a class is in its image is said by later heads still.
+    """The mask logits of its exit head are frozen; class presence is taken from the latest head.
 
     What the code of DToP (ICCV 2023) does, where its paper's wording is `Prediction`: a token's class scores are its
     frozen masks, weighted with the presence of each class by the last head that read any token of the image. For heads
@@ -61,13 +61,14 @@ class Feature:
 class Preserved:
     """A token waits, its feature as it is, and a later gate may call it back (SViT, WACV 2024, section 3.2).
 
-    Each gate decides who runs until the next one. What waited is among the others again for whatever reads the map.
+    Each gate decides which tokens run until the next one. What waited is among the others again for whatever reads the
+    map.
 
     Attributes:
         returning: Whether a token that waited is asked again: at `every gate`, or `never`, which makes it wait for good
             (as pruning does; SViT, section 4, compares them).
-        keys: Whom those that run attend to: the others that are `running`, published; or `all`, those that wait as
-            well, with the features they have. Then waiting saves less, and nobody loses sight of them.
+        keys: Key set of active tokens: the `running` ones alone, published; or `all`, skipped tokens as well, with the
+            features they have, which saves less.
         before: What all tokens run again for: the `decoder`, whatever reads the last block's tokens, or the
             `last block`, as Token Cropr (CVPR 2025) does.
     """

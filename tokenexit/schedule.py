@@ -377,8 +377,9 @@ def svit(
     """Token pruning with learned gates (SViT, WACV 2024): a token may skip any block, and come back at any later one.
 
     Args:
-        after: After how many blocks there is a gate, which decides who runs until the next one. Published: before each
-            of the blocks 4 to 12 of 12, trained to keep 0.7, 0.49 and 0.343 of the tokens in three blocks each.
+        after: After how many blocks there is a gate, which decides which tokens run until the next one. Published:
+            before each of the blocks 4 to 12 of 12, trained to keep 0.7, 0.49 and 0.343 of the tokens in three blocks
+            each.
         threshold: Probability of being kept below which a token skips the block; one for all gates or one for each.
             Calibrate it (`gates.threshold_for`): training draws, and 0.5 keeps another share than was trained.
         carry: Whether tokens come back, and what attends to them meanwhile.

@@ -102,8 +102,8 @@ def wrap_gates(
 
     Args:
         network: The network, as pure functions.
-        schedule: After which blocks there is a gate, and who waits; `schedule.svit()` if left out. Any policy that
-            looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        schedule: After which blocks there is a gate, and which tokens wait; `schedule.svit()` if left out. Any policy
+            that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
             parameters of the network. None: maps only, for a decoder of yours.
         gates: A plan for the gates, which give two logits, keep and skip. `heads.MLP` with a quarter of the channels
@@ -327,7 +327,7 @@ def _require_finite(values: Any, argument: str) -> None:
 
 
 def _require_reaching(network: Network, params: Params, images: Array, known: Embedded) -> None:
-    """Raise if a grid that is said to cover the whole images leaves their last row or column out."""
+    """Raise if a grid that is declared to cover the whole images leaves their last row or column out."""
     heights = whole_sides(known.grid, images.shape) if images.ndim == 4 else []
     if known.area is not None or len(heights) != 1 or not jnp.issubdtype(images.dtype, jnp.floating):
         return

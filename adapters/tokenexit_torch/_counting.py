@@ -177,18 +177,18 @@ def _embedding_work(host: Host) -> tuple[Embedded | None, tuple[int, int]]:
     if total is not None:
         return made[0], divmod(total, made[0].grid[0] * made[0].grid[1])
     if isinstance(host, DecodingHost):
-        said = layer_work(host.embedding)
+        declared = layer_work(host.embedding)
     else:
         inside = {layer for block in host.blocks for layer in block.modules()}
         outside = ((layer, work) for layer, work in _layers(host.module) if layer not in inside)
-        said = sum(work for layer, work in outside if _whole(layer, "out_channels"))
+        declared = sum(work for layer, work in outside if _whole(layer, "out_channels"))
     rule = "run by itself, or have a convolution outside of its blocks, for its multiply-adds to be counted"
-    require(said > 0, "model.embed", rule, reason)
-    return None, (said, 0)
+    require(declared > 0, "model.embed", rule, reason)
+    return None, (declared, 0)
 
 
 def _block_work(host: Host, index: int, embedded: Embedded | None) -> _Work:
-    block, said, reason = host.blocks[index], layer_work(host.blocks[index]), "images that cannot be embedded"
+    block, declared, reason = host.blocks[index], layer_work(host.blocks[index]), "images that cannot be embedded"
     seen: list[int] = []
     for count in _TOKENS:
         total = None
@@ -199,14 +199,14 @@ def _block_work(host: Host, index: int, embedded: Embedded | None) -> _Work:
         seen.append(total)
     if len(seen) < len(_TOKENS):
         _require_explained(block, f"model.blocks[{index}]", reason)
-        return _Work(said, None)
+        return _Work(declared, None)
     two, four, eight = seen
     per_pair, odd = divmod(eight - 3 * four + 2 * two, 24)
     per_token, half = divmod(four - two - 12 * per_pair, 2)
     plain = odd == half == 0 and per_pair >= 0 and per_token >= 0
     rule = "have work that grows with tokens, and with pairs of them in attention, for its multiply-adds to be counted"
     require(plain, f"model.blocks[{index}]", rule, f"{two}, {four} and {eight} multiply-adds for 2, 4 and 8 tokens")
-    return _Work(max(per_token, said), per_pair or None)
+    return _Work(max(per_token, declared), per_pair or None)
 
 
 def _run(host: Host, index: int, embedded: Embedded, count: int) -> None:
@@ -218,7 +218,7 @@ def _run(host: Host, index: int, embedded: Embedded, count: int) -> None:
 
 def _head_work(head: nn.Module, argument: str, width: int, like: Tensor | None) -> HeadCost:
     masks = isinstance(head, MaskHead)
-    said = head.cost if masks else HeadCost(layer_work(head))
+    declared = head.cost if masks else HeadCost(layer_work(head))
     wide = dim_in(head, width)
     seen: list[int] = []
     for count in (2, 4):
@@ -229,13 +229,13 @@ def _head_work(head: nn.Module, argument: str, width: int, like: Tensor | None) 
         if total is None:
             if not masks:
                 _require_explained(head, argument, reason)
-            return said
+            return declared
         seen.append(total)
     two, four = seen
     per_token = (four - two) // 2
     # What a head of tokens computes of its weights alone is not of an image.
     fixed = two - 2 * per_token if masks else 0
-    return HeadCost(max(said.per_token, per_token), max(said.fixed, fixed))
+    return HeadCost(max(declared.per_token, per_token), max(declared.fixed, fixed))
 
 
 def _tried(call: Callable[[], object], modules: Sequence[nn.Module]) -> tuple[int | None, str]:

@@ -107,8 +107,8 @@ def wrap_decoder(
     """Let tokens leave a vision transformer early that feeds a decoder of its own: EoMT, DPT, Depth Anything.
 
     The decoder has all tokens, wherever it looks at them: leavers rejoin with the features that they left with. The
-    model itself is not changed. Exit heads only say who leaves. They start with random weights; fit them to the
-    decoder's own output with `fit_exits`.
+    model itself is not changed. Exit heads only decide which tokens leave. They start with random weights; fit them to
+    the decoder's own output with `fit_exits`.
 
     Args:
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
@@ -168,8 +168,8 @@ def wrap_gates(
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks there is a gate, and who waits; `schedule.svit()` if left out. Any policy that
-            looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        schedule: After which blocks there is a gate, and which tokens wait; `schedule.svit()` if left out. Any policy
+            that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head, from finished tokens `(..., width)` to `(..., classes)`, each token by itself. None: maps
             only, for a decoder of yours.
         gates: A plan for the gates, or the gates themselves by the blocks before them, from `(..., width)` to two

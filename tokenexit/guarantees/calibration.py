@@ -137,8 +137,8 @@ class Report:
         curve = [{**vars(point), "schedule": point.schedule.to_dict()} for point in self.curve]
         chosen = None if self.chosen is None else self.curve.index(self.chosen)
         own |= {"curve": curve, "unmeasured": [one.to_dict() for one in self.unmeasured], "chosen": chosen}
-        said = {"notes": list(self.notes), "assumptions": list(self.assumptions)}
-        return own | {"saving": self.saving} | said
+        words = {"notes": list(self.notes), "assumptions": list(self.assumptions)}
+        return own | {"saving": self.saving} | words
 
     def __str__(self) -> str:
         """The choice, the numbers and the assumptions."""
@@ -249,7 +249,7 @@ def certify_in_turn(
     Args:
         settings: As for `certify`.
         measure: Runs a setting on all images: its losses, with classes on a second axis, and what it costs on average.
-        images: How many images there are: if too few, that is said before anything is measured.
+        images: How many images there are: too few are refused before anything is measured.
         at_most: The mean loss that is not to be exceeded.
         confidence: With which confidence it is not.
         risk: What the loss is, for the report.

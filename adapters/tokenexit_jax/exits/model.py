@@ -2,7 +2,7 @@
 
 The tokens run as a plain batch until the first exit point. From then on what lies between two exit points has the shape
 of the whole batch, and each stage of blocks gathers the tokens that still run into as many entries as the smallest
-bucket that holds those of every image. Who leaves, and what is left behind, is said by the core.
+bucket that holds those of every image. Which tokens leave, and what they leave behind, is decided by the core.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ class ExitingModel(ExitSpec):
         require_images(images)
         plan = as_arrays(checked(self, self.schedule if schedule is None else schedule))
         heads = validated_heads(self, heads)
-        # Programs are told apart neither by the plan, whose numbers are data, nor by buckets that they do not work on.
+        # Programs do not differ by the plan, whose numbers are data, nor by buckets that they do not work on.
         greatest = tuple(fractions[-1:] for fractions in self.capacities)
         model = dataclasses.replace(self, schedule=Schedule(), capacities=greatest)
         state, wanted = _first_stage(model, params, heads, images, plan)

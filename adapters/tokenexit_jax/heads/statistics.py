@@ -1,4 +1,4 @@
-"""Weights of heads told apart from the statistics of their batch norms."""
+"""Parameters of heads split from the statistics of their batch norms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,7 @@ def split(heads: Heads, /) -> tuple[Heads, Heads]:
 
 
 def merge(learned: Mapping[str, Any], statistics: Mapping[str, Any], /) -> Heads:
-    """The weights of heads that `split` has told apart.
+    """The weights of heads that `split` has split.
 
     Args:
         learned: What is learned.

@@ -167,7 +167,7 @@ class SwinBlock:
         return mixed[:, : windows.height, : windows.width]
 
     def _attend(self, weights: Weights, places: Array, allowed: Array | None) -> Array:
-        """Attention within each window; `allowed` says who attends to whom, for queries that are allowed anyone."""
+        """Attention within each window; `allowed` marks the keys of every query."""
         images, windows, _, _ = places.shape
         q, k, v = rearrange(
             linear(weights, "qkv", places), "i w n (three heads d) -> three (i w) n heads d", three=3, heads=self.heads
@@ -632,6 +632,6 @@ def _distances(window: tuple[int, int]) -> Int[np.ndarray, "places places"]:
 
 
 def _seams(windows: Partition, shift: tuple[int, int]) -> Int[Array, "height width"]:
-    """On which side of the seams every place of the rolled map is: who was apart must not meet."""
+    """On which side of the seams every place of the rolled map is: what was apart must not meet."""
     rows, columns = jnp.arange(windows.height), jnp.arange(windows.width)
     return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])[None, :]

@@ -335,7 +335,7 @@ class SemanticMixing:
     Attributes:
         width: Channels of a token.
         heads: Attention heads.
-        within: Whom they attend to: those of their `window`, or those of the whole `map`, prefix tokens among them.
+        within: Key set: the tokens of their `window`, or those of the whole `map`, prefix tokens among them.
         hidden: Channels inside the MLP; four times the width if None.
         layer_scale: As for `CrossBlock`.
         drop_path: Stochastic depth.
@@ -486,7 +486,7 @@ class SemanticUnit:
         plan: How semantic tokens come about, and go.
         width: Channels of a token.
         heads: Attention heads.
-        mixing: Whom semantic tokens attend to, layer by layer. Published: first those of their window, then all.
+        mixing: Key set of semantic tokens, layer by layer. Published: first those of their window, then all.
         drop_path: Stochastic depth of all layers in turn; None for none.
 
     Raises:

@@ -184,7 +184,7 @@ def pixel_cross_entropy(
         logits: Class scores of the patches; upsampled to the labels bilinearly, in float32.
         label: Class of each pixel. Every second row and column (`label[:, ::2, ::2]`) does nearly as well at a quarter
             of the work.
-        ignore: Label of pixels that do not count; -100, as PyTorch has it, unless said otherwise. Many masks use 255.
+        ignore: Label of pixels that do not count; -100, as PyTorch has it, if left out. Many masks use 255.
 
     Returns:
         The loss. It is NaN if a label is neither a class nor `ignore`, where a compiled function cannot raise.

@@ -1,6 +1,6 @@
 """Early exit under a decoder of the model's own: leavers keep their features and rejoin wherever the decoder looks.
 
-An exit says who leaves, and nothing of the result: that is the decoder's, for every pixel, from a whole grid of tokens.
+An exit decides which tokens leave. The result is the decoder's, for every pixel, from a whole grid of tokens.
 """
 
 from collections.abc import Callable, Mapping

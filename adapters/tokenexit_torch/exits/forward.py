@@ -320,8 +320,8 @@ def read_running(state: State, head: Any, /) -> tuple[State, Ledger]:
     output = replace(output, logits=output.logits.to(book.logits.dtype))
     state = _kept(state, output, receipt, book, depth)
     frozen = detached(output) if fixed.heads == "all" else output
-    everyone = torch.ones(receipt.layout, dtype=torch.bool, device=finished.device)
-    return state, exits.settle(book, receipt, everyone, frozen, depth=depth)
+    everything = torch.ones(receipt.layout, dtype=torch.bool, device=finished.device)
+    return state, exits.settle(book, receipt, everything, frozen, depth=depth)
 
 
 def run_pass(

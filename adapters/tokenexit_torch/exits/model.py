@@ -178,7 +178,7 @@ class ExitingModel(WithExits[Host]):
 
         It is no part of the public API.
 
-        It is not for mask heads, which are told which patches are whose.
+        It is not for mask heads, which read images.
         """
         embedded, patches = self._trace(images)
         finished, grid = patches.pop(self.depth), embedded.grid

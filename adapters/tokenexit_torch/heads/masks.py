@@ -1,6 +1,6 @@
 """Heads that look at all patches of an image, and give a mask for every class: attention to mask (ATM).
 
-Such a head cannot be called on tokens of several images as if they were one. It is told which belong together, and
+Such a head cannot be called on tokens of several images as if they were one. It is given which belong together, and
 reads patches alone: prefix tokens are left out.
 """
 

@@ -104,7 +104,7 @@ def view(model: Module, /, **parts: nn.Module) -> Module:
 
 
 class Given(nn.Module):
-    """Hands out what it holds, whatever it is called with, and knows what is said of it. Not public."""
+    """Module that returns a constant; extra attributes are copied from `known`."""
 
     def __init__(self, held: Any, **known: Any) -> None:
         super().__init__()

@@ -134,8 +134,8 @@ class TransformersEoMT:
         classes = decoded.class_queries_logits.float().softmax(dim=-1)[..., :-1]
         masks = decoded.masks_queries_logits.float().sigmoid()
         pattern = "images queries classes, images queries height width -> images classes height width"
-        said = einsum(classes, masks, pattern)
-        return said.clamp(min=finfo(said.dtype).tiny).log()
+        summed = einsum(classes, masks, pattern)
+        return summed.clamp(min=finfo(summed.dtype).tiny).log()
 
     def _require_plain(self) -> None:
         require_interceptable(self._eomt.config, self._eomt.layers)
@@ -257,5 +257,5 @@ def _asked(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_nothing_asked(config: Any) -> None:
-    """Blocks run in two parts, so that nobody sees all of their states."""
+    """Blocks run in two parts, so that none has all of their states."""
     require(not config.output_hidden_states, "model.config", "ask for no hidden states", "output_hidden_states=True")

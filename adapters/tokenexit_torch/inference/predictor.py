@@ -56,7 +56,7 @@ class Predictor:
         windows: How pictures are cut into windows; None if they are not.
         device: Where the model runs.
         autocast: The type of `torch.autocast`; None for the model's own.
-        outputs: What is told of each image.
+        outputs: What is returned for each image.
         certificate: What the model must be certified for; None if it need not be.
     """
 
@@ -96,7 +96,7 @@ class Predictor:
             windows: Cuts pictures, after any resizing, into windows. Whole pictures if left out.
             device: Where the model runs.
             autocast: Runs the model under `torch.autocast` to this type.
-            outputs: What is told of each image: some of the names above.
+            outputs: What is returned for each image: some of the names above.
             certificate: What `calibrate` has certified. The model that is built must be the one that it is for, and
                 follow its schedule; pictures that are shown to it in another size than its resolution are refused.
                 Whether they were prepared as its words say is not seen.
@@ -142,8 +142,8 @@ class Predictor:
                 model = self.build()
                 wrapped = isinstance(model, ExitingModel)
                 require(wrapped, "build", "return a model from `wrap`", type(model).__name__)
-                told = model.classes >= 2 or "label" not in self.outputs
-                require(told, "outputs", "leave out `label` for a model of one class", repr(self.outputs))
+                labelled = model.classes >= 2 or "label" not in self.outputs
+                require(labelled, "outputs", "leave out `label` for a model of one class", repr(self.outputs))
                 model = model.to(self.device).eval()
                 if self.certificate is not None:
                     self._require_certified(model, self.certificate)
@@ -167,7 +167,7 @@ class Predictor:
                 `(channels, height, width)` is taken as prepared for the model. What else is in the batch is handed on.
 
         Returns:
-            What is told of each picture, in their order, at their own resolution, beside what was handed on. One array
+            The outputs for each picture, in their order, at their own resolution, beside what was handed on. One array
             where the pictures have one size; else an array of arrays.
 
         Raises:
@@ -184,7 +184,7 @@ class Predictor:
         require(several, _IMAGES, "be an array or a list of arrays", type(images).__name__)
         if len(images) > 0:
             return others | self._columns(list(images))
-        # No picture tells no shapes; what would be said of one has them.
+        # No picture has no shapes; the outputs for one have them.
         return others | {name: value[:0] for name, value in self._columns([self._blank(images)]).items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,28 +207,28 @@ class Predictor:
         return np.zeros((height, width, channels), np.uint8)
 
     def _columns(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
-        said: list[dict[str, np.ndarray]] = [{}] * len(images)
+        columns: list[dict[str, np.ndarray]] = [{}] * len(images)
         groups = _alike(images, channels=len(self.mean))
         model = self.load()  # not in inference mode, which its weights would never leave
         for numbers in groups:
             some = np.stack([images[one] for one in numbers])
-            for number, told in zip(numbers, self._told(model, some), strict=True):
-                said[number] = told
-        return {name: _column([told[name] for told in said]) for name in self.outputs}
+            for number, row in zip(numbers, self._predict_group(model, some), strict=True):
+                columns[number] = row
+        return {name: _column([row[name] for row in columns]) for name in self.outputs}
 
     @torch.inference_mode()
-    def _told(self, model: ExitingModel, images: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """What is told of pictures of one size, one by one: scores of pixels need more memory than all else."""
+    def _predict_group(self, model: ExitingModel, images: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """The outputs for pictures of one size, one by one: scores of pixels need more memory than all else."""
         size = images.shape[1:3] if images.dtype == np.uint8 else images.shape[2:]
         prepared = self._prepared(torch.from_numpy(images).to(self.device)).to(next(model.parameters()).dtype)
         if self.certificate is not None:
             wanted, shown = self.certificate.fingerprints.resolution, tuple(prepared.shape[2:])
             require(shown == wanted, "size", f"be that of the certificate, {wanted}", f"pictures shown in {shown}")
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            said = self._said(model, prepared)
+            output = self._forward(model, prepared)
         return [
-            self._picked(scores, depth, tokens, said.area, (int(size[0]), int(size[1])))
-            for scores, depth, tokens in zip(said.scores, said.depth, said.tokens, strict=True)
+            self._select(scores, depth, tokens, output.area, (int(size[0]), int(size[1])))
+            for scores, depth, tokens in zip(output.scores, output.depth, output.tokens, strict=True)
         ]
 
     def _prepared(self, images: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class Predictor:
             colours = functional.interpolate(colours, self.size, mode="bilinear", align_corners=False, antialias=True)
         return (colours - mean) / std
 
-    def _said(self, model: ExitingModel, images: Tensor) -> "_Said":
+    def _forward(self, model: ExitingModel, images: Tensor) -> "_Said":
         if self.windows is None:
             out = model(images)
             return _Said(out.logits, out.exit_depth, out.tokens_per_block, out.area)
@@ -250,11 +250,11 @@ class Predictor:
         tokens = reduce(wide.windows.tokens_per_block, "(images windows) blocks -> images blocks", "sum", **count)
         return _Said(wide.logits, depth, tokens, None)
 
-    def _picked(
+    def _select(
         self, scores: Tensor, depth: Tensor, tokens: Tensor, area: Area | None, size: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        told = {"exit_depth": depth, "tokens": tokens}
-        found = {name: value.cpu().numpy() for name, value in told.items() if name in self.outputs}
+        tables = {"exit_depth": depth, "tokens": tokens}
+        found = {name: value.cpu().numpy() for name, value in tables.items() if name in self.outputs}
         if "label" in self.outputs or "scores" in self.outputs:
             pixels = upsampled(scores[None].float(), size, area)[0]
             if "label" in self.outputs:

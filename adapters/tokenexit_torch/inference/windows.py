@@ -106,7 +106,7 @@ def sliding(
         schedule: A plan for this call only; the model's own if left out.
 
     Returns:
-        Class scores of the pixels, and what the model said of each window.
+        Class scores of the pixels, and the output for each window.
 
     Raises:
         TokenExitError: If the images are no batch of images, or the model does not take the windows.
@@ -119,9 +119,9 @@ def sliding(
     corners = windows.corners(height, width)
     below, beside = (max(0, side - own) for side, own in zip(windows.size, (height, width), strict=True))
     padded = functional.pad(images, (0, beside, 0, below))
-    said = _said(model, padded, corners, windows, schedule)
-    logits = _blended(said, corners, windows, padded)
-    return WindowedOutput(logits[..., :height, :width], corners, said)
+    output = _run_model(model, padded, corners, windows, schedule)
+    logits = _blended(output, corners, windows, padded)
+    return WindowedOutput(logits[..., :height, :width], corners, output)
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
@@ -129,7 +129,7 @@ def _starts(side: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _said(
+def _run_model(
     model: Callable[..., Output],
     images: Tensor,
     corners: Sequence[tuple[int, int]],
@@ -150,12 +150,12 @@ def _said(
 
 def _asked(model: Callable[..., Output], crops: Tensor, schedule: Schedule | None) -> Output:
     try:
-        said = model(crops, schedule=schedule)
+        output = model(crops, schedule=schedule)
     except TokenExitError as error:
         error.add_note(f"The images were windows of {crops.shape[2]} x {crops.shape[3]} pixels.")
         raise
-    require(isinstance(said, Output), "model", "return an Output, as one from `wrap` does", type(said).__name__)
-    return said
+    require(isinstance(output, Output), "model", "return an Output, as one from `wrap` does", type(output).__name__)
+    return output
 
 
 def _joined(parts: Sequence[Output]) -> Output:
@@ -167,9 +167,9 @@ def _joined(parts: Sequence[Output]) -> Output:
     return parts[0]._replace(**together, exits=exits)
 
 
-def _blended(said: Output, corners: Sequence[tuple[int, int]], windows: Windows, images: Tensor) -> Tensor:
+def _blended(output: Output, corners: Sequence[tuple[int, int]], windows: Windows, images: Tensor) -> Tensor:
     """Scores of windows as scores of the pixels under them."""
-    logits = said.logits
+    logits = output.logits
     count, _, height, width = images.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     total = logits.new_zeros((count, logits.shape[1], height, width), dtype=dtype)
@@ -180,7 +180,7 @@ def _blended(said: Output, corners: Sequence[tuple[int, int]], windows: Windows,
         _under(shares, top, left, windows).add_(share)
     # One window at a time, for scores of pixels are what needs the memory.
     for (image, (top, left)), patches in zip(product(range(count), corners), logits.to(total), strict=True):
-        seen = upsampled(patches[None], windows.size, said.area)
+        seen = upsampled(patches[None], windows.size, output.area)
         _under(total[image], top, left, windows).add_(share * seen[0])
     return total.div_(shares)
 

@@ -125,7 +125,7 @@ class SwinBlock(nn.Module):
         return mixed[:, : windows.height, : windows.width]
 
     def _attend(self, places: Tensor, allowed: Tensor | None) -> Tensor:
-        """Attention within each window; `allowed` says who attends to whom, for queries that are allowed anyone."""
+        """Attention within each window; `allowed` marks the keys of every query."""
         windows = places.shape[1]
         q, k, v = rearrange(
             self.qkv(places), "i w n (three heads d) -> three i (w heads) n d", three=3, heads=self.heads
@@ -426,7 +426,7 @@ def _distances(window: tuple[int, int]) -> Tensor:
 
 
 def _seams(windows: Partition, shift: tuple[int, int], device: torch.device) -> Tensor:
-    """On which side of the seams every place of the rolled map is: who was apart must not meet."""
+    """On which side of the seams every place of the rolled map is: what was apart must not meet."""
     rows, columns = (torch.arange(side, device=device) for side in (windows.height, windows.width))
     return (rows >= windows.height - shift[0])[:, None] * 2 + (columns >= windows.width - shift[1])
 

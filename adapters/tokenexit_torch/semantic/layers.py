@@ -243,7 +243,7 @@ class SemanticMixing(nn.Module):
     """Semantic tokens attend to each other.
 
     Attributes:
-        within: Whom they attend to.
+        within: Key set.
         block: The layer.
 
     Args:
@@ -347,7 +347,7 @@ class SemanticUnit(nn.Module):
         plan: How semantic tokens come about, and go.
         width: Channels of a token.
         heads: Attention heads.
-        mixing: Whom semantic tokens attend to, layer by layer. Published: first those of their window, then all.
+        mixing: Key set of semantic tokens, layer by layer. Published: first those of their window, then all.
 
     Raises:
         TokenExitError: If heads do not divide the width, or `mixing` has anything but `window` and `map`.

@@ -161,9 +161,9 @@ class SemanticModel(AroundHost):
         require(cost.width == width, "model", rule, cost.width)
         for name, block in self.layers.named_modules():
             if isinstance(block, CrossBlock):
-                said, known = layer_work(block), 4 * width**2 + 2 * width * block.hidden
+                work, known = layer_work(block), 4 * width**2 + 2 * width * block.hidden
                 rule = f"have the {known} multiply-adds for a token that it was made with, for them to be counted"
-                require(said == known, f"layers.{name}", rule, said)
+                require(work == known, f"layers.{name}", rule, work)
         sizes = {"after": self.after, "until": self.until, "hidden": self.tokens.first.hidden}
         return cost.decoder + replace(cost, prefix=prefix).semantic(self.plan, grid, **sizes)
 

@@ -1,6 +1,6 @@
-"""What exit heads are fitted to: patches before every exit, and what shall be said of them.
+"""Features and soft targets for fitting exit heads: patches before every exit, and the outputs to be foretold.
 
-A frozen network says it batch by batch. It is kept, in memory or on disk, or said anew at every step.
+A frozen network gives them batch by batch. They are kept, in memory or on disk, or computed anew at every step.
 """
 
 import hashlib
@@ -175,7 +175,7 @@ class Cached:
 
 
 class Streamed:
-    """Rows that are said anew, batch after batch, whenever they are asked for.
+    """Rows that are computed anew, batch after batch, whenever they are read.
 
     Args:
         images: Batches, the same ones every time.
@@ -313,10 +313,10 @@ def _held_out(images: int, share: float) -> int:
     return held
 
 
-def _divided(said: Iterable[tuple[Rows, list[int]]], images: int) -> tuple[list[Rows], list[Rows]]:
+def _divided(given: Iterable[tuple[Rows, list[int]]], images: int) -> tuple[list[Rows], list[Rows]]:
     """Rows of the first images, and of the others."""
     first, others, seen = [], [], 0
-    for rows, patches in said:
+    for rows, patches in given:
         cut = sum(patches[: max(images - seen, 0)])
         if cut > 0:
             first.append({name: value[:cut] for name, value in rows.items()})

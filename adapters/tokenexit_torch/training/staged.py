@@ -134,7 +134,7 @@ class Staged(nn.Module):
         Args:
             images: The images, as the wrapped model takes them.
             schedule: A plan for this call only; the model's own if left out. Heads are read at all of its exits, also
-                where nobody may leave: with `schedule.dense(after=...)` all of them see all tokens.
+                where no token may leave: with `schedule.dense(after=...)` all of them see all tokens.
 
         Returns:
             Class scores of every head that ran, and the output.
@@ -172,7 +172,7 @@ def pixel_cross_entropy(
         logits: Class scores of the patches; upsampled to the labels bilinearly, in float32.
         label: Class of each pixel. Every second row and column (`label[:, ::2, ::2]`) does nearly as well at a quarter
             of the work.
-        ignore: Label of pixels that do not count; -100, as PyTorch has it, unless said otherwise. Many masks use 255.
+        ignore: Label of pixels that do not count; -100, as PyTorch has it, if left out. Many masks use 255.
 
     Returns:
         The loss.
