@@ -7,6 +7,8 @@ import torch
 from examples import shell
 from examples.scenes import classify
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 
 def tiny(**changes):
     options = {"steps": 4, "size": (64, 96), "batch": 2, "scenes": 6, "test_scenes": 5}

@@ -12,6 +12,7 @@ from examples.scenes import detect
 from examples.scenes.detection import Boxes, Detector, Raw, decoded, detection_loss, targets
 from tests.saved import weights_in
 
+pytestmark = pytest.mark.usefixtures("in_float32")
 SIZE = (128, 192)
 SMALLEST = 48.0
 
