@@ -3,14 +3,16 @@
 `make test` runs the quick profile, which draws the same examples every time; `make properties` runs the thorough one, and
 `make invariance` the one of that name.
 
-The type checker is most of the time of a small call. So it looks at the first case of each test: where a test of the
-core runs on several array libraries, at all cases on NumPy. `CHECK_TYPES=every` has it look at all.
+The type checker is nearly half of the time of the tests. So it looks at the first case of each test: where a test of the
+core runs on several array libraries, at all cases on NumPy. Functions inside of functions, which it would have to read
+anew at every call, it leaves alone. `CHECK_TYPES=every` has it look at all.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -47,10 +49,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _TYPES = pytest.StashKey[bool]()
+_EVERY_TYPE = os.environ.get("CHECK_TYPES") == "every"
+
+
+def _but_inside(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
+    """What the import hook puts on functions, left out where they are made by another function's call."""
+
+    def decorator(*given: Any, **options: Any) -> Any:
+        found = jaxtyped(*given, **options)
+        return found if given else lambda function: function if "<locals>" in function.__qualname__ else found(function)
+
+    return decorator
+
+
+if not _EVERY_TYPE:
+    jaxtyping.jaxtyped = _but_inside(jaxtyping.jaxtyped)
 
 
 def _look_at_types(items: list[pytest.Item]) -> None:
-    every, seen = os.environ.get("CHECK_TYPES") == "every", set()
+    seen = set()
     for item in items:
         backend = (
             item.callspec.params.get("backend")
@@ -58,7 +75,7 @@ def _look_at_types(items: list[pytest.Item]) -> None:
             else None
         )
         test = (item.path, getattr(item, "originalname", item.name))
-        item.stash[_TYPES] = every or (test not in seen if backend is None else backend.name == "numpy")
+        item.stash[_TYPES] = _EVERY_TYPE or (test not in seen if backend is None else backend.name == "numpy")
         seen.add(test)
 
 
