@@ -30,11 +30,16 @@ _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE |
 
 
 def modules() -> Iterator[ModuleType]:
-    """Every public module of the library."""
+    """Every public module of the library: those of the core, and the rooms of the adapters.
+
+    What is inside of a room is public where the room offers it; networks that ship with the library are rooms themselves.
+    """
     for package in (tokenexit, tokenexit_torch, tokenexit_jax):
         yield package
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not info.name.rpartition(".")[2].startswith("_"):
+            room, _, name = info.name.rpartition(".")
+            of_room = room not in (package.__name__, "tokenexit.guarantees", f"{package.__name__}.models")
+            if not of_room and not name.startswith("_"):
                 yield importlib.import_module(info.name)
 
 

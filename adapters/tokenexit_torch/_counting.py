@@ -21,8 +21,8 @@ from tokenexit.adapting import is_whole
 from tokenexit.cost import Cost, HeadCost
 from tokenexit.errors import require
 from tokenexit_torch._modules import evaluating
-from tokenexit_torch.heads import dim_in
 from tokenexit_torch.heads.masks import MaskHead
+from tokenexit_torch.heads.reading import dim_in
 from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.protocol import Embedded, Host, full_name
 

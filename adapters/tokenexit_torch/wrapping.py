@@ -14,14 +14,15 @@ from tokenexit.heads import MLP, HeadPlan
 from tokenexit.schedule import Schedule, neighbours, svit
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_torch._modules import evaluating
+from tokenexit_torch._selfcheck import check_decoder, check_host, classes_of, drawn
 from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
-from tokenexit_torch.heads import build, reads_of
+from tokenexit_torch.heads import build
+from tokenexit_torch.heads.reading import reads_of
 from tokenexit_torch.hosts.protocol import Host, embedded_by
 from tokenexit_torch.hosts.registry import decoding_host_of, host_of
 from tokenexit_torch.hosts.timm import TimmViT
-from tokenexit_torch.selfcheck import check_decoder, check_host, classes_of, drawn
 from tokenexit_torch.semantic.model import TIMM_NAMES, SemanticModel, in_place_of_blocks, timm_names
 
 __all__ = ["wrap", "wrap_decoder", "wrap_gates", "wrap_semantic"]

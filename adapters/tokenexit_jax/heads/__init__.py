@@ -1,16 +1,15 @@
 """Heads in JAX: weights from plans, and their application to the tokens that run or to whole batches."""
 
 from tokenexit_jax.heads.build import cost, init, read, read_in_training
-from tokenexit_jax.heads.masks import MaskMaps, Masks, read_masks
-from tokenexit_jax.heads.reading import apply_head
+from tokenexit_jax.heads.masks import MaskMaps, Masks, log_scores, read_masks
 from tokenexit_jax.heads.statistics import merge, split
 
 __all__ = [
     "MaskMaps",
     "Masks",
-    "apply_head",
     "cost",
     "init",
+    "log_scores",
     "merge",
     "read",
     "read_in_training",

@@ -1,11 +1,8 @@
 """Networks of pure functions: what they must offer, and the checks of every call."""
 
-from tokenexit_jax.networks.protocol import Block, Embedded, Heads, Network, Params
+from tokenexit_jax.networks.protocol import Embedded, Network
 
 __all__ = [
-    "Block",
     "Embedded",
-    "Heads",
     "Network",
-    "Params",
 ]

@@ -15,7 +15,7 @@ from tokenexit.guarantees import certificate
 from tokenexit.guarantees.certificate import Certificate, Fingerprints
 from tokenexit_torch._files import fingerprint
 from tokenexit_torch.exits.base import WithExits
-from tokenexit_torch.heads import radius_of
+from tokenexit_torch.heads.reading import radius_of
 
 __all__ = ["fingerprints", "load_certificate", "save_certificate"]
 

@@ -3,6 +3,7 @@
 from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.eomt_dpt import TransformersDPT, TransformersEoMT
 from tokenexit_torch.hosts.protocol import Embedded, Host
+from tokenexit_torch.hosts.registry import decoding_host_of, host_of
 from tokenexit_torch.hosts.timm import TimmEva, TimmViT
 from tokenexit_torch.hosts.torchvision import TorchvisionViT
 from tokenexit_torch.hosts.transformers import TransformersViT
@@ -17,4 +18,6 @@ __all__ = [
     "TransformersDPT",
     "TransformersEoMT",
     "TransformersViT",
+    "decoding_host_of",
+    "host_of",
 ]

@@ -21,7 +21,7 @@ from tokenexit.folders import require_metadata
 from tokenexit_torch._files import digest, fingerprint, read, write
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.base import WithExits
-from tokenexit_torch.heads import radius_of
+from tokenexit_torch.heads.reading import radius_of
 
 __all__ = [
     "FINAL",

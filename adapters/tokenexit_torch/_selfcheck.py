@@ -13,8 +13,8 @@ from tokenexit.errors import require
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.attention import attending_per_image
-from tokenexit_torch.heads import dim_in
 from tokenexit_torch.heads.masks import MaskHead, Masks
+from tokenexit_torch.heads.reading import dim_in
 from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.protocol import Embedded, Host, embedded_anywhere, patch_of
 from tokenexit_torch.hosts.registry import require_not_quantised
