@@ -240,15 +240,15 @@ class Predictor:
             colours = functional.interpolate(colours, self.size, mode="bilinear", align_corners=False, antialias=True)
         return (colours - mean) / std
 
-    def _forward(self, model: ExitingModel, images: Tensor) -> "_Said":
+    def _forward(self, model: ExitingModel, images: Tensor) -> "_Tables":
         if self.windows is None:
             out = model(images)
-            return _Said(out.logits, out.exit_depth, out.tokens_per_block, out.area)
+            return _Tables(out.logits, out.exit_depth, out.tokens_per_block, out.area)
         wide = sliding(model, images, self.windows)
         count = {"images": len(images)}
         depth = rearrange(wide.windows.exit_depth, "(images windows) h w -> images windows h w", **count)
         tokens = reduce(wide.windows.tokens_per_block, "(images windows) blocks -> images blocks", "sum", **count)
-        return _Said(wide.logits, depth, tokens, None)
+        return _Tables(wide.logits, depth, tokens, None)
 
     def _select(
         self, scores: Tensor, depth: Tensor, tokens: Tensor, area: Area | None, size: tuple[int, int]
@@ -264,7 +264,7 @@ class Predictor:
         return found
 
 
-class _Said(NamedTuple):
+class _Tables(NamedTuple):
     """What a model says of some images: scores of patches, or of pixels where it saw windows; and of which area."""
 
     scores: Tensor

@@ -136,7 +136,7 @@ def _run_model(
     windows: Windows,
     schedule: Schedule | None,
 ) -> Output:
-    """What a model says of all windows; without any images it is asked once, about none."""
+    """Run the model on all windows; once on an empty batch if there are no images, to get shapes."""
     places = [(image, top, left) for image in range(len(images)) for top, left in corners]
     parts = []
     for start in range(0, max(1, len(places)), windows.batch):
@@ -144,11 +144,11 @@ def _run_model(
             _under(images[image], top, left, windows) for image, top, left in places[start : start + windows.batch]
         ]
         shown = torch.stack(crops) if crops else _under(images, 0, 0, windows)
-        parts.append(_asked(model, shown, schedule))
+        parts.append(_call_model(model, shown, schedule))
     return _joined(parts)
 
 
-def _asked(model: Callable[..., Output], crops: Tensor, schedule: Schedule | None) -> Output:
+def _call_model(model: Callable[..., Output], crops: Tensor, schedule: Schedule | None) -> Output:
     try:
         output = model(crops, schedule=schedule)
     except TokenExitError as error:
@@ -159,10 +159,9 @@ def _asked(model: Callable[..., Output], crops: Tensor, schedule: Schedule | Non
 
 
 def _joined(parts: Sequence[Output]) -> Output:
-    together = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("logits", "exit_depth", "tokens_per_block")
-    }
+    names = ["logits", "exit_depth", "tokens_per_block"]
+    names += [name for name in ("capacity_per_block", "overflow") if getattr(parts[0], name) is not None]
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     exits = tuple(sorted({after for part in parts for after in part.exits}))
     return parts[0]._replace(**together, exits=exits)
 
