@@ -31,6 +31,17 @@ def test_a_ladder_starts_with_the_strictest():
     assert list(ladders.by_threshold(schedule.svit(), thresholds=(0.5, 0.1))) == wanted
 
 
+def test_a_policy_that_is_turned_round_is_strict_on_the_other_side():
+    plan = schedule.Schedule((schedule.Exit(2, ~ConfidenceAbove(0.5)),))
+    thresholds = [
+        one.exits[0].policy.policy.threshold for one in ladders.by_threshold(plan, thresholds=(0.5, 0.1, 0.9))
+    ]
+    assert thresholds == [0.1, 0.5, 0.9]
+    both = schedule.Schedule((*plan.exits, schedule.Exit(3, ConfidenceAbove(0.5))))
+    with pytest.raises(TokenExitError, match="`plan` must let tokens exit on one side of its thresholds alone"):
+        ladders.by_threshold(both, thresholds=(0.5,))
+
+
 def test_a_frontier_goes_from_the_best_to_the_cheapest():
     plans = [schedule.truncated(after=after) for after in range(1, 6)]
     points = [(0.9, 0.5), (0.99, 0.8), (0.8, 0.6), (0.95, 0.6), (0.5, 0.2)]

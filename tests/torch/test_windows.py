@@ -150,7 +150,7 @@ def test_the_size_of_a_batch_does_not_change_the_result():
 @torch.inference_mode()
 def test_a_static_model_counts_what_had_no_room_in_each_window():
     model = models.wrapped(models.timm_vit, PLAN)
-    static, images = tet.StaticModel(model, capacities={2: 0.5, 3: 0.4, 4: 0.3}), models.images(2, (32, 70))
+    static, images = tet.StaticModel(model, capacities={2: 0.2, 3: 0.2, 4: 0.1}), models.images(2, (32, 70))
     windows = tet.Windows((32, 48), (32, 22), batch=3)
     out = tet.sliding(static, images, windows)
     crops = torch.stack([image[:, :32, left : left + 48] for image in images for _, left in out.corners])

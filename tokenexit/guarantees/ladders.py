@@ -29,13 +29,15 @@ def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Sch
         The ladder, each threshold once.
 
     Raises:
-        TokenExitError: If there is no threshold, one is out of range, or the exits compare several kinds of score, or
-            none.
+        TokenExitError: If there is no threshold, one is out of range, the exits compare several kinds of score, or none,
+            or tokens exit above the threshold by one policy and below it by another.
     """
     once = sorted(set(thresholds), reverse=True)
     require(len(once) > 0, "thresholds", "be at least one", once)
     ladder = tuple(plan.with_threshold(threshold) for threshold in once)
-    return ladder[::-1] if any("below" in exit.policy.directions for exit in plan.exits) else ladder
+    directions = frozenset[str]().union(*(exit.policy.directions for exit in plan.exits))
+    require(len(directions) <= 1, "plan", "let tokens exit on one side of its thresholds alone, for an order", plan)
+    return ladder[::-1] if "below" in directions else ladder
 
 
 def by_frontier(found: Iterable[Found], /) -> tuple[Schedule, ...]:

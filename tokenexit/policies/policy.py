@@ -318,6 +318,11 @@ class _Not(Policy):
         simple = not self.policy.takes_back
         require(simple, "policy", "neither take tokens back nor keep to a budget for `~`", self.policy)
 
+    @property
+    def directions(self) -> frozenset[str]:
+        turned = {"above": "below", "below": "above"}
+        return frozenset(turned[one] for one in self.policy.directions)
+
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         return ~self.policy(evidence) & evidence.known
 
