@@ -29,7 +29,7 @@ def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Sch
         The ladder, each threshold once.
 
     Raises:
-        TokenExitError: If there is no threshold, one is out of range, the exits compare several kinds of score, or none,
+        TokenExitError: If there is no threshold, one is out of range, the exits compare several kinds of score or none,
             or tokens exit above the threshold by one policy and below it by another.
     """
     once = sorted(set(thresholds), reverse=True)
