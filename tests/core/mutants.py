@@ -39,6 +39,7 @@ CALIBRATE = ("test_calibrate",)
 SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 GATES = ("test_gates",)
+EXITS, LADDERS = ("test_exits",), ("test_ladders",)
 
 MUTANTS = (
     Mutant(
@@ -58,27 +59,27 @@ MUTANTS = (
     Mutant(
         "margin to the next lower score, not to an equal one",
         "scores.py",
-        "counting(weight.shape[-1], weight) == best",
-        "weight == xp.max(weight, axis=-1, keepdims=True)",
+        "xp.where(classes == best,",
+        "xp.where(weight == xp.max(weight, axis=-1, keepdims=True),",
         SCORES,
     ),
     Mutant(
         "confidence at the threshold leaves",
-        "policies.py",
-        "return evidence.confidence > self._limit(",
-        "return evidence.confidence >= self._limit(",
+        "policies/policy.py",
+        'return value > limit if self.direction == "above" else value < limit',
+        'return value >= limit if self.direction == "above" else value < limit',
         POLICIES,
     ),
     Mutant(
         "NaN leaves by a negated policy",
-        "policies.py",
+        "policies/policy.py",
         "return ~self.policy(evidence) & evidence.known",
         "return ~self.policy(evidence)",
         POLICIES,
     ),
     Mutant(
         "protected tokens leave",
-        "policies.py",
+        "policies/evidence.py",
         "return able if self.protected is None else able & ~self.protected",
         "return able",
         POLICIES,
@@ -86,41 +87,41 @@ MUTANTS = (
     Mutant(
         "neighbours beyond the edge of the grid",
         "_grid.py",
-        "xp.concat([_part(map, axis, 0, step), _part(map, axis, 0, size - step)], axis=axis)",
-        "xp.concat([_part(map, axis, size - step, size), _part(map, axis, 0, size - step)], axis=axis)",
+        "wide = xp.concat([*[first] * reach, map, *[last] * reach], axis=axis)",
+        "wide = xp.concat([*[last] * reach, map, *[first] * reach], axis=axis)",
         POLICIES,
     ),
     Mutant(
         "settled neighbours count without their confidence",
-        "policies.py",
+        "policies/kinds.py",
         "xp.astype(self._votes(settled, evidence.settled_score > limit), votes.dtype)",
         "xp.astype(settled, votes.dtype)",
         POLICIES,
     ),
     Mutant(
         "budget rounded up",
-        "policies.py",
+        "policies/kinds.py",
         "xp.astype(rank, xp.float32) + 0.5 > keep",
         "xp.astype(rank, xp.float32) >= keep",
         POLICIES,
     ),
     Mutant(
         "those that stay anyhow do not count for the minimum",
-        "policies.py",
+        "policies/policy.py",
         "xp.where(leave, xp.where(hardness > most, most, hardness), xp.inf)",
         "hardness",
         POLICIES,
     ),
     Mutant(
         "the oldest exits instead of the latest",
-        "policies.py",
+        "policies/kinds.py",
         "evidence.previous[seen - self.exits :, :]",
         "evidence.previous[: self.exits, :]",
         POLICIES,
     ),
     Mutant(
         "groups of several images overlap",
-        "policies.py",
+        "policies/policy.py",
         "else evidence.image * classes + label",
         "else evidence.image * images + label",
         POLICIES,
@@ -177,8 +178,8 @@ MUTANTS = (
     Mutant(
         "the wrong side of equal counts",
         "tokens.py",
-        "xp.searchsorted(counted, wanted)",
-        'xp.searchsorted(counted, wanted, side="right")',
+        "picked = xp.reshape(searchsorted(counted, wanted), (images, capacity))",
+        "picked = xp.reshape(searchsorted(counted, wanted + 1), (images, capacity))",
         TOKENS,
     ),
     Mutant(
@@ -205,8 +206,8 @@ MUTANTS = (
     Mutant(
         "those that run on are settled too",
         "ledger.py",
-        "return xp.where(xp.reshape(left, (*left.shape, *[1] * (settled.ndim - 2))), found, settled)",
-        "return found",
+        "left = scatter(leave, receipt, into=filled(batch, False, leave, dtype=xp.bool))\n    flat = ",
+        "left = receipt.running\n    flat = ",
         LEDGER,
     ),
     Mutant(
@@ -261,8 +262,8 @@ MUTANTS = (
     Mutant(
         "what has left counts in the mean around a token",
         "surroundings.py",
-        "everyone[:, prefix:, :], receipt.running[:, prefix:]",
-        "everyone[:, prefix:, :], receipt.running[:, prefix:] | True",
+        "by_slot[:, prefix:, :], receipt.running[:, prefix:]",
+        "by_slot[:, prefix:, :], receipt.running[:, prefix:] | True",
         SURROUNDINGS,
     ),
     Mutant(
@@ -691,6 +692,111 @@ MUTANTS = (
         "return 2 * self.width * tokens * tokens",
         "return self.width * tokens * tokens",
         COST,
+    ),
+    Mutant(
+        "a finished image keeps its cell centres",
+        "exits.py",
+        "stay = ~leave & take(running, receipt.image)",
+        "stay = ~leave & (take(running, receipt.image) | pinned)",
+        EXITS,
+    ),
+    Mutant(
+        "prefix tokens run on in finished images",
+        "exits.py",
+        "running = tokens.any_of_image(xp.reshape(patch & ~leave, receipt.layout), receipt)",
+        "running = tokens.any_of_image(xp.reshape(~leave, receipt.layout), receipt)",
+        EXITS,
+    ),
+    Mutant(
+        "cell centres may leave for lack of room",
+        "exits.py",
+        "leave, pinned = leave & ~centre, pinned | centre",
+        "leave, pinned = leave & ~centre, pinned",
+        EXITS,
+    ),
+    Mutant(
+        "entries without a token stay",
+        "exits.py",
+        "        stay = stay & evidence.valid\n",
+        "        stay = stay | ~evidence.valid\n",
+        EXITS,
+    ),
+    Mutant(
+        "presence of images that are finished changes on",
+        "exits.py",
+        "    ran = receipt.lengths > 0\n",
+        "    ran = receipt.lengths >= 0\n",
+        EXITS,
+    ),
+    Mutant(
+        "settled labels of another slot",
+        "exits.py",
+        "settled_label=book.label[:, prefix:],",
+        "settled_label=book.label[:, : book.label.shape[1] - prefix],",
+        EXITS,
+    ),
+    Mutant(
+        "positions count prefix tokens",
+        "exits.py",
+        "position=receipt.slot - prefix if prefix else receipt.slot,",
+        "position=receipt.slot,",
+        EXITS,
+    ),
+    Mutant(
+        "tokens that left run through the next blocks",
+        "replay.py",
+        "held = receipt.lengths\n",
+        "held = receipt.lengths * 0 + places\n",
+        EXITS,
+    ),
+    Mutant(
+        "predictions of the present head are its earlier ones",
+        "replay.py",
+        "labels.append(xp.argmax(logits[stage.stop], axis=-1))",
+        "labels.append(xp.argmax(final, axis=-1))",
+        EXITS,
+    ),
+    Mutant(
+        "a replay ends in the first head",
+        "replay.py",
+        "HeadOutput(tokens.gather(final, receipt)), depth=depth)",
+        "HeadOutput(tokens.gather(logits[min(logits)], receipt)), depth=depth)",
+        EXITS,
+    ),
+    Mutant(
+        "features rejoin a block too late",
+        "schedule.py",
+        'rejoin = depth - 1 if self.carry.before == "last block" else depth',
+        "rejoin = depth",
+        EXITS,
+    ),
+    Mutant(
+        "exit points are numbered from the last",
+        "schedule.py",
+        "index = {after: at for at, after in enumerate(sorted(exits))}",
+        "index = {after: at for at, after in enumerate(sorted(exits, reverse=True))}",
+        EXITS,
+    ),
+    Mutant(
+        "a policy inside does not say what it needs",
+        "policies/policy.py",
+        "return frozenset(self._reads().union(*(one.needs for one in self._inside)))",
+        "return self._reads()",
+        EXITS,
+    ),
+    Mutant(
+        "batches that mix inside a composition are not seen",
+        "policies/policy.py",
+        "return self.mixes or any(one.mixes_images for one in self._inside)",
+        "return self.mixes",
+        EXITS,
+    ),
+    Mutant(
+        "the turned policy is careful on the same side",
+        "policies/policy.py",
+        'turned = {"above": "below", "below": "above"}',
+        'turned = {"above": "above", "below": "below"}',
+        LADDERS,
     ),
 )
 

@@ -168,10 +168,10 @@ def test_bad_options_are_named(network, pictures, tmp_path, monkeypatch):
 @pytest.mark.skipif(not demo.SHIPPED.is_dir(), reason="the shipped model is not there")
 def test_a_network_on_camvid(tmp_path, monkeypatch, capsys):
     options = ["--init", READY, "--data", CAMVID, "--fit-images", 4, "--steps", 30, "--sequence", "Seq05VD"]
-    call(monkeypatch, *options, "--every", 34, "--alpha", 0.6, "--confidence", 0.9, "--out", tmp_path)
+    call(monkeypatch, *options, "--every", 17, "--alpha", 0.6, "--confidence", 0.9, "--out", tmp_path)
     assert "on 4 images: after block 4" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["images"] == 6
+    assert report["images"] == 11
     assert report["risk"] == "disagreement at 352 x 480 pixels"
     with pytest.raises(shell.UsageError, match="`--split` must be val or test, with a --sequence of"):
         call(monkeypatch, *options[:4], "--sequence", "nowhere", "--out", tmp_path)
