@@ -23,7 +23,7 @@ from tokenexit_jax.networks.protocol import Block, Embedded, Heads, Network, Par
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.saving import load, save
 from tokenexit_jax.semantic.model import SemanticModel, SemanticOutput
-from tokenexit_jax.training.staged import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
+from tokenexit_jax.training.stages import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
 from tokenexit_jax.wrapping import Capacities, check, wrap, wrap_gates, wrap_semantic
 
 __all__ = [

@@ -17,9 +17,9 @@ from tokenexit_torch import inference as inference
 from tokenexit_torch import models as models
 from tokenexit_torch import semantic as semantic
 from tokenexit_torch import training as training
-from tokenexit_torch.calibration.calibrate import calibrate, default_settings, drift_sample
+from tokenexit_torch.calibration.adapted import calibrate, default_settings, drift_sample
 from tokenexit_torch.calibration.certificate import fingerprints, load_certificate, save_certificate
-from tokenexit_torch.calibration.trace import Trace, trace
+from tokenexit_torch.calibration.traces import Trace, trace
 from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.exits.outputs import DecodedOutput, Output
@@ -34,7 +34,7 @@ from tokenexit_torch.inference.windows import WindowedOutput, Windows, sliding
 from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic.model import SemanticModel, SemanticOutput
 from tokenexit_torch.training.fitting import fit_exits
-from tokenexit_torch.training.staged import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
+from tokenexit_torch.training.stages import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semantic
 
 __all__ = [

@@ -10,7 +10,7 @@ import tokenexit_torch as tet
 from tests.jax.parity import same
 from tokenexit import TokenExitError
 from tokenexit_jax.heads.masks import MaskMaps
-from tokenexit_jax.training import staged as training
+from tokenexit_jax.training import stages as training
 
 CLASSES, GRID, SIZE = 4, (3, 5), (12, 20)
 

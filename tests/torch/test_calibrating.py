@@ -23,7 +23,7 @@ from tokenexit.guarantees.calibration import certify
 from tokenexit.heads import Neighbourhood
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch import _files
-from tokenexit_torch.calibration import calibrate as calibrating
+from tokenexit_torch.calibration import adapted as calibrating
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.9, per_class=2)
 SETTINGS = (

@@ -20,7 +20,7 @@ from tokenexit import TokenExitError, cost, heads, policies, schedule, scores
 from tokenexit.carries import MaskPrediction, Prediction
 from tokenexit.policies import Policy
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch.training.staged import Staged
+from tokenexit_torch.training.stages import Staged
 
 HOSTS = {
     "plain": models.plain_host,

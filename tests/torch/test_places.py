@@ -19,7 +19,7 @@ from tokenexit import TokenExitError, gates, policies, schedule
 from tokenexit.area import Area
 from tokenexit.carries import Feature, Preserved
 from tokenexit.schedule import Exit, Schedule
-from tokenexit_torch.calibration.calibrate import _adapted
+from tokenexit_torch.calibration.adapted import _adapted
 from tokenexit_torch.hosts.protocol import embedded_by
 from tokenexit_torch.hosts.registry import host_of
 from tokenexit_torch.training._features import Teacher, label_share

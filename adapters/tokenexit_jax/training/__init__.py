@@ -1,6 +1,6 @@
 """Training with exits."""
 
-from tokenexit_jax.training.staged import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
+from tokenexit_jax.training.stages import Stages, distillation, mask_loss, merge, pixel_cross_entropy, split, staged
 
 __all__ = [
     "Stages",

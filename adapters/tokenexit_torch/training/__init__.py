@@ -1,7 +1,7 @@
 """Training with exits, and fitting of exit heads on frozen networks."""
 
 from tokenexit_torch.training.fitting import FitReport, HeldOut, fit_exits
-from tokenexit_torch.training.staged import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
+from tokenexit_torch.training.stages import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 
 __all__ = [
     "FitReport",
