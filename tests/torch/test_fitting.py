@@ -309,7 +309,7 @@ def test_where_a_fit_is_must_be_as_it_was_written_and_possible(tmp_path):
         (tensors | {"generator": torch.zeros(3)}, where, "hold the state of the generator"),
         (tensors | {moment: tensors[moment][:1]}, where, "hold where this fit is, got optimizer.exp_avg"),
         (tensors | {moment: tensors[moment] * math.nan}, where, "all of them finite, got NaN or infinity in optimizer"),
-        (tensors | {moment: tensors[moment].long()}, where, "in float16, .*, got optimizer.exp_avg.* in torch.int64"),
+        (tensors | {moment: tensors[moment].long()}, where, "in float16, .*, got optimizer.exp_avg.* in int64"),
     ):
         _files.write(file, changed, marks | {"where": json.dumps(place)}, argument="resume")
         with pytest.raises(TokenExitError, match=message):
