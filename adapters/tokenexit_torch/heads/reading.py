@@ -73,7 +73,7 @@ def apply_head(
 def _scored(head: nn.Module, row: Tensor, receipt: Receipt, lengths: Sequence[int], prefix: int) -> Tensor:
     """Class scores of every token of the row."""
     if isinstance(receipt, Selection):  # which entries hold a patch is known on the device alone
-        rule = "have no batch norm in training, which would count entries without a patch: train by `Staged` in packed rows"
+        rule = "have no batch norm in training, which would count entries without a patch: train by `Staged`, packed"
         require(not counts_batches(head), "model", rule, type(head).__name__)
         return head(row)
     if prefix == 0 or not is_training(head):
