@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.jax.parity import same
 from tokenexit_jax import attention
-from tokenexit_torch import attending_per_image
+from tokenexit_torch.attention import attending_per_image
 
 IMAGES, ENTRIES, HEADS, WIDTH = 3, 6, 2, 4
 COUNTS = np.array([[1, 1, 1, 1, 1, 1], [1, 3, 1, 0, 0, 0], [0, 0, 5, 0, 0, 0]], np.float32)

@@ -94,7 +94,7 @@ def test_weights_have_the_names_and_shapes_of_pytorch():
         for hidden in (None, 5):
             sizes = {"width": WIDTH, "heads": HEADS, "hidden": hidden}
             for kind in ("SemanticTokens", "Recovery"):
-                alike(getattr(tej, kind)(plan, **sizes), getattr(tet, kind)(plan, **sizes))
+                alike(getattr(tej.semantic, kind)(plan, **sizes), getattr(tet.semantic, kind)(plan, **sizes))
         layers = unit(plan, mixing=("map", "window", "map"))
         alike(ours(layers), layers)
 

@@ -164,8 +164,8 @@ def test_padding_counts_in_statistics_as_zeros_do():
 @pytest.mark.parametrize("plan", SWINS.values(), ids=SWINS)
 def test_weights_have_the_names_and_shapes_of_pytorch(plan):
     for kind, options in (("SwinClassifier", {"classes": 5}), ("SwinBackbone", {})):
-        made = jax.eval_shape(getattr(tej, kind)(ours(plan, (3, 5)), **options).init, jax.random.key(0))
-        wanted = getattr(tet, kind)(theirs(plan, (3, 5)), **options).state_dict()
+        made = jax.eval_shape(getattr(tej.models, kind)(ours(plan, (3, 5)), **options).init, jax.random.key(0))
+        wanted = getattr(tet.models, kind)(theirs(plan, (3, 5)), **options).state_dict()
         assert {name: value.shape for name, value in made.items()} == {
             name: tuple(value.shape) for name, value in wanted.items()
         }
@@ -184,7 +184,7 @@ def test_new_weights_are_drawn_as_those_of_pytorch():
 @pytest.mark.parametrize("build", ["swin_small", "swin_base"])
 def test_parameters_and_multiply_adds_are_the_published_ones(build):
     parameters, wanted = next(numbers for known, numbers in PUBLISHED.items() if known.__name__ == build)
-    layer = tej.models.SwinClassifier(getattr(tej, build)(), classes=1000)
+    layer = tej.models.SwinClassifier(getattr(tej.models, build)(), classes=1000)
     weights = jax.eval_shape(layer.init, jax.random.key(0))
     learned = [value for name, value in weights.items() if name.rpartition(".")[2] not in STATISTICS]
     assert sum(value.size for value in learned) == pytest.approx(parameters * 1e6, rel=1e-4)

@@ -114,6 +114,7 @@ def dinov2(kind: str = "Dinov2", **options: Any) -> Any:
 def made(name: str, **options: Any) -> nn.Module:
     """A model by the name of its class."""
     config = getattr(transformers(), f"{name.partition('For')[0]}Config")
+    torch.manual_seed(0)  # what is added to, and not drawn anew, by `lively`
     return getattr(transformers(), name)(config(**options))
 
 
