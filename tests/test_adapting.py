@@ -9,7 +9,7 @@ import pytest
 
 from tokenexit import TokenExitError, adapting
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "tokenexit": ROOT / "tokenexit",
     "tokenexit_torch": ROOT / "adapters" / "tokenexit_torch",
