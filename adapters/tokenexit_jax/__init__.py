@@ -17,8 +17,8 @@ from tokenexit_jax import semantic as semantic
 from tokenexit_jax import training as training
 from tokenexit_jax.attention import attend, key_bias
 from tokenexit_jax.exits.model import ExitingModel
-from tokenexit_jax.exits.outputs import GatedOutput, Output
-from tokenexit_jax.gates import GatedModel, gate_thresholds, sampled
+from tokenexit_jax.exits.outputs import Output
+from tokenexit_jax.gates import GatedModel, GatedOutput, gate_thresholds, sampled
 from tokenexit_jax.networks.protocol import Block, Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.saving import load, save

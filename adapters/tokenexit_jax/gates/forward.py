@@ -25,7 +25,7 @@ from tokenexit.policies import Policy
 from tokenexit.schedule import Exit, Schedule, Stage
 from tokenexit_jax._layers import Weights
 from tokenexit_jax.exits.forward import capacities_in_entries, on_grid
-from tokenexit_jax.exits.outputs import GatedOutput
+from tokenexit_jax.gates.outputs import GatedOutput
 from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks.checks import embed, run_block
 from tokenexit_jax.networks.protocol import Embedded, Heads, Network, Params

@@ -29,9 +29,9 @@ from tokenexit.schedule import Schedule
 from tokenexit_jax._counting import head_cost, network_cost
 from tokenexit_jax._given import new_keys, require_images
 from tokenexit_jax.exits.model import as_arrays
-from tokenexit_jax.exits.outputs import GatedOutput
 from tokenexit_jax.gates import forward
 from tokenexit_jax.gates.forward import IN_ONE_PROGRAM, MASKED, Decision, Driver, GatedParts
+from tokenexit_jax.gates.outputs import GatedOutput
 from tokenexit_jax.heads import build as building
 from tokenexit_jax.networks.protocol import Embedded, Heads, Network, Params
 from tokenexit_jax.pytrees import of_pytrees, on_host

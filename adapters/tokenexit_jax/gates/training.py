@@ -26,9 +26,9 @@ from tokenexit.adapting import coin_for, is_number, rates_by_gate
 from tokenexit.errors import require
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_jax._given import require_array, require_key
-from tokenexit_jax.exits.outputs import GatedOutput
 from tokenexit_jax.gates.forward import Decision, State, decided, masked, put_back, run
 from tokenexit_jax.gates.model import GatedModel, checked_gates, fitting_gates
+from tokenexit_jax.gates.outputs import GatedOutput
 from tokenexit_jax.heads.build import read_in_training
 from tokenexit_jax.networks.checks import require_covered
 from tokenexit_jax.networks.protocol import Heads, Params

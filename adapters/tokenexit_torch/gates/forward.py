@@ -1,14 +1,13 @@
 """Forward pass of a network with gates: frozen state in, frozen state out.
 
 In the packed layout only active tokens are computed; in the masked one all are, and skipped tokens are put back. Both
-are values, and `run` is the same loop for either of them. Nothing but the output is part of the public API.
+are values, and `run` is the same loop for either of them. Nothing of it is part of the public API.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenexit import TokenExitError, gates, tokens
+from tokenexit import gates, tokens
 from tokenexit.area import Area
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule, Stage
@@ -30,51 +29,10 @@ from tokenexit_torch.attention import (
     attending_to,
     keys_and_values,
 )
-from tokenexit_torch.exits.outputs import upsampled
+from tokenexit_torch.gates.outputs import GatedOutput
 from tokenexit_torch.hosts.protocol import Embedded, Host, area_of, embedded_by
 
-__all__ = ["GatedOutput"]
-
-
-class GatedOutput(NamedTuple):
-    """Output of a model with gates.
-
-    Attributes:
-        logits: Class scores of every patch; None without a head.
-        maps: Features of all patches by the blocks that have run, skipped ones as they are: for any decoder. After
-            the last block they are finished, by the final norm.
-        keep: Which patches each gate keeps.
-        probability: Keep probability of every patch at each gate.
-        tokens_per_block: How many tokens of each image ran through each block, prefix tokens included.
-        gates: After how many blocks these gates stood.
-        keys: Key set of active tokens: active tokens only, or all.
-        area: The area of the images that the grid covers; None if it is the whole of them.
-    """
-
-    logits: Float[Tensor, "images classes grid_height grid_width"] | None
-    maps: dict[int, Float[Tensor, "images dim grid_height grid_width"]]
-    keep: Bool[Tensor, "images gates grid_height grid_width"]
-    probability: Float[Tensor, "images gates grid_height grid_width"]
-    tokens_per_block: Int[Tensor, "images blocks"]
-    gates: tuple[int, ...]
-    keys: Literal["running", "all"]
-    area: Area | None = None
-
-    def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
-        """The logits at another size, bilinearly, as by `Output.upsample`.
-
-        Args:
-            size: Height and width at which the whole images are shown, in pixels.
-
-        Returns:
-            The interpolated logits.
-
-        Raises:
-            TokenExitError: If there are none, for the model has no head.
-        """
-        if self.logits is None:
-            raise TokenExitError("`head` must be given to `wrap_gates` for logits, got None")
-        return upsampled(self.logits, size, self.area)
+__all__: list[str] = []
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from tokenexit.schedule import Schedule, require_gates_fit
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import require_not_traced
 from tokenexit_torch.exits.base import Planned
-from tokenexit_torch.gates.forward import MASKED, PACKED, GatedOutput, Layout, decide_by_policy, output, run, start
+from tokenexit_torch.gates.forward import MASKED, PACKED, Layout, decide_by_policy, output, run, start
+from tokenexit_torch.gates.outputs import GatedOutput
 from tokenexit_torch.hosts.protocol import Host
 
 __all__ = ["GatedModel"]

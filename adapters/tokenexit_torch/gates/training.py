@@ -23,7 +23,6 @@ from tokenexit.errors import require
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.gates.forward import (
     Decision,
-    GatedOutput,
     State,
     decided,
     masked,
@@ -34,6 +33,7 @@ from tokenexit_torch.gates.forward import (
     start,
 )
 from tokenexit_torch.gates.model import GatedModel
+from tokenexit_torch.gates.outputs import GatedOutput
 from tokenexit_torch.hosts.protocol import require_covered
 
 __all__ = ["Drawing", "Sampled"]
