@@ -2,7 +2,7 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -10,11 +10,13 @@ from tokenexit.errors import require
 
 __all__ = [
     "MOST",
+    "Progress",
     "from_plain",
     "is_number",
     "is_whole",
     "require_counts",
     "require_keys",
+    "require_progress",
     "require_share",
     "require_sizes",
     "shortened",
@@ -23,6 +25,9 @@ __all__ = [
 
 MOST = 1_000_000
 """Of channels, classes, blocks, places in a window: larger numbers are a damaged or a hostile file."""
+
+Progress = Callable[[Iterable], Iterable]
+"""A function around a loop, as `tqdm`, or `iter` for silence."""
 
 _LARGEST = 2.0**128 * (1 - 2.0**-24)  # of 32 bits
 
@@ -102,6 +107,11 @@ def require_share(value: Any, argument: str, /) -> None:
     """
     inside = isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < 1
     require(inside, argument, "lie between 0 and 1", repr(value))
+
+
+def require_progress(progress: object, /) -> None:
+    """Raise a `TokenExitError` unless a value can be called around a loop."""
+    require(callable(progress), "progress", "be a function around a loop, as `tqdm` or `iter`", repr(progress))
 
 
 def shortened(value: object, /) -> str:

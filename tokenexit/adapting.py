@@ -5,7 +5,7 @@ starts with an underscore.
 """
 
 from tokenexit._array import aligned, require_marks
-from tokenexit._plain import MOST, is_number, is_whole, require_share
+from tokenexit._plain import MOST, Progress, is_number, is_whole, require_share
 from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import require_fits, require_gates_fit
 from tokenexit.scores import ONE
@@ -14,6 +14,7 @@ from tokenexit.semantic import require_places, require_room
 __all__ = [
     "MOST",
     "ONE",
+    "Progress",
     "aligned",
     "coin_for",
     "is_number",

@@ -17,12 +17,13 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
+from tokenexit._array import Array
 from tokenexit._plain import require_keys, shortened
 from tokenexit.errors import TokenExitError, require
 from tokenexit.sealed import BY_HAND, parse, require_whole, seal
@@ -30,6 +31,7 @@ from tokenexit.sealed import BY_HAND, parse, require_whole, seal
 __all__ = [
     "KINDS",
     "Kind",
+    "Store",
     "Weights",
     "load_by_kind",
     "read",
@@ -96,6 +98,39 @@ class Weights:
         whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
         require(whole, "size", "be a whole number from 0 up", shortened(size))
         return Weights(file, digest, size)
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Arrays of a framework as bytes. A module with these functions is one."""
+
+    def write(self, file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str], /, *, argument: str) -> None:
+        """Write arrays and metadata, and a hash of both, whole or not at all (`replacing`).
+
+        Args:
+            file: The file; its folder may not be there yet.
+            arrays: The arrays by name.
+            metadata: Texts by name.
+            argument: The name of the argument that gave the folder, for errors.
+        """
+        ...
+
+    def read(self, file: Path, argument: str, /) -> tuple[dict[str, Array], dict[str, str]]:
+        """Arrays and metadata that `write` wrote; a `TokenExitError` if a bit of them is another.
+
+        Args:
+            file: The file.
+            argument: The name of the argument that gave the folder, for errors.
+        """
+        ...
+
+    def fingerprint(self, arrays: Iterable[Array], /) -> str:
+        """SHA-256 of types, shapes and bytes, in hex.
+
+        Args:
+            arrays: The arrays.
+        """
+        ...
 
 
 def load_by_kind(

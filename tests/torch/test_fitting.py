@@ -10,7 +10,7 @@ import tokenexit_torch as tet
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule
 from tokenexit_torch import _files
-from tokenexit_torch.training._features import Teacher, label_share
+from tokenexit_torch.training._teacher import Teacher, label_share
 
 
 def fitted(images, **options):
@@ -452,22 +452,6 @@ def test_the_target_of_a_patch_is_what_the_page_says():
         said = model.every_exit(images)[6].softmax(dim=1)[0].flatten(1).T
     torch.testing.assert_close(target[0], said[0])
     torch.testing.assert_close(target[1:], 0.75 * said[1:] + 0.25 * torch.eye(5)[2])
-
-
-def test_a_report_is_read_in_words():
-    report = tet.training.FitReport(
-        {3: 0.9, 6: 0.954}, 2400, 100, 350, 100, True, tet.training.HeldOut({3: 0.5, 6: 0.75}, 240, 10)
-    )
-    assert str(report) == (
-        "Fitted to 2400 patches of 100 images; held out: 240 patches of 10.\n"
-        "350 steps, stopped early; the heads are those after step 100.\n"
-        "They predict what the final head, or the decoder, predicts:\n"
-        "  after block 3: on 90.0% of the patches fitted, 50.0% of those held out\n"
-        "  after block 6: on 95.4% of the patches fitted, 75.0% of those held out"
-    )
-    plain = str(tet.training.FitReport({3: 0.9}, 2400, 100, 350, 350, False, None))
-    assert "held out: none." in plain
-    assert plain.endswith("after block 3: on 90.0% of the patches fitted")
 
 
 def test_batch_norm_learns_nothing_of_images_held_out():

@@ -22,7 +22,7 @@ from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.calibration.adapted import _adapted
 from tokenexit_torch.hosts.protocol import embedded_by
 from tokenexit_torch.hosts.registry import host_of
-from tokenexit_torch.training._features import Teacher, label_share
+from tokenexit_torch.training._teacher import Teacher, label_share
 
 DENSE = schedule.dense(after=(1,))
 GATED = Schedule((Exit(1, policies.Budget(0.5, by="gate")),), Preserved())

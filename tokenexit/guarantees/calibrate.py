@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Integer
 
 from tokenexit import folders, sealed
 from tokenexit._array import Array, array_namespace, device, is_array, plain, with_doubles
-from tokenexit._plain import is_whole, require_share
+from tokenexit._plain import Progress, is_whole, require_progress, require_share
 from tokenexit.carries import Carry
 from tokenexit.errors import TokenExitError, require
 from tokenexit.guarantees import drift, ladders, risks
@@ -39,10 +39,8 @@ __all__ = [
     "Kind",
     "Level",
     "Outcome",
-    "Progress",
     "Risk",
     "Run",
-    "Store",
     "calibrate",
     "default_settings",
 ]
@@ -53,47 +51,11 @@ Kind = Literal["disagreement", "error increase", "IoU loss"]
 Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 """Settings, and the chains of their places in which they are tested."""
 
-Progress = Callable[[Iterable], Iterable]
-"""A function around a loop, as `tqdm`, or `iter` for silence."""
-
 _SCHEMA = 2
 _IDENTITY = "calibration.json"
 _ROUNDING = 0.01  # share of the pixels of an image whose class rounding may change, from one batch to another
 _THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _STATISTIC = "statistic "
-
-
-@runtime_checkable
-class Store(Protocol):
-    """Arrays of a framework as bytes. A module with these functions is one."""
-
-    def write(self, file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str], /, *, argument: str) -> None:
-        """Write arrays and metadata, and a hash of both, whole or not at all (`tokenexit.folders.replacing`).
-
-        Args:
-            file: The file; its folder may not be there yet.
-            arrays: The arrays by name.
-            metadata: Texts by name.
-            argument: The name of the argument that gave the folder, for errors.
-        """
-        ...
-
-    def read(self, file: Path, argument: str, /) -> tuple[dict[str, Array], dict[str, str]]:
-        """Arrays and metadata that `write` wrote; a `TokenExitError` if a bit of them is another.
-
-        Args:
-            file: The file.
-            argument: The name of the argument that gave the folder, for errors.
-        """
-        ...
-
-    def fingerprint(self, arrays: Iterable[Array], /) -> str:
-        """SHA-256 of types, shapes and bytes, in hex.
-
-        Args:
-            arrays: The arrays.
-        """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +111,7 @@ class AdaptedModel:
     check: Callable[[Schedule], object]
     settings: Callable[[], Chains]
     fingerprints: Callable[[tuple[int, int]], Fingerprints]
-    store: Store
+    store: folders.Store
     classes: int
     fitted: Collection[str] = ()
 
@@ -298,7 +260,7 @@ def calibrate(
     """
     rule = "have two classes or more to be calibrated: of one class every pixel agrees with every other"
     require(model.classes >= 2, "model", rule, model.classes)
-    require(callable(progress), "progress", "be a function around a loop, as `tqdm` or `iter`", repr(progress))
+    require_progress(progress)
     watched = _watched(risk, model.classes)
     plans, places = _planned(model, settings, chains)
     seen = _look(model, images, progress)

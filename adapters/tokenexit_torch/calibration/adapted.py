@@ -27,12 +27,12 @@ from tokenexit.guarantees.calibrate import AdaptedModel, Calibrated, Chains, Kin
 from tokenexit.guarantees.drift import Sample
 from tokenexit.schedule import Schedule
 from tokenexit_torch import _files
+from tokenexit_torch._images import in_batches, require_plain
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.calibration.certificate import fingerprints
 from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, require_placed
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.exits.outputs import DecodedOutput, Output, upsampled
-from tokenexit_torch.training._features import in_batches, require_plain
 
 __all__ = ["calibrate", "default_settings", "drift_sample"]
 

@@ -1,0 +1,137 @@
+"""Copies of exit heads while they are being fitted, in float32: half precision cannot hold the steps."""
+
+import copy
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenexit.errors import require
+from tokenexit.features import FINAL, TARGET, Rows
+from tokenexit_torch._files import fingerprint, require_weights, specs
+from tokenexit_torch._modules import evaluating
+from tokenexit_torch.exits.base import WithExits
+
+__all__ = ["Learner"]
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_GENERATOR = "generator"
+
+
+class Learner:
+    """Exit heads of a model with AdamW; the model's own stay as they are until `finish`.
+
+    Args:
+        model: The model.
+        generator: Draws the patches.
+        weight_decay: Of AdamW.
+    """
+
+    def __init__(self, model: WithExits, generator: torch.Generator, *, weight_decay: float) -> None:
+        self._model, self._generator = model, generator
+        self._heads = copy.deepcopy(model.exit_heads).float().requires_grad_().train()
+        self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=weight_decay)
+        self._kept: dict[str, Tensor] | None = None
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The blocks that the heads follow."""
+        return tuple(map(int, self._heads))
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the result depends on beside the rows and the recipe, by name."""
+        shapes = repr([(name, tuple(value.shape)) for name, value in self._heads.state_dict().items()])
+        heads = hashlib.sha256(shapes.encode()).hexdigest()
+        return {"heads": heads, _GENERATOR: fingerprint([self._generator.get_state()])}
+
+    def draw(self, rows: int, size: int, /) -> Tensor:
+        """Places of rows, drawn with replacement."""
+        return torch.randint(rows, (size,), generator=self._generator, device=self._generator.device)
+
+    def learn(self, rows: Rows, rate: float, /) -> None:
+        """Take a step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        self._losses(rows, "mean").sum().backward()
+        self._optimizer.step()
+
+    @torch.no_grad()
+    def loss(self, rows: Rows, /) -> float:
+        """The cross-entropy in evaluation mode, summed over rows and heads."""
+        with evaluating(self._heads):
+            return float(self._losses(rows, "sum").sum())
+
+    def keep(self) -> None:
+        """Keep the weights as they are now."""
+        self._kept = {name: value.clone() for name, value in self._heads.state_dict().items()}
+
+    def finish(self, digests: frozenset[str], /) -> None:
+        """Put the weights that are kept, or the last ones, into the model."""
+        heads, weights = self._model.exit_heads, self._heads.state_dict() if self._kept is None else self._kept
+        # Weights that were made in inference mode can be changed in it alone.
+        with torch.inference_mode(next(heads.parameters()).is_inference()):
+            heads.load_state_dict(weights)
+        self._model.fitted = tuple(sorted(digests.union(self._model.fitted)))
+
+    @torch.no_grad()
+    def agreed(self, rows: Rows, /) -> dict[int, int]:
+        """How many rows the heads of the model give the class of the final head."""
+        heads = self._model.exit_heads
+        final = rows[FINAL].to(_device(heads))
+        with evaluating(heads):
+            given = {int(after): head(rows[after].to(final.device)).argmax(dim=-1) for after, head in heads.items()}
+        return {after: int((classes == final).sum()) for after, classes in given.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, those that are kept, the moments of AdamW, and the generator."""
+        moments = {
+            f"optimizer.{key}.{name}": value
+            for name, parameter in self._heads.named_parameters()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+        kept = {} if self._kept is None else self._kept
+        return _named("heads", self._heads.state_dict()) | _named("best", kept) | moments | self._drawn()
+
+    def restore(self, state: Mapping[str, Tensor], /, *, kept: bool) -> None:
+        """Put back what `state` has given, after a check."""
+        weights, parameters = self._heads.state_dict(), dict(self._heads.named_parameters())
+        moved = any(name.startswith("optimizer.") for name in state)
+        moments = {
+            f"optimizer.{key}.{name}": value.new_zeros(()) if key == "step" else value
+            for name, value in parameters.items()
+            for key in (_MOMENTS if moved else ())
+        }
+        wanted = _named("heads", weights) | _named("best", weights if kept else {}) | moments
+        others = {name: value for name, value in state.items() if name != _GENERATOR}
+        require_weights("resume", "hold where this fit is", specs(wanted), others)
+        drawn = specs({name: value for name, value in state.items() if name == _GENERATOR})
+        require(drawn == specs(self._drawn()), "resume", "hold the state of the generator", "another kind, or none")
+        # Copies, for the file is written again while these change.
+        found = {name: value.clone() for name, value in state.items()}
+        self._heads.load_state_dict({name: found[f"heads.{name}"] for name in weights})
+        places = enumerate(parameters if moved else ())
+        steps = {at: {key: found[f"optimizer.{key}.{name}"] for key in _MOMENTS} for at, name in places}
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": steps})
+        self._kept = {name: found[f"best.{name}"].to(value.device) for name, value in weights.items()} if kept else None
+        self._generator.set_state(found[_GENERATOR])
+
+    def _drawn(self) -> dict[str, Tensor]:
+        return {_GENERATOR: self._generator.get_state()}
+
+    def _losses(self, rows: Rows, reduction: str) -> Tensor:
+        device = _device(self._heads)
+        wish = rows[TARGET].to(device)
+        given = [head(rows[after].to(device).float()) for after, head in self._heads.items()]
+        return torch.stack([functional.cross_entropy(scores, wish, reduction=reduction) for scores in given])
+
+
+def _device(heads: nn.Module) -> torch.device:
+    return next(heads.parameters()).device
+
+
+def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": value for name, value in tensors.items()}

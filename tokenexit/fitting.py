@@ -1,0 +1,413 @@
+"""Fitting of exit heads to a frozen network, in any framework: steps, checks on images held out, resumption, report.
+
+An adapter supplies the network (`tokenexit.features.Teacher`), the heads with their optimiser (`Learner`), and how
+arrays become files (`tokenexit.folders.Store`).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Int
+
+from tokenexit._array import Array
+from tokenexit._plain import Progress, is_whole, require_progress
+from tokenexit.errors import TokenExitError, require
+from tokenexit.features import TARGET, Cached, Material, Rows, Teacher, gathered
+from tokenexit.folders import Store, require_metadata
+
+__all__ = ["FitReport", "HeldOut", "Learner", "Recipe", "Standing", "fit"]
+
+_STATE = "fit.safetensors"
+_WHERE = "where"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps and rates by which exit heads are fitted.
+
+    Attributes:
+        steps: Optimiser steps, shared by all heads.
+        patches_per_step: Patches drawn for each step.
+        learning_rate: At the first step; it falls to zero along a cosine.
+        weight_decay: Of AdamW.
+        held_out: Share of the images, the last ones, that heads are not fitted to: at least one, unless it is 0.
+        check_every: After how many steps the loss on images held out is looked at, and the state written.
+        patience: How many checks in a row without a lower loss end the fit.
+    """
+
+    steps: int
+    patches_per_step: int
+    learning_rate: float
+    weight_decay: float
+    held_out: float
+    check_every: int
+    patience: int
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If a number is out of range.
+        """
+        for name, least in (("steps", 1), ("patches_per_step", 2), ("check_every", 1), ("patience", 1)):
+            value = getattr(self, name)
+            require(is_whole(value, least=least), name, f"be at least {least}", value)
+        require(0 <= self.held_out < 1, "held_out", "be at least 0 and less than 1", self.held_out)
+
+    def rate_at(self, step: int, /) -> float:
+        """The learning rate of a step: a cosine that would be zero after the last.
+
+        Args:
+            step: How many steps are done.
+        """
+        return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    def is_due(self, step: int, /) -> bool:
+        """Whether it is time for a check.
+
+        Args:
+            step: How many steps are done.
+        """
+        return step % self.check_every == 0 or step == self.steps
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a fit is, its arrays aside.
+
+    Attributes:
+        step: How many steps are done.
+        checks_since: How many checks in a row found no lower loss.
+        best: The lowest mean loss on images held out, and the step after which it was found; None before any check.
+    """
+
+    step: int = 0
+    checks_since: int = 0
+    best: tuple[float, int] | None = None
+
+    @property
+    def kept_step(self) -> int:
+        """The step after which the weights were as they are kept: that of the lowest loss, or else the last."""
+        return self.step if self.best is None else self.best[1]
+
+    def checked(self, loss: float, /) -> "Standing":
+        """The standing after a check.
+
+        Args:
+            loss: The mean loss on images held out.
+
+        Returns:
+            The same with `best` of this step, if the loss was never lower; else with one check more without.
+        """
+        if loss < (math.inf if self.best is None else self.best[0]):
+            return replace(self, checks_since=0, best=(loss, self.step))
+        return replace(self, checks_since=self.checks_since + 1)
+
+    @staticmethod
+    def from_dict(data: Any, recipe: Recipe, /) -> "Standing":
+        """The standing of plain data.
+
+        Args:
+            data: A mapping with the fields of this class.
+            recipe: What the fit is bounded by.
+
+        Raises:
+            TokenExitError: If a field is missing, of another type, or out of range.
+        """
+        names = {"step", "checks_since", "best"}
+        require(isinstance(data, dict) and set(data) == names, "where", f"have the keys {sorted(names)}", repr(data))
+        for name, most in (("step", recipe.steps), ("checks_since", recipe.patience)):
+            inside = is_whole(data[name]) and data[name] <= most
+            require(inside, name, f"be a whole number from 0 to {most}", repr(data[name]))
+        best = data["best"]
+        if best is None:
+            return Standing(data["step"], data["checks_since"])
+        pair = isinstance(best, list) and len(best) == 2 and isinstance(best[0], float) and math.isfinite(best[0])
+        pair = pair and is_whole(best[1]) and best[1] <= data["step"]
+        require(pair, "best", f"be a loss and a step from 0 to {data['step']}", repr(best))
+        return Standing(data["step"], data["checks_since"], (best[0], best[1]))
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Copies of exit heads that are being fitted, with their optimiser; an adapter supplies it."""
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The blocks that the heads follow."""
+        ...
+
+    @property
+    def marks(self) -> Mapping[str, str]:
+        """What the result depends on beside the rows and the recipe, by name, before the first step."""
+        ...
+
+    def draw(self, rows: int, size: int, /) -> Int[Array, "drawn"]:
+        """Places of rows, drawn with replacement.
+
+        Args:
+            rows: How many rows there are.
+            size: How many to draw.
+        """
+        ...
+
+    def learn(self, rows: Rows, rate: float, /) -> None:
+        """Take a step on the sum of the heads' mean cross-entropies.
+
+        Args:
+            rows: At least one row.
+            rate: The learning rate.
+        """
+        ...
+
+    def loss(self, rows: Rows, /) -> float:
+        """The cross-entropy in evaluation mode, summed over rows and heads.
+
+        Args:
+            rows: The rows.
+        """
+        ...
+
+    def keep(self) -> None:
+        """Keep the weights as they are now, as the best ones."""
+        ...
+
+    def finish(self, digests: frozenset[str], /) -> None:
+        """Put the weights that are kept, or the last ones, into the heads of the model.
+
+        Args:
+            digests: Digests of all images shown, which the model keeps.
+        """
+        ...
+
+    def agreed(self, rows: Rows, /) -> dict[int, int]:
+        """How many rows the heads of the model give the class of the final head, by the block that they follow.
+
+        Args:
+            rows: The rows.
+        """
+        ...
+
+    def state(self) -> dict[str, Array]:
+        """All that changes from step to step, as arrays by name."""
+        ...
+
+    def restore(self, state: Mapping[str, Array], /, *, kept: bool) -> None:
+        """Put back what `state` has given.
+
+        Args:
+            state: The arrays by name.
+            kept: Whether weights were kept when it was written.
+
+        Raises:
+            TokenExitError: If an array is missing, or of another shape or dtype, or not finite.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How well the exit heads do on images that they were not fitted to.
+
+    Attributes:
+        agreement: Fraction of their patches on which the exit head and the final head, or the decoder, predict the
+            same class, by the block that the exit head follows.
+        patches: How many patches these are.
+        images: Of how many images.
+    """
+
+    agreement: dict[int, float]
+    patches: int
+    images: int
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well the exit heads foretell the final head, or the decoder; `str(report)` says it in words.
+
+    Attributes:
+        agreement: Fraction of the patches fitted to on which the exit head and the final head, or the decoder, predict
+            the same class, by the block that the exit head follows.
+        patches: How many patches these are.
+        images: Of how many images.
+        steps: How many steps were taken.
+        kept_step: After which of them the heads were as they now are: the last, unless images were held out.
+        stopped_early: Whether the held-out loss ended the fit before its last step.
+        held_out: The same for images held out; None if there were none.
+    """
+
+    agreement: dict[int, float]
+    patches: int
+    images: int
+    steps: int
+    kept_step: int
+    stopped_early: bool
+    held_out: HeldOut | None
+
+    def __str__(self) -> str:
+        stopped = ", stopped early" if self.stopped_early else ""
+        lines = [
+            f"Fitted to {self.patches} patches of {self.images} images; held out: "
+            + ("none." if self.held_out is None else f"{self.held_out.patches} patches of {self.held_out.images}."),
+            f"{self.steps} steps{stopped}; the heads are those after step {self.kept_step}.",
+            "They predict what the final head, or the decoder, predicts:",
+        ]
+        for after, agreement in self.agreement.items():
+            held = "" if self.held_out is None else f", {self.held_out.agreement[after]:.1%} of those held out"
+            lines.append(f"  after block {after}: on {agreement:.1%} of the patches fitted{held}")
+        return "\n".join(lines)
+
+
+def fit(
+    learner: Learner,
+    batches: Iterable[Any],
+    teacher: Teacher,
+    recipe: Recipe,
+    /,
+    *,
+    store: Store,
+    cache: Literal["memory"] | Path | None = "memory",
+    resume: str | Path | None = None,
+    progress: Progress = iter,
+) -> FitReport:
+    """Fit exit heads to the predictions of a frozen network, patch by patch.
+
+    Args:
+        learner: The heads.
+        batches: Images, with labels or without. They are gone through once, unless `cache` is None.
+        teacher: The network.
+        recipe: Steps and rates.
+        store: How arrays become files.
+        cache: Where rows are kept: in memory, in a folder, or nowhere, so that each step runs the network.
+        resume: Folder in which an interrupted fit is found, if the same call is made again; it ends with the same
+            weights and report. It is written there at checks and on an interrupt, and removed at the end.
+        progress: Wraps each of the two loops.
+
+    Returns:
+        The agreement of each head with what it was fitted to.
+
+    Raises:
+        TokenExitError: If there are no images, or none is finite; or `cache` or `resume` hold what is of another model,
+            of other images or options, or is damaged.
+    """
+    require_progress(progress)
+    material = gathered(batches, teacher, store=store, cache=cache, held_out=recipe.held_out, progress=progress)
+    saved = None
+    if resume is not None:
+        options = {name: str(value) for name, value in asdict(recipe).items()}
+        rows = {"cache": "None" if cache is None else "kept"}
+        marks = {**teacher.marks, **options, "images": material.fingerprint, **learner.marks, **rows}
+        saved = _Saved(Path(resume) / _STATE, marks, store)
+    first = Standing() if saved is None else saved.restored(learner, recipe)
+    last = _run(learner, material, recipe, first, saved, progress)
+    learner.finish(material.digests)
+    report = _report(learner, material, recipe, last)
+    if saved is not None:
+        with suppress(OSError):  # a later call goes on from the last step, to the same end
+            saved.file.unlink(missing_ok=True)
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """The file of a fit that may be interrupted, bound to what its result depends on."""
+
+    file: Path
+    marks: Mapping[str, str]
+    store: Store
+
+    def write(self, learner: Learner, standing: Standing) -> None:
+        where = json.dumps(asdict(standing))
+        self.store.write(self.file, learner.state(), {**self.marks, _WHERE: where}, argument="resume")
+
+    def restored(self, learner: Learner, recipe: Recipe) -> Standing:
+        """Where the same call was interrupted, if it was."""
+        if not self.file.exists():
+            return Standing()
+        try:
+            return self._read(learner, recipe)
+        except TokenExitError:
+            if self.file.exists():
+                raise
+            return Standing()  # another process, with the same call, has come to its end meanwhile
+
+    def _read(self, learner: Learner, recipe: Recipe) -> Standing:
+        arrays, found = self.store.read(self.file, "resume")
+        require_metadata("resume", self.file, self.marks, found)
+        try:
+            standing = Standing.from_dict(json.loads(found.get(_WHERE, "")), recipe)
+            learner.restore(arrays, kept=standing.best is not None)
+        except (ValueError, RecursionError) as error:
+            name = self.file.name
+            raise TokenExitError(f"`resume` must hold a valid {name}, got {self.file}: {error}") from error
+        return standing
+
+
+def _run(
+    learner: Learner,
+    material: Material,
+    recipe: Recipe,
+    standing: Standing,
+    saved: _Saved | None,
+    progress: Progress,
+) -> Standing:
+    """Fit until the last step or until the loss is no longer lower, and write the state from time to time."""
+    whole = True
+    draws = material.fitted.draws(recipe.patches_per_step, learner.draw, standing.step)
+    try:
+        for _ in progress(range(standing.step, recipe.steps)):
+            if standing.checks_since >= recipe.patience:
+                break
+            whole = False
+            rows = next(draws)
+            if rows[TARGET].shape[0] > 0:
+                learner.learn(rows, recipe.rate_at(standing.step))
+            standing = replace(standing, step=standing.step + 1)
+            due = recipe.is_due(standing.step)
+            if due and material.held_out is not None:
+                standing = _checked(learner, material.held_out, standing)
+            whole = True
+            if due and saved is not None:
+                saved.write(learner, standing)
+    except (KeyboardInterrupt, SystemExit):
+        if whole and saved is not None:  # an interrupt within a step leaves what the last check has written
+            saved.write(learner, standing)
+        raise
+    return standing
+
+
+def _checked(learner: Learner, held_out: Cached, standing: Standing) -> Standing:
+    total, patches = 0.0, 0
+    for rows in held_out.chunks():
+        total += learner.loss(rows)
+        patches += rows[TARGET].shape[0]
+    standing = standing.checked(total / (patches * len(learner.exits)))
+    if standing.best is not None and standing.best[1] == standing.step:
+        learner.keep()
+    return standing
+
+
+def _report(learner: Learner, material: Material, recipe: Recipe, last: Standing) -> FitReport:
+    fitted, held = material.images
+    agreement, patches = _agreement(learner, material.fitted.chunks())
+    held_out = None
+    if material.held_out is not None:
+        held_out = HeldOut(*_agreement(learner, material.held_out.chunks()), held)
+    stopped_early = last.step < recipe.steps
+    return FitReport(agreement, patches, fitted, last.step, last.kept_step, stopped_early, held_out)
+
+
+def _agreement(learner: Learner, chunks: Iterable[Rows]) -> tuple[dict[int, float], int]:
+    """On which share of the patches each head predicts the class of the final head, and how many there are."""
+    agreed, patches = dict.fromkeys(learner.exits, 0), 0
+    for rows in chunks:
+        patches += rows[TARGET].shape[0]
+        for after, count in learner.agreed(rows).items():
+            agreed[after] += count
+    require(patches > 0, "images", "give finite tokens", "NaN or infinity for every patch")
+    return {after: count / patches for after, count in agreed.items()}, patches
