@@ -25,7 +25,7 @@ __all__ = [
     "TARGET",
     "Cached",
     "Draw",
-    "Material",
+    "FitData",
     "Rows",
     "Source",
     "Streamed",
@@ -226,7 +226,7 @@ class Streamed:
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class FitData:
     """Rows to fit heads to.
 
     Attributes:
@@ -253,7 +253,7 @@ def gathered(
     cache: Literal["memory"] | Path | None,
     held_out: float,
     progress: Progress,
-) -> Material:
+) -> FitData:
     """Run a network over images, and keep its rows.
 
     Args:
@@ -297,7 +297,7 @@ def gathered(
         kept.clear()  # so that joining needs little more memory than the rows
         source = Cached(parts if isinstance(cache, Path) or not parts else [_joined(parts)])
     every = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    return Material(source, Cached(others) if held > 0 else None, (fitted, held), every, frozenset(digests))
+    return FitData(source, Cached(others) if held > 0 else None, (fitted, held), every, frozenset(digests))
 
 
 def pixel_patches(

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tokenexit._array import Array
 from tokenexit._plain import Progress, is_whole, require_progress
 from tokenexit.errors import TokenExitError, require
-from tokenexit.features import TARGET, Cached, Material, Rows, Teacher, gathered
+from tokenexit.features import TARGET, Cached, FitData, Rows, Teacher, gathered
 from tokenexit.folders import Store, require_metadata
 
 __all__ = ["FitReport", "HeldOut", "Learner", "Recipe", "Standing", "fit"]
@@ -156,7 +156,7 @@ class Learner(Protocol):
         """
         ...
 
-    def learn(self, rows: Rows, rate: float, /) -> None:
+    def step(self, rows: Rows, rate: float, /) -> None:
         """Take a step on the sum of the heads' mean cross-entropies.
 
         Args:
@@ -296,17 +296,17 @@ def fit(
             of other images or options, or is damaged.
     """
     require_progress(progress)
-    material = gathered(batches, teacher, store=store, cache=cache, held_out=recipe.held_out, progress=progress)
+    data = gathered(batches, teacher, store=store, cache=cache, held_out=recipe.held_out, progress=progress)
     saved = None
     if resume is not None:
         options = {name: str(value) for name, value in asdict(recipe).items()}
         rows = {"cache": "None" if cache is None else "kept"}
-        marks = {**teacher.marks, **options, "images": material.fingerprint, **learner.marks, **rows}
+        marks = {**teacher.marks, **options, "images": data.fingerprint, **learner.marks, **rows}
         saved = _Saved(Path(resume) / _STATE, marks, store)
     first = Standing() if saved is None else saved.restored(learner, recipe)
-    last = _run(learner, material, recipe, first, saved, progress)
-    learner.finish(material.digests)
-    report = _report(learner, material, recipe, last)
+    last = _run(learner, data, recipe, first, saved, progress)
+    learner.finish(data.digests)
+    report = _report(learner, data, recipe, last)
     if saved is not None:
         with suppress(OSError):  # a later call goes on from the last step, to the same end
             saved.file.unlink(missing_ok=True)
@@ -350,7 +350,7 @@ class _Saved:
 
 def _run(
     learner: Learner,
-    material: Material,
+    data: FitData,
     recipe: Recipe,
     standing: Standing,
     saved: _Saved | None,
@@ -358,7 +358,7 @@ def _run(
 ) -> Standing:
     """Fit until the last step or until the loss is no longer lower, and write the state from time to time."""
     whole = True
-    draws = material.fitted.draws(recipe.patches_per_step, learner.draw, standing.step)
+    draws = data.fitted.draws(recipe.patches_per_step, learner.draw, standing.step)
     try:
         for _ in progress(range(standing.step, recipe.steps)):
             if standing.checks_since >= recipe.patience:
@@ -366,11 +366,11 @@ def _run(
             whole = False
             rows = next(draws)
             if rows[TARGET].shape[0] > 0:
-                learner.learn(rows, recipe.rate_at(standing.step))
+                learner.step(rows, recipe.rate_at(standing.step))
             standing = replace(standing, step=standing.step + 1)
             due = recipe.is_due(standing.step)
-            if due and material.held_out is not None:
-                standing = _checked(learner, material.held_out, standing)
+            if due and data.held_out is not None:
+                standing = _checked(learner, data.held_out, standing)
             whole = True
             if due and saved is not None:
                 saved.write(learner, standing)
@@ -392,12 +392,12 @@ def _checked(learner: Learner, held_out: Cached, standing: Standing) -> Standing
     return standing
 
 
-def _report(learner: Learner, material: Material, recipe: Recipe, last: Standing) -> FitReport:
-    fitted, held = material.images
-    agreement, patches = _agreement(learner, material.fitted.chunks())
+def _report(learner: Learner, data: FitData, recipe: Recipe, last: Standing) -> FitReport:
+    fitted, held = data.images
+    agreement, patches = _agreement(learner, data.fitted.chunks())
     held_out = None
-    if material.held_out is not None:
-        held_out = HeldOut(*_agreement(learner, material.held_out.chunks()), held)
+    if data.held_out is not None:
+        held_out = HeldOut(*_agreement(learner, data.held_out.chunks()), held)
     stopped_early = last.step < recipe.steps
     return FitReport(agreement, patches, fitted, last.step, last.kept_step, stopped_early, held_out)
 

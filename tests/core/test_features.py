@@ -71,13 +71,13 @@ def test_images_are_fitted_to_or_held_out_however_they_are_kept(sizes, share, da
             with pytest.raises(TokenExitError, match="`images` must give finite tokens, got NaN or infinity for every"):
                 gathered(*given, **options)
             continue
-        material = gathered(*given, **options)
-        assert material.images == (images - held, held)
-        assert len(material.digests) == images - max(len(bad) - 1, 0)  # images without a number are copies
-        for source, wanted in ((material.fitted, fitted), (material.held_out, others)):
+        kept = gathered(*given, **options)
+        assert kept.images == (images - held, held)
+        assert len(kept.digests) == images - max(len(bad) - 1, 0)  # images without a number are copies
+        for source, wanted in ((kept.fitted, fitted), (kept.held_out, others)):
             if source is not None:
                 np.testing.assert_array_equal(np.concatenate([rows["1"] for rows in source.chunks()]), wanted)
-        assert (material.held_out is None) == (held == 0)
+        assert (kept.held_out is None) == (held == 0)
 
 
 @given(sizes=SIZES, data=st.data())
@@ -106,11 +106,11 @@ def test_a_stream_of_other_batches_is_refused():
     options = {"store": Files(), "cache": None, "held_out": 0.0, "progress": iter}
     with pytest.raises(TokenExitError, match="`images` must be a tensor or what can be iterated again, if nothing is"):
         gathered(iter(batches), Table(), **options)
-    material = gathered(batches, Table(), **options)
+    kept = gathered(batches, Table(), **options)
     for others in ([batches[1], batches[0]], batches[:1]):
         batches[:] = others
         with pytest.raises(TokenExitError, match="`images` must give the same batches in the same order every time"):
-            list(material.fitted.chunks())
+            list(kept.fitted.chunks())
 
 
 def test_rows_on_disk_are_read_again_and_bound_to_images_and_model(tmp_path):
@@ -153,9 +153,9 @@ def test_another_place_for_rows_is_named():
 @pytest.mark.parametrize("array", [array_api_strict.asarray, BACKENDS[-1].array], ids=["strict", BACKENDS[-1].name])
 def test_rows_of_another_library_are_kept_and_cut_alike(array):
     batches = tables((3, 2))
-    material = gathered(batches, Table(array), store=Files(array), cache="memory", held_out=0.4, progress=iter)
-    assert sum(rows[TARGET].shape[0] for rows in material.fitted.chunks()) == 12
-    assert sum(rows[TARGET].shape[0] for rows in material.held_out.chunks()) == 8
+    kept = gathered(batches, Table(array), store=Files(array), cache="memory", held_out=0.4, progress=iter)
+    assert sum(rows[TARGET].shape[0] for rows in kept.fitted.chunks()) == 12
+    assert sum(rows[TARGET].shape[0] for rows in kept.held_out.chunks()) == 8
 
 
 SIDE = st.integers(1, 9)

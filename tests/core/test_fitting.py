@@ -36,7 +36,7 @@ class Toy:
     def draw(self, rows, size, /):
         return self.draws.integers(0, rows, size)
 
-    def learn(self, rows, rate, /):
+    def step(self, rows, rate, /):
         assert len(rows[TARGET]) > 0
         for after in self.exits:
             moved = rows[str(after)].T @ (self.given(after, rows) - self.wish(rows)) / len(rows[TARGET])

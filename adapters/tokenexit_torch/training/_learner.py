@@ -51,7 +51,7 @@ class Learner:
         """Places of rows, drawn with replacement."""
         return torch.randint(rows, (size,), generator=self._generator, device=self._generator.device)
 
-    def learn(self, rows: Rows, rate: float, /) -> None:
+    def step(self, rows: Rows, rate: float, /) -> None:
         """Take a step."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
