@@ -40,6 +40,7 @@ SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 GATES = ("test_gates",)
 EXITS, LADDERS = ("test_exits",), ("test_ladders",)
+FEATURES, FITTING = ("test_features",), ("test_fitting",)
 
 MUTANTS = (
     Mutant(
@@ -797,6 +798,90 @@ MUTANTS = (
         'turned = {"above": "below", "below": "above"}',
         'turned = {"above": "above", "below": "below"}',
         LADDERS,
+    ),
+    Mutant(
+        "rows of several parts stay in the order of the parts",
+        "features.py",
+        "return _rows_at(_joined(found), np.argsort(order))",
+        "return _joined(found)",
+        FEATURES,
+    ),
+    Mutant(
+        "a stream goes on from its first batch",
+        "features.py",
+        "since % len(self._cuts(self._fitted)), None)",
+        "0, None)",
+        FEATURES,
+    ),
+    Mutant(
+        "another batch in a stream is not noticed",
+        "features.py",
+        "if batch is None or self._teacher.fingerprint(batch) != self._prints[number]:",
+        "if batch is None:",
+        FEATURES,
+    ),
+    Mutant(
+        "images held out are fitted to as well",
+        "features.py",
+        "            first.append({name: value[:cut, ...] for name, value in rows.items()})",
+        "            first.append(rows)",
+        FEATURES,
+    ),
+    Mutant(
+        "rows on disk are those of any images",
+        "features.py",
+        '{**marks, "images": prints[-1]}',
+        "marks",
+        FEATURES,
+    ),
+    Mutant(
+        "pixels that no patch covers are of the last row",
+        "features.py",
+        "return rows[rows < grid[0], None] * grid[1]",
+        "return np.minimum(rows, grid[0] - 1)[:, None] * grid[1]",
+        FEATURES,
+    ),
+    Mutant(
+        "a loss as low as the lowest counts as lower",
+        "fitting.py",
+        "if loss < (math.inf if self.best is None else self.best[0]):",
+        "if loss <= (math.inf if self.best is None else self.best[0]):",
+        FITTING,
+    ),
+    Mutant(
+        "a fit ends one check too late",
+        "fitting.py",
+        "if standing.checks_since >= recipe.patience:",
+        "if standing.checks_since > recipe.patience:",
+        FITTING,
+    ),
+    Mutant(
+        "half a step is written",
+        "fitting.py",
+        "if whole and saved is not None:",
+        "if saved is not None:",
+        FITTING,
+    ),
+    Mutant(
+        "weights are kept at every check",
+        "fitting.py",
+        "if standing.best is not None and standing.best[1] == standing.step:",
+        "if standing.best is not None:",
+        FITTING,
+    ),
+    Mutant(
+        "a learning rate that does not fall to zero",
+        "fitting.py",
+        "(1 + math.cos(math.pi * step / self.steps)) / 2",
+        "(1 + math.cos(math.pi * step / self.steps / 2)) / 2",
+        FITTING,
+    ),
+    Mutant(
+        "another fit is resumed",
+        "fitting.py",
+        '        require_metadata("resume", self.file, self.marks, found)\n',
+        "",
+        FITTING,
     ),
 )
 
