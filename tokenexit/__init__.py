@@ -28,6 +28,7 @@ from tokenexit import (
     tokens,
     training,
     weights,
+    windows,
 )
 from tokenexit.errors import TokenExitError
 
@@ -57,4 +58,5 @@ __all__ = [
     "tokens",
     "training",
     "weights",
+    "windows",
 ]

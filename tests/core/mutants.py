@@ -40,6 +40,7 @@ SEMANTIC = ("test_semantic", "test_static")
 TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_schedule",), ("test_cost",)
 GATES = ("test_gates",)
 EXITS, LADDERS = ("test_exits",), ("test_ladders",)
+WINDOWS, PREDICTION = ("test_windows",), ("test_prediction",)
 
 MUTANTS = (
     Mutant(
@@ -797,6 +798,55 @@ MUTANTS = (
         'turned = {"above": "below", "below": "above"}',
         'turned = {"above": "above", "below": "below"}',
         LADDERS,
+    ),
+    Mutant(
+        "the last window is not shifted back to the edge",
+        "windows.py",
+        "return [*range(0, last, stride), last]",
+        "return [*range(0, last + 1, stride)]",
+        WINDOWS,
+    ),
+    Mutant(
+        "shares of windows lean to one side",
+        "windows.py",
+        "xp.abs(2 * steps + 1 - side)",
+        "xp.abs(2 * steps - side)",
+        WINDOWS,
+    ),
+    Mutant(
+        "scores of windows are added up without their shares",
+        "windows.py",
+        "(image, *_under(windows, corner, axis - 1)), share * pixels)",
+        "(image, *_under(windows, corner, axis - 1)), pixels)",
+        WINDOWS,
+    ),
+    Mutant(
+        "scores of windows in half precision",
+        "windows.py",
+        "xp.result_type(scores.dtype, xp.float32)",
+        "scores.dtype",
+        WINDOWS,
+    ),
+    Mutant(
+        "pictures of a batch in the order of their groups",
+        "prediction.py",
+        "rows[number] = row",
+        "rows[sum(map(bool, rows))] = row",
+        PREDICTION,
+    ),
+    Mutant(
+        "every thread builds a model",
+        "prediction.py",
+        "        with self._lock:\n            if",
+        "        with threading.Lock():\n            if",
+        PREDICTION,
+    ),
+    Mutant(
+        "a certificate for pictures of another size",
+        "prediction.py",
+        "shown = tuple(self.size) if raw and self.size is not None else (height, width)",
+        "shown = wanted",
+        PREDICTION,
     ),
 )
 
