@@ -30,6 +30,7 @@ from tokenexit import (
     tokens,
     training,
     weights,
+    windows,
 )
 from tokenexit.errors import TokenExitError
 
@@ -61,4 +62,5 @@ __all__ = [
     "tokens",
     "training",
     "weights",
+    "windows",
 ]

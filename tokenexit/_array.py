@@ -10,6 +10,7 @@ from tokenexit.errors import require
 
 __all__ = [
     "Array",
+    "add_at",
     "aligned",
     "array_namespace",
     "comparable",
@@ -19,6 +20,7 @@ __all__ = [
     "filled",
     "first_k",
     "in_64_bits",
+    "in_numpy",
     "is_array",
     "is_jax_array",
     "is_traced",
@@ -64,6 +66,18 @@ def device(value: Array, /) -> Any:
 def is_jax_array(value: Any, /) -> bool:
     """Whether `value` is an array of JAX, traced or not."""
     return not _is_torch(value) and array_api_compat.is_jax_array(value)
+
+
+def add_at(total: Array, place: tuple[Any, ...], values: Array, /) -> Array:
+    """`total` with `values` added at a place: in `total` itself, but in JAX, whose arrays do not change.
+
+    Indexing gives a view of all libraries but JAX; `total[place] += values` would write it back into itself once more.
+    """
+    if is_jax_array(total):
+        return total.at[place].add(values)
+    view = total[place]
+    view += values
+    return total
 
 
 def aligned(values: Array, axes: int, /) -> Array:
@@ -229,6 +243,15 @@ def with_doubles(values: Array, /) -> Array:
     """The same array in a library that has double precision: NumPy in the place of JAX, which needs a switch for it."""
     if not is_jax_array(values):
         return values
+    import numpy as np
+
+    return np.asarray(values)
+
+
+def in_numpy(values: Array, /) -> Any:
+    """An array of any library as one of NumPy, in the memory of the CPU."""
+    if _is_torch(values):
+        return values.cpu().numpy()
     import numpy as np
 
     return np.asarray(values)

@@ -7,14 +7,13 @@ wherever a batch is cut.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
-from tokenexit._array import Array, array_namespace, device, take
+from tokenexit._array import Array, array_namespace, counting, device, plain, searchsorted, take
 from tokenexit._plain import Progress
 from tokenexit.area import Area
 from tokenexit.errors import TokenExitError, require
@@ -128,7 +127,7 @@ class Cached:
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = [part for part in parts if _length(part)]
         require(len(self._parts) > 0, "images", "give finite tokens", "NaN or infinity for every patch")
-        self._starts = np.cumsum([0, *map(_length, self._parts)])
+        self._starts = [0, *accumulate(map(_length, self._parts))]
 
     def draws(self, size: int, draw: Draw, _since: int, /) -> Iterator[Rows]:
         """Rows drawn from all of them.
@@ -138,7 +137,7 @@ class Cached:
             draw: Draws them.
         """
         while True:
-            yield self._at(draw(int(self._starts[-1]), size))
+            yield self._at(draw(self._starts[-1], size))
 
     def chunks(self) -> Iterator[Rows]:
         """All rows, in pieces."""
@@ -152,12 +151,14 @@ class Cached:
         """The rows at these places, in their order; each part is asked once."""
         if len(self._parts) == 1:
             return _rows_at(self._parts[0], index)
-        places = np.asarray(index)
-        order = np.argsort(places, kind="stable")
-        cuts = np.searchsorted(places[order], self._starts)
+        xp = array_namespace(index)
+        order = xp.argsort(index)
+        ordered = take(index, order)
+        starts = xp.asarray(self._starts, dtype=index.dtype, device=device(index))
+        cuts = [int(count) for count in plain(searchsorted(ordered, starts))]
         asked = zip(self._parts, self._starts, cuts, cuts[1:], strict=False)
-        found = [_rows_at(part, places[order[low:high]] - start) for part, start, low, high in asked if low < high]
-        return _rows_at(_joined(found), np.argsort(order))
+        found = [_rows_at(part, ordered[low:high] - start) for part, start, low, high in asked if low < high]
+        return _rows_at(_joined(found), xp.argsort(order))
 
 
 class Streamed:
@@ -301,26 +302,26 @@ def gathered(
 
 
 def pixel_patches(
-    size: tuple[int, int], grid: tuple[int, int], area: Area | None = None, /
-) -> Int[np.ndarray, "rows columns"]:
-    """Patch of each pixel of a label map, in row-major order of the grid.
+    labels: Integer[Array, "images height width"], grid: tuple[int, int], area: Area | None = None, /
+) -> Int[Array, "rows columns"]:
+    """Patch of each pixel of label maps, in row-major order of the grid.
 
-    A pixel belongs to the one patch that its upper left corner is in, whatever the size of the label map.
+    A pixel belongs to the one patch that its upper left corner is in, whatever the size of the maps.
 
     Args:
-        size: Height and width of the label map.
+        labels: The label maps.
         grid: Height and width of the grid of patches.
         area: The area of the image that the grid covers; all of it if left out.
 
     Returns:
-        Numbers from 0 up, for the pixels that patches cover: the first rows and columns of the map.
+        Numbers from 0 up, for the pixels that patches cover: the first rows and columns of the maps.
     """
     covered, image = ((1, 1), (1, 1)) if area is None else (area.covered, area.image)
     rows, columns = (
-        np.arange(side) * (patches * whole) // (side * reach)
-        for side, patches, whole, reach in zip(size, grid, image, covered, strict=True)
+        counting(min(side, -(-side * reach // whole)), labels) * (patches * whole) // (side * reach)
+        for side, patches, reach, whole in zip(labels.shape[1:], grid, covered, image, strict=True)
     )
-    return rows[rows < grid[0], None] * grid[1] + columns[columns < grid[1]]
+    return rows[:, None] * grid[1] + columns[None, :]
 
 
 def _held_out(images: int, share: float) -> int:

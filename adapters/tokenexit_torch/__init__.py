@@ -8,6 +8,7 @@ model = tet.wrap(vit, schedule.neighbours(), num_classes=19)
 out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
+from tokenexit.windows import Windows
 from tokenexit_torch import attention as attention
 from tokenexit_torch import exits as exits
 from tokenexit_torch import gates as gates
@@ -30,7 +31,7 @@ from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.protocol import Embedded, Host
 from tokenexit_torch.inference.export import export_onnx, export_program
 from tokenexit_torch.inference.predictor import Predictor
-from tokenexit_torch.inference.windows import WindowedOutput, Windows, sliding
+from tokenexit_torch.inference.windows import WindowedOutput, sliding
 from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic.model import SemanticModel, SemanticOutput
 from tokenexit_torch.training.fitting import fit_exits

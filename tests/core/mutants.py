@@ -41,6 +41,7 @@ TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_sche
 GATES = ("test_gates",)
 EXITS, LADDERS = ("test_exits",), ("test_ladders",)
 FEATURES, FITTING = ("test_features",), ("test_fitting",)
+WINDOWS, PREDICTION = ("test_windows",), ("test_prediction",)
 
 MUTANTS = (
     Mutant(
@@ -802,7 +803,7 @@ MUTANTS = (
     Mutant(
         "rows of several parts stay in the order of the parts",
         "features.py",
-        "return _rows_at(_joined(found), np.argsort(order))",
+        "return _rows_at(_joined(found), xp.argsort(order))",
         "return _joined(found)",
         FEATURES,
     ),
@@ -835,10 +836,10 @@ MUTANTS = (
         FEATURES,
     ),
     Mutant(
-        "pixels that no patch covers are of the last row",
+        "pixels that no patch covers are of patches below the grid",
         "features.py",
-        "return rows[rows < grid[0], None] * grid[1]",
-        "return np.minimum(rows, grid[0] - 1)[:, None] * grid[1]",
+        "min(side, -(-side * reach // whole))",
+        "side",
         FEATURES,
     ),
     Mutant(
@@ -882,6 +883,55 @@ MUTANTS = (
         '        require_metadata("resume", self.file, self.marks, found)\n',
         "",
         FITTING,
+    ),
+    Mutant(
+        "the last window is not shifted back to the edge",
+        "windows.py",
+        "return [*range(0, last, stride), last]",
+        "return [*range(0, last + 1, stride)]",
+        WINDOWS,
+    ),
+    Mutant(
+        "shares of windows lean to one side",
+        "windows.py",
+        "xp.abs(2 * steps + 1 - side)",
+        "xp.abs(2 * steps - side)",
+        WINDOWS,
+    ),
+    Mutant(
+        "scores of windows are added up without their shares",
+        "windows.py",
+        "(image, *_under(windows, corner, axis - 1)), share * pixels)",
+        "(image, *_under(windows, corner, axis - 1)), pixels)",
+        WINDOWS,
+    ),
+    Mutant(
+        "scores of windows in half precision",
+        "windows.py",
+        "xp.result_type(scores.dtype, xp.float32)",
+        "scores.dtype",
+        WINDOWS,
+    ),
+    Mutant(
+        "pictures of a batch in the order of their groups",
+        "prediction.py",
+        "rows[number] = row",
+        "rows[sum(map(bool, rows))] = row",
+        PREDICTION,
+    ),
+    Mutant(
+        "every thread builds a model",
+        "prediction.py",
+        "        with self._lock:\n            if",
+        "        with threading.Lock():\n            if",
+        PREDICTION,
+    ),
+    Mutant(
+        "a certificate for pictures of another size",
+        "prediction.py",
+        "shown = tuple(self.size) if raw and self.size is not None else (height, width)",
+        "shown = wanted",
+        PREDICTION,
     ),
 )
 

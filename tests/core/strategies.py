@@ -23,6 +23,7 @@ from tokenexit.policies import (
     never,
 )
 from tokenexit.schedule import Exit, Schedule
+from tokenexit.windows import Windows
 
 ODD = [np.nan, np.inf, -np.inf, 7e4, -7e4, 0.0]
 
@@ -38,6 +39,14 @@ def logits(tokens=st.integers(0, 40), classes=st.integers(2, 9), odd=True):
     value = st.floats(-20, 20, width=32) | st.integers(-3, 3).map(float)
     value = value | st.sampled_from(ODD) if odd else value
     return st.tuples(tokens, classes).flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=value))
+
+
+@st.composite
+def windows(draw, largest=40):
+    """Windows of sides up to `largest`."""
+    size = draw(st.tuples(*[st.integers(1, largest)] * 2))
+    stride = tuple(draw(st.integers(1, side)) for side in size)
+    return Windows(size, stride, draw(st.integers(1, 9)), draw(st.sampled_from(["uniform", "linear"])))
 
 
 def running(images=st.integers(0, 4), slots=st.integers(0, 12)):

@@ -164,7 +164,7 @@ SIDE = st.integers(1, 9)
 @given(size=st.tuples(SIDE, SIDE), grid=st.tuples(SIDE, SIDE), area=st.none() | st.tuples(SIDE, SIDE, SIDE, SIDE))
 def test_a_pixel_is_of_the_patch_that_its_upper_left_corner_is_in(size, grid, area):
     covered, image = ((1, 1), (1, 1)) if area is None else (area[:2], area[2:])
-    patch = pixel_patches(size, grid, None if area is None else Area(covered, image))
+    patch = pixel_patches(np.zeros((1, *size), int), grid, None if area is None else Area(covered, image))
     for row in range(size[0]):
         for column in range(size[1]):
             at = tuple(

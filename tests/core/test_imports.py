@@ -9,7 +9,8 @@ USE = """
 import numpy as np
 import tokenexit
 from tokenexit import adapting, carries, cost, folders, heads, ledger, manifest, policies
-from tokenexit import retention, schedule, scores, sealed, semantic, surroundings, tokens, training, weights
+from tokenexit import prediction, retention, schedule, scores, sealed, semantic, surroundings, tokens, training, weights
+from tokenexit.windows import Windows, blended, crops
 from tokenexit.guarantees import calibrate, calibration, certificate, drift, ladders, risks
 logits, mask = np.ones((6, 3), np.float32), np.ones((2, 3), bool)
 packing = tokens.pack(mask)
@@ -64,6 +65,17 @@ assert carries.from_dict(carries.to_dict(carries.Feature())) == carries.Feature(
 windows = semantic.stvit_r().windows(9, 14)
 pooled, _ = semantic.pool(np.ones((1, 9, 14, 2), np.float32), windows, to=(3, 3))
 semantic.neighbourhoods(semantic.join(pooled, windows.pooled((3, 3))), windows.pooled((3, 3)), size=(9, 9))
+cut = Windows((4, 4), (2, 2), blend="linear")
+seen = np.concatenate(list(crops(np.ones((2, 3, 5, 9), np.float32), cut)))
+blended(seen, cut, size=(5, 9), upsample=lambda some: some)
+class Toy(prediction.Predictor):
+    weights = {np.ndarray: "an array"}
+    def placed(self, built, /): return plan
+    def fingerprints(self, model, /, *, resolution, preprocessing): return None
+    def image_shape(self, model, /): return (3, 4, 4)
+    def segment(self, model, pictures, /): return prediction.Segmented(pictures, pictures[:, 0], pictures[:, 0, 0], None)
+    def upsample(self, scores, size, area, /): return scores
+Toy(int, mean=(0,) * 3, std=(1,) * 3)({"image": np.ones((2, 3, 4, 4), np.float32)})["label"]
 labels = np.asarray([[0, 1, 1], [1, 1, 1]])
 risks.disagreement(labels, labels[::-1]), risks.error_increase(labels, labels, labels[::-1], classes=2)
 risks.iou_loss(labels, labels[::-1], classes=2, at_least=0.5)
@@ -104,6 +116,11 @@ def run(code):
 
 def test_importing_the_core_loads_no_framework():
     done = run("import tokenexit" + CHECK)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_core_needs_no_numpy():
+    done = run("import sys\nsys.modules['numpy'] = None\nimport tokenexit")
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,8 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 built: list[int] = []
 
 
-def from_folder(folder: Path, *, pause: float = 0.0) -> tet.ExitingModel:
-    """The tests' own ViT with the exits of a folder; it notes that it was built, after a pause in seconds."""
-    time.sleep(pause)
+def from_folder(folder: Path) -> tet.ExitingModel:
+    """The tests' own ViT with the exits of a folder; it notes that it was built."""
     built.append(threading.get_ident())
     return tet.load(models.plain_host(), folder)
 

@@ -1,6 +1,4 @@
-"""Sliding windows: where they lie, how they share in a pixel, and that each is an image like any other."""
-
-import itertools
+"""Sliding windows: how they share in a pixel, and that each is an image like any other."""
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import tokenexit_torch as tet
+from tests.core import strategies
 from tests.torch import models
 from tokenexit import TokenExitError, schedule
 
@@ -68,30 +67,7 @@ def slow(model, image, windows):
     return total / shares
 
 
-@st.composite
-def cuts(draw, largest=40):
-    size = draw(st.tuples(*[st.integers(1, largest)] * 2))
-    stride = tuple(draw(st.integers(1, side)) for side in size)
-    return tet.Windows(size, stride, draw(st.integers(1, 9)), draw(st.sampled_from(["uniform", "linear"])))
-
-
-@given(cuts(), st.integers(1, 100), st.integers(1, 100))
-def test_windows_lie_inside_cover_every_pixel_and_end_at_the_edge(windows, height, width):
-    corners = windows.corners(height, width)
-    assert len(set(corners)) == len(corners)
-    assert list(corners) == sorted(corners)
-    for axis, (side, window, stride) in enumerate(zip((height, width), windows.size, windows.stride, strict=True)):
-        starts = sorted({corner[axis] for corner in corners})
-        assert starts[0] == 0
-        assert starts[-1] == max(0, side - window)
-        assert all(0 < after - before <= stride for before, after in itertools.pairwise(starts))
-        assert all(start % stride == 0 for start in starts[:-1])
-        covered = {pixel for start in starts for pixel in range(start, start + window)}
-        assert covered >= set(range(side))
-        assert len(starts) == 1 + -(-max(0, side - window) // stride)
-
-
-@given(cuts(), st.integers(1, 60), st.integers(1, 60), st.integers(0, 3))
+@given(strategies.windows(), st.integers(1, 60), st.integers(1, 60), st.integers(0, 3))
 def test_what_all_windows_agree_on_comes_out(windows, height, width, count):
     images = coordinates(height, width).repeat(count, 1, 1, 1) + 1000 * torch.arange(count)[:, None, None, None]
     out = tet.sliding(Saying(), images, windows)
@@ -100,7 +76,7 @@ def test_what_all_windows_agree_on_comes_out(windows, height, width, count):
     assert out.windows.exits == (1,)
 
 
-@given(cuts(largest=8), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+@given(strategies.windows(largest=8), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
 def test_where_windows_differ_each_pixel_has_its_mean(windows, height, width, seed):
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
     model = Saying(shift=3.0)
@@ -220,12 +196,6 @@ def test_gradients_reach_the_pixels_of_every_window():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tet.Windows(8, (8, 8)), "`size` must be a height and a width from 1 up, in pixels, got 8"),
-        (lambda: tet.Windows((8, 0), (8, 8)), r"`size` must be .*, got \(8, 0\)"),
-        (lambda: tet.Windows((8, 8), (8,)), r"`stride` must be a height and a width .*, got \(8,\)"),
-        (lambda: tet.Windows((8, 8), (8, 9)), r"`stride` must be no larger than the windows, \(8, 8\), got \(8, 9\)"),
-        (lambda: tet.Windows((8, 8), (8, 8), batch=0), "`batch` must be a whole number from 1 up, got 0"),
-        (lambda: tet.Windows((8, 8), (8, 8), blend="hann"), "`blend` must be one of uniform, linear, got 'hann'"),
         (lambda: tet.sliding(Saying(), torch.zeros(1, 3, 9, 9), (8, 8)), r"`windows` must be a Windows, got \(8, 8\)"),
         (lambda: tet.sliding(Saying(), torch.zeros(3, 9, 9), WINDOWS), r"`images` must be .*, got shape \(3, 9, 9\)"),
         (lambda: tet.sliding(Saying(), torch.zeros(1, 3, 0, 9), WINDOWS), "`images` must be .* with pixels, got"),

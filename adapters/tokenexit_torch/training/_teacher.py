@@ -90,12 +90,12 @@ def label_share(
     A pixel belongs to the one patch that its upper left corner is in, whatever the size of the label map. Pixels that
     no patch covers do not count, nor do those by which an image was padded.
     """
-    images, height, width = label.shape
+    images = len(label)
     known = label != ignore
     fits = bool(((label >= 0) & (label < classes) | ~known).all())
     rule = f"have labels from 0 to {classes - 1}, or {ignore} to be ignored"
     require(fits, "images", rule, f"{int(label.min())} to {int(label.max())}")
-    patch = torch.from_numpy(pixel_patches((height, width), grid, area)).to(label.device)
+    patch = pixel_patches(label, grid, area)
     label, known = (one[:, : patch.shape[0], : patch.shape[1]] for one in (label, known))
     patches = grid[0] * grid[1]
     pixels = patch.flatten().bincount(minlength=patches)
