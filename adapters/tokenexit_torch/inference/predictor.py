@@ -39,7 +39,7 @@ class Predictor:
     It is made of plain data and pickles to it: weights never travel. The model is built at the first call, once for
     each process, also where several threads call at once; then it is in evaluation mode, and runs without gradients.
 
-    What it tells of each image:
+    Its results for each image:
 
     | name | what | shape |
     |---|---|---|
@@ -265,7 +265,7 @@ class Predictor:
 
 
 class _Tables(NamedTuple):
-    """What a model says of some images: scores of patches, or of pixels where it saw windows; and of which area."""
+    """Predictions of a model for images: scores of patches, or of pixels where it saw windows; and of which area."""
 
     scores: Tensor
     depth: Tensor
