@@ -77,7 +77,7 @@ def average_precision(
     require_coco()
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells the shell of each step
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints each step
         evaluation = COCOeval(_as_coco(truth, classes), _as_coco(found, classes), "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[smallest, float("inf")]], ["all"]
         evaluation.params.maxDets = [100]

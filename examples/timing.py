@@ -35,7 +35,7 @@ def interleaved(
     title = f"timing, batch {len(batches[0])}"
     with shell.progress(total=rounds * len(candidates), desc=title) as bar:
         for turn in range(rounds):
-            # A new order every round: nobody always runs after the same neighbour's caches and heat.
+            # A new order every round: no candidate always runs after the same neighbour's caches and heat.
             for name in random.Random(turn).sample(list(candidates), len(candidates)):
                 seconds[name].append(_seconds(candidates[name], batches, wait))
                 bar.update()

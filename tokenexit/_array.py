@@ -43,7 +43,7 @@ Array = Any
 def _is_torch(value: Any) -> bool:
     """Whether `value` is a tensor of PyTorch, which is not imported for the question.
 
-    It is asked first, and not last as array-api-compat does: whose way there is long, and warns when it is compiled.
+    It is checked first, and not last as in array-api-compat: the way there is long, and warns when it is compiled.
     """
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
@@ -114,7 +114,7 @@ def filled(shape: tuple[int, ...], value: float | bool | int, like: Array, /, *,
 
 
 def data_dependent_shapes(xp: Any, /) -> bool:
-    """Whether a library has functions such as `nonzero`; JAX, whose functions may be compiled, says no."""
+    """Whether a library has functions such as `nonzero`; False for JAX, where functions may be compiled."""
     return xp.__array_namespace_info__().capabilities()["data-dependent shapes"]
 
 

@@ -14,7 +14,7 @@ def lay_out(
 ) -> Shaped[Array, "places"]:
     """A copy of `absent` in which every token's value lies at its place.
 
-    Tokens may come in any order; no two share a place, and those whose place lies outside are left out.
+    Tokens may come in any order; no two share a place, and those with a place outside are left out.
     """
     xp = array_namespace(row, place)
     tokens, places = row.shape[0], absent.shape[0]

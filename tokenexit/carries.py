@@ -1,6 +1,6 @@
 """What a token leaves behind when it leaves, and whether it may come back: the carry of a schedule.
 
-A carry is plain frozen data. The arrays that it speaks of are kept by `tokenexit.ledger`.
+A carry is plain frozen data. The arrays that it refers to are kept by `tokenexit.ledger`.
 """
 
 from collections.abc import Mapping
@@ -59,14 +59,14 @@ class Feature:
 
 @dataclass(frozen=True)
 class Preserved:
-    """A token waits, its feature as it is, and a later gate may call it back (SViT, WACV 2024, section 3.2).
+    """Skipped tokens keep their feature, and a later gate may reactivate them (SViT, WACV 2024, section 3.2).
 
-    Each gate decides which tokens run until the next one. What waited is among the others again for whatever reads the
-    map.
+    Each gate decides which tokens run until the next one. Skipped tokens are among the others again for whatever reads
+    the map.
 
     Attributes:
-        returning: Whether a token that waited is asked again: at `every gate`, or `never`, which makes it wait for good
-            (as pruning does; SViT, section 4, compares them).
+        returning: Whether a skipped token may be reactivated: at `every gate`, or `never`, which skips it for good (as
+            pruning does; SViT, section 4, compares them).
         keys: Key set of active tokens: the `running` ones alone, published; or `all`, skipped tokens as well, with the
             features they have, which saves less.
         before: What all tokens run again for: the `decoder`, whatever reads the last block's tokens, or the

@@ -19,7 +19,17 @@ from tokenexit.errors import require
 from tokenexit.heads import HeadCost, HeadPlan, atm_head
 from tokenexit.semantic import SemanticPlan, require_room
 
-__all__ = ["Cost", "HeadCost", "Repacking", "Waiting", "plain_vit", "of_head", "atm_head", "upsampling", "token_blocks"]
+__all__ = [
+    "Cost",
+    "HeadCost",
+    "Repacking",
+    "SkippingCost",
+    "plain_vit",
+    "of_head",
+    "atm_head",
+    "upsampling",
+    "token_blocks",
+]
 
 _NOTHING = HeadCost(0)
 
@@ -65,8 +75,8 @@ class Repacking:
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """What an image costs in a network with gates, in multiply-adds.
+class SkippingCost:
+    """Cost of an image in a network with gates, which skip tokens, in multiply-adds.
 
     Attributes:
         network: Patch embedding, blocks on those that run, and the final head, which reads all patches.
@@ -136,7 +146,7 @@ class Cost:
                 block show in `tokens_per_block`.
 
         Returns:
-            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
+            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX by default).
 
         Raises:
             TokenExitError: If the blocks are not those of this cost, an exit has no head, or `head_on` is unknown.
@@ -180,9 +190,8 @@ class Cost:
 
         Args:
             running: How many tokens of each image ran through block `after`, prefix tokens included.
-            leaving: How many of them leave, which is not checked: for each image, or the same for all. An image all of
-                whose patches leave
-                is done, and its prefix tokens stop as well.
+            leaving: How many of them leave, which is not checked: for each image, or the same for all. An image of
+                which all patches leave is done, and its prefix tokens stop as well.
             after: The block that the exit follows.
             until: The block up to which leavers are missing: that of the next exit, the last before they rejoin, or
                 the end if left out. If a head follows it, they are missing there too.
@@ -247,7 +256,7 @@ class Cost:
             dim: Channels of a token, if attention has fewer; `width` if left out.
 
         Returns:
-            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
+            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX by default).
 
         Raises:
             TokenExitError: If the blocks are not those of this cost, or `keys` is unknown.
@@ -261,7 +270,7 @@ class Cost:
         skipped = self._skipped(in_64_bits(tokens_per_block), slots, self.width if dim is None else dim)
         return total + array_namespace(total).sum(skipped, axis=1)
 
-    def waiting(
+    def skipping(
         self,
         rates: Mapping[int, float],
         /,
@@ -271,11 +280,11 @@ class Cost:
         keys: Literal["running", "all"] = "running",
         before: Literal["decoder", "last block"] = "decoder",
         per_moved_element: float = 0.0,
-    ) -> Waiting:
+    ) -> SkippingCost:
         """Predict what gates cost and leave to run, for an image that keeps these shares (SViT, WACV 2024).
 
-        With few gates one decision holds for several blocks, and less is evaluated and moved; this says what that is
-        worth, and which rates a budget of multiply-adds allows.
+        With few gates one decision holds for several blocks, and less is evaluated and moved. The parts show what
+        that is worth, and which rates a budget of multiply-adds allows.
 
         Args:
             rates: Share of the patches that each gate keeps, by the blocks that run before it.
@@ -311,7 +320,7 @@ class Cost:
             network += sum(self._skipped(one, slots, self.width) for one in ran)
         # At a gate those that run are gathered; later they are put back into a copy of all.
         moved = sum(2 * (self.prefix + round(rate * patches)) + slots for rate in rates.values())
-        return Waiting(
+        return SkippingCost(
             network=network,
             gates=len(rates) * (slots * gate.per_token + gate.fixed),
             moving=round(moved * self.width * per_moved_element),

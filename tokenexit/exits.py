@@ -28,7 +28,7 @@ class HeadOutput:
 
     Attributes:
         logits: Class scores before softmax.
-        class_scores: Scores of a mask head, which are not a softmax's (`scores.mask_scores`), where a policy is asked.
+        class_scores: Scores of a mask head, which are not a softmax's (`scores.mask_scores`), for a policy.
         mask_logits: Masks of a mask head.
         presence_logits: Presence of every class in every image, by a mask head; of an image without tokens finite, and
             of no meaning.
@@ -80,7 +80,7 @@ def decide(
 ) -> Decision:
     """Decide which tokens leave at an exit point.
 
-    An image all of whose patches leave is finished: its prefix tokens, and the centres of its cells, leave with them.
+    When all patches of an image leave, it is finished: prefix tokens, and centres of its cells, leave with them.
 
     Args:
         policy: The exit policy.
@@ -91,7 +91,8 @@ def decide(
         grid: Height and width of the patch grid.
         prefix: Tokens of an image that come before its patches, and run as long as any of these does.
         exit: Which of the exit points this is, from 0.
-        cell: Side of the cells whose centres run on and stand for the others (`tokenexit.cells`); None without cells.
+        cell: Side of the cells of which the centres run on and represent the others (`tokenexit.cells`); None without
+            cells.
 
     Returns:
         The decision.

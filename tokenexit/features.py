@@ -148,7 +148,7 @@ class Cached:
                 yield {name: value[start:stop, ...] for name, value in part.items()}
 
     def _at(self, index: Int[Array, "drawn"]) -> Rows:
-        """The rows at these places, in their order; each part is asked once."""
+        """The rows at these places, in their order; each part is read once."""
         if len(self._parts) == 1:
             return _rows_at(self._parts[0], index)
         xp = array_namespace(index)
@@ -156,8 +156,8 @@ class Cached:
         ordered = take(index, order)
         starts = xp.asarray(self._starts, dtype=index.dtype, device=device(index))
         cuts = [int(count) for count in plain(searchsorted(ordered, starts))]
-        asked = zip(self._parts, self._starts, cuts, cuts[1:], strict=False)
-        found = [_rows_at(part, ordered[low:high] - start) for part, start, low, high in asked if low < high]
+        parts = zip(self._parts, self._starts, cuts, cuts[1:], strict=False)
+        found = [_rows_at(part, ordered[low:high] - start) for part, start, low, high in parts if low < high]
         return _rows_at(_joined(found), xp.argsort(order))
 
 

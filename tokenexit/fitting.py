@@ -228,7 +228,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well the exit heads foretell the final head, or the decoder; `str(report)` says it in words.
+    """Agreement of the exit heads with the final head, or the decoder; `str(report)` is its text.
 
     Attributes:
         agreement: Fraction of the patches fitted to on which the exit head and the final head, or the decoder, predict

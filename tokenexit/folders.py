@@ -359,7 +359,7 @@ def _difference(file: Path, weights: Weights) -> str | None:
 
 
 def _present(folder: Path, kind: Kind) -> tuple[Path, tuple[int, int]] | None:
-    """The weights of the save that is there, and what tells whether they have been written anew."""
+    """The weights of the save that is there, and what shows whether they have been written anew."""
     with suppress(TokenExitError, OSError):
         data = parse(text_of(folder / f"{kind}.json", "folder"))
         file = folder / Weights.from_dict(data.get("weights"), kind).file

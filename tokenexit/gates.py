@@ -181,8 +181,8 @@ def ratio_loss(
     Args:
         keep: Decisions, 1 or 0, with gradients (`soft_draw`).
         rates: Share of the patches that each gate is to keep.
-        of_each: Whose share. Of the `batch`: images trade with each other, and the rate follows the image; published.
-            Of each `image`: all images have one rate.
+        of_each: Unit of the rate. Of the `batch`: images trade with each other, and the rate follows the image;
+            published. Of each `image`: all images have one rate.
         valid: Patches that are no padding; all, if left out.
 
     Returns:
@@ -320,7 +320,7 @@ def coin_for(after: int, /, *, rates: Mapping[int, float], deciding: Iterable[in
     """Bernoulli rate of random decisions that realise a gate's keep ratio.
 
     Args:
-        after: The gate in whose place random decisions stand.
+        after: The gate that random decisions replace.
         rates: Share of all patches that each gate is to keep.
         deciding: The gates that decide, by the blocks before them.
         returning: As in `carries.Preserved`: if `never`, decisions are about the patches kept by the gate before.

@@ -57,7 +57,7 @@ class HeadCost:
             tokens: How many tokens of each image the head reads; it does not run for an image without any.
 
         Returns:
-            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX, unless told).
+            Multiply-adds per image: int64, or float32 where the library has no 64-bit integers (JAX by default).
         """
         xp = array_namespace(tokens)
         tokens = in_64_bits(tokens)
@@ -146,11 +146,11 @@ class FCN(HeadPlan):
 class Neighbourhood(HeadPlan):
     """Two linear layers with a GELU between them, on a token and the mean of its neighbourhood, each standardised.
 
-    New in this library: for networks whose early blocks were not taught to be read (`tokenexit.surroundings`). Of a
-    neighbourhood what still runs is seen.
+    New in this library: for networks with early blocks that were not trained to be read (`tokenexit.surroundings`). Of
+    a neighbourhood, the head reads what still runs.
 
     Attributes:
-        hidden: Channels between the layers; the width of the tokens if None.
+        hidden: Channels between the layers; those of the tokens if None.
         radius: The neighbourhood is the square of 2 radius + 1 places around the token.
     """
 

@@ -61,7 +61,7 @@ def open_ledger(
     """An empty ledger for the batch of `receipt`.
 
     Args:
-        logits: Class scores whose class count and dtype the ledger takes, in the layout of the receipt.
+        logits: Class scores, in the layout of the receipt; the ledger takes their class count and dtype.
         receipt: The receipt of any row, or selection, of the batch.
         features: Features, in the same layout, if the ledger is to keep them too.
         presence_logits: Presence of classes by a mask head, if the ledger is to keep masks too.
@@ -111,7 +111,7 @@ def record(
         leave: Which of them leave. Entries that are not valid hold no token, and leave nothing behind.
         logits: The class scores of all of them, with one more axis.
         depth: How many blocks they have run through.
-        score: How confident they are; the softmax of `logits` says so if left out, which does not suit an ATM head.
+        score: How confident they are; by the softmax of `logits` if left out, which does not suit an ATM head.
         features: Their features, if the ledger keeps them.
 
     Returns:
@@ -182,7 +182,7 @@ def fold_leavers(
 ) -> Float[Array, "..."]:
     """Average the mean of the leavers into one token of their image, which stays (DoViT, 2023, section 3.2).
 
-    So attention still knows of those that left, by one token that speaks for all of them.
+    So attention still includes those that left, by one token that represents all of them.
 
     Args:
         features: Features of the tokens that run, in the layout of the receipt.

@@ -206,7 +206,7 @@ def read(folder: str | Path, kind: Kind, /) -> tuple[HeadManifest | SemanticMani
 def require_network(
     manifest: HeadManifest | SemanticManifest, kind: Kind, /, *, argument: str, width: int, depth: int
 ) -> None:
-    """Raise a `TokenExitError` unless a network is like the one that was saved, as far as a manifest tells.
+    """Raise a `TokenExitError` unless a network is like the one that was saved, as far as a manifest shows.
 
     Args:
         manifest: What was saved.
@@ -311,7 +311,7 @@ def head_specs(manifest: HeadManifest, kind: Kind, one: Mapping[str, Spec], /) -
 
 
 def weights_rule(kind: Kind, /) -> str:
-    """The rule that a folder breaks whose weights are not as its manifest describes, for errors.
+    """The rule, for errors, that a folder breaks if its weights are not as its manifest describes.
 
     Args:
         kind: What was saved.

@@ -113,7 +113,7 @@ def top_k_per_group(
     if groups > xp.iinfo(group.dtype).max:  # class maps of 8 bits
         group = xp.astype(group, counting(0, group).dtype)
     eager = data_dependent_shapes(xp)
-    # An accelerator sorts sooner than it tells the host how many tokens remain.
+    # An accelerator sorts sooner than the host learns how many tokens remain.
     if eager and candidate.ndim == 1 and candidate.shape[0] > FEW_TO_SORT and on_host(candidate):
         find = _in_ragged_row
     elif not eager and groups <= FEW_GROUPS and k <= FEW_ROUNDS:

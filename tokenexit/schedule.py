@@ -266,7 +266,7 @@ def neighbours(
             twelve blocks and thousands of tokens.
         threshold: Confidence that the token and its neighbours must exceed; one for all exits or one for each.
         per_class: Most confident leavers of each predicted class that stay, per image and exit.
-        cell: Side of the cells whose middle stands for those that have left, if any does; with 3, train with it.
+        cell: Side of the cells in which the centre represents those that have left, if any does; with 3, train with it.
 
     Returns:
         The schedule.
@@ -340,7 +340,7 @@ def paumer(
     threshold: Threshold | Mapping[int, Threshold] | None = None,
     keep: Mapping[int, float] | None = None,
 ) -> Schedule:
-    """Patch Pausing (PAUMER, BMVC 2022): tokens whose entropy is low pause, and rejoin for the decoder.
+    """Patch Pausing (PAUMER, BMVC 2022): tokens of low entropy pause, and rejoin for the decoder.
 
     The paper gives neither blocks nor thresholds, for it draws them anew in every training step. The defaults are ours,
     from the measurements in the benchmarks of the documentation.

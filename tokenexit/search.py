@@ -30,9 +30,9 @@ class Space:
     Attributes:
         after: Blocks that may have an exit, ascending.
         thresholds: Confidences that an exit may ask for, ascending.
-        radii: Radii that it may have, ascending; with 0 it asks no neighbour.
+        radii: Radii that it may have, ascending; with 0 it reads no neighbour.
         per_class: Most confident leavers of each predicted class that stay.
-        cell: Side of the cells whose middle stands for those that have left; None for none.
+        cell: Side of the cells in which the centre represents those that have left; None for none.
     """
 
     after: tuple[int, ...]

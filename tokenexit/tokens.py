@@ -210,7 +210,7 @@ def repack(
 
     Returns:
         The receipt of the shorter row, and which rows of the present one it takes: `new = old[rows]`, the one
-        gather of an exit point. The new receipt still speaks of the slots of the original batch.
+        gather of an exit point. The new receipt still refers to the slots of the original batch.
 
     Raises:
         TokenExitError: If `stay` does not hold the tokens of `packing`.
@@ -262,7 +262,7 @@ def reselect(
         capacity: Entries for every image, from now on.
 
     Returns:
-        The receipt of the smaller layout, which still speaks of the slots of the original batch; which entry of the
+        The receipt of the smaller layout, which still refers to the slots of the original batch; which entry of the
         present layout each of its entries takes; and which present entries are surplus.
 
     Raises:
@@ -321,8 +321,8 @@ def gather(x: Shaped[Array, "images slots *rest"], receipt: Receipt, /) -> Shape
         receipt: The receipt.
 
     Returns:
-        `(tokens, *rest)` for a `Packing`; `(images, capacity, *rest)` for a `Selection`, whose entries that are not
-        valid hold the value of some slot.
+        `(tokens, *rest)` for a `Packing`; `(images, capacity, *rest)` for a `Selection`, in which entries that are
+        not valid hold the value of some slot.
 
     Raises:
         TokenExitError: If `x` does not start with the images and slots of `receipt`.

@@ -75,7 +75,7 @@ def require_specs(argument: str, rule: str, wanted: Mapping[str, Spec], found: M
     Raises:
         TokenExitError: If a name is missing or unknown, or a shape or kind of number differs; up to four are named.
     """
-    every = [*sorted(found), *sorted({*wanted} - {*found})]  # what is there tells more than what is missing
+    every = [*sorted(found), *sorted({*wanted} - {*found})]  # what is there shows more than what is missing
     shapes, there = ({name: one.shape for name, one in specs.items()} for specs in (wanted, found))
     names = [name for name in every if shapes.get(name) != there.get(name)]
     got = ", ".join(f"{name}: {there.get(name)} instead of {shapes.get(name)}" for name in names[:4])

@@ -34,7 +34,7 @@ def multiply_adds(function: Callable, /, *arguments: Any, part: str = "function"
         The count.
 
     Raises:
-        TokenExitError: If it has kernels of its own, whose products its program does not tell, or is of one shard.
+        TokenExitError: If it has kernels of its own, with products that its program does not show, or is of one shard.
     """
     program = jax.make_jaxpr(function)(*arguments).jaxpr
     opaque = sorted(name for name in _names(program) if name.startswith(_OPAQUE))

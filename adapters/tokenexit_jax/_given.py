@@ -27,7 +27,7 @@ def require_count(value: Any, argument: str, /) -> None:
 
 
 def require_images(images: Any, /) -> None:
-    """Raise a `TokenExitError` unless images are an array, or a pytree of arrays, whose first axis is the images.
+    """Raise a `TokenExitError` unless images are an array, or a pytree of arrays, with the images along the first axis.
 
     What else they should be only the network knows, which is handed them as they are.
     """

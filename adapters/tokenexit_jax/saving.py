@@ -102,8 +102,8 @@ def load(
     Args:
         network: The network to wrap, as for the `wrap*` that made what was saved.
         folder: Where it was written.
-        kind: What to load: `exits`, `gates` or `semantic`. If left out, what the folder holds. Named, it also tells a
-            type checker what is returned.
+        kind: What to load: `exits`, `gates` or `semantic`. If left out, what the folder holds. Named, a type
+            checker also infers what is returned.
         head: Your final head, if you gave one when exits were saved, or if there is one beside gates.
         taps: With gates: after how many blocks maps are handed out; the last if left out.
         capacities: With exits or gates: buckets, as for `wrap`.

@@ -95,15 +95,15 @@ def wrap_gates(
     taps: Iterable[int] | None = None,
     capacities: Capacities = (0.25, 0.5, 0.75, 1.0),
 ) -> GatedModel:
-    """Let the tokens of a vision transformer wait, block by block, as learned gates say (SViT, WACV 2024).
+    """Skip tokens of a vision transformer, block by block, by learned gates (SViT, WACV 2024).
 
-    It makes no weights: `GatedModel.init` does, for the gates, whose draws then let most tokens run. Train them with
+    It makes no weights: `GatedModel.init` does, for the gates; their draws then keep most tokens. Train them with
     `sampled`, then find their thresholds with `gate_thresholds`. Run `check` once with your parameters.
 
     Args:
         network: The network, as pure functions.
-        schedule: After which blocks there is a gate, and which tokens wait; `schedule.svit()` if left out. Any policy
-            that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        schedule: After which blocks there is a gate, and which tokens it skips; `schedule.svit()` if left out. Any
+            policy that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
             parameters of the network. None: maps only, for a decoder of yours.
         gates: A plan for the gates, which give two logits, keep and skip. `heads.MLP` with a quarter of the channels
@@ -112,7 +112,7 @@ def wrap_gates(
         capacities: Buckets, as fractions of the slots of an image, prefix tokens among them: what runs after a gate is
             held by the smallest bucket that holds the fullest image. For all gates, or for each. A single one is a
             fixed budget, with one static shape. If the greatest is less than 1, the tokens that the gate is least sure
-            to keep and that it has no room for wait as well, and are counted in `GatedOutput.overflow`.
+            to keep and that it has no room for are skipped as well, and are counted in `GatedOutput.overflow`.
 
     Returns:
         The model with gates.
@@ -196,10 +196,10 @@ def check(
 ) -> None:
     """See that the parts of a network do what the runner counts on; run it once, when parameters are there.
 
-    That the blocks in turn are the dense network; that a block keeps images apart, treats its tokens as a set, whose
-    places it knows from their positions alone, does not attend to an entry that holds no token, and attends as often as
-    it should to one that stands for several; that finishing and your own head work on each token by itself; and that
-    height and width of the grid are not exchanged, where the shape of the images tells.
+    That the blocks in turn are the dense network; that a block keeps images apart, treats its tokens as a set, with
+    places from their positions alone, does not attend to an entry that holds no token, and attends as often as it
+    should to one that stands for several; that finishing and your own head work on each token by itself; and that
+    height and width of the grid are not exchanged, where the shape of the images shows it.
 
     Args:
         model: The wrapped model.
@@ -332,8 +332,8 @@ def _require_reaching(network: Network, params: Params, images: Array, known: Em
     if known.area is not None or len(heights) != 1 or not jnp.issubdtype(images.dtype, jnp.floating):
         return
     weights = jax.random.normal(jax.random.key(0), known.tokens.shape)
-    slope = jax.grad(lambda given: (weights * network.embed(params, given).tokens.astype(jnp.float32)).sum())(images)
-    last = {axis: jnp.take(slope, -1, axis=axis) for axis in (heights[0], heights[0] + 1)}
-    left_out = [axis for axis, line in last.items() if not line.any()] if slope.any() else []
+    grads = jax.grad(lambda given: (weights * network.embed(params, given).tokens.astype(jnp.float32)).sum())(images)
+    last = {axis: jnp.take(grads, -1, axis=axis) for axis in (heights[0], heights[0] + 1)}
+    left_out = [axis for axis, line in last.items() if not line.any()] if grads.any() else []
     got = f"tokens that do not depend on the last pixels along axis {left_out} of images of shape {images.shape}"
     require(not left_out, "images", f"be looked at as a whole, or {DECLARED}", got)

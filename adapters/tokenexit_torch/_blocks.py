@@ -30,7 +30,7 @@ def run_block(
     """One block on a row.
 
     Args:
-        host: Whose block.
+        host: Host of the block.
         index: Which one.
         row: The tokens.
         positions: What belongs to them.

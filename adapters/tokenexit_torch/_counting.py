@@ -100,7 +100,7 @@ def head_cost(head: nn.Module, known: Known, argument: str, /, *, width: int, li
         like: A tensor of the device and dtype of the tokens; None if there is none.
 
     Returns:
-        Its cost. A mask head says itself what it costs; if it is seen to compute more, that counts.
+        Its cost. A mask head declares its own cost; if it is seen to compute more, that counts.
 
     Raises:
         TokenExitError: If there is no telling what it costs.
@@ -286,11 +286,11 @@ def _layers(module: nn.Module) -> list[tuple[nn.Module, int]]:
         found += _layers(child)
     if isinstance(module, nn.MultiheadAttention):  # its projections in are bare parameters; that out is a layer
         return [*found, (module, module.embed_dim * (module.embed_dim + module.kdim + module.vdim))]
-    work = _said(module)
+    work = _declared(module)
     return [(module, work)] if work and not found else found
 
 
-def _said(layer: nn.Module) -> int:
+def _declared(layer: nn.Module) -> int:
     take, give = _whole(layer, "in_features"), _whole(layer, "out_features")
     if take and give:
         return take * give
@@ -299,7 +299,7 @@ def _said(layer: nn.Module) -> int:
         _whole(layer, "out_channels"),
         getattr(layer, "kernel_size", None),
     )
-    # A transposed convolution makes several pixels of one: only the counter tells what of them.
+    # A transposed convolution makes several pixels of one: only the counter sees how many.
     if take and give and isinstance(kernel, tuple) and not getattr(layer, "transposed", False):
         return take // (_whole(layer, "groups") or 1) * give * math.prod(kernel)
     return 0

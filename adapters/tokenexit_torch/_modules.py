@@ -1,4 +1,4 @@
-"""What can be asked of any module, and small modules that several files need."""
+"""Properties of any module, and small modules that several files need."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

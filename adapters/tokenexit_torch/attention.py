@@ -339,7 +339,7 @@ def per_image_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `per_image`, by the products that they are made of: weights are computed again, image by image."""
-    del offsets  # autograd is not there inside an operator, and no kernel's gradients are asked
+    del offsets  # autograd is not there inside an operator, and no kernel's gradients are needed
     factor = query.shape[3] ** -0.5 if scale is None else scale
     wide = torch.promote_types(query.dtype, torch.float32)
     found = tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
@@ -409,20 +409,20 @@ class _Keys(Attending):
         images, _, _, tokens = self._mask.shape
         fits = key.ndim == 4 and (key.shape[0], key.shape[2]) == (images, tokens)
         if not fits:
-            rule = f"have shape ({images}, heads, {tokens}, width) where tokens wait"
+            rule = f"have shape ({images}, heads, {tokens}, dim) where tokens are skipped"
             raise TokenExitError(f"`key` must {rule}, got {tuple(key.shape)}")
         return attend(query, key, value, attn_mask=self._mask, dropout_p=dropout_p, **options)
 
 
 def keys_and_values(block: Callable[[], Tensor], /, *, name: str) -> tuple[Tensor, Tensor]:
-    """What a block's tokens offer to attention; the block runs no further than there.
+    """Intercept the keys and values of a block, and abort it at its attention.
 
     Args:
         block: Runs the block on some tokens.
         name: What the block is called in an error.
 
     Returns:
-        Keys and values, `(1, heads, tokens, width)` each.
+        Keys and values, `(1, heads, tokens, dim)` each.
 
     Raises:
         TokenExitError: If the block calls no attention.
@@ -450,14 +450,14 @@ class _Offering(Attending):
 
 @contextmanager
 def attending_beside(
-    lengths: Sequence[int], waiting: Sequence[int], key: Tensor, value: Tensor, /
+    lengths: Sequence[int], skipped: Sequence[int], key: Tensor, value: Tensor, /
 ) -> Iterator[Attending]:
-    """As `attending_per_image`, and every image's tokens attend to other tokens of it as well.
+    """As `attending_per_image`, with the skipped tokens of each image as keys as well.
 
     Args:
         lengths: How many tokens of the row belong to each image, in order.
-        waiting: How many of the others belong to each image.
-        key: The keys of the others, `(1, heads, others, width)`.
+        skipped: How many skipped tokens belong to each image.
+        key: The keys of the skipped tokens, `(1, heads, skipped, dim)`.
         value: Their values.
 
     Yields:
@@ -466,7 +466,7 @@ def attending_beside(
     Raises:
         TokenExitError: From the attention call, if it carries a mask, is causal, or is not the only one of the block.
     """
-    with _Beside(lengths, key.split(list(waiting), dim=2), value.split(list(waiting), dim=2)) as mode:
+    with _Beside(lengths, key.split(list(skipped), dim=2), value.split(list(skipped), dim=2)) as mode:
         yield mode
 
 
@@ -480,7 +480,7 @@ class _Beside(Attending):
         is_causal: bool = False, **options: Any,
     ) -> Tensor:  # fmt: skip
         _require_no_mask(attn_mask, is_causal)
-        if self.calls > 1:  # the keys of those that wait are those of the first call
+        if self.calls > 1:  # the keys of skipped tokens are those of the first call
             raise TokenExitError("`block` must call attention once where all tokens are keys, got a second call")
         options["dropout_p"] = dropout_p
         own = (tensor.split(self._lengths, dim=2) for tensor in (query, key, value))

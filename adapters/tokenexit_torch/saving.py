@@ -109,7 +109,7 @@ def load(
         model: The model to wrap, as for the `wrap*` that made what was saved.
         folder: Where `save` wrote it.
         kind: What to load: `exits`, as by `wrap`; `decoder`, exits as by `wrap_decoder`; `gates`; or `semantic`. If
-            left out, what the folder holds, exits as by `wrap`. Named, it also tells a type checker what is returned.
+            left out, what the folder holds, exits as by `wrap`. Named, a type checker also infers what is returned.
         head: Your final head, if you gave one when exits were saved, or if there is one beside gates.
         exit_heads: Modules for the exit heads, if you gave modules when they were saved; their weights are loaded into
             them.

@@ -162,15 +162,15 @@ def wrap_gates(
     gates: HeadPlan | Mapping[int, nn.Module] | None = None,
     taps: Iterable[int] | None = None,
 ) -> GatedModel:
-    """Let the tokens of a vision transformer wait, block by block, as learned gates say (SViT, WACV 2024).
+    """Skip tokens of a vision transformer, block by block, by learned gates (SViT, WACV 2024).
 
     The model itself is not changed. New gates start with random weights, and their draws let most tokens run; train
     them with `Sampled`, then find their thresholds with `gate_thresholds`.
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks there is a gate, and which tokens wait; `schedule.svit()` if left out. Any policy
-            that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        schedule: After which blocks there is a gate, and which tokens it skips; `schedule.svit()` if left out. Any
+            policy that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head, from finished tokens `(..., width)` to `(..., classes)`, each token by itself. None: maps
             only, for a decoder of yours.
         gates: A plan for the gates, or the gates themselves by the blocks before them, from `(..., width)` to two

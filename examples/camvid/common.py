@@ -113,7 +113,7 @@ def _resampled(
 def ready_model(path: Path, size: tuple[int, int]) -> tuple[nn.Module, nn.Module, dict[int, nn.Module]]:
     """A fine-tuned ViT-Tiny, its final head, and its exit heads by the block they follow.
 
-    They are from one `.npz` file, whose patch embedding tells the patch size, or a run folder, which knows its own.
+    They are from one `.npz` file, with the patch size of its patch embedding, or a run folder, which records its own.
 
     Raises:
         UsageError: As for `read_npz` and `load_backbone`, if the final head is absent or a head incomplete, or those of

@@ -38,8 +38,8 @@ class Gated:
     Attributes:
         after: Blocks that have run before a gate.
         rates: Shares that the gates of each stage keep; they leave 0.65 of the multiply-adds.
-        carry: What becomes of patches that wait.
-        outcome: What the head reads of patches that wait: their features, preserved, or nothing.
+        carry: What becomes of skipped patches.
+        outcome: What the head reads of skipped patches: their features, preserved, or nothing.
         of_each: Whether the share is that of a batch, so that images differ, or that of every image.
         gate: The plan of a gate; the published one if None.
         random: Share of the decisions that are drawn by a coin.
@@ -153,11 +153,11 @@ def rates_for(model: tet.GatedModel, variant: Gated, budget: float, *, patches: 
     gate = of_head(model.gate_plan or published_gate(width), width=width, classes=2)
     cost = plain_vit(width=width, depth=model.depth, patch=_patch(model), prefix=1)
     options: dict[str, Any] = {"patches": patches, "gate": gate, "keys": carry.keys, "before": carry.before}
-    dense = cost.waiting({}, **options).total
+    dense = cost.skipping({}, **options).total
 
     def share(power: float) -> float:
         rates = {after: value**power for after, value in variant.rate.items()}
-        return cost.waiting(rates, **options).total / dense
+        return cost.skipping(rates, **options).total / dense
 
     low, high = 0.0, 20.0
     for _ in range(40):
@@ -186,7 +186,7 @@ def require_preserved(folder: Path) -> None:
     """Nothing, if the head of a run reads preserved features.
 
     Raises:
-        UsageError: If it was trained to read nothing of those that wait.
+        UsageError: If it was trained to read nothing of skipped patches.
     """
     method = recipe_of(folder)["method"]
     if method in VARIANTS and VARIANTS[method].outcome != "preserved":

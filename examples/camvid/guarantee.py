@@ -71,7 +71,7 @@ class Table:
     Attributes:
         settings: The settings.
         chains: Those that are tested one after another.
-        losses: Share of the pixels whose class is another one than in the dense run.
+        losses: Share of the pixels that get another class than in the dense run.
         costs: Multiply-adds, relative to the dense run.
         lost: By how much the mIoU over all frames is less than that of the dense run.
     """

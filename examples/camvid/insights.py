@@ -1,12 +1,12 @@
-"""What SViT (WACV 2024) found of pruning for dense tasks, asked of networks trained on CamVid, at one budget.
+"""What SViT (WACV 2024) found of pruning for dense tasks, tested on networks trained on CamVid, at one budget.
 
     python -m examples.camvid.insights --data CAMVID --runs RUN RUN_1 OTHER --json insights.json --plot rates.png
 
 A run is a folder of examples.camvid.train, with gates or with exits; runs of one method and several seeds share a row.
 Gates are run at every budget near by that they are calibrated for, and mIoU is interpolated between the two whose
 multiply-adds, as executed, lie around the one that is asked for; exits are run at the threshold that takes it. For the
-first run with gates it also tells how well thresholds keep their rates on images that they were not calibrated on, and
-how the rate follows the difficulty of an image. Runs that the results file holds are not measured again.
+first run with gates it also reports how well thresholds keep their rates on images that they were not calibrated on,
+and how the rate follows the difficulty of an image. Runs that the results file holds are not measured again.
 """
 
 import argparse
@@ -112,8 +112,8 @@ def evaluate(
 
     Args:
         model: The network.
-        plan: When tokens leave or wait.
-        variant: What the head reads of those that wait.
+        plan: When tokens leave or are skipped.
+        variant: What the head reads of skipped tokens.
         batches: The split.
         device: Where the network is.
         description: What the progress bar says.

@@ -3,7 +3,7 @@
     python -m examples.camvid.oracle --data CAMVID --run RUN --exits 4 6 8
 
 The same label is not the same prediction, because a segmentation is read off upsampled logits. So besides the real
-run there are replays, in which nobody is missed, with something else frozen in place of the leavers' logits.
+run there are replays, in which no token is missing, with something else frozen in place of the leavers' logits.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Agrees(Policy):
         """See `Policy.leaves`."""
         assert evidence.image is not None
         assert evidence.position is not None
-        # A prefix token has no place; what is said of it does not count.
+        # A prefix token has no place; its decision does not count.
         return evidence.label == self.final[evidence.image, evidence.position.clamp(min=0)]
 
 
@@ -71,7 +71,7 @@ Maps = Float[Tensor, "images classes grid_height grid_width"]
 
 @dataclass(frozen=True)
 class Seen:
-    """What the heads say of a batch if nothing leaves, and where its tokens leave.
+    """What the heads predict for a batch if nothing leaves, and where its tokens leave.
 
     Attributes:
         logits: By head, those after the exits first, the final head's last.
@@ -86,7 +86,7 @@ class Seen:
     level: Float[Tensor, "heads classes"]
 
     def frozen(self, logits: Float[Tensor, "heads images classes grid_height grid_width"]) -> Maps:
-        """Of each token, what is said at the head where it leaves."""
+        """The logits of each token at the head where it leaves."""
         where = self.left[None, :, None].expand(1, *logits.shape[1:])
         return logits.gather(0, where)[0]
 
@@ -196,7 +196,7 @@ def oracle(
 
 
 def knowing(final: Int[Tensor, "images positions"], after: Sequence[int]) -> Schedule:
-    """The oracle as a plan for one batch, whose final labels it knows."""
+    """The oracle as a plan for one batch, from its final labels."""
     return Schedule(tuple(Exit(block, Agrees(final)) for block in after))
 
 

@@ -50,11 +50,11 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Replays:
-    """One dense pass over a split, to be asked for quality and cost of any schedule.
+    """One dense pass over a split, for quality and cost of any schedule.
 
     Attributes:
         model: The network.
-        trace: What its heads say.
+        trace: What its heads predict.
         labels: Labels at half the resolution: every second row and column.
         dense: Multiply-adds of an image if nothing leaves.
     """

@@ -137,9 +137,9 @@ def compared(theirs: tet.ExitingModel, plan: Schedule, batches: data.Batches, ou
     """The PyTorch side on the same images, and where it differs.
 
     Where a patch of an image differs, all later ones may, for they no longer see the same tokens. So of such an image
-    the first exit with a difference is looked at. Each patch that differs there must be one whose decision also changes
-    when the threshold of that exit moves by 1e-4, or it must have changed places with another that is as confident
-    within 1e-4: retention and budgets go by rank.
+    the first exit with a difference is looked at. Each patch that differs there must be one with a decision that also
+    changes when the threshold of that exit moves by 1e-4, or it must have changed places with another that is as
+    confident within 1e-4: retention and budgets go by rank.
 
     Args:
         theirs: The network in PyTorch.

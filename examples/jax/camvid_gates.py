@@ -55,7 +55,7 @@ def compared(
     Args:
         ours: The network in JAX.
         theirs: The network in PyTorch.
-        plan: Who waits.
+        plan: Which tokens are skipped.
         batches: The images.
         description: What the progress bar says.
 

@@ -1,4 +1,4 @@
-"""A vision transformer of Equinox modules whose tokens leave early.
+"""A vision transformer of Equinox modules with tokens that leave early.
 
     python -m examples.jax.equinox_vit
 

@@ -64,7 +64,7 @@ def plain_on_semantic_tokens(*, classes: int) -> nn.Module:
 
 
 def stemmed_vit() -> ViT:
-    """A ViT whose patches come from a few convolutions (Xiao et al., 2021): from so few scenes it learns far sooner."""
+    """A ViT on patches from a few convolutions (Xiao et al., 2021): from so few scenes it learns far sooner."""
     vit, wide = ViT(VIT), VIT.width
     sides = ((3, wide // 4), (wide // 4, wide // 2), (wide // 2, wide))  # each halves the map: patches of 8
     steps = [layer for side in sides for layer in _halving(*side)]

@@ -4,9 +4,9 @@
 
 The network is the shipped one, which has learned to segment such scenes; over maps of four of its blocks lies a small
 detector. It is trained densely first. From there the network goes on in two ways, for as many steps at the same rates:
-with gates (SViT, WACV 2024), and densely as before, without which nobody could tell what the gates cost from what the
-additional training brings. Every step's scenes are new, and follow from the seed and the step alone, so that the same
-command goes on after an interruption as if there had been none.
+with gates (SViT, WACV 2024), and densely as before, to separate what the gates cost from what the additional training
+brings. Every step's scenes are new, and follow from the seed and the step alone, so that the same command goes on after
+an interruption as if there had been none.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def things(scene: Scene) -> Boxes:
 
 
 def dense_step(network: Network, images: Tensor, _step: int) -> Step:
-    """Nobody waits."""
+    """A step of the dense network: no token is skipped."""
     maps = network.backbone(images, schedule=schedule.dense()).maps
     return Step(network.detector(maps), torch.zeros(()), [])
 
@@ -264,7 +264,7 @@ def tested(network: Network, recipe: Recipe, plan: Schedule, *, name: str) -> di
     Args:
         network: What to test.
         recipe: How.
-        plan: Who runs.
+        plan: Which tokens run.
         name: What the progress bar says.
     """
     network.eval()
@@ -298,7 +298,7 @@ def precision_of(found: list[Boxes], truth: list[Boxes], recipe: Recipe) -> Prec
 
 @torch.inference_mode()
 def detector_multiply_adds(network: Network, recipe: Recipe) -> float:
-    """What neck and head execute for one image, whoever has waited in the network."""
+    """What neck and head execute for one image, whichever tokens the network has skipped."""
     height, width = (side // network.backbone.host.image_shape[-2] * 4 for side in recipe.size)
     maps = {tap: torch.zeros(1, network.backbone.host.width, height, width) for tap in TAPS}
     return multiply_adds(lambda: network.detector.eval()(maps))

@@ -172,7 +172,7 @@ def train(model: tet.ExitingModel, recipe: Recipe, out: Path, every: int) -> Non
     parts |= {f"rate{i}": each for i, each in enumerate(rates)}
     start = checkpoints.resume(out / CHECKPOINT, asdict(recipe), parts)
     normalised = partial(runs.normalised, about(recipe))
-    # One worker draws the next scenes while this process trains; a step's scenes do not depend on who draws them.
+    # One worker draws the next scenes while this process trains; a step's scenes do not depend on the process.
     left = range(start, recipe.steps)
     steps = DataLoader(Scenes(recipe), batch_size=None, sampler=left, num_workers=1, prefetch_factor=4)
     bar = tqdm(steps, initial=start, total=recipe.steps, desc="train", disable=None)

@@ -101,7 +101,7 @@ def test_what_gates_are_foretold_to_cost_is_what_is_counted(keys, before):
     vit, gate = cost.plain_vit(width=48, depth=6, patch=8, prefix=2, head=HeadCost(5)), HeadCost(7, 3)
     ran = np.array([[26, 20, 14, 14, 8, 26 if before == "last block" else 8]])
     counted = vit.gated(ran, patches=24, slots=26, gates=[gate] * 3, keys=keys)
-    foretold = vit.waiting({1: 0.75, 2: 0.5, 4: 0.25}, patches=24, gate=gate, keys=keys, before=before)
+    foretold = vit.skipping({1: 0.75, 2: 0.5, 4: 0.25}, patches=24, gate=gate, keys=keys, before=before)
     assert counted.tolist() == [foretold.total]
 
 
@@ -404,7 +404,7 @@ def test_gates_that_cannot_be_are_refused(options, message):
     gate = cost.HeadCost(9312)
     rates = options.pop("rates", {3: 0.5})
     with pytest.raises(TokenExitError) as found:
-        whole.waiting(rates, patches=660, gate=gate, **options)
+        whole.skipping(rates, patches=660, gate=gate, **options)
     assert str(found.value) == message
 
 
@@ -417,10 +417,10 @@ def test_keys_that_there_are_not_are_refused():
 def test_fewer_gates_cost_and_move_less_at_the_same_rates():
     whole, gate = cost.plain_vit(width=192, depth=12, patch=16, prefix=1), cost.HeadCost(9312)
     nine, three = (
-        whole.waiting(dict.fromkeys(after, 0.5), patches=660, gate=gate, per_moved_element=10.0)
+        whole.skipping(dict.fromkeys(after, 0.5), patches=660, gate=gate, per_moved_element=10.0)
         for after in (range(3, 12), (3, 6, 9))
     )
-    assert nine.network == three.network < whole.waiting({}, patches=660, gate=gate).total
+    assert nine.network == three.network < whole.skipping({}, patches=660, gate=gate).total
     assert nine.gates == 3 * three.gates == 9 * 661 * 9312
     assert nine.moving == 3 * three.moving == 9 * 10 * 192 * (2 * 331 + 661)
 

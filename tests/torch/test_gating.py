@@ -487,10 +487,10 @@ def test_the_cost_model_foretells_what_equal_images_take(carry, prefix):
     cost = plain_vit(width=48, depth=6, patch=8, prefix=prefix)
     gate = of_head(MLP(12), width=48, classes=2)
     options = {"patches": 24, "gate": gate, "keys": carry.keys, "before": carry.before}
-    predicted = cost.waiting(rates, **options)
+    predicted = cost.skipping(rates, **options)
     assert model.multiply_adds(found).tolist() == [predicted.total] * len(images)
     slots = 24 + prefix
-    moved = cost.waiting(rates, per_moved_element=2.5, **options)
+    moved = cost.skipping(rates, per_moved_element=2.5, **options)
     assert moved.moving == round(2.5 * 48 * sum(2 * (prefix + 24 * rate) + slots for rate in rates.values()))
     assert moved.total - moved.moving == predicted.total == predicted.network + predicted.gates
 

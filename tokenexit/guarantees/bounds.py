@@ -183,7 +183,7 @@ def _checked(losses: Array, delta: float, test: str) -> Array:
 
 
 def _betting(losses: Array, delta: float) -> Callable[[Array], Array]:
-    """Wealth of a player who stakes, before every image, a part that only earlier images decide, on a smaller loss.
+    """Wealth of a bet on a smaller loss; the stake before every image depends on earlier images only.
 
     While the mean is the level or more, no such game can be won in the long run: the wealth, 1 at first, reaches 1 / p
     with a probability of p at most (Ville's inequality). So its greatest value so far is 1 / p.

@@ -53,7 +53,7 @@ Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 
 _SCHEMA = 2
 _IDENTITY = "calibration.json"
-_ROUNDING = 0.01  # share of the pixels of an image whose class rounding may change, from one batch to another
+_ROUNDING = 0.01  # share of the pixels of an image that rounding may give another class, from one batch to another
 _THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _STATISTIC = "statistic "
 
@@ -154,7 +154,7 @@ class Risk:
         ignore: Label of pixels that do not count.
         classes: For `IoU loss`: the classes that are watched; all if left out.
         size: Height and width of the label maps; those of `labels`, or of the images, if left out.
-        scores: Whose classes are compared, for the report, as "`scores`"; those of the model if empty.
+        scores: The scores that are compared, for the report, as "`scores`"; those of the model if empty.
     """
 
     kind: Kind = "disagreement"
@@ -204,7 +204,7 @@ class Calibrated:
         """Draw the curve: loss and upper bound of every setting that was run, by its cost. It needs `matplotlib`.
 
         Args:
-            file: Where to; its ending tells the format, as .png or .svg.
+            file: Where to; its ending gives the format, as .png or .svg.
         """
         draw(self.report, file)
 

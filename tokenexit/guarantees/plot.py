@@ -17,7 +17,7 @@ def draw(report: Report, file: str | Path, /) -> None:
 
     Args:
         report: The report.
-        file: Where to; its ending tells the format, as .png or .svg.
+        file: Where to; its ending gives the format, as .png or .svg.
 
     Raises:
         TokenExitError: If matplotlib is not installed.

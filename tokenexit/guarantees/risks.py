@@ -29,7 +29,7 @@ def disagreement(
     *,
     valid: Bool[Array, "images *place"] | None = None,
 ) -> Float[Array, "images"]:
-    """Share of an image's pixels whose class is another one than in the dense run. It needs no labels.
+    """Share of an image's pixels that get another class than in the dense run. It needs no labels.
 
     Args:
         exiting: Predicted class of every pixel, or patch, with exits.
@@ -110,7 +110,7 @@ def iou_loss(
         reference: The classes to compare with: those of the dense run, or labels.
         classes: How many classes there are; or which of them have a loss, in this order.
         at_least: IoU to reach, between 0 and 1.
-        valid: Which pixels count; all, if left out. Those whose label is void do not.
+        valid: Which pixels count; all, if left out. Those with a void label do not.
 
     Returns:
         For each image and class, from 0 to 1, as float32; NaN for an image of which no pixel counts.

@@ -20,8 +20,8 @@ DIRECTIONS = {name: score.direction for name, score in scores.SCORES.items()} | 
 class Evidence:
     """Evidence of a policy: scores and positions of the tokens that run at an exit point, in one row.
 
-    In the static layout the row is that of all entries, image after image, and `valid` says which hold a token. What a
-    policy does then has shapes that do not depend on the data: it compiles.
+    In the static layout the row is that of all entries, image after image, and `valid` marks those that hold a token.
+    What a policy does then has shapes that do not depend on the data: it compiles.
 
     Attributes:
         logits: Class scores before softmax, from the head at this exit; of at least two classes.
@@ -168,7 +168,7 @@ class Evidence:
 
     @lazy
     def known(self) -> Bool[Array, "tokens"]:
-        """Mask of tokens whose confidence, and gate if there is one, is not NaN."""
+        """Mask of tokens for which the confidence, and the gate if there is one, is not NaN."""
         xp = array_namespace(self.any_scores)
         known = [self.confidence] if self.logits is not None or self.class_scores is not None else []
         known += [] if self.gate is None else [self.gate]

@@ -214,7 +214,7 @@ class ThresholdPolicy(Policy, ABC):
     """A policy that compares one score of every token with a threshold: what `ConfidenceAbove` and its like are.
 
     A subclass is a frozen dataclass with `score`, `direction` and the method `value`. It is then given thresholds by
-    class, has them exchanged by `with_threshold`, and lets no token exit whose score is NaN.
+    class, has them exchanged by `with_threshold`, and lets no token with a NaN score exit.
 
     Attributes:
         threshold: A number in [0, 1], an array without axes, or `PerClass`.

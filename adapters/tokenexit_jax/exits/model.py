@@ -1,4 +1,4 @@
-"""A vision transformer whose tokens leave early, with shapes that are known beforehand.
+"""A vision transformer with tokens that leave early, with shapes that are known beforehand.
 
 The tokens run as a plain batch until the first exit point. From then on what lies between two exit points has the shape
 of the whole batch, and each stage of blocks gathers the tokens that still run into as many entries as the smallest
@@ -50,7 +50,7 @@ __all__ = ["ExitingModel"]
 
 @dataclass(frozen=True)
 class ExitingModel(ExitSpec):
-    """A vision transformer whose tokens leave early; made by `wrap`. It holds no weights, and nothing changes it.
+    """A vision transformer with tokens that leave early; made by `wrap`. It holds no weights, and nothing changes it.
 
     Attributes:
         network: The wrapped network.

@@ -102,7 +102,7 @@ def upsampled(
 
 
 def _between(logits: Array, axis: int, side: int, pixels: float) -> Array:
-    """Scores of pixels along an axis, from the two patches between whose middles they lie; beyond the last, its own."""
+    """Scores of pixels along an axis, from the two patches with centres around them; beyond the last, its own."""
     last = logits.shape[axis] - 1
     at = jnp.clip((jnp.arange(side) + 0.5) / pixels - 0.5, 0, last)
     low = jnp.floor(at).astype(jnp.int32)

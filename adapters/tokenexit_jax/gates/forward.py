@@ -87,10 +87,10 @@ class State:
     Attributes:
         carry: What becomes of skipped tokens.
         embedded: All tokens as they are now.
-        gate: The gate by whose decision tokens are active, by the blocks before it; None while all are.
+        gate: The gate that decided which tokens are active, by the blocks before it; None while all are.
         decisions: Decisions so far, by the blocks before the gate.
         passed: The tokens at the taps before the last block.
-        held: For every block so far, the gate by whose decision tokens were active; None if all were.
+        held: For every block so far, the gate that decided which tokens were active; None if all were.
         room: How many entries of every image each block so far worked on.
     """
 
@@ -297,7 +297,7 @@ def run(
         plan: A plan that has passed `require_gates_fit`.
         driver: How the functions of the pass are called.
         decide: Decision of a gate.
-        until: The gate, by the blocks before it, whose decision is the last; the last block if left out.
+        until: The gate, by the blocks before it, that decides last; the last block if left out.
 
     Returns:
         The state at the end.

@@ -43,7 +43,7 @@ __all__ = ["GatedModel"]
 class GatedModel(GatedParts):
     """A vision transformer with gates; made by `wrap_gates`. It holds no weights, and nothing changes it.
 
-    Nothing is drawn: a patch is skipped exactly if the policy of the gate, on its keep probability, says so. `sampled`
+    Nothing is drawn: a patch is skipped exactly if the policy of the gate selects it by its keep probability. `sampled`
     draws, for training.
 
     Attributes:
@@ -127,7 +127,7 @@ class GatedModel(GatedParts):
         return forward.evaluate(self, params, gates, images, plan, driver=MASKED)
 
     def init(self, key: Array) -> Heads:
-        """Random weights for the gates, whose draws keep most patches.
+        """Random weights for the gates; their draws keep most patches.
 
         Args:
             key: Random key.

@@ -70,7 +70,7 @@ class GatedOutput:
 
         They are of tokens, not of empty entries, and the same as PyTorch's: where all tokens are keys, skipped ones are
         counted with three matrices of the channels squared, and as keys in attention, though here they have run through
-        the whole block. `capacity_per_block` tells what was run.
+        the whole block. `capacity_per_block` is what was run.
 
         Args:
             cost: What the parts cost: `GatedModel.cost`.

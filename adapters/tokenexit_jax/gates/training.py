@@ -62,7 +62,7 @@ class Drawing:
         """Loss of the shares that are kept (`tokenexit.gates.ratio_loss`).
 
         Args:
-            of_each: Whose share: of the `batch`, or of each `image`.
+            of_each: Unit of the rate: the `batch`, or each `image`.
             valid: Patches that are no padding; all, if left out.
 
         Returns:
@@ -109,7 +109,7 @@ def sampled(
         key: All that is drawn comes from it, in float32, for each gate by itself: another for each step, and under
             `jax.shard_map` for each shard.
         rates: What share of the patches each gate is to keep; one for all, or one for each by block.
-        temperature: Of the relaxed decisions whose gradient is taken. Published: 1.
+        temperature: Of the relaxed decisions, which give the gradient. Published: 1.
         gate_input: Whether gradients of the decisions reach the tokens: `live`, published, or `detached`.
         random: Share of the decisions that are random instead of the gate's, at the gate's rate: so that all blocks
             meet tokens of all histories. Published: none.

@@ -17,7 +17,7 @@ __all__ = ["MaskMaps", "Masks", "log_scores", "read_masks"]
 
 
 class Masks(NamedTuple):
-    """What a mask head says of patches, image by image.
+    """What a mask head predicts for patches, image by image.
 
     Attributes:
         mask_logits: For every patch and class, the logit of the patch being of the class, if the class is there at
@@ -31,7 +31,7 @@ class Masks(NamedTuple):
 
 
 class MaskMaps(NamedTuple):
-    """What a mask head says of whole images: what `mask_loss` is computed from.
+    """What a mask head predicts for whole images: what `mask_loss` is computed from.
 
     Attributes:
         mask_logits: The mask of every class, at the size of the patch grid.

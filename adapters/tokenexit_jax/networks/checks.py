@@ -58,7 +58,7 @@ def whole_sides(grid: tuple[int, int], shape: tuple[int, ...]) -> list[int]:
 
 
 def _require_whole(grid: tuple[int, int], shape: tuple[int, ...]) -> None:
-    """Raise unless images are cut into whole patches; height and width of the grid are exchanged if that tells why."""
+    """Raise unless images are cut into whole patches; name height and width of the grid as exchanged if they are."""
     height, width = grid
     got = f"{height} x {width} for images of shape {shape}"
     whole = len(whole_sides(grid, shape)) > 0

@@ -30,7 +30,7 @@ Block = Callable[
 ]
 """One block: `block(params, tokens, counts, positions)` gives the tokens after it.
 
-`counts`, `(images, entries)` in float32, says as how many keys each entry counts in attention: 0 if it holds no token,
+`counts`, `(images, entries)` in float32, is as how many keys each entry counts in attention: 0 if it holds no token,
 1 as a rule, more if it stands for tokens that have left (`tokenexit.cells`). `attend` does so. In every image at least
 one is greater than 0. `positions`, `(images, entries, ...)`, is what belongs to each entry's place, or None.
 """

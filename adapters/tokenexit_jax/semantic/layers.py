@@ -100,7 +100,7 @@ register(Semantic, leaves=("tokens", "valid", "prefix"))
 
 @dataclass(frozen=True)
 class CrossBlock:
-    """A pre-norm block whose tokens attend to others: attention, then an MLP on each token.
+    """A pre-norm block with tokens that attend to others: attention, then an MLP on each token.
 
     Its weights: the norm before attention, of queries and keys alike, `norm1`; projections `q`, `kv` (keys, then
     values) and `proj`; the norm before the MLP, `norm2`; the MLP, `mlp.0` and `mlp.2`; and layer-scale of attention and

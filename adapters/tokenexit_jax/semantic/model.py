@@ -3,7 +3,7 @@
 The early blocks run on all tokens. Two layers make semantic tokens of them, in the place of two blocks, and the next
 blocks, as they are, run on these alone. Then a layer recovers all tokens, in the place of a third block, and the last
 blocks run on all of them again; or nothing is recovered, and the network ends on semantic tokens. The layers that are
-put in can start from the weights of the blocks whose place they take, as far as those have the shapes.
+put in can start from the weights of the blocks that they replace, as far as those have the shapes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -64,7 +64,7 @@ register(SemanticOutput, leaves=("tokens", "valid"))
 
 
 class Adopted(NamedTuple):
-    """Weights of layers that start from those of the blocks whose place they take.
+    """Weights of layers that start from those of the blocks that they replace.
 
     Attributes:
         layers: The weights of all layers, adopted or new.
@@ -127,7 +127,7 @@ class SemanticModel:
         return _new_layers(self.tokens, self.recovery, key)
 
     def adopt(self, layers: Weights, blocks: Mapping[str, Any], /) -> Adopted:
-        """Start layers from the weights of the blocks whose place they take, where the shapes allow.
+        """Start layers from the weights of the blocks that they replace, where the shapes allow.
 
         Train the result in any case: these blocks have never seen pooled tokens.
 
@@ -249,7 +249,7 @@ def _new_layers(tokens: SemanticTokens, recovery: Recovery | None, key: Array) -
 
 
 def _put_in(model: SemanticModel, layers: Weights) -> list[tuple[str, Weights]]:
-    """The layers that were put in, in the order of the blocks whose place they take."""
+    """The layers that were put in, in the order of the blocks that they replace."""
     names = ["tokens.first", "tokens.second", *([] if model.recovery is None else ["recovery.block"])]
     return [(name, part(layers, name)) for name in names]
 

@@ -1,6 +1,6 @@
 """Training with exits: tokens really leave in the forward pass, and every head has a loss. All of it is pure functions.
 
-`staged` runs a wrapped model as it is run at test, and keeps what each head says of the whole image: its own class
+`staged` runs a wrapped model as it is run at test, and keeps what each head predicts for the whole image: its own class
 scores for the tokens that still run, and for the others those they left with. The loop and the optimiser are yours.
 
     learned, statistics = tej.split(heads)
@@ -61,7 +61,7 @@ class Stages:
         read: For each head, which patches it read: none if all had left before.
         masks: Masks and presence by the same rule, if the heads are mask heads: presence is this head's own in images
             of which it read any patch, and for the others that of the last head that did, as constants.
-        statistics: What batch norms have learned, as `split` tells it apart: for the next step, and never by gradients.
+        statistics: What batch norms have learned, as `split` separates it: for the next step, and never by gradients.
     """
 
     output: Output

@@ -76,7 +76,7 @@ def calibrate(
         at_most: The mean loss that is not to be exceeded, as 0.02.
         preprocessing: What is done to images before the model sees them, in your own words, for the certificate.
         confidence: With which confidence it is not.
-        risk: The loss of an image. `disagreement`: share of its pixels whose class is another one than in the dense
+        risk: The loss of an image. `disagreement`: share of its pixels that get another class than in the dense
             run, for which no labels are needed. `error increase`: share of its pixels that are wrong with exits, less
             that in the dense run, and 0 where it is not positive. `IoU loss` (`tokenexit.guarantees.risks.iou_loss`):
             its mean is at most `at_most` for a class exactly if its IoU is at least `1 - at_most`, intersection and

@@ -3,7 +3,7 @@
 A replay runs policies, retention and bookkeeping as they are, and reads the heads' class scores from the trace
 instead of running blocks. It is exact but for one thing: in a real run, tokens that stay see fewer others, in attention
 and in heads that look around.
-`Trace.replay` tells what a schedule does in milliseconds; what it really does, the model itself tells.
+`Trace.replay` shows in milliseconds what a schedule does; what it really does, a run of the model shows.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ Progress = Callable[[Iterable], Iterable]
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What every head says of every patch of some images, if nothing leaves.
+    """What every head predicts for every patch of some images, if nothing leaves.
 
     Attributes:
         logits: Class scores by head; along the second axis the heads, by the blocks before them.

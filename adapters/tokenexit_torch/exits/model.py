@@ -29,7 +29,7 @@ __all__ = ["ExitingModel"]
 
 
 class ExitingModel(WithExits[Host]):
-    """A vision transformer whose tokens leave early; made by `wrap`.
+    """A vision transformer with tokens that leave early; made by `wrap`.
 
     Attributes:
         host: The host of the wrapped model.
@@ -190,9 +190,9 @@ class ExitingModel(WithExits[Host]):
 
         In the static layout entries without a token count as well.
 
-        Layers say what a token takes, quantised and sharded ones as well. At the first question each part is also run
+        Layers declare what a token takes, quantised and sharded ones as well. At the first call each part is also run
         on a few tokens, under PyTorch's own counter: what layers do not explain, such as products of bare parameters,
-        counts too. Heads are counted for patches, and a mask head says itself what it costs.
+        counts too. Heads are counted for patches, and a mask head declares its own cost.
 
         Args:
             output: What the call returned.
@@ -209,7 +209,7 @@ class ExitingModel(WithExits[Host]):
         return cost.multiply_adds(worked, patches=height * width, exits=output.exits, head_on=output.head_on)
 
     def read_all(self, images: Tensor) -> tuple[dict[int, HeadOutput], Area | None, tuple[int, int]]:
-        """What every head says of all tokens, area and grid, in one dense run. It is no part of the public API."""
+        """What every head predicts for all tokens, area and grid, in one dense run. It is no part of the public API."""
         embedded, patches = self._trace(images)
         heads, grid = [*self.exit_heads.values(), self.head], embedded.grid
         outputs = {

@@ -103,7 +103,7 @@ def upsampled(
 
 
 def _between(logits: Tensor, axis: int, side: int, pixels: float) -> Tensor:
-    """Scores of pixels along an axis, from the two patches between whose middles they lie; beyond the last, its own."""
+    """Scores of pixels along an axis, from the two patches with centres around them; beyond the last, its own."""
     last = logits.shape[axis] - 1
     at = ((torch.arange(side, device=logits.device) + 0.5) / pixels - 0.5).clamp(0, last)
     low = at.floor().long()

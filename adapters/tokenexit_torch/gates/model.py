@@ -28,7 +28,7 @@ __all__ = ["GatedModel"]
 class GatedModel(Planned):
     """A vision transformer with gates; made by `wrap_gates`.
 
-    A call never samples: a patch is skipped exactly if the policy of the gate, on its keep probability, says so.
+    A call never samples: a patch is skipped exactly if the policy of the gate selects it by its keep probability.
     `Sampled` draws, for training.
 
     Attributes:

@@ -61,7 +61,7 @@ class Drawing(NamedTuple):
         """Loss of the shares that are kept (`tokenexit.gates.ratio_loss`).
 
         Args:
-            of_each: Whose share: of the `batch`, or of each `image`.
+            of_each: Unit of the rate: the `batch`, or each `image`.
             valid: Patches that are no padding; all, if left out.
 
         Returns:
@@ -82,7 +82,7 @@ class Sampled(nn.Module):
     Args:
         model: The gated model.
         rates: What share of the patches each gate is to keep; one for all, or one for each by block.
-        temperature: Of the relaxed decisions whose gradient is taken. Published: 1.
+        temperature: Of the relaxed decisions, which give the gradient. Published: 1.
         gate_input: Whether gradients of the decisions reach the tokens: `live`, published, or `detached`.
         random: Share of the decisions that are random instead of the gate's, at the gate's rate: so that all blocks
             meet tokens of all histories. Published: none.

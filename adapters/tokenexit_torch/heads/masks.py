@@ -21,7 +21,7 @@ __all__ = ["AttentionToMask", "MaskHead", "MaskMaps", "Masks"]
 
 
 class Masks(NamedTuple):
-    """What a mask head says of a row of patches.
+    """What a mask head predicts for a row of patches.
 
     Attributes:
         mask_logits: For every patch and class, the logit of the patch being of the class, if the class is there at all.
@@ -34,7 +34,7 @@ class Masks(NamedTuple):
 
 
 class MaskMaps(NamedTuple):
-    """What a mask head says of whole images: what `mask_loss` is computed from.
+    """What a mask head predicts for whole images: what `mask_loss` is computed from.
 
     Attributes:
         mask_logits: The mask of every class, at the size of the patch grid.

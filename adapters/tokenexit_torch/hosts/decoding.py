@@ -77,7 +77,7 @@ class DecodingHost(Host, Protocol):
         ...
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
-        """Logits of every class, at any resolution, from the model's own output. Not asked if `classes` is None.
+        """Logits of every class, at any resolution, from the model's own output. Not called if `classes` is None.
 
         Its map is of the area that the grid covers (`Embedded.covers`): of the whole image, as a rule.
         """

@@ -130,7 +130,7 @@ class TransformersEoMT:
         return view(self._eomt, **parts)(images, **_asked(inputs))
 
     def class_scores(self, decoded: Any, /) -> Float[Tensor, "images classes height width"]:
-        """Logarithms of how much the masks of each class say, summed over queries, as for semantic segmentation."""
+        """Logarithms of the masks of each class, summed over queries, as for semantic segmentation."""
         classes = decoded.class_queries_logits.float().softmax(dim=-1)[..., :-1]
         masks = decoded.masks_queries_logits.float().sigmoid()
         pattern = "images queries classes, images queries height width -> images classes height width"

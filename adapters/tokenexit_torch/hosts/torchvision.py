@@ -105,10 +105,10 @@ def _attended(
     """As `torch.nn.functional.multi_head_attention_forward` for tokens that attend to themselves."""
     alike = query is key and key is value and bias_k is None and bias_v is None and not add_zero_attn
     names = ("key_padding_mask", "attn_mask", "use_separate_proj_weight", "need_weights", "is_causal")
-    asked = [name for name in names if isinstance(options.get(name), Tensor) or options.get(name)]
-    if not alike or asked:
+    given = [name for name in names if isinstance(options.get(name), Tensor) or options.get(name)]
+    if not alike or given:
         rule = "attend to the tokens that they are given alone, without a mask, as torchvision's do"
-        raise TokenExitError(f"`model.blocks` must {rule}, got {asked or 'other keys'}")
+        raise TokenExitError(f"`model.blocks` must {rule}, got {given or 'other keys'}")
     projected = functional.linear(query.transpose(0, 1), weight, bias)
     pattern = "rows tokens (three heads width) -> three rows heads tokens width"
     q, k, v = rearrange(projected, pattern, three=3, heads=heads)

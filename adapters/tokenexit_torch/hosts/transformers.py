@@ -125,7 +125,7 @@ class TransformersViT:
         return self._vit(images, **self._resizing(images), return_dict=True).last_hidden_state
 
     def _resizing(self, images: Tensor) -> dict[str, bool]:
-        """What the model is asked for beside images: nothing, unless it would refuse their size."""
+        """Options of the call beside images: none, unless it would refuse their size."""
         own = tuple(images.shape[-2:]) == self.image_shape[1:]
         return {} if own or not self._parts.must_ask else {"interpolate_pos_encoding": True}
 

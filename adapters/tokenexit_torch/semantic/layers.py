@@ -76,7 +76,7 @@ class Semantic:
 
 
 class CrossBlock(nn.Module):
-    """A pre-norm block whose tokens attend to others: attention, then an MLP on each token.
+    """A pre-norm block with tokens that attend to others: attention, then an MLP on each token.
 
     Attributes:
         heads: Attention heads.

@@ -3,7 +3,7 @@
 The early blocks run on all tokens. Two layers make semantic tokens of them, in the place of two blocks, and the next
 blocks, as they are, run on these alone. Then a layer recovers all tokens, in the place of a third block, and the last
 blocks run on all of them again; or nothing is recovered, and the network ends on semantic tokens. The layers that are
-put in start from the weights of the blocks whose place they take, as far as those have the shapes.
+put in start from the weights of the blocks that they replace, as far as those have the shapes.
 """
 
 from collections.abc import Mapping

@@ -27,7 +27,7 @@ class Teacher:
     Args:
         model: The network; of its exit heads it matters only whether, and how far, they look around tokens.
         seen: Its features and outputs for images.
-        label_weight: What labels weigh in the target of a patch all of whose pixels have one.
+        label_weight: What labels weigh in the target of a patch with a label on every pixel.
         ignore: Label of pixels that do not count.
     """
 

@@ -1,6 +1,6 @@
 """Fit exit heads to a frozen network, with or without labels.
 
-The predictions of the final head are the targets, or those of the model's own decoder; labels may have a say in them.
+The predictions of the final head are the targets, or those of the model's own decoder; labels may be mixed in.
 """
 
 from collections.abc import Callable, Iterable
@@ -57,7 +57,7 @@ def fit_exits(
     `(1 - w) * probabilities + w * shares`: `shares` of the classes among the labelled pixels of the patch, and
     `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
 
-    What the network says of the images is kept where `cache` says, in the dtype of the model. One patch takes
+    What the network predicts for the images is kept according to `cache`, in the dtype of the model. One patch takes
     `exits * width` numbers in that dtype, twice as many for `heads.Neighbourhood`, and 4 bytes for each class and 4
     more.
 
@@ -109,7 +109,7 @@ def fit_exits(
 
 
 def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
-    """What the network says of images, after a check that its exit heads can be fitted to it."""
+    """What the network predicts for images, after a check that its exit heads can be fitted to it."""
     known = isinstance(model, ExitingModel | DecodingModel)
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     require(len(model.exit_heads) > 0, "model", "have exit heads", "none")
@@ -122,7 +122,7 @@ def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
 
 
 def _of_decoder(model: DecodingModel, targets: Targets | None) -> Seen:
-    """Patches before every exit head of some images, and what the decoder says of them."""
+    """Patches before every exit head of some images, and what the decoder predicts for them."""
     read = class_scores(model, targets, argument="targets")
 
     def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:

@@ -1,8 +1,8 @@
 """Training with exits: tokens really leave in the forward pass, and every head has a loss.
 
-`Staged` runs a wrapped model as it is run at test, packed, and keeps what each head says of the whole image: its own
-class scores for the tokens that still run, and for the others those they left with. The loop, the optimiser and the
-data are yours.
+`Staged` runs a wrapped model as it is run at test, packed, and keeps what each head predicts for the whole image: its
+own class scores for the tokens that still run, and for the others those they left with. The loop, the optimiser and
+the data are yours.
 
     staged = tet.Staged(model)                       # or DistributedDataParallel(tet.Staged(model), ...)
     stages = staged(images, schedule=plan)
@@ -110,8 +110,8 @@ def _sum(losses: Mapping[int, Tensor], weight: Mapping[int, float]) -> Tensor:
 class Staged(nn.Module):
     """A wrapped model as it is trained: a call gives `Stages`. Its weights are those of the model.
 
-    A module of its own, so that `DistributedDataParallel` and its like can wrap it. There say
-    `find_unused_parameters=True`: a batch all of whose tokens leave early does not reach the later blocks.
+    A module of its own, so that `DistributedDataParallel` and its like can wrap it. There set
+    `find_unused_parameters=True`: if all tokens of a batch leave early, it does not reach the later blocks.
 
     Args:
         model: The wrapped model; or it in the static layout, with a fixed number of entries after each exit.
@@ -178,8 +178,8 @@ def pixel_cross_entropy(
         The loss.
 
     Raises:
-        TokenExitError: If the labels are no whole numbers of shape (images, height, width), or, which only a CPU
-            tells, one of them is neither a class nor `ignore`.
+        TokenExitError: If the labels are no whole numbers of shape (images, height, width), or, which is checked
+            on a CPU only, one of them is neither a class nor `ignore`.
     """
     _require_labels(label, len(logits))
     full, label = _upsampled(logits, label.shape[1:]), label.long()
