@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tokenexit_torch as tet
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
-from tests.torch.plans import CELLS, FEATURES, PLANS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
@@ -24,11 +23,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # of inductor's own parts
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo's own
 ]
+# What a compiler traces takes long, so that networks are no deeper than the plans need.
+AFTER = (1, 2)
+SMALL = {"after": AFTER, "depth": 4}
 SOME = {
-    "neighbours": PLANS["neighbours"],
-    "dovit": FEATURES["dovit"],
-    "rejoining": FEATURES["rejoining for the last block"],
-    "cells": CELLS["neighbours"],
+    "neighbours": schedule.neighbours(radius={1: 1, 2: 0}, threshold=0.4, per_class=1),
+    "dovit": schedule.dovit(after=AFTER, threshold=0.5),
+    "rejoining": Schedule(schedule.paumer(after=AFTER, threshold=0.4).exits, Feature("last block", fold_above=0.05)),
+    "cells": schedule.neighbours(radius={1: 1, 2: 0}, threshold=0.55, per_class=0, cell=2),
 }
 each = pytest.mark.parametrize("plan", SOME.values(), ids=SOME.keys())
 
@@ -44,7 +46,7 @@ def afresh():
 @torch.no_grad()
 @each
 def test_a_packed_pass_is_a_program_for_the_blocks_between_two_exits_whoever_leaves(plan):
-    model, programs = models.wrapped(models.timm_vit, plan), CompileCounterWithBackend("eager")
+    model, programs = models.wrapped(models.timm_vit, plan, **SMALL), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, dynamic=True, backend=programs)
     stops = sorted({0, *plan.after, model.depth, *([model.depth - 1] if "last" in repr(plan.carry) else [])})
     ran, kinds = set(), set()
@@ -63,16 +65,16 @@ def test_a_packed_pass_is_a_program_for_the_blocks_between_two_exits_whoever_lea
 
 @torch.no_grad()
 def test_another_batch_and_another_size_need_no_other_program():
-    model, programs = models.wrapped(models.plain_host, PLANS["neighbours"]), CompileCounterWithBackend("eager")
+    model, programs = models.wrapped(models.plain_host, SOME["neighbours"], **SMALL), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, dynamic=True, backend=programs)
     for images in (models.images(3), models.images(2), models.images(5, size=(64, 40))):
         torch.testing.assert_close(compiled(images).logits, model(images).logits)
-    assert programs.frame_count == 4
+    assert programs.frame_count == 3
 
 
 @torch.no_grad()
 def test_images_of_several_sizes_compile_too():
-    model = models.wrapped(models.timm_vit, PLANS["neighbours"], dynamic_img_size=True)
+    model = models.wrapped(models.timm_vit, SOME["neighbours"], dynamic_img_size=True, **SMALL)
     programs = CompileCounterWithBackend("eager")
     images = [models.images(1, size=size)[0] for size in ((32, 48), (16, 64), (32, 48))]
     wanted = model.mixed(images)
@@ -84,7 +86,7 @@ def test_images_of_several_sizes_compile_too():
 
 def test_gradients_through_a_compiled_packed_pass():
     plan = dataclasses.replace(SOME["dovit"], cell=2)
-    model, images, found = models.wrapped(models.timm_vit, plan), models.images(2), []
+    model, images, found = models.wrapped(models.timm_vit, plan, after=AFTER, depth=3), models.images(2), []
     for run in (model, torch.compile(model, dynamic=True, backend="aot_eager")):
         model.zero_grad()
         run(images).logits.square().sum().backward()
@@ -99,7 +101,7 @@ def test_gradients_through_a_compiled_packed_pass():
 @torch.no_grad()
 def test_a_static_pass_is_one_program_without_a_break():
     plan = dataclasses.replace(SOME["neighbours"], carry=Feature("last block", fold_above=0.1), cell=2)
-    static = tet.StaticModel(models.wrapped(models.timm_vit, plan), capacities={2: 0.7, 3: 0.6, 4: 0.5})
+    static = tet.StaticModel(models.wrapped(models.timm_vit, plan, **SMALL), capacities={1: 0.7, 2: 0.5})
     programs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(static, fullgraph=True, backend=programs)
     for seed in range(3):
@@ -114,8 +116,8 @@ def test_a_static_pass_is_one_program_without_a_break():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["transformers DINOv3", "torchvision"])
 def test_other_hosts_compile(name):
-    heads = {after: torch.nn.Linear(32, 5) for after in (1, 2)}
-    plan = Schedule(tuple(Exit(after, policies.ConfidenceAbove(0.3)) for after in (1, 2)))
+    heads = {1: torch.nn.Linear(32, 5)}
+    plan = Schedule((Exit(1, policies.ConfidenceAbove(0.3)),))
     model = tet.wrap(FOREIGN[name].make(), plan, head=torch.nn.Linear(32, 5), exit_heads=heads).eval()
     images = models.images(2, SIZE)
     wanted = model(images)
@@ -128,8 +130,8 @@ def test_other_hosts_compile(name):
 
 @torch.no_grad()
 def test_the_default_compiler_makes_the_same_of_a_packed_pass():
-    plan = schedule.dtop(after=(2,), threshold=0.5, per_class=2)
-    model = models.wrapped(models.timm_vit, plan, after=(2,), depth=3)
+    plan = schedule.dtop(after=(1,), threshold=0.5, per_class=2)
+    model = models.wrapped(models.timm_vit, plan, after=(1,), depth=2)
     compiled = torch.compile(model, dynamic=True)
     for seed in range(2):
         images = models.images(3, seed=seed)
@@ -138,14 +140,14 @@ def test_the_default_compiler_makes_the_same_of_a_packed_pass():
 
 @torch.no_grad()
 def test_attention_that_is_switched_later_is_refused_in_programs_too():
-    plan = schedule.paumer(keep={2: 0.5})
-    model, images = models.wrapped(models.timm_vit, plan, after=(2,), depth=3), models.images(2)
+    plan = schedule.paumer(keep={1: 0.5})
+    model, images = models.wrapped(models.timm_vit, plan, after=(1,), depth=2), models.images(2)
     packed = torch.compile(model, dynamic=True, backend="eager")
     static = torch.compile(tet.StaticModel(model, capacities=0.5), fullgraph=True, backend="eager")
     for run in (packed, static):
         run(images)
-    model.model.blocks[2].attn.fused_attn = False
-    wanted = r"`model.blocks\[2\]` must call PyTorch.* own .*got no call"
+    model.model.blocks[1].attn.fused_attn = False
+    wanted = r"`model.blocks\[1\]` must call PyTorch.* own .*got no call"
     with pytest.raises(TokenExitError, match=wanted):
         packed(images)
     with pytest.raises(Unsupported, match=wanted):
