@@ -44,6 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="tokenexit-jax-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     everything = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
+    # Programs run once, on few numbers: most of the time is the compiler's, which does half of it where it need not
+    # make them fast.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ.update({f"JAX_PERSISTENT_CACHE_{name}": value for name, value in everything.items()})
 
