@@ -196,7 +196,10 @@ def digest_of_exits(folder: Path | None) -> str | None:
 def digest(source: Path) -> str:
     """Of a ready model's file, or of the weights in a run folder."""
     parts = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _head(weights: Mapping[str, Tensor], block: int) -> nn.Module:

@@ -1,7 +1,6 @@
 """The ablations and the oracle on CamVid: their parts on made-up traces, the whole on real frames."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,16 +10,10 @@ import torch
 import tokenexit_torch as tet
 from examples import shell
 from examples.camvid import ablations, evaluate, oracle
+from tests.examples.strips import CAMVID, needs_data
 from tests.torch import models
 from tokenexit import schedule
 from tokenexit.policies import NeighboursAgree, PerClass
-
-SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
-needs_data = pytest.mark.skipif(
-    not (CAMVID.is_dir() and READY.is_file()),
-    reason=f"no CamVid and weights in {SHARED}; TOKENEXIT_DATA names the folder",
-)
 
 
 def made_up(images: int = 3, heads: int = 4, classes: int = 3, *, seed: int = 0) -> tet.Trace:
@@ -41,7 +34,7 @@ def test_a_threshold_is_found_for_the_work() -> None:
     assert ablations.token_blocks(trace, found) == pytest.approx(0.7, abs=0.01)
 
 
-def test_rows_change_one_thing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_change_one_thing_alone(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablations, "_PUBLISHED", (1, 2, 3))
     monkeypatch.setattr(ablations, "_NUMBERS", ((3,), (2, 3), (1, 2, 3), (1, 2, 3, 9)))
     made = material(made_up())
@@ -105,10 +98,11 @@ def test_lines_lead_to_the_final_logits() -> None:
 
 
 @needs_data
-def test_ablations_go_on_and_keep_to_their_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = (
-        f"ablations --data {CAMVID} --init {READY} --json {tmp_path / 'a.json'} --limit 2 --train-limit 2 --device cpu"
-    )
+def test_ablations_go_on_and_keep_to_their_inputs(
+    ready_for_strips: Path, strips: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"ablations --data {CAMVID} --init {ready_for_strips} --json {tmp_path / 'a.json'} --device cpu"
+    command += " --limit 2 --train-limit 2"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--only", "k"])
     some = ablations.ablate(ablations.arguments())["settings"]
     monkeypatch.setattr(sys, "argv", [*command.split(), "--only", "k", "score"])
@@ -135,8 +129,10 @@ def _counted(function, calls):
 
 
 @needs_data
-def test_the_oracle_is_run_and_replayed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"oracle --data {CAMVID} --init {READY} --exits 6 8 --limit 2 --train-limit 2 --device cpu"
+def test_the_oracle_is_run_and_replayed(
+    ready_for_strips: Path, strips: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"oracle --data {CAMVID} --init {ready_for_strips} --exits 6 8 --limit 2 --train-limit 2 --device cpu"
     monkeypatch.setattr(sys, "argv", command.split())
     oracle.main()
     lines = capsys.readouterr().out.splitlines()

@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 
@@ -6,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples import shell
+import tokenexit_torch as tet
+from examples import runs, shell
 from examples.precision import average_precision
 from examples.scenes import detect
 from examples.scenes.detection import Boxes, Detector, Raw, decoded, detection_loss, targets
+from examples.scenes.vit import Config, PlainHost, ViT
 from tests.saved import weights_in
+from tokenexit import schedule
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 SIZE = (128, 192)
@@ -153,7 +157,36 @@ def tiny(**changes):
     return detect.Recipe(**options | changes)
 
 
-def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(tmp_path, monkeypatch):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A narrow network in the place of the shipped one, and scenes that are drawn once for all runs."""
+    config = {"width": 32, "depth": 12, "heads": 2, "patch": 8}
+    torch.manual_seed(0)
+    model = tet.wrap(PlainHost(ViT(Config(**config))), schedule.dense(), num_classes=2)
+    about = runs.About("plain", config, ("a", "b"), ((0, 0, 0), (1, 1, 1)), (0.5,) * 3, (0.2,) * 3, (64, 96))
+    runs.save(tmp_path / "network", model, about)
+    monkeypatch.setattr(detect, "WEIGHTS", tmp_path / "network")
+    drawn = functools.cache(
+        lambda seed, stream, one, size: detect.draw(np.random.default_rng((seed, stream, one)), size=size)
+    )
+    monkeypatch.setattr(
+        detect, "drawn_scenes",
+        lambda recipe, stream, first, count: [
+            drawn(recipe.seed, detect._STREAMS[stream], one, recipe.size) for one in range(first, first + count)
+        ],
+    )  # fmt: skip
+
+
+def test_scenes_follow_from_seed_stream_and_number():
+    recipe = tiny(seed=3)
+    assert [scene.image.shape for scene in detect.drawn_scenes(recipe, "gated", 1, 2)] == [(64, 96, 3)] * 2
+    (found,) = detect.drawn_scenes(recipe, "gated", 2, 1)
+    expected = detect.draw(np.random.default_rng((3, detect._STREAMS["gated"], 2)), size=(64, 96))
+    assert np.array_equal(found.image, expected.image)
+    assert np.array_equal(found.boxes, expected.boxes)
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(unchecked, small, tmp_path, monkeypatch):
     straight = detect.run(tiny(), tmp_path / "a")
     whole, calls = detect.checkpoints.save, []
 
@@ -183,7 +216,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_result(tmp_pat
         detect.run(tiny(seed=5), tmp_path / "b")
 
 
-def test_the_last_block_is_dense_and_coins_decide_where_that_is_asked_for(tmp_path):
+def test_the_last_block_is_dense_and_coins_decide_where_that_is_asked_for(unchecked, tmp_path):
     options = {"epochs": 1, "tuning": 1}
     usual, other = (
         detect.run(tiny(**options | more), tmp_path / name)

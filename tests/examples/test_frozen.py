@@ -1,10 +1,12 @@
 """A frozen network, from pictures to a certificate, in one command."""
 
+import contextlib
+import io
 import json
-import os
+import shutil
 import sys
-from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -15,23 +17,21 @@ from examples import demo, frozen, runs, shell
 from examples.about import About
 from examples.scenes.draw import draw
 from examples.scenes.vit import Config, PlainHost, ViT
+from tests.examples.strips import CAMVID, needs_data
+from tests.examples.strips import SIZE as SIDES
 from tests.torch import models
 from tokenexit import heads, schedule
 from tokenexit.guarantees import drift
 from tokenexit.guarantees.calibrate import Calibrated
 from tokenexit.guarantees.calibration import Report
 
-SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
-needs_data = pytest.mark.skipif(
-    not (CAMVID.is_dir() and READY.is_file()),
-    reason=f"no CamVid and weights in {SHARED}; TOKENEXIT_DATA names the folder",
-)
 SIZE = (32, 48)
+# The types of fits and calibrations are looked at by the tests of the library.
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
-@pytest.fixture
-def network(tmp_path):
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
     """A run folder with a tiny network, whose weights are random."""
     torch.manual_seed(0)
     config = vars(Config(width=32, depth=6, heads=2, patch=8))
@@ -40,15 +40,15 @@ def network(tmp_path):
     model = tet.wrap(PlainHost(vit), schedule.dense(after=(2,)), num_classes=3)
     palette = ((0, 0, 0), (1, 1, 1), (2, 2, 2))
     about = About("plain", config, ("a", "b", "c"), palette, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), SIZE)
-    runs.save(tmp_path / "network", model, about)
-    return tmp_path / "network"
+    folder = tmp_path_factory.mktemp("network")
+    runs.save(folder, model, about)
+    return folder
 
 
-@pytest.fixture
-def pictures(tmp_path):
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
     """Fifty drawn pictures, and a file that is none."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("pictures")
     for place in range(50):
         picture = Image.fromarray(draw(np.random.default_rng(place), size=(40, 50)).image)
         picture.save(folder / f"{place:02d}{'.jpg' if place % 2 else '.PNG'}")
@@ -65,10 +65,20 @@ def of_folder(network, pictures, out, *options):
     return ["--model", network, "--images", pictures, "--out", out, "--alpha", 0.4, "--steps", 30, *options]
 
 
-def test_from_pictures_to_a_certificate(network, pictures, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    call(monkeypatch, *of_folder(network, pictures, out))
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def straight(network, pictures, tmp_path_factory):
+    """The folder of a whole run, and what it printed."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    before, printed = jaxtyping.config.jaxtyping_disable, io.StringIO()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        call(patch, *of_folder(network, pictures, out))
+    jaxtyping.config.update("jaxtyping_disable", before)
+    return out, printed.getvalue()
+
+
+def test_from_pictures_to_a_certificate(network, straight):
+    out, printed = straight
     assert "Exit heads agree with the final head, on 17 images: after block 2" in printed
     assert "Chosen: setting" in printed
     assert "This holds if:" in printed
@@ -99,8 +109,7 @@ def test_heads_may_look_around_tokens(network, pictures, tmp_path, monkeypatch):
         call(monkeypatch, *of_folder(network, pictures, out))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_report(network, pictures, tmp_path, monkeypatch):
-    call(monkeypatch, *of_folder(network, pictures, tmp_path / "straight"))
+def test_an_interrupted_run_goes_on_to_the_same_report(network, pictures, straight, tmp_path, monkeypatch):
     whole, turns = tet.calibrate, iter(range(10**6))
 
     def interrupted(loop):
@@ -121,11 +130,13 @@ def test_an_interrupted_run_goes_on_to_the_same_report(network, pictures, tmp_pa
     monkeypatch.setattr(tet, "fit_exits", lambda *_, **__: pytest.fail("the heads are fitted already"))
     call(monkeypatch, *of_folder(network, pictures, tmp_path / "stopped"))
     for name in ("report.json", "certificate.json", "drift.json"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == (straight[0] / name).read_bytes()
 
 
-def test_never_exit_leaves_no_certificate(network, pictures, tmp_path, monkeypatch, capsys):
+def test_never_exit_leaves_no_certificate(network, pictures, straight, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
+    shutil.copytree(straight[0], out)  # what was fitted and measured is not done again
+    (out / "certificate.json").unlink()
 
     def never(*positional, **options):
         found = whole(*positional, **options)
@@ -139,9 +150,9 @@ def test_never_exit_leaves_no_certificate(network, pictures, tmp_path, monkeypat
     assert not (out / "certificate.json").exists()
 
 
-def test_exits_of_other_pictures_are_refused(network, pictures, tmp_path, monkeypatch):
+def test_exits_of_other_pictures_are_refused(network, pictures, straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    call(monkeypatch, *of_folder(network, pictures, out))
+    shutil.copytree(straight[0], out)
     for change in (("--seed", 1), ("--after", 2, 4), ("--fit-images", 9)):
         with pytest.raises(shell.UsageError, match="`--out` must be new or of the same exits"):
             call(monkeypatch, *of_folder(network, pictures, out, *change))
@@ -160,18 +171,19 @@ def test_bad_options_are_named(network, pictures, tmp_path, monkeypatch):
     refused("`--images` must leave at least 189 images to calibrate on, .* got 33", "--images", pictures)
     refused("`--fit-images` must be at least 1, got 0", "--images", pictures, "--fit-images", 0)
     refused(r"`--data` must come with a network for \(352, 480\) pixels", "--data", tmp_path)
-    (pictures / "00.PNG").write_bytes(b"no picture")
-    refused("`--images` must hold pictures, got .*00.PNG", "--images", pictures, "--alpha", 0.4)
+    broken = shutil.copytree(pictures, tmp_path / "broken")
+    (broken / "00.PNG").write_bytes(b"no picture")
+    refused("`--images` must hold pictures, got .*00.PNG", "--images", broken, "--alpha", 0.4)
 
 
 @needs_data
 @pytest.mark.skipif(not demo.SHIPPED.is_dir(), reason="the shipped model is not there")
-def test_a_network_on_camvid(tmp_path, monkeypatch, capsys):
-    options = ["--init", READY, "--data", CAMVID, "--fit-images", 4, "--steps", 30, "--sequence", "Seq05VD"]
+def test_a_network_on_camvid(ready_for_strips, strips, tmp_path, monkeypatch, capsys):
+    options = ["--init", ready_for_strips, "--data", CAMVID, "--fit-images", 4, "--steps", 10, "--sequence", "Seq05VD"]
     call(monkeypatch, *options, "--every", 17, "--alpha", 0.6, "--confidence", 0.9, "--out", tmp_path)
     assert "on 4 images: after block 4" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["images"] == 11
-    assert report["risk"] == "disagreement at 352 x 480 pixels"
+    assert report["risk"] == f"disagreement at {SIDES[0]} x {SIDES[1]} pixels"
     with pytest.raises(shell.UsageError, match="`--split` must be val or test, with a --sequence of"):
         call(monkeypatch, *options[:4], "--sequence", "nowhere", "--out", tmp_path)

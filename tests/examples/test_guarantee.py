@@ -1,10 +1,8 @@
 """Whether certified settings hold on the frames that they were not certified on."""
 
 import json
-import os
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,16 +11,11 @@ import torch
 import tokenexit_torch as tet
 from examples import metrics, shell
 from examples.camvid import common, data, guarantee
+from tests.examples.strips import CAMVID, needs_data
 from tests.saved import edit
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
-SHARED = Path(os.environ.get("TOKENEXIT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
-needs_data = pytest.mark.skipif(
-    not (CAMVID.is_dir() and READY.is_file()),
-    reason=f"no CamVid and weights in {SHARED}; TOKENEXIT_DATA names the folder",
-)
 LADDER = tuple(schedule.neighbours(threshold=threshold) for threshold in (0.9, 0.7))
 CUT = schedule.truncated(after=6)
 
@@ -76,9 +69,9 @@ def call(monkeypatch, *options):
 
 
 @needs_data
-def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, capsys):
+def test_settings_are_run_once_and_compared_by_the_book(ready_for_strips, strips, tmp_path, monkeypatch, capsys):
     exits = tmp_path / "exits"
-    vit, head, ready = common.ready_model(READY, data.SIZE)
+    vit, head, ready = common.ready_model(ready_for_strips, data.SIZE)
     model = tet.wrap(vit, common.wide_then_narrow((4, 8)), head=head, exit_heads=MLP(ready[4][1].out_features)).eval()
     for after, own in model.exit_heads.items():
         own.load_state_dict(ready[int(after)].state_dict())
@@ -86,7 +79,20 @@ def test_settings_are_run_once_and_compared_by_the_book(tmp_path, monkeypatch, c
     plans = (model.schedule.with_threshold(0.9), schedule.truncated(after=8))
     monkeypatch.setattr(tet, "default_settings", lambda _: (plans, ((0,), (1,))))
     file = tmp_path / "new" / "held.json"
-    options = ["--init", READY, "--fitted", exits, "--data", CAMVID, "--json", file, "--limit", 24, "--draws", 7]
+    options = [
+        "--init",
+        ready_for_strips,
+        "--fitted",
+        exits,
+        "--data",
+        CAMVID,
+        "--json",
+        file,
+        "--limit",
+        24,
+        "--draws",
+        7,
+    ]
     levels = ["--alpha", 0.4, "--confidence", 0.8]
     call(monkeypatch, *options, *levels)
     printed = capsys.readouterr().out

@@ -47,7 +47,7 @@ def tiny(**changes):
     return train.Recipe(**options | changes)
 
 
-def test_an_interrupted_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_to_the_same_result(unchecked, tmp_path, monkeypatch):
     recipe = tiny()
     straight = train.new_model(recipe)
     (tmp_path / "a").mkdir()

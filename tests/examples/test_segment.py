@@ -15,14 +15,15 @@ from examples.scenes.draw import draw
 ROOT = Path(__file__).parents[2]
 
 
-def run(*options):
-    command = [sys.executable, "-m", "examples.segment", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+def call(monkeypatch, *options):
+    """What a process of its own does, but for its start: see `test_bad_input_is_one_line`."""
+    monkeypatch.setattr(sys, "argv", ["segment", *map(str, options)])
+    shell.exit_with(segment.main)
 
 
-def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(tmp_path):
-    done = run("--out", str(tmp_path), "--scenes", "2", "--rounds", "2")
-    assert done.returncode == 0, done.stderr
+def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(unchecked, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "--out", tmp_path, "--scenes", 2, "--rounds", 1)
+    printed = capsys.readouterr().out
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["agreement"] >= 0.99
     assert found["token_blocks"] < 0.75
@@ -31,21 +32,21 @@ def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(tmp_path):
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 800
     for word in ("ms a picture", "token-blocks", "pixels as in dense", "after block 3", "demo.png"):
-        assert word in done.stdout
+        assert word in printed
 
 
-def test_pictures_of_ones_own_at_another_threshold(tmp_path):
+def test_pictures_of_ones_own_at_another_threshold(unchecked, tmp_path, monkeypatch):
     file = tmp_path / "street.jpg"
     Image.fromarray(draw(np.random.default_rng(77), size=(200, 500)).image).save(file)
-    done = run("--image", str(file), "--threshold", "1.0", "--rounds", "1", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    call(monkeypatch, "--image", file, "--threshold", 1.0, "--rounds", 1, "--out", tmp_path)
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["token_blocks"] == 1
     assert found["agreement"] == 1
 
 
 def test_bad_input_is_one_line(tmp_path):
-    done = run("--image", "no_such.png", "--out", str(tmp_path))
+    command = [sys.executable, "-m", "examples.segment", "--image", "no_such.png", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
     assert done.stderr.startswith("error: `--image` must be a picture, got 'no_such.png'")
     assert done.stderr.count("\n") == 1
@@ -60,7 +61,6 @@ def test_bad_input_is_one_line(tmp_path):
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(sys, "argv", ["segment", *options, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as caught:
-        shell.exit_with(segment.main)
+        call(monkeypatch, *options, "--out", tmp_path)
     assert str(caught.value.code).startswith(message)
