@@ -11,8 +11,8 @@ import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
-from tests.torch.plans import CELLS, PLANS
 from tokenexit import TokenExitError, policies, schedule
+from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.inference import export as exporting
 
@@ -29,8 +29,14 @@ pytestmark = [
 ]
 
 
+# What is exported takes long to trace, so that networks are no deeper than the plans need.
+AFTER = (1, 2)
+NEIGHBOURS = schedule.neighbours(radius={1: 1, 2: 0}, threshold=0.4, per_class=1)
+FEATURES = Schedule(schedule.paumer(after=AFTER, threshold=0.6).exits, Feature("last block"), cell=2)
+
+
 def static(plan, capacities=0.5):
-    return tet.StaticModel(models.wrapped(models.timm_vit, plan), capacities=capacities)
+    return tet.StaticModel(models.wrapped(models.timm_vit, plan, after=AFTER, depth=4), capacities=capacities)
 
 
 def run(file, images):
@@ -51,7 +57,7 @@ def assert_same(found, out):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "plan",
-    [PLANS["neighbours"], CELLS["paumer"]],
+    [NEIGHBOURS, FEATURES],
     ids=["neighbours", "features and cells"],
 )
 def test_onnx_is_pytorch_on_ten_images_with_other_exits(plan, tmp_path):
@@ -79,9 +85,9 @@ def test_onnx_of_a_host_with_rotary_positions(tmp_path):
 @torch.no_grad()
 def test_no_topk_is_longer_than_tensorrt_takes(tmp_path):
     # 4,225 tokens: rows are sorted in parts, and merged.
-    host = models.plain_host(width=16, heads=1, depth=3)
-    plan = schedule.neighbours(radius={2: 1}, threshold=0.3, per_class=2)
-    model = models.wrapped(host, plan, after=(2,))
+    host = models.plain_host(width=16, heads=1, depth=2)
+    plan = schedule.neighbours(radius={1: 1}, threshold=0.3, per_class=2)
+    model = models.wrapped(host, plan, after=(1,))
     images = models.images(1, (8 * 65, 8 * 65))
     one = tet.StaticModel(model, capacities=0.6)
     tet.export_onnx(one, images, tmp_path / "model.onnx")
@@ -120,7 +126,7 @@ def test_places_among_sorted_values(options):
 
 @torch.no_grad()
 def test_an_exported_program_is_saved_and_loaded(tmp_path):
-    model, images = static(PLANS["neighbours"]), models.images(2)
+    model, images = static(NEIGHBOURS), models.images(2)
     torch.export.save(tet.export_program(model, images), tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for seed in range(3):
@@ -132,7 +138,7 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    model, images = static(PLANS["dtop"]), models.images(1)
+    model, images = static(NEIGHBOURS), models.images(1)
     with pytest.raises(TokenExitError, match="`static` must be a StaticModel, got ExitingModel"):
         tet.export_onnx(model.model, images, tmp_path / "model.onnx")
     with pytest.raises(TokenExitError, match="`file` must lie in a folder that is there, got .*nowhere"):
@@ -141,9 +147,9 @@ def test_bad_input_is_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_what_depends_on_the_data_is_refused_with_the_call_that_works():
-    plan = schedule.paumer(keep={2: 0.5})
-    model, images = models.wrapped(models.timm_vit, plan, after=(2,)), models.images(2)
-    gates = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,))).eval()
+    plan = schedule.paumer(keep={1: 0.5})
+    model, images = models.wrapped(models.timm_vit, plan, after=(1,), depth=2), models.images(2)
+    gates = tet.wrap_gates(models.timm_vit(depth=2), schedule.svit(after=(1,))).eval()
     with pytest.raises(TokenExitError, match="`model` must be static to be exported: use export_program"):
         torch.export.export(model, (images,))
     with pytest.raises(TokenExitError, match="`model` must be static to be exported: .*`masked`, got GatedModel"):
