@@ -1,4 +1,5 @@
-"""Compiling is most of what these tests do: it is done less thoroughly. `test_sharding` compiles as users do.
+"""Compiling is most of what these tests do: it is done less thoroughly, also by the flags of
+`tests/conftest.py`. `test_sharding` compiles as users do.
 
 All of them run under `jax_numpy_rank_promotion="raise"`: no operation of the library may rely on that promotion.
 """
