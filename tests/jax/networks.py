@@ -1,4 +1,8 @@
-"""The networks of the PyTorch tests as pure functions in JAX, on the same weights."""
+"""The networks of the PyTorch tests as pure functions in JAX, on the same weights.
+
+Their parts are compiled, for what is run by itself, as by `tej.check`, would otherwise be so operation by operation: a
+hundred programs instead of a few.
+"""
 
 import dataclasses
 import functools
@@ -74,8 +78,8 @@ def timm_network(heads=3, prefix=1, depth=5):
         hidden = linear(params, f"{name}.mlp.fc1", norm(params, f"{name}.norm2", tokens))
         return tokens + linear(params, f"{name}.mlp.fc2", jax.nn.gelu(hidden, approximate=False))
 
-    blocks = tuple(functools.partial(block, index=index) for index in range(depth))
-    return tej.Network(embed, blocks, functools.partial(norm_of, "norm", 1e-6), 48)
+    blocks = tuple(jax.jit(functools.partial(block, index=index)) for index in range(depth))
+    return tej.Network(jax.jit(embed), blocks, functools.partial(norm_of, "norm", 1e-6), 48)
 
 
 @functools.cache
@@ -100,8 +104,8 @@ def plain_network(heads=2, depth=5, placed=False):
         hidden = linear(params, f"{name}.mlp.0", norm(params, f"{name}.norm2", tokens, 1e-5))
         return tokens + linear(params, f"{name}.mlp.2", jax.nn.gelu(hidden, approximate=False))
 
-    blocks = tuple(functools.partial(block, index=index) for index in range(depth))
-    return tej.Network(embed, blocks, functools.partial(norm_of, "norm", 1e-5), 32)
+    blocks = tuple(jax.jit(functools.partial(block, index=index)) for index in range(depth))
+    return tej.Network(jax.jit(embed), blocks, functools.partial(norm_of, "norm", 1e-5), 32)
 
 
 def heads_of(model):

@@ -3,12 +3,11 @@
 import jax
 import numpy as np
 import torch
-from jax import numpy as jnp
 
 
 def from_torch(module):
-    """The weights of a module as JAX arrays, under their own names."""
-    return {name: jnp.asarray(value.detach().numpy().copy()) for name, value in module.state_dict().items()}
+    """The weights of a module as JAX arrays, under their own names; `jnp.asarray` would compile a copy of each shape."""
+    return {name: jax.device_put(value.detach().numpy().copy()) for name, value in module.state_dict().items()}
 
 
 def numbers(values):

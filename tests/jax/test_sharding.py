@@ -1,4 +1,7 @@
-"""Many devices, and batches of any size: in processes of their own, for devices are counted when JAX starts."""
+"""Many devices, and batches of any size: in processes of their own, for devices are counted when JAX starts.
+
+Programs for many devices are compiled as users compile them; what they are compared with, as all other tests do it.
+"""
 
 import os
 import subprocess
@@ -15,16 +18,21 @@ from tests.jax import networks
 from tests.torch import models
 from tokenexit import schedule
 
+def quickly(function):
+    options = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    options |= {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=options)
+
 params = networks.pair("plain").params
 plan = schedule.neighbours(radius={1: 0}, threshold=0.5, per_class=0)
 model = tej.wrap(networks.plain_network(depth=2), plan, classes=4, capacities=(0.5, 1.0))
-heads = model.init(jax.random.key(0))
+heads = quickly(model.init)(jax.random.key(0))
 for head in (heads["exit_heads"]["1"], heads["head"]):
     head["3.weight"] = head["3.weight"] * 40
 images = networks.images_of(models.images(4, networks.SIZE))
 
 gated = tej.wrap_gates(networks.plain_network(depth=2), schedule.svit(after=(1,)), capacities=(0.5, 1.0))
-gates = gated.init(jax.random.key(1))
+gates = quickly(gated.init)(jax.random.key(1))
 gates["1"]["3.weight"] = gates["1"]["3.weight"] * 20
 
 def same_gated(found, wanted):
@@ -38,18 +46,20 @@ def same(found, wanted):
     np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
 
 # So that two images need the greater bucket, and the others do not.
-certain = np.asarray(jax.nn.softmax(jax.jit(model.every_exit)(params, heads, images)[1]).max(axis=-1))
+logits = quickly(lambda images: model.every_exit(params, heads, images)[1])(images)
+certain = np.asarray(quickly(lambda logits: jax.nn.softmax(logits).max(axis=-1))(logits))
 stay = {float(t): (certain <= t).sum(axis=(1, 2)) for t in np.unique(certain)}
 threshold = next(t for t, many in stay.items() if np.sort(many)[1] <= 10 < np.sort(many)[2])
-images = images[np.argsort(stay[threshold])]
+images = jnp.asarray(np.asarray(images)[np.argsort(stay[threshold])])
 plan = plan.with_threshold(threshold)
 """
 
 SHARDED = """
-alone = jax.jit(model.compiled)(params, heads, images, plan)
+alone = quickly(model.compiled)(params, heads, images, plan)
+alone_by_gates = quickly(gated.compiled)
 assert jax.device_count() == 4
 # By gates as well two images need the greater bucket.
-probability = np.asarray(jax.jit(gated.compiled)(params, gates, images).probability)[:, 0].reshape(4, -1)
+probability = np.asarray(alone_by_gates(params, gates, images, gated.schedule).probability)[:, 0].reshape(4, -1)
 stay = {float(t): (probability >= t).sum(axis=1) for t in np.unique(probability)}
 wanted_share = next(t for t, many in stay.items() if max(many[:2]) <= 10 < min(many[2:]))
 for devices in (2, 4):
@@ -57,20 +67,22 @@ for devices in (2, 4):
     specs = (P(), P(), P("data"), P())
     spread = jax.device_put(images, NamedSharding(mesh, P("data")))
     program = jax.jit(jax.shard_map(model.compiled, mesh=mesh, in_specs=specs, out_specs=P("data")))
+    program = program.lower(params, heads, spread, plan).compile()
     found = program(params, heads, spread, plan)
     same(found, alone)
     room = np.asarray(found.capacity_per_block)[:, 1]
     assert set(room.tolist()) == {10, 20}, room
     assert found.logits.sharding.num_devices == devices
-    text = program.lower(params, heads, spread, plan).compile().as_text()
+    text = program.as_text()
     talk = [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
     assert not talk, talk
     shares = gated.retuned(schedule.svit(after=(1,), threshold=wanted_share)).schedule
     by_gates = jax.jit(jax.shard_map(gated.compiled, mesh=mesh, in_specs=specs, out_specs=P("data")))
+    by_gates = by_gates.lower(params, gates, spread, shares).compile()
     kept = by_gates(params, gates, spread, shares)
-    same_gated(kept, jax.jit(gated.compiled)(params, gates, images, shares))
+    same_gated(kept, alone_by_gates(params, gates, images, shares))
     assert set(np.asarray(kept.capacity_per_block)[:, 1].tolist()) == {10, 20}
-    text = by_gates.lower(params, gates, spread, shares).compile().as_text()
+    text = by_gates.as_text()
     assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
 assert set(np.asarray(alone.capacity_per_block)[:, 1].tolist()) == {20}
 """
@@ -96,7 +108,8 @@ for way in (gated.compiled, gated.masked):
 
 
 def run(code, *, devices=1, **setting):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = "" if devices > 1 else os.environ["XLA_FLAGS"]
+    flags = f"{flags} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **setting}
     command = [sys.executable, "-c", SETTING + code]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
