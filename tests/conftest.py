@@ -8,7 +8,6 @@ core runs on several array libraries, at all cases on NumPy. Functions inside of
 anew at every call, it leaves alone. `CHECK_TYPES=every` has it look at all.
 """
 
-import gc
 import os
 import shutil
 import tempfile
@@ -26,9 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What XLA compiles runs once or twice here, and compiling it was more than half of the time of all tests that run JAX: so
 # it is compiled by the older emitters and in one piece, in a third of the time. `test_sharding` compiles as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
-
-# Nothing here waits to be collected, but what is imported is looked through at every collection.
-gc.set_threshold(50_000, 20, 50)
 
 settings.register_profile("quick", max_examples=60, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
