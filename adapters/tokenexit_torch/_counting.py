@@ -312,6 +312,6 @@ def _whole(layer: nn.Module, name: str) -> int:
 
 def _made_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(
-        (name, id(part), full_name(part), *(tuple(one.shape) for one in part._parameters.values() if one is not None))
+        (name, id(part), type(part), *(one.shape for one in part._parameters.values() if one is not None))
         for name, part in module.named_modules()
     )

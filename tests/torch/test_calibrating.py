@@ -134,11 +134,12 @@ def iou_table(model, settings, classes, at_least, truth=None, ignore=None):
         return full.argmax(1).numpy()
 
     right = maps(schedule.dense()) if truth is None else truth.numpy()
+    of_settings = [maps(plan) for plan in settings]
     losses = np.zeros((len(IMAGES), len(settings), len(classes)))
     for row in range(len(IMAGES)):
         valid = right[row] != ignore
-        for column, plan in enumerate(settings):
-            found = maps(plan)[row]
+        for column, every in enumerate(of_settings):
+            found = every[row]
             for place, one in enumerate(classes):
                 both = ((found == one) & (right[row] == one))[valid].mean()
                 either = ((found == one) | (right[row] == one))[valid].mean()
