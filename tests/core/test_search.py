@@ -57,6 +57,7 @@ def everything(space):
     yield from (schedule.truncated(after=after) for after in space.after)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_it_finds_the_frontier_of_a_small_space():
     best = frontier(Found(plan, *toy(plan)) for plan in everything(SMALL))
     found = frontier(explore(toy, SMALL, evaluations=300))
@@ -67,6 +68,7 @@ def test_it_finds_the_frontier_of_a_small_space():
     assert len(missed) <= len(best) // 10
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_it_beats_what_it_starts_from():
     wide = Space((2, 3, 4, 6, 7))
     starts = [Found(plan, *toy(plan)) for plan in wide.starts()]
@@ -78,6 +80,7 @@ def test_it_beats_what_it_starts_from():
     assert cheapest(found, quality=good).cost < cheapest(starts, quality=good).cost - 0.02
 
 
+@pytest.mark.usefixtures("unchecked")
 @strategies.fewer(5)
 @given(st.integers(0, 45), st.integers(0, 2**31 - 1))
 def test_what_is_stopped_and_goes_on_ends_as_if_it_had_not_been(stop, seed):
@@ -88,6 +91,7 @@ def test_what_is_stopped_and_goes_on_ends_as_if_it_had_not_been(stop, seed):
     assert kept + list(explore(toy, SMALL, evaluations=45, known=kept, seed=seed)) == whole
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nothing_is_tried_twice_and_all_of_it_is_in_the_space():
     found = list(explore(toy, SMALL, evaluations=10_000))
     plans = [one.schedule for one in found]

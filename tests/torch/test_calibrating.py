@@ -1,6 +1,7 @@
 """Calibration of a model with exits: every setting run for real, lazily, resumably, to a certificate."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -95,7 +96,7 @@ def as_expected(found, expected):
 def test_the_report_is_that_of_the_whole_table():
     model = easy()
     found = calibrated(model)
-    expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS), at_most=0.3, chains=CHAINS)
+    expected = certify(SETTINGS, *plain_table(), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
     assert found.report.risk == "disagreement at 32 x 48 pixels"
     assert found.report.images == 24
@@ -104,6 +105,7 @@ def test_the_report_is_that_of_the_whole_table():
     assert str(found) == str(found.report)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("size", [(4, 6), (16, 17)])
 def test_label_maps_may_be_of_another_size(size):
     model = easy()
@@ -113,6 +115,7 @@ def test_label_maps_may_be_of_another_size(size):
     assert found.report.risk == f"disagreement at {size[0]} x {size[1]} pixels"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_with_labels_it_is_the_increase_of_the_error():
     model = easy()
     truth = torch.randint(0, 10, (24, 20, 30), generator=torch.Generator().manual_seed(0))
@@ -121,6 +124,12 @@ def test_with_labels_it_is_the_increase_of_the_error():
     expected = certify(SETTINGS, *table(model, IMAGES, SETTINGS, truth, (20, 30)), at_most=0.3, chains=CHAINS)
     as_expected(found.report, expected)
     assert found.report.risk == "error increase at 20 x 30 pixels"
+
+
+@functools.cache
+def plain_table():
+    """Losses and costs of the images and settings as they are."""
+    return table(easy(), IMAGES, SETTINGS)
 
 
 @torch.no_grad()
@@ -147,6 +156,7 @@ def iou_table(model, settings, classes, at_least, truth=None, ignore=None):
     return losses
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("labels", "classes", "words"),
     [
@@ -164,7 +174,7 @@ def test_iou_may_be_the_risk(labels, classes, words):
         truth[:, ::5] = labels
     found = calibrated(model, risk="IoU loss", at_most=0.8, labels=truth, ignore=labels, classes=classes).report
     watched = tuple(range(models.CLASSES)) if classes is None else classes
-    _, costs = table(model, IMAGES, SETTINGS)
+    _, costs = plain_table()
     expected = certify(
         SETTINGS, iou_table(model, SETTINGS, watched, 0.2, truth, labels), costs, at_most=0.8, chains=CHAINS
     )
@@ -195,6 +205,7 @@ def test_batches_give_what_one_tensor_gives():
     as_expected(one, other)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_settings_that_are_there_by_default():
     settings, chains = tet.default_settings(easy())
     assert [len(chain) for chain in chains] == [14, 3]
@@ -381,6 +392,7 @@ def test_what_is_kept_is_not_run_again(tmp_path):
     assert images.passes == 2  # a look, and the first batch, to see that the network is the same
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_folder_of_another_calibration_is_refused(tmp_path):
     calibrated(resume=tmp_path)
     other = IMAGES.clone()
@@ -409,6 +421,7 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
             calibrated(resume=tmp_path)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_is_found_is_bound_to_the_calibration_and_to_its_content(tmp_path):
     """A folder without its identity, a file of another folder, other numbers: none of them may be taken for evidence."""
     found = calibrated(resume=tmp_path / "one")
@@ -647,6 +660,7 @@ def nearer_or_farther(output):
 SIDE = 32
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", ["DPT, segmentation", "EoMT", "Depth Anything"])
 def test_a_model_with_a_decoder_of_its_own_is_calibrated_by_what_the_decoder_says(name, tmp_path):
     model, images = decoding(name), models.images(20, (SIDE, SIDE), seed=1)
