@@ -17,16 +17,12 @@ from examples import runs as torch_runs
 from examples.camvid import common, data, gated
 from examples.jax import camvid_evaluate, camvid_gates, equinox_vit, runs
 from examples.scenes.draw import draw
+from tests.examples.strips import CAMVID, READY, TOKENS, needs_data
 from tests.jax.parity import same
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.schedule import Exit, Schedule
 
 ROOT = Path(__file__).parents[3]
-SHARED = Path(os.environ.get("TOKENEXIT_DATA", ROOT / ".." / "shared" / "data"))
-CAMVID, READY = SHARED / "camvid", SHARED / "camvid_vit_tiny_p16.npz"
-needs_data = pytest.mark.skipif(
-    not (CAMVID.is_dir() and READY.is_file()), reason=f"no CamVid and weights in {SHARED}; TOKENEXIT_DATA names it"
-)
 
 
 def run(module, *options):
@@ -132,8 +128,8 @@ def test_camvid_in_jax_is_camvid_in_pytorch(tmp_path, monkeypatch, capsys):
 
 
 @needs_data
-def test_gates_on_camvid_in_jax_are_those_in_pytorch(tmp_path, monkeypatch, capsys):
-    vit, final, _ = common.ready_model(READY, data.SIZE)
+def test_gates_on_camvid_in_jax_are_those_in_pytorch(ready_for_strips, strips, tmp_path, monkeypatch, capsys):
+    vit, final, _ = common.ready_model(ready_for_strips, data.SIZE)
     torch.manual_seed(0)
     variant = gated.VARIANTS["svit-few"]
     model = gated.new_model(vit, final, variant).eval()
@@ -156,7 +152,7 @@ def test_gates_on_camvid_in_jax_are_those_in_pytorch(tmp_path, monkeypatch, caps
     camvid_gates.main()
     results = json.loads(file.read_text())
     assert list(results) == ["dense", "gates 0.65"]
-    assert results["gates 0.65"]["decisions"] == 2 * 3 * 660
+    assert results["gates 0.65"]["decisions"] == 2 * 3 * TOKENS
     assert results["gates 0.65"]["token_blocks"] < 0.97
     for found in results.values():
         assert found["unexplained"] == 0
