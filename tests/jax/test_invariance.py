@@ -74,20 +74,20 @@ def confident(a, b, c, keep):
     return Exit(1, first), Exit(2, ~ConfidenceAbove(c) | Budget(keep))
 
 
-def waiting(a, b, c, keep):
+def skipping(a, b, c, keep):
     return Exit(1, GateBelow(a) | Budget(keep, by="gate")), Exit(
-        3, GateBelow(b).with_minimum(per_image=3) & ~GateBelow(c)
+        2, GateBelow(b).with_minimum(per_image=3) & ~GateBelow(c)
     )
 
 
 FAMILIES = {
     "predictions": ("timm", composed, Prediction(), None),
-    "gates": ("gates", waiting, Preserved(), None),
+    "gates": ("gates", skipping, Preserved(), None),
     "features, folded, cells": ("timm, registers", composed, Feature("last block", 0.1), 2),
     "features": ("placed", composed, Feature("decoder"), None),
     "predictions, cells": ("plain", composed, Prediction(), 3),
     "masks": ("masks", confident, MaskPrediction(), None),
-    "gates, all keys": ("gates", waiting, Preserved(returning="never", keys="all", before="last block"), None),
+    "gates, all keys": ("gates", skipping, Preserved(returning="never", keys="all", before="last block"), None),
 }
 QUICK = ["predictions"]  # each family is a handful of programs to compile, of seconds each
 long = pytest.mark.skipif(not LONG, reason="compiles for a minute; `make invariance` runs it")
