@@ -10,7 +10,7 @@ from tests.core.backends import each_backend
 from tokenexit import TokenExitError, cells, exits, ledger, policies, replay, schedule, scores, tokens
 from tokenexit.carries import Feature, Preserved
 from tokenexit.exits import HeadOutput
-from tokenexit.policies import ConfidenceAbove, Patience, always, never
+from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience, always, never
 from tokenexit.schedule import Exit, Schedule, Stage
 
 DEPTH = 5
@@ -71,6 +71,8 @@ def run(backend, grid, logits, plan, prefix, layout):
         previous = xp_array(np.array(previous, dtype=np.int64).reshape(len(labels), receipt.index.shape[0]))
         options = {"grid": grid, "prefix": prefix, "exit": stage.index, "cell": plan.cell}
         decision = exits.decide(stage.exit.policy, output, receipt, book, previous, **options)
+        if layout == "static":
+            assert not backend.numpy(decision.stay)[~backend.numpy(receipt.valid)].any()
         leave = ~decision.stay
         book = exits.settle(book, receipt, leave, output, depth=stage.stop, score=decision.confidence)
         receipt = receipt_of(tokens.scatter(decision.stay, receipt, into=~everything))
@@ -110,6 +112,24 @@ def test_prefix_tokens_run_as_long_as_any_patch_of_their_image(backend, layout, 
     np.testing.assert_array_equal(running[:, prefix:], expected.depth == DEPTH)
     assert (running[:, :prefix] == ran_on[:, None]).all()
     np.testing.assert_array_equal(depth[:, :prefix], np.repeat(expected.depth.max(axis=1)[:, None], prefix, axis=1))
+
+
+@each_layout
+@each_backend
+def test_neighbours_are_those_of_the_grid_where_prefix_tokens_come_before_it(backend, layout):
+    grid, classes, depths = (3, 4), 3, set()
+    plan = Schedule(tuple(Exit(block, NeighboursAgree(0.5, radius=1)) for block in (1, 2, 3)))
+    prevailing = np.where(np.arange(12)[:, None] % 4 < 2, [3, 0, 0], [0, 3, 0])  # the left half, and the right
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        logits = {
+            block: (rng.normal(size=(2, 12, classes)) + prevailing).astype(np.float32) for block in (1, 2, 3, DEPTH)
+        }
+        expected = wanted(backend, grid, logits, plan, 2)
+        _, book = run(backend, grid, logits, plan, 2, layout)
+        np.testing.assert_array_equal(backend.numpy(book.exit_depth(DEPTH))[:, 2:], expected.depth)
+        depths |= set(expected.depth.flatten().tolist())
+    assert depths == {1, 2, 3, DEPTH}
 
 
 def test_jax_replays_the_same_compiled():

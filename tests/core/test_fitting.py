@@ -32,6 +32,7 @@ class Toy:
         self.heads = dict.fromkeys(exits, np.zeros((5, CLASSES)))
         self.kept, self.model, self.fitted = None, None, frozenset()
         self.draws, self.taken, self.fails_at, self.rates = np.random.default_rng(seed), 0, fails_at, []
+        self.after_step = {}
 
     def draw(self, rows, size, /):
         return self.draws.integers(0, rows, size)
@@ -43,6 +44,7 @@ class Toy:
             self.heads = self.heads | {after: self.heads[after] - rate * moved}
         self.taken += 1
         self.rates.append(rate)
+        self.after_step[self.taken] = self.heads
         if self.taken == self.fails_at:
             raise Interrupted
 
@@ -164,7 +166,8 @@ def test_nothing_is_finished_by_an_interrupt():
 
 def test_the_heads_kept_are_those_of_the_lowest_loss_held_out():
     recipe = replace(HELD, steps=200, patience=4)
-    _, report = fitted(recipe, teacher=Noise)
+    toy, report = fitted(recipe, teacher=Noise)
+    assert toy.model is toy.after_step[report.kept_step]
     assert report.stopped_early
     assert report.steps == report.kept_step + recipe.patience * recipe.check_every < recipe.steps
     assert (report.images, report.held_out.images) == (5, 3)
