@@ -22,8 +22,9 @@ from hypothesis import settings
 # that wait for one another are slow on a machine that is busy. PyTorch reads it when it is imported, which comes later.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What XLA compiles runs once or twice here, and compiling it was more than half of the time of all tests that run JAX: so
-# it is compiled by the older emitters and in one piece, in a third of the time. `test_sharding` compiles as users do.
+# What XLA compiles runs once or twice here, and on few numbers: it is compiled without most optimizations, by the older
+# emitters and in one piece, which takes a fraction of the time. `test_sharding` compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 settings.register_profile("quick", max_examples=60, derandomize=True, deadline=None)
@@ -48,9 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="tokenexit-jax-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     everything = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
-    # Programs run once, on few numbers: most of the time is the compiler's, which does half of it where it need not
-    # make them fast.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ.update({f"JAX_PERSISTENT_CACHE_{name}": value for name, value in everything.items()})
 

@@ -1,20 +1,9 @@
-"""Compiling is most of what these tests do: it is done less thoroughly, also by the flags of
-`tests/conftest.py`. `test_sharding` compiles as users do.
-
-All of them run under `jax_numpy_rank_promotion="raise"`: no operation of the library may rely on that promotion.
-"""
+"""All tests of JAX run under `jax_numpy_rank_promotion="raise"`: no operation of the library may rely on it."""
 
 from collections.abc import Iterator
 
 import jax
 import pytest
-
-
-@pytest.fixture(autouse=True, scope="package")
-def compiled_quickly() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="package")

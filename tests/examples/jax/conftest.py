@@ -1,3 +1,3 @@
-from tests.jax.switches import compiled_programs_let_go, compiled_quickly, ranks_written_out
+from tests.jax.switches import compiled_programs_let_go, ranks_written_out
 
-__all__ = ["compiled_programs_let_go", "compiled_quickly", "ranks_written_out"]
+__all__ = ["compiled_programs_let_go", "ranks_written_out"]

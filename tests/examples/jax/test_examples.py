@@ -1,7 +1,6 @@
 """The JAX examples, as a person runs them, and what was trained in PyTorch on either side."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 def run(module, *options):
     command = [sys.executable, "-m", module, *options]
-    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as the tests in this process
-    return subprocess.run(command, cwd=ROOT, env=quick, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(tmp_path):
