@@ -24,16 +24,21 @@ __all__ = [
     "is_array",
     "is_jax_array",
     "is_traced",
+    "kth_least",
     "like_numbers",
     "number_beside",
     "on_host",
     "plain",
     "require_marks",
     "searchsorted",
+    "softmax",
     "take",
     "take_along_axis",
     "take_or",
+    "uniform_squares",
     "with_doubles",
+    "without_nan",
+    "written",
 ]
 
 Array = Any
@@ -140,6 +145,13 @@ def first_k(value: Array, k: int, /) -> tuple[Array, Array]:
     return xp.concat([best for best, _ in found], axis=-1), xp.concat([at for _, at in found], axis=-1)
 
 
+def kth_least(value: Array, k: int, /) -> Array:
+    """The `k`-th least value on the last axis, of integers; 1 is the least."""
+    if _is_torch(value):  # the standard has sorting alone, of all
+        return value.topk(k, largest=False).values[..., -1]
+    return array_namespace(value).sort(value, axis=-1)[..., k - 1]
+
+
 def is_array(value: Any, /) -> bool:
     """Whether `value` is an array of any library."""
     return _is_torch(value) or array_api_compat.is_array_api_obj(value)
@@ -213,6 +225,16 @@ def searchsorted(ascending: Array, wanted: Array, /) -> Array:
     return lax.fori_loop(0, 32, halve, (low, low + jnp.asarray(count, dtype=jnp.int32)))[0]
 
 
+def softmax(values: Array, /) -> Array:
+    """Softmax over the last axis, in float32."""
+    xp = array_namespace(values)
+    if _is_torch(values):  # one operation instead of five
+        return values.softmax(-1, dtype=xp.float32)
+    values = xp.astype(values, xp.float32)
+    weight = xp.exp(values - xp.max(values, axis=-1, keepdims=True))
+    return weight / xp.sum(weight, axis=-1, keepdims=True)
+
+
 def take(values: Array, indices: Array, /, *, axis: int = 0) -> Array:
     """Entries of an axis by their places, from 0 up."""
     if _is_torch(values):  # array-api-compat first looks for negative places: three more operations
@@ -237,6 +259,43 @@ def take_or(values: Array, rows: Array, found: Array, other: Array, /) -> Array:
         return other
     taken = take(values, xp.where(found, rows, xp.zeros_like(rows)), axis=0)
     return xp.where(xp.reshape(found, (*found.shape, *[1] * (values.ndim - 1))), taken, other)
+
+
+def written(values: Array, rows: Array, other: Array, /) -> Array | None:
+    """A copy of `other` in which row `rows[i]` is `values[i]`, no row twice; None where only a gather does that."""
+    if not _is_torch(values):
+        return None
+    kind = array_namespace(values).result_type(values, other)
+    return other.to(kind).index_copy(0, rows, values.to(kind))
+
+
+def uniform_squares(map: Array, /, *, radius: tuple[int, int]) -> Array | None:
+    """Whether the places around every place of some maps of small integers hold one value.
+
+    Args:
+        map: The integers, of shape (images, height, width).
+        radius: Places up and down, and to the sides; beyond the edge there are none.
+
+    Returns:
+        A mask of the same shape; None if the library of the array has no pooling.
+    """
+    if not _is_torch(map):
+        return None
+    from torch.nn import functional
+
+    numbers, size = map.to(array_namespace(map).float32)[:, None], tuple(2 * one + 1 for one in radius)
+    options = {"stride": 1, "padding": radius}
+    greatest = functional.max_pool2d(numbers, size, **options)
+    return (greatest == -functional.max_pool2d(-numbers, size, **options))[:, 0]
+
+
+def without_nan(score: Array, /) -> Array:
+    """The same scores, with minus infinity in place of NaN."""
+    if _is_torch(score):
+        infinite = float("inf")
+        return score.nan_to_num(nan=-infinite, posinf=infinite, neginf=-infinite)
+    xp = array_namespace(score)
+    return xp.where(xp.isnan(score), -xp.inf, score)
 
 
 def with_doubles(values: Array, /) -> Array:

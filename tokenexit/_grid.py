@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
-from tokenexit._array import Array, array_namespace, counting, searchsorted, take, take_or
+from tokenexit._array import Array, array_namespace, counting, searchsorted, take, take_or, uniform_squares
 
-__all__ = ["extremes", "lay_out"]
+__all__ = ["extremes", "lay_out", "uniform"]
 
 
 def lay_out(
@@ -43,6 +43,18 @@ def extremes(
             lowest = _over_line(xp.minimum, lowest, reach, axis)
             highest = _over_line(xp.maximum, highest, reach, axis)
     return lowest, highest
+
+
+def uniform(map: Int[Array, "images height width"], /, *, radius: int) -> Bool[Array, "images height width"]:
+    """Whether the square of `2 * radius + 1` places around every place holds one value; beyond the edge is nothing."""
+    if 0 in map.shape:
+        return map == map
+    height, width = (min(radius, size - 1) for size in map.shape[1:])
+    found = uniform_squares(map, radius=(height, width))
+    if found is None:
+        lowest, highest = extremes(map, radius=radius)
+        found = lowest == highest
+    return found
 
 
 def _over_line(combine: Callable[[Array, Array], Array], map: Array, reach: int, axis: int) -> Array:

@@ -1,25 +1,27 @@
 """The exit point: which tokens leave after a block, and what they leave behind.
 
-    decision = exits.decide(policy, output, receipt, ledger, previous, grid=(16, 16), prefix=1, exit=0)
-    ledger = exits.settle(ledger, receipt, ~decision.stay, output, depth=3, score=decision.confidence)
+    book = exits.update(book, receipt, head_output)
+    decision = exits.decide(policy, book, receipt.running, labels, grid=(16, 16), exit=0)
+    book = ledger.freeze(book, receipt.running & ~decision.stay, depth=3)
 
-Both layouts of `tokenexit.tokens` are taken; results are in the layout of the receipt. Blocks, heads and the gather of
-those that stay are the adapter's.
+Both layouts of `tokenexit.tokens` are taken; a decision is made on all slots of all images: of a fixed shape, so that
+it is one program. Blocks, heads and the gather of those that stay are the adapter's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import cells, ledger, scores, tokens
-from tokenexit._array import Array, array_namespace, take
+from tokenexit._array import Array, array_namespace, counting, filled, require_marks
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
 from tokenexit.ledger import Ledger
 from tokenexit.policies import Evidence, Policy
-from tokenexit.tokens import Receipt, Selection
+from tokenexit.tokens import Receipt
 
-__all__ = ["Decision", "HeadOutput", "decide", "everywhere", "settle"]
+__all__ = ["Decision", "HeadOutput", "begin", "decide", "update"]
 
 
 @dataclass(frozen=True)
@@ -50,46 +52,59 @@ class HeadOutput:
 
 @dataclass(frozen=True)
 class Decision:
-    """Decision of an exit point, in the layout of the receipt.
+    """Decision of an exit point, by slot and by patch.
 
     Attributes:
-        stay: Which tokens run on.
-        pinned: Which entries must not leave for lack of room: prefix tokens and cell centres.
-        confidence: Confidence of every token.
-        label: Predicted class of every token.
+        stay: Which slots run on; none that does not run.
+        confidence: Confidence of every patch, as it was last read.
+        label: Predicted class of every patch, likewise.
+        centre: Which places of the grid are cell centres; None without cells.
     """
 
-    stay: Bool[Array, "*layout"]
-    pinned: Bool[Array, "*layout"]
-    confidence: Float[Array, "*layout"]
-    label: Int[Array, "*layout"]
+    stay: Bool[Array, "images slots"]
+    confidence: Float[Array, "images patches"]
+    label: Int[Array, "images patches"]
+    centre: Bool[Array, "patches"] | None = None
+
+    @lazy
+    def certain(self) -> Float[Array, "images slots"]:
+        """Score by which tokens leave for lack of room, the highest first: the confidence.
+
+        Minus infinity for those that must not: prefix tokens and cell centres.
+        """
+        xp, found = array_namespace(self.confidence), self.confidence
+        if self.centre is not None:
+            found = xp.where(self.centre[None, :], -xp.inf, found)
+        prefix = self.stay.shape[1] - found.shape[1]
+        if prefix == 0:
+            return found
+        least = filled((found.shape[0], prefix), -xp.inf, found, dtype=found.dtype)
+        return xp.concat([least, found], axis=1)
 
 
 def decide(
     policy: Policy,
-    output: HeadOutput,
-    receipt: Receipt,
     book: Ledger,
-    previous: Int[Array, "exits tokens"],
+    running: Bool[Array, "images slots"],
+    previous: Sequence[Int[Array, "images patches"]] = (),
     /,
     *,
     grid: tuple[int, int],
-    prefix: int = 0,
     exit: int = 0,
     cell: int | None = None,
 ) -> Decision:
     """Decide which tokens leave at an exit point.
 
-    When all patches of an image leave, it is finished: prefix tokens, and centres of its cells, leave with them.
+    It works on all slots of all images, so that shapes do not depend on the data. When all patches of an image leave,
+    it is finished: prefix tokens, and centres of its cells, leave with them.
 
     Args:
         policy: The exit policy.
-        output: Output of the exit head; gradients do not pass a decision, so it may be detached.
-        receipt: The receipt of the tokens that run.
-        book: What tokens have left behind so far.
-        previous: Classes that the earlier exit heads have predicted for the tokens that run, in one row.
+        book: The outcome of every slot, that of this exit head included (`update`). A decision has no gradient.
+        running: Which slots run. Those that come before the patches of the grid are prefix tokens, and run as long as
+            any of these does.
+        previous: Classes that the earlier exit heads have predicted (`Decision.label`), first exit first.
         grid: Height and width of the patch grid.
-        prefix: Tokens of an image that come before its patches, and run as long as any of these does.
         exit: Which of the exit points this is, from 0.
         cell: Side of the cells of which the centres run on and represent the others (`tokenexit.cells`); None without
             cells.
@@ -98,117 +113,116 @@ def decide(
         The decision.
 
     Raises:
-        TokenExitError: If shapes do not fit the receipt, or the evidence lacks something that the policy reads.
+        TokenExitError: If the shapes do not fit one another, or the evidence lacks something that the policy reads.
     """
-    evidence = _evidence(output, receipt, book, previous, grid=grid, prefix=prefix, exit=exit)
-    xp = array_namespace(evidence.eligible)
-    leave, patch = policy(evidence), evidence.eligible
-    running = tokens.any_of_image(xp.reshape(patch & ~leave, receipt.layout), receipt)
-    pinned = ~patch
-    if cell is not None:
-        centre = cells.is_cell_centre(receipt.slot - prefix, grid=grid, side=cell)
-        leave, pinned = leave & ~centre, pinned | centre
-    stay = ~leave & take(running, receipt.image)
-    if evidence.valid is not None:
-        stay = stay & evidence.valid
-    return Decision(*(xp.reshape(x, receipt.layout) for x in (stay, pinned, evidence.confidence, evidence.label)))
+    evidence, prefix = _evidence(book, running, previous, grid=grid, exit=exit)
+    xp, shape = array_namespace(running), (running.shape[0], grid[0] * grid[1])
+    leave = policy(evidence)
+    # Those that leave are among those that run: the rest is what the two differ by.
+    remain = xp.reshape(evidence.eligible ^ leave, shape)
+    stay, centre = remain, None
+    if prefix or cell is not None:
+        runs = xp.any(remain, axis=1, keepdims=True)
+        if cell is not None:
+            centre = cells.is_cell_centre(counting(shape[1], remain), grid=grid, side=cell)
+            stay = stay | (centre[None, :] & runs & running[:, prefix:])
+        if prefix:
+            stay = xp.concat([xp.broadcast_to(runs, (shape[0], prefix)), stay], axis=1)
+    confidence, label = (xp.reshape(one, shape) for one in (evidence.confidence, evidence.label))
+    return Decision(stay, confidence, label, centre)
 
 
 def _evidence(
-    output: HeadOutput,
-    receipt: Receipt,
     book: Ledger,
-    previous: Array,
+    running: Array,
+    previous: Sequence[Array],
     *,
     grid: tuple[int, int],
-    prefix: int,
     exit: int,
-) -> Evidence:
-    given = output.logits if output.class_scores is None else output.class_scores
-    fits = tuple(given.shape[:-1]) == receipt.layout
-    rule = f"have the layout of the receipt, {receipt.layout}, and one more axis"
-    require(fits, "output", rule, f"shape {tuple(given.shape)}")
-    xp = array_namespace(given)
-    row = xp.reshape(given, (receipt.index.shape[0], given.shape[-1]))
-    valid = xp.reshape(receipt.valid, (row.shape[0],)) if isinstance(receipt, Selection) else None
-    return Evidence(
-        row if output.class_scores is None else None,
-        class_scores=None if output.class_scores is None else row,
-        image=receipt.image,
-        images=receipt.images,
+) -> tuple[Evidence, int]:
+    """Evidence of all patches of all images, and how many prefix tokens an image has."""
+    given = book.logits if book.class_scores is None else book.class_scores
+    (images, slots, classes), places = given.shape, grid[0] * grid[1]
+    rule = f"have the images and slots of the ledger, ({images}, {slots})"
+    require(tuple(running.shape) == (images, slots), "running", rule, f"shape {tuple(running.shape)}")
+    require_marks(running, "running")
+    prefix = slots - places
+    require(prefix >= 0, "grid", f"have at most {slots} places", grid)
+    xp, entries = array_namespace(running), images * places
+    table = xp.reshape(given[:, prefix:, :], (entries, classes))
+    place = counting(entries, running)
+    if previous:
+        labels = xp.stack([xp.reshape(one, (entries,)) for one in previous], axis=0)
+    else:  # no rows, of integers
+        labels = xp.reshape(book.depth, (1, images * slots))[:0, :entries]
+    evidence = Evidence(
+        table if book.class_scores is None else None,
+        class_scores=None if book.class_scores is None else table,
+        image=place // max(places, 1),
+        images=images,
         grid=grid,
-        position=receipt.slot - prefix if prefix else receipt.slot,
-        valid=valid,
-        protected=receipt.slot < prefix if prefix else None,
+        position=place % max(places, 1) if images > 1 else place,
+        valid=xp.reshape(running[:, prefix:], (entries,)),
+        layout="grid",
         exit=exit,
-        previous=previous,
-        settled_label=book.label[:, prefix:],
-        settled_score=book.score[:, prefix:],
+        previous=labels,
     )
+    return evidence, prefix
 
 
-def everywhere(output: HeadOutput, receipt: Receipt, book: Ledger, /) -> HeadOutput:
-    """Output of a head for all slots: its own where tokens run, and elsewhere what the ledger holds.
-
-    Args:
-        output: Output of the head for the tokens that run.
-        receipt: Their receipt.
-        book: What the others have left behind; it keeps masks if they are wanted.
-
-    Returns:
-        Class scores by slot. Masks likewise if the ledger keeps them: presence is the head's own in images of which it
-        read any token.
-
-    Raises:
-        TokenExitError: If `output` is not in the layout of `receipt`, or has no masks for a ledger that keeps them.
-    """
-    logits = tokens.scatter(output.logits, receipt, into=book.logits)
-    masks, presence = _masks(output, receipt, book)
-    return HeadOutput(logits, mask_logits=masks, presence_logits=presence)
-
-
-def settle(
-    book: Ledger,
-    receipt: Receipt,
-    leave: Bool[Array, "*layout"],
-    output: HeadOutput,
-    /,
-    *,
-    depth: int,
-    score: Float[Array, "*layout"] | None = None,
-    features: Float[Array, "*layout dim"] | None = None,
+def update(
+    book: Ledger, receipt: Receipt, output: HeadOutput, /, *, features: Float[Array, "*layout dim"] | None = None
 ) -> Ledger:
-    """Freeze the outputs of the tokens that leave.
+    """Outcome of the tokens that run, by a head that reads them, over their earlier ones.
 
     Args:
         book: The ledger so far.
         receipt: The receipt of the tokens that run.
-        leave: Which of them leave.
-        output: Output of the head that reads them here.
-        depth: Blocks that they have run through.
-        score: Their confidence; that of `output` if left out.
+        output: Output of the head.
         features: Their features, if the ledger keeps them.
 
     Returns:
-        The ledger with their outcome, and with the latest masks if it keeps these.
+        The ledger with their latest outcome; presence is the head's own in images of which it read any token.
 
     Raises:
-        TokenExitError: As `ledger.record`; or if `output` has no masks for a ledger that keeps them.
+        TokenExitError: As `ledger.update`; or if `output` has no masks for a ledger that keeps them.
     """
-    score = output.confidence if score is None else score
-    settled = ledger.record(book, receipt, leave, output.logits, depth=depth, score=score, features=features)
-    masks, presence = _masks(output, receipt, book)
-    return replace(settled, mask_logits=masks, presence_logits=presence)
-
-
-def _masks(output: HeadOutput, receipt: Receipt, book: Ledger) -> tuple[Array | None, Array | None]:
-    """Masks by slot and presence by image: the latest of each."""
+    scored = None if book.class_scores is None else output.class_scores
+    found = ledger.update(book, receipt, output.logits, class_scores=scored, features=features)
     if book.mask_logits is None:
-        return None, None
+        return found
     require(output.mask_logits is not None, "output", "have masks for a ledger that keeps them", "none")
     xp = array_namespace(output.mask_logits)
     ran = receipt.lengths > 0
-    return (
-        tokens.scatter(output.mask_logits, receipt, into=book.mask_logits),
-        xp.where(ran[:, None], output.presence_logits, book.presence_logits),
+    return replace(
+        found,
+        mask_logits=tokens.scatter(output.mask_logits, receipt, into=book.mask_logits),
+        presence_logits=xp.where(ran[:, None], output.presence_logits, book.presence_logits),
+    )
+
+
+def begin(
+    output: HeadOutput,
+    receipt: Receipt,
+    /,
+    *,
+    features: Float[Array, "*layout dim"] | None = None,
+    presence_logits: Float[Array, "images classes"] | None = None,
+) -> Ledger:
+    """An empty ledger for outputs like this one.
+
+    Args:
+        output: Output of the first exit head.
+        receipt: The receipt of the tokens that run.
+        features: Their features, if the ledger is to keep them.
+        presence_logits: Presence of classes by a mask head, if the ledger is to keep masks.
+
+    Returns:
+        A ledger in which nothing has an outcome.
+
+    Raises:
+        TokenExitError: As `ledger.open_ledger`.
+    """
+    return ledger.open_ledger(
+        output.logits, receipt, class_scores=output.class_scores, features=features, presence_logits=presence_logits
     )

@@ -3,39 +3,40 @@
 DToP (ICCV 2023, section 3.2) finalises a token when it leaves: the class scores of its exit head are its result. In
 PAUMER (BMVC 2022) and DoViT (2023) it leaves its feature, which rejoins the others later. A ledger holds either, for
 either layout. It is a value: `record` returns a new one and changes nothing.
+
+At an exit point the head reads all tokens that run, so the ledger knows the latest class scores of every slot: those of
+tokens that run, which come to be overwritten, and those of the others, which are frozen.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit import scores
-from tokenexit._array import Array, array_namespace, filled, require_marks, take, take_or
+from tokenexit._array import Array, array_namespace, filled, require_marks, take
 from tokenexit._plain import is_number
 from tokenexit.errors import TokenExitError, require
 from tokenexit.tokens import Receipt, scatter
 
-__all__ = ["Ledger", "fold_leavers", "open_ledger", "record", "rejoin"]
+__all__ = ["Ledger", "fold_leavers", "freeze", "open_ledger", "record", "rejoin", "update"]
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The outcome of every slot of a batch, as far as it is known.
+    """The latest outcome of every slot of a batch: frozen where the token has left.
 
     Attributes:
-        logits: Frozen class scores; zero while the token runs.
-        label: Frozen predicted class; -1 while the token runs.
-        score: Confidence that the token left with; zero while it runs.
+        logits: Class scores before softmax; NaN where no head has read the token yet.
         depth: How many blocks the token has run through; zero while it runs.
-        features: Frozen features, for a schedule that carries them; zero while the token runs.
-        mask_logits: Latest mask logits by slot, if masks are kept: frozen where the token has left.
-        presence_logits: Latest presence of classes by image, if masks are kept.
+        class_scores: Class scores that are not a softmax's, for heads that give such; NaN likewise.
+        features: Features at the latest exit point, for a schedule that carries them; zero before the first.
+        mask_logits: Mask logits, if masks are kept.
+        presence_logits: Presence of classes by image, if masks are kept.
     """
 
     logits: Float[Array, "images slots classes"]
-    label: Int[Array, "images slots"]
-    score: Float[Array, "images slots"]
     depth: Int[Array, "images slots"]
+    class_scores: Float[Array, "images slots classes"] | None = None
     features: Float[Array, "images slots dim"] | None = None
     mask_logits: Float[Array, "images slots classes"] | None = None
     presence_logits: Float[Array, "images classes"] | None = None
@@ -55,6 +56,7 @@ def open_ledger(
     receipt: Receipt,
     /,
     *,
+    class_scores: Float[Array, "..."] | None = None,
     features: Float[Array, "..."] | None = None,
     presence_logits: Float[Array, "images classes"] | None = None,
 ) -> Ledger:
@@ -63,33 +65,103 @@ def open_ledger(
     Args:
         logits: Class scores, in the layout of the receipt; the ledger takes their class count and dtype.
         receipt: The receipt of any row, or selection, of the batch.
+        class_scores: Scores that are not a softmax's, in the same layout, if the ledger is to keep such too.
         features: Features, in the same layout, if the ledger is to keep them too.
         presence_logits: Presence of classes by a mask head, if the ledger is to keep masks too.
 
     Returns:
-        A ledger in which nothing has settled.
+        A ledger in which nothing has an outcome.
 
     Raises:
-        TokenExitError: If `logits` or `features` are not in the layout of `receipt`.
+        TokenExitError: If an array is not in the layout of `receipt`.
     """
-    _require_layout(logits, receipt, "logits")
-    xp = array_namespace(logits)
     shape = (receipt.images, receipt.slots)
-    if features is not None:
-        _require_layout(features, receipt, "features")
-        features = filled((*shape, features.shape[-1]), 0, features, dtype=features.dtype)
+
+    def blank(like: Array | None, name: str, value: float) -> Array | None:
+        if like is None:
+            return None
+        _require_layout(like, receipt, name)
+        return filled((*shape, like.shape[-1]), value, like, dtype=like.dtype)
+
     masks = None
     if presence_logits is not None:
         masks = filled((*shape, presence_logits.shape[-1]), 0, presence_logits, dtype=presence_logits.dtype)
     return Ledger(
-        logits=filled((*shape, logits.shape[-1]), 0, logits, dtype=logits.dtype),
-        label=filled(shape, -1, logits, dtype=receipt.index.dtype),
-        score=filled(shape, 0, logits, dtype=xp.float32),
+        logits=blank(logits, "logits", math.nan),
         depth=filled(shape, 0, logits, dtype=receipt.index.dtype),
-        features=features,
+        class_scores=blank(class_scores, "class_scores", math.nan),
+        features=blank(features, "features", 0),
         mask_logits=masks,
         presence_logits=presence_logits,
     )
+
+
+def update(
+    ledger: Ledger,
+    receipt: Receipt,
+    logits: Float[Array, "..."],
+    /,
+    *,
+    class_scores: Float[Array, "..."] | None = None,
+    features: Float[Array, "..."] | None = None,
+) -> Ledger:
+    """Outcome of the tokens that run, over their earlier ones.
+
+    Args:
+        ledger: The ledger so far.
+        receipt: The receipt of the tokens that run: `(tokens,)` or `(images, capacity)` is the layout of the others.
+        logits: Their class scores, with one more axis.
+        class_scores: Their scores that are not a softmax's, if the ledger keeps such.
+        features: Their features, if the ledger keeps these.
+
+    Returns:
+        The ledger with their latest outcome.
+
+    Raises:
+        TokenExitError: If an array is not in the layout of `receipt`, or is given to a ledger that does not keep its
+            kind, or left out for one that does.
+    """
+    _require_layout(logits, receipt, "logits")
+    classes = ledger.logits.shape[-1]
+    require(logits.shape[-1] == classes, "logits", f"have the {classes} classes of the ledger", logits.shape[-1])
+
+    def latest(values: Array | None, held: Array | None, name: str) -> Array | None:
+        kept, given = (name if one is not None else "none" for one in (held, values))
+        require(kept == given, name, "be given exactly if the ledger keeps them", f"{given}, and it keeps {kept}")
+        if values is None or held is None:
+            return None
+        _require_layout(values, receipt, name)
+        if values.dtype != held.dtype:
+            values = array_namespace(values).astype(values, held.dtype)
+        return scatter(values, receipt, into=held)
+
+    return replace(
+        ledger,
+        logits=latest(logits, ledger.logits, "logits"),
+        class_scores=latest(class_scores, ledger.class_scores, "class_scores"),
+        features=latest(features, ledger.features, "features"),
+    )
+
+
+def freeze(ledger: Ledger, left: Bool[Array, "images slots"], /, *, depth: int) -> Ledger:
+    """Freeze the outcome of tokens that leave, which run no more and have none after it.
+
+    Args:
+        ledger: The ledger, with their outcome (`update`).
+        left: Which slots they are; none that has left before.
+        depth: How many blocks they have run through.
+
+    Returns:
+        The ledger with their depth.
+
+    Raises:
+        TokenExitError: If `left` is not boolean or not of the shape of the ledger.
+    """
+    require_marks(left, "left")
+    shape = tuple(ledger.depth.shape)
+    require(tuple(left.shape) == shape, "left", f"have the shape of the ledger, {shape}", f"shape {tuple(left.shape)}")
+    xp = array_namespace(left)
+    return replace(ledger, depth=xp.where(left, depth, ledger.depth))
 
 
 def record(
@@ -100,10 +172,10 @@ def record(
     /,
     *,
     depth: int,
-    score: Float[Array, "..."] | None = None,
+    class_scores: Float[Array, "..."] | None = None,
     features: Float[Array, "..."] | None = None,
 ) -> Ledger:
-    """Settle the tokens that leave.
+    """Record an exit point: the outcome of all tokens that run, and that some of them leave with it.
 
     Args:
         ledger: The ledger so far.
@@ -111,50 +183,25 @@ def record(
         leave: Which of them leave. Entries that are not valid hold no token, and leave nothing behind.
         logits: The class scores of all of them, with one more axis.
         depth: How many blocks they have run through.
-        score: How confident they are; by the softmax of `logits` if left out, which does not suit an ATM head.
-        features: Their features, if the ledger keeps them.
+        class_scores: Their scores that are not a softmax's, if the ledger keeps such.
+        features: Their features, if the ledger keeps these.
 
     Returns:
-        The ledger with the leavers' outcome.
+        `update` and `freeze` in one.
 
     Raises:
-        TokenExitError: If an array is not in the layout of `receipt`, or `features` are given to a ledger that does
-            not keep them, or left out for one that does.
+        TokenExitError: As `update`; or if `leave` is not boolean or not in the layout of `receipt`.
     """
-    _require_layout(logits, receipt, "logits")
-    classes = ledger.logits.shape[-1]
-    require(logits.shape[-1] == classes, "logits", f"have the {classes} classes of the ledger", logits.shape[-1])
-    for name, array in (("leave", leave), ("score", score)):
-        require(
-            array is None or tuple(array.shape) == receipt.layout,
-            name,
-            f"have one entry for each of the layout {receipt.layout}",
-            f"shape {None if array is None else tuple(array.shape)}",
-        )
-    require_marks(leave, "leave")
-    kept = "features" if ledger.features is not None else "none"
-    given = "features" if features is not None else "none"
-    require(kept == given, "features", "be given exactly if the ledger keeps them", f"{given}, and it keeps {kept}")
-    if features is not None:
-        _require_layout(features, receipt, "features")
-    xp = array_namespace(logits)
-    batch = (receipt.images, receipt.slots)
-    left = scatter(leave, receipt, into=filled(batch, False, leave, dtype=xp.bool))
-    flat = xp.reshape(left, (receipt.images * receipt.slots,))
-
-    def settle(values: Array, settled: Array) -> Array:
-        rest = tuple(settled.shape[2:])
-        rows = xp.reshape(xp.astype(values, settled.dtype), (receipt.index.shape[0], *rest))
-        return xp.reshape(take_or(rows, receipt.rank, flat, xp.reshape(settled, (*flat.shape, *rest))), settled.shape)
-
-    return replace(
-        ledger,
-        logits=settle(logits, ledger.logits),
-        label=settle(xp.astype(xp.argmax(logits, axis=-1), ledger.label.dtype), ledger.label),
-        score=settle(scores.confidence(logits) if score is None else score, ledger.score),
-        depth=xp.where(left, filled(batch, depth, left, dtype=ledger.depth.dtype), ledger.depth),
-        features=None if ledger.features is None else settle(features, ledger.features),
+    require(
+        tuple(leave.shape) == receipt.layout,
+        "leave",
+        f"have one entry for each of the layout {receipt.layout}",
+        f"shape {tuple(leave.shape)}",
     )
+    require_marks(leave, "leave")
+    ledger = update(ledger, receipt, logits, class_scores=class_scores, features=features)
+    nothing = array_namespace(receipt.running).zeros_like(receipt.running)
+    return freeze(ledger, scatter(leave, receipt, into=nothing), depth=depth)
 
 
 def rejoin(ledger: Ledger, receipt: Receipt, features: Float[Array, "..."], /) -> Float[Array, "images slots width"]:

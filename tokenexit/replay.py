@@ -70,29 +70,21 @@ def replay(
     xp = array_namespace(final)
     running = filled((final.shape[0], places), True, final, dtype=xp.bool)
     receipt = _receipt(running)
-    book = ledger.open_ledger(tokens.gather(final, receipt), receipt)
+    book = exits.begin(HeadOutput(tokens.gather(final, receipt)), receipt)
     labels, counts = [], []
     for stage in plan.stages(depth):
         held = receipt.lengths
         counts += [xp.where(held > 0, held + prefix, held)] * (stage.stop - stage.start)
         if stage.exit is None or stage.index is None:
             continue
-        output = HeadOutput(tokens.gather(logits[stage.stop], receipt))
+        book = exits.update(book, receipt, HeadOutput(tokens.gather(logits[stage.stop], receipt)))
         decision = exits.decide(
-            stage.exit.policy,
-            output,
-            receipt,
-            book,
-            _rows(labels, receipt),
-            grid=grid,
-            exit=stage.index,
-            cell=plan.cell,
+            stage.exit.policy, book, receipt.running, labels, grid=grid, exit=stage.index, cell=plan.cell
         )
-        book = exits.settle(book, receipt, ~decision.stay, output, depth=stage.stop, score=decision.confidence)
-        labels.append(xp.argmax(logits[stage.stop], axis=-1))
-        receipt = _receipt(tokens.scatter(decision.stay, receipt, into=xp.zeros_like(running)))
-    everything = filled(receipt.layout, True, final, dtype=xp.bool)
-    book = exits.settle(book, receipt, everything, HeadOutput(tokens.gather(final, receipt)), depth=depth)
+        book = ledger.freeze(book, receipt.running ^ decision.stay, depth=stage.stop)
+        labels.append(decision.label)
+        receipt = _receipt(decision.stay)
+    book = exits.update(book, receipt, HeadOutput(tokens.gather(final, receipt)))
     return Replayed(book.logits, book.exit_depth(depth), xp.stack(counts, axis=1))
 
 
@@ -103,11 +95,3 @@ def _receipt(running: Bool[Array, "images patches"]) -> Receipt:
         return tokens.pack(running)
     score = xp.zeros_like(running, dtype=xp.float32)
     return tokens.select(running, score, capacity=running.shape[1])[0]
-
-
-def _rows(labels: list[Array], receipt: Receipt) -> Int[Array, "exits tokens"]:
-    """Classes that earlier heads have predicted for the tokens that run, in one row."""
-    xp = array_namespace(receipt.index)
-    if not labels:
-        return xp.reshape(receipt.index, (1, receipt.index.shape[0]))[:0, :]
-    return xp.stack([xp.reshape(tokens.gather(one, receipt), receipt.index.shape) for one in labels], axis=0)

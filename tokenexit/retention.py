@@ -4,9 +4,10 @@ A class that has lost all its tokens is gone from the attention of those that st
 section 3.3) therefore keeps the k most confident tokens of each predicted class, per image. Image and class
 together are one group, so that neither is ever looped over.
 
-Sorting everything is slower than the loop it replaces when classes are few, so little is sorted: in a long ragged row,
-tokens that k others of their group are seen to beat are dropped first; in libraries without shapes that depend on the
-data, as JAX, a tournament of chunks leaves k chunks per group to look at. Only where neither serves is all sorted.
+Sorting everything by group is slower than the loop it replaces when classes are few, so little is sorted: in a long
+ragged row, tokens that k others of their group are seen to beat are dropped first; in libraries without shapes that
+depend on the data, as JAX, a tournament of chunks leaves k chunks per group to look at; and rows with few groups are
+sorted by score alone, and each group asked for its k-th. Only where none of these serves is all sorted.
 """
 
 import math
@@ -24,10 +25,12 @@ from tokenexit._array import (
     data_dependent_shapes,
     filled,
     first_k,
+    kth_least,
     on_host,
     searchsorted,
     take,
     take_along_axis,
+    without_nan,
 )
 from tokenexit.errors import require
 
@@ -38,6 +41,7 @@ FEW_TO_SORT = 2048
 MANY_TO_SORT = 16384
 FEW_GROUPS = 256
 FEW_ROUNDS = 8
+FEW_TO_COMPARE = 1 << 22
 
 
 def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /) -> Int[Array, "tokens"]:
@@ -62,7 +66,7 @@ def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /)
         f"shape {tuple(group.shape)}",
     )
     xp = array_namespace(score, group)
-    by_score = xp.argsort(-_without_nan(xp, score), stable=True)
+    by_score = xp.argsort(-without_nan(score), stable=True)
     by_group = xp.argsort(take(group, by_score), stable=True)
     order = take(by_score, by_group)
     sorted_group = take(group, order)
@@ -118,13 +122,11 @@ def top_k_per_group(
         find = _in_ragged_row
     elif not eager and groups <= FEW_GROUPS and k <= FEW_ROUNDS:
         find = _by_tournament
+    elif eager and groups * math.prod(candidate.shape) <= FEW_TO_COMPARE:
+        find = _by_rank
     else:
         find = _by_sorting
     return candidate & find(xp, candidate, score, group, k, groups)
-
-
-def _without_nan(xp: Any, score: Array) -> Array:
-    return xp.where(xp.isnan(score), -xp.inf, score)
 
 
 def _in_order(xp: Any, score: Array, group: Array, numbers: Array, groups: int) -> tuple[Array, Array]:
@@ -142,10 +144,21 @@ def _in_order(xp: Any, score: Array, group: Array, numbers: Array, groups: int) 
     return pick(by_score, key % (1 << bits)), key // (1 << bits)
 
 
+def _by_rank(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
+    tokens = score.shape[-1]
+    order = xp.argsort(without_nan(score), axis=-1, descending=True, stable=True)
+    rank = xp.where(candidate, xp.argsort(order, axis=-1), tokens)  # no two alike: the k-th is one token
+    wanted = counting(groups, group)
+    group = group if group.dtype == wanted.dtype else xp.astype(group, wanted.dtype)
+    is_of = group[..., None, :] == aligned(wanted[:, None], score.ndim + 1)
+    limit = kth_least(xp.where(is_of, rank[..., None, :], tokens), k)
+    return rank <= take_along_axis(limit, group, axis=-1)
+
+
 def _by_sorting(xp: Any, candidate: Array, score: Array, group: Array, k: int, groups: int) -> Array:
     group = xp.where(candidate, group, groups)
     numbers = aligned(counting(score.shape[-1], score), score.ndim)
-    order, sorted_group = _in_order(xp, _without_nan(xp, score), group, numbers, groups)
+    order, sorted_group = _in_order(xp, without_nan(score), group, numbers, groups)
     # Of a token's group, if the k-th before it is not, no k are ahead of it.
     later = sorted_group[..., k:] != sorted_group[..., : score.shape[-1] - k]
     first = xp.concat([xp.ones_like(candidate[..., :k]), later], axis=-1)
@@ -162,7 +175,7 @@ def _in_ragged_row(xp: Any, candidate: Array, score: Array, group: Array, k: int
     if int(xp.count_nonzero(reach)) == int(marked):
         return reach
     # Somewhere the k-th has equals behind it, or there is NaN.
-    score = _without_nan(xp, score)
+    score = without_nan(score)
     return (score > least) | ((score == least) & (numbers[: score.shape[0]] <= take(last(), group)))
 
 
@@ -186,12 +199,12 @@ def _kth(
     if tokens > FEW_TO_SORT and stride > 1:
         place = numbers[:tokens:stride]
         own = xp.where(candidate[::stride], group[::stride], groups)
-        limit, last = _bound(xp, place, _without_nan(xp, score[::stride]), own, numbers, k, groups + 1)
+        limit, last = _bound(xp, place, without_nan(score[::stride]), own, numbers, k, groups + 1)
         (place,) = xp.nonzero(candidate & ~(score < take(limit, group)))
     else:
         (place,) = xp.nonzero(candidate)
         limit = last = None
-    value, own = _without_nan(xp, take(score, place)), take(group, place)
+    value, own = without_nan(take(score, place)), take(group, place)
     if place.shape[0] > MANY_TO_SORT and last is not None:  # many share a score: the earlier ones come first
         place, value, own = worth(place, value, own, limit, last())
     if place.shape[0] > MANY_TO_SORT and k * groups < place.shape[0]:
@@ -277,7 +290,7 @@ def _above_none(xp: Any, score: Array) -> Array:
 
     There is one zero only: JAX's `top_k` puts 0 before -0, which are equal.
     """
-    score = xp.where(score == 0, xp.zeros_like(score), _without_nan(xp, score))
+    score = xp.where(score == 0, xp.zeros_like(score), without_nan(score))
     return xp.maximum(score, xp.full_like(score, xp.finfo(score.dtype).min))
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from jaxtyping import Float
 
-from tokenexit._array import Array, aligned, array_namespace, counting
+from tokenexit._array import Array, aligned, array_namespace, counting, softmax
 from tokenexit.errors import require
 
 __all__ = ["SCORES", "Score", "confidence", "entropy", "margin", "mask_scores"]
@@ -34,8 +34,8 @@ def confidence(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tok
     Raises:
         TokenExitError: If `logits` has no class axis, or fewer than two classes.
     """
-    xp = array_namespace(logits)
-    return 1 / xp.sum(xp.exp(_shifted(logits)), axis=-1)
+    _require_classes(logits, "logits", f"two classes on its last axis ({ONE})", least=2)
+    return array_namespace(logits).max(softmax(logits), axis=-1)
 
 
 def entropy(logits: Float[Array, "*tokens classes"], /) -> Float[Array, "*tokens"]:

@@ -22,6 +22,7 @@ from tokenexit._array import (
     take,
     take_along_axis,
     take_or,
+    written,
 )
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
@@ -35,6 +36,7 @@ __all__ = [
     "pack",
     "repack",
     "reselect",
+    "restrict",
     "room",
     "scatter",
     "select",
@@ -67,6 +69,11 @@ class Packing:
     def layout(self) -> tuple[int, ...]:
         """Shape of a value for every entry: `(tokens,)`."""
         return tuple(self.index.shape)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the row holds every slot of every image."""
+        return self.index.shape[0] == self.images * self.slots
 
     @lazy
     def image(self) -> Int[Array, "tokens"]:
@@ -218,12 +225,32 @@ def repack(
     xp = array_namespace(stay)
     require_marks(stay, "stay")
     running = scatter(stay, packing, into=xp.zeros_like(packing.running))
-    if count is None:
-        (rows,) = xp.nonzero(stay)
-    else:
-        counted = xp.cumulative_sum(xp.astype(stay, packing.index.dtype))
-        rows = searchsorted(counted, counting(count, counted) + 1)
+    rows = _marked(stay, count)
     return Packing(running, take(packing.index, rows)), rows
+
+
+def restrict(
+    packing: Packing, running: Bool[Array, "images slots"], /, *, count: int | None = None
+) -> tuple[Packing, Int[Array, "kept"]]:
+    """Drop tokens from a packed row, by the slots that run on.
+
+    Args:
+        packing: The receipt of the present row.
+        running: Which slots run on, all of them in the row.
+        count: How many they are, if that is known: then an accelerator is not waited for to learn it.
+
+    Returns:
+        What `repack` returns.
+
+    Raises:
+        TokenExitError: If `running` is not boolean, or not of the shape of `packing.running`.
+    """
+    _require_two(running, "running")
+    _require_batch(running, "running", packing)
+    xp = array_namespace(running)
+    stay = xp.reshape(running, (packing.images * packing.slots,))
+    rows = _marked(stay if packing.is_full else take(stay, packing.index), count)
+    return Packing(running, rows if packing.is_full else take(packing.index, rows)), rows
 
 
 def select(
@@ -365,9 +392,26 @@ def scatter(
     )
     xp = array_namespace(values, into)
     slots = receipt.images * receipt.slots
-    flat = xp.reshape(values, (receipt.index.shape[0], *rest))
+    flat, other = xp.reshape(values, (receipt.index.shape[0], *rest)), xp.reshape(into, (slots, *rest))
+    if isinstance(receipt, Packing):
+        if receipt.is_full:
+            kind = xp.result_type(values, into)
+            return xp.reshape(flat if flat.dtype == kind else xp.astype(flat, kind), into.shape)
+        found = written(flat, receipt.index, other)
+        if found is not None:
+            return xp.reshape(found, into.shape)
     running = xp.reshape(receipt.running, (slots,))
-    return xp.reshape(take_or(flat, receipt.rank, running, xp.reshape(into, (slots, *rest))), into.shape)
+    return xp.reshape(take_or(flat, receipt.rank, running, other), into.shape)
+
+
+def _marked(marks: Array, count: int | None) -> Array:
+    """Places of the marks of a row."""
+    xp = array_namespace(marks)
+    if count is None:
+        (places,) = xp.nonzero(marks)
+        return places
+    counted = xp.cumulative_sum(xp.astype(marks, counting(0, marks).dtype))
+    return searchsorted(counted, counting(count, counted) + 1)
 
 
 def _fit(stay: Array, score: Array, capacity: int, of: str) -> tuple[Array, Array, Array, Array]:

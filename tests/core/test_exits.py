@@ -51,7 +51,7 @@ def wanted(backend, grid, logits, plan, prefix):
 
 
 def run(backend, grid, logits, plan, prefix, layout):
-    """A pass by `decide` and `settle`, prefix tokens in the row, in either layout."""
+    """A pass by `update`, `decide` and `freeze`, prefix tokens in the row, in either layout."""
     xp_array, images, places = backend.array, *logits[DEPTH].shape[:2]
     slots = prefix + places
     table = {after: np.pad(one, ((0, 0), (prefix, 0), (0, 0))) for after, one in logits.items()}
@@ -66,18 +66,14 @@ def run(backend, grid, logits, plan, prefix, layout):
         if stage.exit is None:
             continue
         output = HeadOutput(tokens.gather(xp_array(table[stage.stop]), receipt))
-        book = ledger.open_ledger(output.logits, receipt) if book is None else book
-        previous = [backend.numpy(tokens.gather(xp_array(one), receipt)).reshape(-1) for one in labels]
-        previous = xp_array(np.array(previous, dtype=np.int64).reshape(len(labels), receipt.index.shape[0]))
-        options = {"grid": grid, "prefix": prefix, "exit": stage.index, "cell": plan.cell}
-        decision = exits.decide(stage.exit.policy, output, receipt, book, previous, **options)
-        if layout == "static":
-            assert not backend.numpy(decision.stay)[~backend.numpy(receipt.valid)].any()
-        leave = ~decision.stay
-        book = exits.settle(book, receipt, leave, output, depth=stage.stop, score=decision.confidence)
-        receipt = receipt_of(tokens.scatter(decision.stay, receipt, into=~everything))
-        with np.errstate(invalid="ignore"):
-            labels.append(backend.held(table[stage.stop]).argmax(axis=-1))
+        book = exits.begin(output, receipt) if book is None else book
+        book = exits.update(book, receipt, output)
+        options = {"grid": grid, "exit": stage.index, "cell": plan.cell}
+        decision = exits.decide(stage.exit.policy, book, receipt.running, labels, **options)
+        assert not backend.numpy(decision.stay)[~backend.numpy(receipt.running)].any()
+        book = ledger.freeze(book, receipt.running & ~decision.stay, depth=stage.stop)
+        receipt = receipt_of(decision.stay)
+        labels.append(decision.label)
     return receipt, book
 
 
@@ -147,23 +143,25 @@ def test_jax_replays_the_same_compiled():
 
 
 @each_backend
-def test_what_may_not_leave_for_lack_of_room_is_pinned(backend):
+def test_what_may_not_leave_for_lack_of_room_is_the_least_certain(backend):
     running = backend.array(np.ones((1, 10), dtype=bool))
     receipt = tokens.pack(running)
     rng = np.random.default_rng(0)
     output = HeadOutput(backend.array(rng.normal(size=(10, 3)).astype(np.float32)))
-    book = ledger.open_ledger(output.logits, receipt)
-    previous = backend.array(np.zeros((0, 10), dtype=np.int64))
-    decision = exits.decide(never(), output, receipt, book, previous, grid=(3, 3), prefix=1, cell=3)
-    pinned = np.zeros(10, dtype=bool)
-    pinned[[0, 5]] = True  # the prefix token, and the centre of the one cell
-    np.testing.assert_array_equal(backend.numpy(decision.pinned), pinned)
+    book = exits.update(exits.begin(output, receipt), receipt, output)
+    decision = exits.decide(never(), book, running, grid=(3, 3), cell=3)
+    pinned = np.zeros((1, 10), dtype=bool)
+    pinned[0, [0, 5]] = True  # the prefix token, and the centre of the one cell
+    own = backend.numpy(output.confidence)[None]
+    np.testing.assert_array_equal(backend.numpy(decision.certain), np.where(pinned, -np.inf, own))
+    np.testing.assert_array_equal(backend.numpy(decision.confidence), own[:, 1:])
     assert backend.numpy(decision.stay).all()
-    half = exits.decide(ConfidenceAbove(0.5), output, receipt, book, previous, grid=(3, 3), prefix=1, cell=3)
-    own = backend.numpy(output.confidence) > 0.5
-    np.testing.assert_array_equal(backend.numpy(half.stay), ~own | pinned)
-    gone = exits.decide(always(), output, receipt, book, previous, grid=(3, 3), prefix=1, cell=3)
+    half = exits.decide(ConfidenceAbove(0.5), book, running, grid=(3, 3), cell=3)
+    np.testing.assert_array_equal(backend.numpy(half.stay), (own <= 0.5) | pinned)
+    gone = exits.decide(always(), book, running, grid=(3, 3), cell=3)
     assert not backend.numpy(gone.stay).any()
+    plain = exits.decide(never(), book, running, grid=(2, 5))
+    np.testing.assert_array_equal(backend.numpy(plain.certain), own)
 
 
 @each_layout
@@ -182,30 +180,24 @@ def test_presence_is_that_of_the_last_head_that_read_any_token_of_the_image(back
     before, now = (array(rng.normal(size=(3, 2)).astype(np.float32)) for _ in range(2))
     book = ledger.open_ledger(logits, receipt, presence_logits=before)
     output = HeadOutput(logits, mask_logits=masks, presence_logits=now)
-    leave = np.zeros(receipt.layout, dtype=bool)
-    leave.reshape(-1)[:2] = True  # all of the first image
-    settled = exits.settle(book, receipt, array(leave), output, depth=2)
+    settled = exits.update(book, receipt, output)
     wanted_ = np.concatenate([backend.numpy(now)[:2], backend.numpy(before)[2:]])
     np.testing.assert_array_equal(backend.numpy(settled.presence_logits), wanted_)
     kept = backend.numpy(settled.mask_logits)
     np.testing.assert_array_equal(kept[:2].reshape(4, 2), backend.numpy(masks).reshape(-1, 2)[:4])
     assert not kept[2].any()
-    every = exits.everywhere(output, receipt, book)
-    np.testing.assert_array_equal(backend.numpy(every.mask_logits), kept)
-    np.testing.assert_array_equal(backend.numpy(every.presence_logits), wanted_)
 
 
 @each_backend
 @given(mask=strategies.running(st.integers(1, 3), st.integers(1, 6)), seed=st.integers(0, 99))
-def test_an_output_everywhere_is_the_heads_own_where_tokens_run_and_the_ledgers_elsewhere(backend, mask, seed):
+def test_an_update_is_the_heads_own_where_tokens_run_and_the_ledgers_elsewhere(backend, mask, seed):
     rng = np.random.default_rng(seed)
     old, new = (rng.normal(size=(*mask.shape, 3)).astype(np.float32) for _ in range(2))
     receipt = tokens.pack(backend.array(mask))
     everything = tokens.pack(backend.array(np.ones_like(mask)))
     first = HeadOutput(tokens.gather(backend.array(old), everything))
-    gone = tokens.gather(backend.array(~mask), everything)
-    book = exits.settle(ledger.open_ledger(first.logits, everything), everything, gone, first, depth=1)
-    found = exits.everywhere(HeadOutput(tokens.gather(backend.array(new), receipt)), receipt, book)
+    book = exits.update(exits.begin(first, everything), everything, first)
+    found = exits.update(book, receipt, HeadOutput(tokens.gather(backend.array(new), receipt)))
     wanted_ = np.where(mask[..., None], backend.held(new), backend.held(old))
     np.testing.assert_array_equal(backend.numpy(found.logits), wanted_)
 
@@ -298,14 +290,18 @@ def test_bad_replays_are_refused(call, message):
         call(table)
 
 
-def test_an_output_in_another_layout_is_refused():
+@pytest.mark.usefixtures("unchecked")
+def test_shapes_that_do_not_fit_the_ledger_are_refused():
     receipt = tokens.pack(np.ones((1, 4), dtype=bool))
-    output = HeadOutput(np.zeros((3, 2), dtype=np.float32))
     book = ledger.open_ledger(np.zeros((4, 2), dtype=np.float32), receipt)
-    with pytest.raises(
-        TokenExitError, match=r"`output` must have the layout of the receipt, \(4,\), and one more axis"
-    ):
-        exits.decide(never(), output, receipt, book, np.zeros((0, 4), dtype=int), grid=(2, 2))
+    with pytest.raises(TokenExitError, match=r"`logits` must have the layout \(4,\) and one more axis"):
+        exits.update(book, receipt, HeadOutput(np.zeros((3, 2), dtype=np.float32)))
+    with pytest.raises(TokenExitError, match=r"`running` must have the images and slots of the ledger, \(1, 4\), got"):
+        exits.decide(never(), book, receipt.running[:, :3], grid=(2, 2))
+    with pytest.raises(TokenExitError, match=r"`grid` must have at most 4 places, got \(2, 3\)"):
+        exits.decide(never(), book, receipt.running, grid=(2, 3))
+    with pytest.raises(TokenExitError, match="`running` must be boolean, got dtype int64"):
+        exits.decide(never(), book, receipt.running.astype(int), grid=(2, 2))
 
 
 def test_a_ledger_with_masks_asks_for_masks():
@@ -313,4 +309,4 @@ def test_a_ledger_with_masks_asks_for_masks():
     logits = np.zeros((4, 2), dtype=np.float32)
     book = ledger.open_ledger(logits, receipt, presence_logits=np.zeros((1, 2), dtype=np.float32))
     with pytest.raises(TokenExitError, match="`output` must have masks for a ledger that keeps them, got none"):
-        exits.settle(book, receipt, np.ones(4, dtype=bool), HeadOutput(logits), depth=1)
+        exits.update(book, receipt, HeadOutput(logits))

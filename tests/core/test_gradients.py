@@ -34,14 +34,13 @@ def cases(kind, array):
     batch, layout = (IMAGES, SLOTS, WIDTH), (*receipt.layout, WIDTH)
     x, held, more = (random.normal(size=shape) for shape in (batch, layout, layout))
     leave = tokens.gather(array(LEAVE), receipt)
-    label = array(np.full((IMAGES, SLOTS), -1))
-    unset = array(np.zeros((IMAGES, SLOTS), np.float32))
+    depth = array(np.zeros((IMAGES, SLOTS), int))
 
     def rejoin(frozen, features):
-        return ledger.rejoin(ledger.Ledger(frozen, label, unset, label, frozen), receipt, features)
+        return ledger.rejoin(ledger.Ledger(frozen, depth, features=frozen), receipt, features)
 
     def settle(logits, features, frozen):
-        book = ledger.Ledger(frozen, label, unset, label, frozen)
+        book = ledger.Ledger(frozen, depth, features=frozen)
         book = ledger.record(book, receipt, leave, logits, depth=2, features=features)
         return book.logits, book.features
 

@@ -6,10 +6,10 @@ from hypothesis.extra import numpy as hnp
 
 from tests.core import strategies
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, ledger, scores, tokens
+from tokenexit import TokenExitError, ledger, tokens
 
 CLASSES, WIDTH = 3, 2
-FIELDS = ("logits", "label", "score", "depth", "features")
+FIELDS = ("logits", "depth", "class_scores", "features")
 fewer = strategies.fewer(2)  # whole runs: each example is several
 
 
@@ -36,102 +36,91 @@ def agree(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def check_book(backend, found, wanted, own_score):
-    """Compare a ledger with a dictionary of who left when: `{(image, slot): exit}`."""
+def check_book(backend, found, left, latest):
+    """Compare a ledger with dictionaries of the exits at which a place left, and last ran: `{(image, slot): exit}`."""
     for place in np.ndindex(found["depth"].shape):
-        if place not in wanted:
-            assert found["depth"][place] == 0
-            assert found["label"][place] == -1
-            assert found["score"][place] == 0
-            assert not found["logits"][place].any()
+        assert found["depth"][place] == (left[place][0] if place in left else 0)
+        if place not in latest:
+            assert np.isnan(found["logits"][place]).all()
             assert not found["features"][place].any()
             continue
-        depth, _, logits, score, features = wanted[place]
-        logits = backend.held(logits)[place]
-        assert found["depth"][place] == depth
-        np.testing.assert_array_equal(found["logits"][place], logits)
+        _, _, logits, _, features = latest[place]
+        np.testing.assert_array_equal(found["logits"][place], backend.held(logits)[place])
         np.testing.assert_array_equal(found["features"][place], backend.held(features)[place])
-        assert found["label"][place] == logits.argmax()
-        assert found["score"][place] == pytest.approx(
-            backend.held(score)[place] if own_score else scores.confidence(logits), abs=1e-6
-        )
+        if found["class_scores"] is not None:
+            np.testing.assert_array_equal(found["class_scores"][place], backend.held(logits * 2)[place])
 
 
-def at_exit(backend, book, receipt, leave, step, own_score, batch):
+def at_exit(backend, book, receipt, leave, step, scored, batch):
     """The ledger once the marked entries of a receipt have left at an exit."""
-    depth, _, logits, score, features = step
+    depth, _, logits, _, features = step
 
     def gather(x):
         return tokens.gather(backend.array(x), receipt)
 
+    given_ = {"class_scores": gather(logits * 2) if scored else None, "features": gather(features)}
     if book is None:
-        book = ledger.open_ledger(gather(logits), receipt, features=gather(features))
-        agree(written(backend, book), nothing_settled(backend, batch))
-    return ledger.record(
-        book,
-        receipt,
-        leave,
-        gather(logits),
-        depth=depth,
-        score=gather(score) if own_score else None,
-        features=gather(features),
-    )
+        book = ledger.open_ledger(gather(logits), receipt, **given_)
+        agree(written(backend, book), nothing_settled(scored, batch))
+    return ledger.record(book, receipt, leave, gather(logits), depth=depth, **given_)
 
 
-def nothing_settled(backend, batch):
-    zero = np.zeros(batch)
+def nothing_settled(scored, batch):
+    unknown = np.full((*batch, CLASSES), np.nan)
     return {
-        "logits": np.zeros((*batch, CLASSES)),
-        "label": zero - 1,
-        "score": zero,
-        "depth": zero,
+        "logits": unknown,
+        "depth": np.zeros(batch),
+        "class_scores": unknown if scored else None,
         "features": np.zeros((*batch, WIDTH)),
     }
 
 
 @each_backend
 @fewer
-@given(data=st.data(), own_score=st.booleans())
-def test_every_token_of_a_row_is_settled_exactly_once_with_what_it_left_with(backend, data, own_score):
+@given(data=st.data(), scored=st.booleans())
+def test_every_token_of_a_row_has_its_latest_outcome_and_then_that_which_it_left_with(backend, data, scored):
     mask, exits = draw_run(data)
-    packing, book, wanted = tokens.pack(backend.array(mask)), None, {}
+    packing, book, wanted, latest = tokens.pack(backend.array(mask)), None, {}, {}
     for step in exits:
         leave = step[1][backend.numpy(packing.running)]
-        book = at_exit(backend, book, packing, backend.array(leave), step, own_score, mask.shape)
+        book = at_exit(backend, book, packing, backend.array(leave), step, scored, mask.shape)
+        latest |= dict.fromkeys(map(tuple, np.argwhere(backend.numpy(packing.running)).tolist()), step)
         for image, slot in np.argwhere(backend.numpy(packing.running) & step[1]).tolist():
             assert (image, slot) not in wanted
             wanted[image, slot] = step
-        check_book(backend, written(backend, book), wanted, own_score)
+        check_book(backend, written(backend, book), wanted, latest)
         packing, _ = tokens.repack(packing, backend.array(~leave))
     assert sorted(wanted) == list(map(tuple, np.argwhere(mask).tolist()))
 
 
 @each_backend
 @fewer
-@given(data=st.data(), own_score=st.booleans())
-def test_every_token_of_a_selection_is_settled_exactly_once_also_when_there_is_no_room(backend, data, own_score):
+@given(data=st.data(), scored=st.booleans())
+def test_every_token_of_a_selection_has_its_latest_outcome_also_when_there_is_no_room(backend, data, scored):
     """The surplus leaves as those do that the policy lets go; a packed row from which the same leave agrees."""
     mask, exits = draw_run(data)
     slots = mask.shape[1]
     capacity = data.draw(st.integers(0, slots))
     # Who has no room from the start is settled by a selection of all.
     everything, _ = tokens.select(backend.array(mask), backend.array(np.zeros(mask.shape, np.float32)), capacity=slots)
-    selection, packing, book, same, wanted = everything, tokens.pack(backend.array(mask)), None, None, {}
+    selection, packing, book, same = everything, tokens.pack(backend.array(mask)), None, None
+    wanted, latest = {}, {}
     for step in exits:
         leave = tokens.gather(backend.array(step[1]), selection)
         score = tokens.gather(backend.array(step[3]), selection)
         smaller, _, surplus = tokens.reselect(selection, selection.valid & ~leave, score, capacity=capacity)
         gone = backend.numpy(leave | surplus)
-        book = at_exit(backend, book, selection, backend.array(gone), step, own_score, mask.shape)
+        book = at_exit(backend, book, selection, backend.array(gone), step, scored, mask.shape)
+        latest |= dict.fromkeys(map(tuple, np.argwhere(backend.numpy(selection.running)).tolist()), step)
         gone &= backend.numpy(selection.valid)
         for image, entry in np.argwhere(gone).tolist():
             place = image, int(backend.numpy(selection.slot_of)[image, entry])
             assert place not in wanted
             wanted[place] = step
-        check_book(backend, written(backend, book), wanted, own_score)
+        check_book(backend, written(backend, book), wanted, latest)
         rows = np.array([place in wanted for place in map(tuple, np.argwhere(backend.numpy(packing.running)).tolist())])
         rows = rows.astype(bool)
-        same = at_exit(backend, same, packing, backend.array(rows), step, own_score, mask.shape)
+        same = at_exit(backend, same, packing, backend.array(rows), step, scored, mask.shape)
         packing, _ = tokens.repack(packing, backend.array(~rows))
         agree(written(backend, book), written(backend, same))
         np.testing.assert_array_equal(backend.numpy(smaller.running), backend.numpy(packing.running))
@@ -148,7 +137,7 @@ def test_entries_that_are_not_valid_leave_nothing_behind(backend):
     book = ledger.open_ledger(logits, selection)
     book = ledger.record(book, selection, backend.array(np.ones((1, 3), bool)), logits, depth=4)
     assert backend.numpy(book.depth).tolist() == [[0, 4, 0]]
-    assert backend.numpy(book.label).tolist() == [[-1, 0, -1]]
+    np.testing.assert_array_equal(backend.numpy(book.logits)[0, :, 0], [np.nan, 1, np.nan])
     assert book.features is None
 
 
@@ -250,7 +239,7 @@ def test_recording_changes_nothing_in_the_ledger_before():
     ledger.record(before, packing, np.array([True, False]), logits, depth=4, features=logits)
     ledger.rejoin(before, packing, logits)
     assert before.depth.tolist() == [[0, 0]]
-    assert before.label.tolist() == [[-1, -1]]
+    assert np.isnan(before.logits).all()
     assert not before.features.any()
 
 
@@ -275,12 +264,12 @@ def test_shapes_are_checked():
     entry = r"must have one entry for each of the layout \(2,\), got shape \(1,\)"
     with pytest.raises(TokenExitError, match=rf"`leave` {entry}"):
         ledger.record(book, packing, leave[:1], good, depth=1)
-    with pytest.raises(TokenExitError, match=rf"`score` {entry}"):
-        ledger.record(book, packing, leave, good, depth=1, score=good[:1, 0])
+    with pytest.raises(TokenExitError, match=r"`left` must have the shape of the ledger, \(1, 2\), got shape \(2,\)"):
+        ledger.freeze(book, leave, depth=1)
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_features_are_given_exactly_if_they_are_kept():
+def test_features_and_class_scores_are_given_exactly_if_they_are_kept():
     packing, leave, row = tokens.pack(np.ones((1, 2), bool)), np.ones(2, bool), np.ones((2, 3), np.float32)
     without, keeping = ledger.open_ledger(row, packing), ledger.open_ledger(row, packing, features=row)
     rule = "`features` must be given exactly if the ledger keeps them"
@@ -288,6 +277,8 @@ def test_features_are_given_exactly_if_they_are_kept():
         ledger.record(without, packing, leave, row, depth=1, features=row)
     with pytest.raises(TokenExitError, match=rf"{rule}, got none, and it keeps features"):
         ledger.record(keeping, packing, leave, row, depth=1)
+    with pytest.raises(TokenExitError, match=r"`class_scores` must .*, got class_scores, and it keeps none"):
+        ledger.record(without, packing, leave, row, depth=1, class_scores=row)
     with pytest.raises(TokenExitError, match=r"`ledger` must keep features to rejoin, got one without"):
         ledger.rejoin(without, packing, row)
     with pytest.raises(TokenExitError, match=r"`features` must have the layout \(2,\) and one more axis, got .*\(3,\)"):
@@ -342,3 +333,5 @@ def test_a_ledger_keeps_its_dtype_and_marks_are_boolean():
     assert book.logits.dtype == np.float32
     with pytest.raises(TokenExitError, match="`stay` must be boolean, got dtype int64"):
         tokens.repack(packing, np.array([0, 1]))
+    with pytest.raises(TokenExitError, match="`left` must be boolean, got dtype int64"):
+        ledger.freeze(book, np.array([[0, 1]]), depth=1)

@@ -105,6 +105,43 @@ def static(backend, scene, seed):
     return Evidence(backend.array(logits), **arrays, images=scene.images, grid=scene.grid), entry
 
 
+def on_grid(backend, scene, seed):
+    """The same on all places of the grid, and in a row, where what has left has class scores of its own.
+
+    Also which place each token of the row has.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (scene.images, scene.grid[0] * scene.grid[1])
+    place = scene.image * shape[1] + scene.position
+    size = shape[0] * shape[1]
+    settled = scene.settled_label.reshape(size) >= 0
+    logits = np.where(settled[:, None], strategies.numbers(rng, (size, scene.classes), True, 3), np.nan)
+    logits = logits.astype(np.float32)
+    held = backend.array(logits)
+    with np.errstate(all="ignore"):
+        score = backend.numpy(scores.confidence(held)).reshape(shape)
+        label = np.where(settled, backend.held(logits).argmax(axis=-1), -1).reshape(shape)
+    row = evidence(backend, scene, settled_label=label, settled_score=np.where(settled.reshape(shape), score, 0))
+
+    def spread(x, junk):
+        junk = np.array(np.broadcast_to(junk, (*x.shape[:-1], size)), dtype=x.dtype)
+        junk[..., place] = x
+        return junk
+
+    logits[place] = scene.logits
+    arrays = {
+        "gate": spread(scene.gate, rng.random(size)),
+        "protected": spread(scene.protected, False),
+        "previous": spread(scene.previous, rng.integers(0, scene.classes, size)),
+        "valid": spread(np.ones(len(place), bool), False),
+        "image": np.arange(size) // shape[1],
+        "position": np.arange(size) % shape[1],
+    }
+    arrays = {name: backend.array(x) for name, x in arrays.items()}
+    options = {"images": scene.images, "grid": scene.grid, "layout": "grid"}
+    return Evidence(backend.array(logits), **arrays, **options), row, place
+
+
 def facts(backend, scene, given_evidence):
     with np.errstate(all="ignore"):
         found = {name: backend.numpy(getattr(given_evidence, name)) for name in ("confidence", "entropy", "margin")}
@@ -365,6 +402,17 @@ def test_the_static_layout_decides_the_same_whatever_the_entries_without_a_token
         got = decide(backend, policy, padded)
         assert_same(got[entry], decide(backend, policy, ragged), policy)
         assert not np.delete(got, entry).any(), policy
+
+
+@each_backend
+@strategies.fewer(6)
+@given(scene=strategies.scenes(), seed=st.integers(0, 2**20))
+def test_all_places_of_the_grid_decide_the_same_as_a_row_of_those_that_run(backend, scene, seed):
+    grid, row, place = on_grid(backend, scene, seed)
+    for policy in [*every(scene.classes), BatchBudget(0.5)]:
+        got = decide(backend, policy, grid)
+        assert_same(got[place], decide(backend, policy, row), policy)
+        assert not np.delete(got, place).any(), policy
 
 
 @each_backend
@@ -783,6 +831,15 @@ GATE = Evidence(gate=zeros(2))
             r"`settled_label` must have shape \(images, positions\) for images=1 and grid=\(1, 2\), got shape \(1, 3\)",
         ),
         (lambda: Evidence(zeros(3, 2), images=1, **SETTLED), "`settled_label` must have shape .* and grid=None"),
+        (lambda: Evidence(zeros(3, 2), layout="rows"), "`layout` must be `row` or `grid`, got 'rows'"),
+        (
+            lambda: Evidence(zeros(3, 2), images=1, grid=(1, 2), layout="grid"),
+            r"`layout` must be `row` for 3 entries, images=1 and grid=\(1, 2\), got `grid`",
+        ),
+        (
+            lambda: Evidence(zeros(3, 2), images=1, grid=(1, 3), layout="grid", **SETTLED),
+            "`settled_label` must be left out in the layout `grid`, got some",
+        ),
         (lambda: ROW.hardness("gate"), "`evidence` must have gate"),
     ],
 )

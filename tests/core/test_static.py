@@ -315,13 +315,10 @@ def bookkeeping(d):
         tokens.gather(d.order > 0, smaller),
         tokens.gather(d.logits, smaller),
         depth=5,
-        score=tokens.gather(d.gate, smaller),
         features=later,
     )
     return {
         "logits": book.logits,
-        "label": book.label,
-        "score": book.score,
         "depth": book.depth,
         "features": book.features,
         "rejoined": ledger.rejoin(book, smaller, later),

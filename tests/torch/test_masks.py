@@ -251,14 +251,14 @@ def test_the_confidence_is_the_greatest_of_presence_times_mask(host):
     threshold = wanted.amax(dim=-1).median().item()
     out = model(images, schedule=Schedule((Exit(2, Watching()), Exit(3, Watching()))))
     first, second = seen
-    patches = slice(None) if first.protected is None else ~first.protected
-    torch.testing.assert_close(first.class_scores[patches], wanted.flatten(0, 1))
+    torch.testing.assert_close(first.class_scores, wanted.flatten(0, 1))
     best, label = wanted.max(dim=-1)
     left = (out.exit_depth == 2).flatten(1)
     assert torch.equal(best > threshold, left)
     assert left.any() and not left.all()  # noqa: PT018
-    torch.testing.assert_close(second.settled_score, torch.where(left, best, 0))
-    assert torch.equal(second.settled_label, torch.where(left, label, -1))
+    assert torch.equal(second.valid, ~left.flatten())
+    torch.testing.assert_close(second.confidence.reshape(left.shape)[left], best[left])
+    assert torch.equal(second.label.reshape(left.shape)[left], label[left])
 
 
 @torch.no_grad()

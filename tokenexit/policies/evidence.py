@@ -1,7 +1,7 @@
 """Evidence of exit policies: scores of the tokens that run, where they are, and what has settled around them."""
 
 from dataclasses import KW_ONLY, dataclass
-from typing import cast
+from typing import Literal, cast
 
 from jaxtyping import Bool, Float, Int
 
@@ -18,10 +18,10 @@ DIRECTIONS = {name: score.direction for name, score in scores.SCORES.items()} | 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Evidence of a policy: scores and positions of the tokens that run at an exit point, in one row.
+    """Evidence of a policy: scores and positions of the tokens at an exit point, in one row.
 
-    In the static layout the row is that of all entries, image after image, and `valid` marks those that hold a token.
-    What a policy does then has shapes that do not depend on the data: it compiles.
+    A pass gives all patches of all images, image after image, and `valid` marks those that run: what a policy does then
+    has shapes that do not depend on the data, and compiles. A row of the tokens that run alone does as well.
 
     Attributes:
         logits: Class scores before softmax, from the head at this exit; of at least two classes.
@@ -32,11 +32,14 @@ class Evidence:
         images: How many images the batch has; needed with `image`, and 1 without it.
         grid: Height and width of the patch grid; needed by `NeighboursAgree` and `Budget`.
         position: Place of every token in the grid, row by row; needed by `NeighboursAgree`.
-        valid: Which entries hold a token, in the static layout; every image has the same number of entries.
+        valid: Which entries hold a token that runs; given, every image has the same number of entries.
+        layout: How the entries lie. `grid`: they are all places of the grid, image after image, and what does not run
+            has the class scores that it left with, NaN if it was never read. `row`: any others, in any order.
         protected: Tokens that no policy lets leave, excluded from every neighbourhood: cls, registers, queries.
         exit: Which of the exit points this is, from 0.
         previous: Class that the earlier exit heads predicted for these tokens, first exit first.
-        settled_label: Predicted class of the tokens that have left, at their place in the grid; -1 for the others.
+        settled_label: For the layout `row`, predicted class of the tokens that have left, at their place in the grid;
+            -1 for the others.
         settled_score: The confidence that they left with.
     """
 
@@ -49,6 +52,7 @@ class Evidence:
     grid: tuple[int, int] | None = None
     position: Int[Array, "tokens"] | None = None
     valid: Bool[Array, "tokens"] | None = None
+    layout: Literal["row", "grid"] = "row"
     protected: Bool[Array, "tokens"] | None = None
     exit: int | None = None
     previous: Int[Array, "exits tokens"] | None = None
@@ -60,7 +64,7 @@ class Evidence:
 
         Raises:
             TokenExitError: If there is nothing to look at, both kinds of class scores are given, a field does not fit
-                the tokens, or the settled fields do not fit the grid.
+                the tokens, the settled fields do not fit the grid, or `layout` is unknown or does not fit either.
         """
         require(
             self.logits is None or self.class_scores is None, "class_scores", "be given instead of `logits`", "both"
@@ -84,6 +88,11 @@ class Evidence:
         rule = f"have shape (images, positions) for images={self.images} and grid={self.grid}"
         for name in ("settled_label", "settled_score"):
             _require_shape(getattr(self, name), name, (self.images, places), rule)
+        require(self.layout in ("row", "grid"), "layout", "be `row` or `grid`", repr(self.layout))
+        if self.layout == "grid":
+            rule = f"be `row` for {tokens} entries, images={self.images} and grid={self.grid}"
+            require(self.images is not None and tokens == self.images * (places or 0), "layout", rule, "`grid`")
+            require(self.settled_label is None, "settled_label", "be left out in the layout `grid`", "some")
 
     @property
     def any_scores(self) -> Array | None:
@@ -159,11 +168,11 @@ class Evidence:
     @lazy
     def eligible(self) -> Bool[Array, "tokens"]:
         """Mask of tokens eligible to exit: valid and not protected."""
-        xp = array_namespace(self.any_scores)
-        able = xp.ones_like(cast(Array, self.any_scores), dtype=xp.bool)
-        able = able if able.ndim == 1 else able[:, 0]
-        if self.valid is not None:
-            able = able & self.valid
+        able = self.valid
+        if able is None:
+            xp = array_namespace(self.any_scores)
+            able = xp.ones_like(cast(Array, self.any_scores), dtype=xp.bool)
+            able = able if able.ndim == 1 else able[:, 0]
         return able if self.protected is None else able & ~self.protected
 
     @lazy

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Bool, Float, Int
 
 from tokenexit._array import Array, array_namespace, comparable, filled, is_array, take_or
-from tokenexit._grid import extremes, lay_out
+from tokenexit._grid import lay_out, uniform
 from tokenexit._plain import is_whole
 from tokenexit.errors import TokenExitError, require
 from tokenexit.policies.evidence import DIRECTIONS, Evidence
@@ -227,23 +227,30 @@ class NeighboursAgree(_OfScore):
             raise TokenExitError(
                 f"`evidence` must have images, grid and position for NeighboursAgree, got none of {', '.join(lacking)}"
             )
+        votes = self._votes(evidence.label, confident)
         xp = array_namespace(confident)
+        if evidence.layout == "grid":
+            votes = votes if evidence.protected is None else xp.where(evidence.protected, -1, votes)
+            return confident & self._agreed(votes, evidence)
         height, width = evidence.grid
         places = evidence.images * height * width
         inside = (evidence.position >= 0) & (evidence.position < height * width)
         inside = inside & evidence.eligible
         place = evidence.position if evidence.image is None else evidence.image * height * width + evidence.position
         place = xp.where(inside, place, places)
-        votes = self._votes(evidence.label, confident)
         absent = filled((places,), -1, votes, dtype=votes.dtype)
         if evidence.settled_label is not None and evidence.settled_score is not None:
             settled = evidence.settled_label
             limit = self.limit(evidence, label=settled)
             absent = xp.astype(self._votes(settled, evidence.settled_score > limit), votes.dtype)
-        grid = xp.reshape(lay_out(votes, place, xp.reshape(absent, (places,))), (evidence.images, height, width))
-        lowest, highest = extremes(grid, radius=self.radius)
-        agreed = xp.reshape(lowest == highest, (places,))
+        agreed = self._agreed(lay_out(votes, place, xp.reshape(absent, (places,))), evidence)
         return confident & take_or(agreed, place, inside, xp.zeros_like(confident))
+
+    def _agreed(self, votes: Array, evidence: Evidence) -> Array:
+        """Whether the square around every place of the grid votes for one class."""
+        xp = array_namespace(votes)
+        maps = xp.reshape(votes, (evidence.images, *(evidence.grid or ())))
+        return xp.reshape(uniform(maps, radius=self.radius), votes.shape)
 
     @staticmethod
     def _votes(label: Array, confident: Array) -> Array:

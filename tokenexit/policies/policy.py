@@ -84,6 +84,9 @@ class Policy(ABC):
     mixes: ClassVar[bool] = False
     """Whether a decision depends on the other images of a batch."""
 
+    _spares: ClassVar[bool] = False
+    """Whether `leaves` itself spares tokens that are not eligible to exit, as what asks other policies does."""
+
     _binding: ClassVar[int] = 4
     """How tightly its expression holds together: 1 for `|`, 2 for `&`, 3 for `~`, 4 for a call."""
 
@@ -104,7 +107,8 @@ class Policy(ABC):
             TokenExitError: If the evidence lacks something that the policy looks at.
         """
         leave = self.leaves(evidence)
-        return leave if evidence.valid is None and evidence.protected is None else leave & evidence.eligible
+        spared = self._spares or (evidence.valid is None and evidence.protected is None)
+        return leave if spared else leave & evidence.eligible
 
     def __repr__(self) -> str:
         """The policy as it is written in code; options that have their defaults are left out."""
@@ -267,6 +271,8 @@ class ThresholdPolicy(Policy, ABC):
 
 @dataclass(frozen=True, repr=False)
 class _Never(Policy):
+    _spares: ClassVar[bool] = True
+
     def __repr__(self) -> str:
         return "never()"
 
@@ -276,6 +282,8 @@ class _Never(Policy):
 
 @dataclass(frozen=True, repr=False)
 class _Always(Policy):
+    _spares: ClassVar[bool] = True
+
     def __repr__(self) -> str:
         return "always()"
 
@@ -285,6 +293,7 @@ class _Always(Policy):
 
 @dataclass(frozen=True, repr=False)
 class _Both(Policy):
+    _spares: ClassVar[bool] = True
     _binding: ClassVar[int] = 2
     left: Policy
     right: Policy
@@ -298,6 +307,7 @@ class _Both(Policy):
 
 @dataclass(frozen=True, repr=False)
 class _Either(Policy):
+    _spares: ClassVar[bool] = True
     _binding: ClassVar[int] = 1
     left: Policy
     right: Policy
@@ -332,6 +342,7 @@ class _Not(Policy):
 
 @dataclass(frozen=True, repr=False)
 class _Retaining(Policy):
+    _spares: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
     policy: Policy
     per_class: int
@@ -349,10 +360,10 @@ class _Retaining(Policy):
             xp = array_namespace(leave)
             rows = (xp.reshape(x, (images, evidence.tokens // images)) for x in (leave, evidence.confidence, label))
             kept = xp.reshape(top_k_per_group(*rows, k=self.per_class, groups=classes), (evidence.tokens,))
-            return leave & ~kept
+            return leave ^ kept  # of those that leave alone
         group = label if evidence.image is None else evidence.image * classes + label
         groups = images * classes
-        return leave & ~top_k_per_group(leave, evidence.confidence, group, k=self.per_class, groups=groups)
+        return leave ^ top_k_per_group(leave, evidence.confidence, group, k=self.per_class, groups=groups)
 
     def __repr__(self) -> str:
         return f"{_part(self.policy, 4)}.retaining(per_class={self.per_class})"
@@ -360,6 +371,7 @@ class _Retaining(Policy):
 
 @dataclass(frozen=True, repr=False)
 class _Minimum(Policy):
+    _spares: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
     policy: Policy
     per_image: int

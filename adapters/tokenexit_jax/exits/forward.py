@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-import jax
 from einops import rearrange
 from jax import Array, lax
 from jax import numpy as jnp
@@ -111,8 +110,8 @@ class State:
         tokens: Every token as its last block left it: of those that have left, the feature that they left with.
         positions: What belongs to the slots.
         running: Which patches run. The prefix tokens of an image run as long as any of its patches does.
-        ledger: What those that left have left behind, by patch; None if nothing can leave.
-        previous: Classes that the exit heads so far have predicted; -1 where they read nothing.
+        ledger: The latest outcome of every patch; None if nothing can leave.
+        labels: Classes of all patches that each exit point has found; -1 before it.
         ran: Tokens that ran through each block.
         room: Entries that each block worked on.
         overflow: Tokens that left for lack of room.
@@ -126,7 +125,7 @@ class State:
     positions: Shaped[Array, "slots ..."] | None
     running: Bool[Array, "images places"]
     ledger: Ledger | None
-    previous: Int[Array, "exits images places"]
+    labels: Int[Array, "exits images places"]
     ran: Int[Array, "images blocks"]
     room: Int[Array, "images blocks"]
     overflow: Int[Array, "images"]
@@ -218,7 +217,7 @@ def first_stage(given: Given, images: Array) -> State:
         positions=embedded.positions,
         running=jnp.broadcast_to(nothing[:, None] == 0, (count, places)),
         ledger=None,
-        previous=jnp.broadcast_to(nothing[None, :, None] - 1, (len(exits), count, places)),
+        labels=jnp.broadcast_to(nothing[None, :, None] - 1, (len(exits), count, places)),
         ran=ran,
         room=ran,
         overflow=nothing,
@@ -266,8 +265,7 @@ def run_stage(given: Given, state: State, *, at: int, capacity: int) -> State:
     output, statistics = _read(given, given.model.depth, finished, state.grid, selection)
     state = _kept(given, state, book, selection, output, statistics, given.model.depth)
     constant = lax.stop_gradient(output) if given.which == "all" else output
-    book = exits.settle(book, selection, selection.valid, constant, depth=given.model.depth)
-    return dataclasses.replace(state, ledger=book)
+    return dataclasses.replace(state, ledger=exits.update(book, selection, constant))
 
 
 def exit_point(given: Given, state: State, selection: Selection, entries: Array, *, at: int) -> State:
@@ -281,31 +279,33 @@ def exit_point(given: Given, state: State, selection: Selection, entries: Array,
     if book is None:
         keeps = given.reweighs or (given.which == "all" and given.model.gives_masks)
         presence = lax.stop_gradient(output.presence_logits) if keeps else None
-        book = ledger.open_ledger(output.logits, selection, presence_logits=presence)
-    previous = jax.vmap(partial(_gathered, selection))(state.previous[: stage.index])
-    constant = lax.stop_gradient(output)
+        book = exits.begin(output, selection, presence_logits=presence)
+    state = _kept(given, state, book, selection, output, statistics, stage.stop)
+    book = exits.update(book, selection, lax.stop_gradient(output) if given.which == "all" else output)
+    previous = [state.labels[at] for at in range(stage.index)]
     decision = exits.decide(
-        stage.exit.policy, constant, selection, book, previous, grid=state.grid, exit=stage.index, cell=plan.cell
+        stage.exit.policy,
+        lax.stop_gradient(book),
+        state.running,
+        previous,
+        grid=state.grid,
+        exit=stage.index,
+        cell=plan.cell,
     )
     stay, overflow = decision.stay, state.overflow
     most = given.model.sizes(stage.stop, state)[-1] - prefix
     if at + 1 < len(stages) and most < selection.layout[1]:
-        certain = jnp.where(decision.pinned, -jnp.inf, decision.confidence)
-        smaller, _, surplus = tokens.reselect(selection, stay, certain, capacity=most)
-        stay, overflow = stay & ~surplus, overflow + smaller.overflow.astype(overflow.dtype)
-    leave = selection.valid & ~stay
-    state = _kept(given, state, book, selection, output, statistics, stage.stop)
-    frozen = constant if given.which == "all" else output
-    book = exits.settle(book, selection, leave, frozen, depth=stage.stop, score=decision.confidence)
+        smaller, _ = tokens.select(stay, decision.certain, capacity=most)
+        stay, overflow = smaller.running, overflow + smaller.overflow.astype(overflow.dtype)
+    left = state.running & ~stay
     if given.feature is not None and given.feature.fold_above is not None:
-        state = _folded(state, selection, entries, leave, stay, given.feature.fold_above)
-    label = decision.label.astype(state.previous.dtype)
-    label = tokens.scatter(label, selection, into=state.previous[stage.index])
+        leave, staying = (tokens.gather(one, selection) & selection.valid for one in (left, stay))
+        state = _folded(state, selection, entries, leave, staying, given.feature.fold_above)
     return dataclasses.replace(
         state,
-        running=tokens.scatter(stay, selection, into=jnp.zeros_like(state.running)),
-        ledger=book,
-        previous=state.previous.at[stage.index].set(label),
+        running=stay,
+        ledger=ledger.freeze(book, left, depth=stage.stop),
+        labels=state.labels.at[stage.index].set(decision.label.astype(state.labels.dtype)),
         overflow=overflow,
     )
 
@@ -414,7 +414,7 @@ def _kept(
     if given.which == "active":
         return state
     kept = _blank(given, output) if state.kept is None else state.kept
-    every = exits.everywhere(output, selection, book)
+    every = exits.update(book, selection, output)
     logits, masks = every.logits, None
     if every.mask_logits is not None and every.presence_logits is not None:
         masks = every.mask_logits, every.presence_logits
@@ -513,10 +513,6 @@ def _written(state: State, selection: Selection, entries: Array, runs: Array) ->
     first = jnp.where(runs[:, None, None], entries[:, :prefix], state.tokens[:, :prefix])
     patches = tokens.scatter(entries[:, prefix:], selection, into=state.tokens[:, prefix:])
     return jnp.concatenate([first, patches], axis=1)
-
-
-def _gathered(selection: Selection, values: Shaped[Array, "images places"]) -> Shaped[Array, "entries"]:
-    return tokens.gather(values, selection).reshape(-1)
 
 
 def on_grid(values: Shaped[Array, "images places dim"], grid: tuple[int, int]) -> Shaped[Array, "images h w dim"]:

@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenexit import cells, exits, ledger
+from tokenexit import cells, exits, ledger, tokens
 from tokenexit.area import Area
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
@@ -98,13 +98,11 @@ class Row:
     Attributes:
         receipt: The receipt of the tokens.
         lengths: Entries of each image.
-        previous: Classes that the exit heads so far have predicted for them.
         token_size: How many tokens each stands for, in attention; once each if None.
     """
 
     receipt: Receipt
     lengths: tuple[int, ...]
-    previous: Int[Tensor, "exits entries"]
     token_size: Float[Tensor, "entries"] | None = None
 
 
@@ -119,7 +117,8 @@ class State:
         row: What stays in step with a row; None for a plain batch.
         attention: What keeps images apart in the row; None where nothing need.
         runs: Whether any token runs.
-        ledger: What tokens have left behind; None before the first exit point.
+        ledger: The latest outcome of all tokens; None before the first exit point.
+        labels: Classes of all patches that each of the exit points so far has found.
         counts: Tokens in the blocks so far.
         exits: The blocks after which an exit head ran.
         overflow: Tokens of each image that left for lack of room; None in a layout that has always room.
@@ -134,6 +133,7 @@ class State:
     attention: Attending | None = None
     runs: bool = True
     ledger: Ledger | None = None
+    labels: tuple[Int[Tensor, "images patches"], ...] = ()
     counts: tuple[Counts, ...] = ()
     exits: tuple[int, ...] = ()
     overflow: Int[Tensor, "images"] | None = None
@@ -206,28 +206,34 @@ def exit_point(state: State, stage: Stage, /) -> State:
     assert stage.index is not None
     receipt, embedded = row.receipt, fixed.embedded
     flat = state.tokens[0]
-    options = {"grid": embedded.grid, "prefix": embedded.prefix}
-    output = apply_head(fixed.model.exit_heads[str(stage.stop)], flat, receipt, lengths=row.lengths, **options)
+    head, options = fixed.model.exit_heads[str(stage.stop)], {"grid": embedded.grid, "prefix": embedded.prefix}
+    output = apply_head(head, flat, receipt, lengths=row.lengths, **options)
     features = None if fixed.feature is None else flat.unflatten(0, receipt.layout)
     if book is None:
         presence = output.presence_logits if fixed.masks else None
-        book = ledger.open_ledger(output.logits, receipt, features=features, presence_logits=presence)
-    constant, policy = detached(output), stage.exit.policy
-    decision = exits.decide(
-        policy, constant, receipt, book, row.previous, exit=stage.index, cell=fixed.plan.cell, **options
-    )
-    moved = fixed.layout.compact(receipt, decision, stage.stop, embedded.prefix)
+        book = exits.begin(output, receipt, features=features, presence_logits=presence)
     state = _kept(state, output, receipt, book, stage.stop)
-    frozen = constant if fixed.heads == "all" else output
-    score = decision.confidence
-    settled = exits.settle(book, receipt, ~moved.stay, frozen, depth=stage.stop, score=score, features=features)
+    frozen = detached(output) if fixed.heads == "all" else output
+    book = exits.update(book, receipt, frozen, features=features)
+    with torch.no_grad():
+        decision = exits.decide(
+            stage.exit.policy,
+            book,
+            receipt.running,
+            state.labels,
+            grid=embedded.grid,
+            exit=stage.index,
+            cell=fixed.plan.cell,
+        )
+        moved = fixed.layout.compact(receipt, decision, stage.stop, embedded.prefix)
+    left = receipt.running ^ moved.receipt.running
     if fixed.feature is not None and fixed.feature.fold_above is not None and features is not None:
-        flat = ledger.fold_leavers(features, receipt, ~moved.stay, above=fixed.feature.fold_above).flatten(0, -2)
-    previous = torch.cat([row.previous, decision.label.reshape(1, -1)])
+        leave = tokens.gather(left, receipt)
+        flat = ledger.fold_leavers(features, receipt, leave, above=fixed.feature.fold_above).flatten(0, -2)
     size = None
     if fixed.plan.cell is not None:
         size = cells.token_size(moved.receipt, grid=embedded.grid, side=fixed.plan.cell).flatten()
-    row = Row(moved.receipt, moved.lengths, previous.index_select(1, moved.rows), size)
+    row = Row(moved.receipt, moved.lengths, size)
     positions = state.positions
     return replace(
         state,
@@ -236,7 +242,8 @@ def exit_point(state: State, stage: Stage, /) -> State:
         row=row,
         attention=fixed.layout.attention(row.receipt, row.lengths, row.token_size),
         runs=any(row.lengths),
-        ledger=settled,
+        ledger=ledger.freeze(book, left, depth=stage.stop),
+        labels=(*state.labels, decision.label),
         exits=(*state.exits, stage.stop),
         overflow=_sum(state.overflow, moved.overflow),
     )
@@ -250,7 +257,7 @@ def _kept(state: State, output: HeadOutput, receipt: Receipt, book: Ledger, afte
     """The state with the output of a head for all patches, where outputs are kept."""
     if state.fixed.heads == "active":
         return state
-    every = exits.everywhere(output, receipt, book)
+    every = exits.update(replace(book, features=None), receipt, output)
     logits, masks, presence = every.logits, every.mask_logits, every.presence_logits
     prefix = state.fixed.embedded.prefix
     if masks is not None and presence is not None and state.fixed.reweighs:
@@ -269,9 +276,8 @@ def as_row(state: State, /) -> State:
     if positions is not None:
         positions = positions.repeat(count, *[1] * (positions.ndim - 1))
     receipt, lengths = state.fixed.layout.full(count, slots, device), (slots,) * count
-    previous = torch.empty((0, count * slots), dtype=torch.int64, device=device)
     row = rearrange(state.tokens, "images slots dim -> 1 (images slots) dim")
-    return replace(state, tokens=row, positions=positions, row=Row(receipt, lengths, previous))
+    return replace(state, tokens=row, positions=positions, row=Row(receipt, lengths))
 
 
 def as_batch(state: State, /) -> State:
@@ -304,10 +310,10 @@ def rejoin(state: State, /) -> State:
 
 
 def read_running(state: State, head: Any, /) -> tuple[State, Ledger]:
-    """Read the tokens that have run to the end by the final head, and settle them.
+    """Read the tokens that have run to the end by the final head.
 
     Returns:
-        The state, with the output kept if all are, and the ledger in which every token has settled.
+        The state, with the output kept if all are, and the ledger with the final outcome of every token.
     """
     fixed, row, book = state.fixed, state.row, state.ledger
     assert row is not None
@@ -320,8 +326,7 @@ def read_running(state: State, head: Any, /) -> tuple[State, Ledger]:
     output = replace(output, logits=output.logits.to(book.logits.dtype))
     state = _kept(state, output, receipt, book, depth)
     frozen = detached(output) if fixed.heads == "all" else output
-    everything = torch.ones(receipt.layout, dtype=torch.bool, device=finished.device)
-    return state, exits.settle(book, receipt, everything, frozen, depth=depth)
+    return state, exits.update(book, receipt, frozen)
 
 
 def run_pass(

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional
 
 from tokenexit import tokens
 from tokenexit.errors import require
@@ -30,14 +29,12 @@ class Compaction(NamedTuple):
     Attributes:
         receipt: The receipt of the row that runs on.
         rows: Which entries of the present row it takes.
-        stay: Which entries of the present row are among them, in its layout.
         lengths: Entries of each image, from now on.
         overflow: Tokens of each image that leave for lack of room; None where there is always room.
     """
 
     receipt: Receipt
     rows: Int[Tensor, "entries"]
-    stay: Bool[Tensor, "*layout"]
     lengths: tuple[int, ...]
     overflow: Int[Tensor, "images"] | None = None
 
@@ -99,11 +96,13 @@ class Packed(Layout):
         require_not_exported("a packed pass")
         assert isinstance(receipt, Packing)
         # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
-        counted = functional.pad(decision.stay.cumsum(0), (1, 0)).index_select(0, receipt.offsets)
-        lengths = tuple(counted.diff().tolist())
+        if receipt.images == 1:
+            packing, rows = tokens.restrict(receipt, decision.stay)
+            return Compaction(packing, rows, tuple(rows.shape))
+        lengths = tuple(decision.stay.sum(dim=1).tolist())
         count = sum(lengths) if has_to_wait(decision.stay) else None
-        packing, rows = tokens.repack(receipt, decision.stay, count=count)
-        return Compaction(packing, rows, decision.stay, lengths)
+        packing, rows = tokens.restrict(receipt, decision.stay, count=count)
+        return Compaction(packing, rows, lengths)
 
     def attention(self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None) -> PerImage | None:
         """See `Layout.attention`: a row with the tokens of one image needs no help."""
@@ -150,11 +149,11 @@ class Static(Layout):
         assert isinstance(receipt, Selection)
         images, before = receipt.layout
         capacity = min(tokens.room(self.capacities[after], slots=receipt.slots, prefix=prefix), before)
-        certain = torch.where(decision.pinned, -torch.inf, decision.confidence)
-        smaller, entry, surplus = tokens.reselect(receipt, decision.stay, certain, capacity=capacity)
+        stay, certain = (tokens.gather(one, receipt) for one in (decision.stay, decision.certain))
+        smaller, entry, _ = tokens.reselect(receipt, stay, certain, capacity=capacity)
         starts = torch.arange(images, device=entry.device)[:, None] * before
         rows = rearrange(entry + starts, "images capacity -> (images capacity)")
-        return Compaction(smaller, rows, decision.stay & ~surplus, (capacity,) * images, smaller.overflow)
+        return Compaction(smaller, rows, (capacity,) * images, smaller.overflow)
 
     def attention(self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None) -> Padded:  # noqa: ARG002
         """See `Layout.attention`."""
