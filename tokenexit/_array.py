@@ -168,7 +168,7 @@ def is_traced(value: Any, /) -> bool:
 
 def comparable(value: Any, like: Array, /) -> Any:
     """A number or array as operators of the library of `like` take it: PyTorch's do not take arrays of NumPy."""
-    if not _is_torch(like) or not array_api_compat.is_numpy_array(value):
+    if isinstance(value, int | float) or not _is_torch(like) or not array_api_compat.is_numpy_array(value):
         return value
     return value.item() if value.ndim == 0 else array_namespace(like).asarray(value, device=device(like))
 
