@@ -78,6 +78,11 @@ def test_repacking_twice_is_packing_what_is_left(backend, mask, data):
         counted, same = tokens.repack(before, backend.array(stay), count=known)
         np.testing.assert_array_equal(backend.numpy(same), backend.numpy(rows))
         np.testing.assert_array_equal(backend.numpy(counted.index), backend.numpy(packing.index))
+        for count in (None, known):
+            narrow, taken = tokens.restrict(before, backend.array(mask), count=count)
+            np.testing.assert_array_equal(backend.numpy(taken), backend.numpy(rows))
+            np.testing.assert_array_equal(backend.numpy(narrow.index), backend.numpy(packing.index))
+            assert narrow.is_full == mask.all()
         row = backend.array(backend.numpy(row)[backend.numpy(rows)])
         np.testing.assert_array_equal(backend.numpy(packing.running), mask)
         np.testing.assert_array_equal(backend.numpy(packing.index), np.flatnonzero(mask))
@@ -258,6 +263,8 @@ def test_shapes_are_checked():
         tokens.scatter(np.zeros(3), packing, into=np.zeros((1, 3)))
     with pytest.raises(TokenExitError, match=layout):
         tokens.repack(packing, np.ones(3, bool))
+    with pytest.raises(TokenExitError, match=r"`running` must have 1 images of 3 slots .*got shape \(1, 2\)"):
+        tokens.restrict(packing, np.ones((1, 2), bool))
     with pytest.raises(TokenExitError, match=r"`into` must end in the shape of one token, \(4,\), got shape \(1, 3\)"):
         tokens.scatter(np.zeros((2, 4)), packing, into=np.zeros((1, 3)))
     with pytest.raises(TokenExitError, match=r"`into` must have 1 images of 3 slots .*got shape \(2, 3\)"):
