@@ -18,10 +18,11 @@ from tokenexit._array import Array, array_namespace, counting, filled, require_m
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
 from tokenexit.ledger import Ledger
+from tokenexit.merging import Merged, spread
 from tokenexit.policies import Evidence, Policy
 from tokenexit.tokens import Receipt
 
-__all__ = ["Decision", "HeadOutput", "begin", "decide", "update"]
+__all__ = ["Decision", "HeadOutput", "agree", "begin", "decide", "update"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def decide(
     grid: tuple[int, int],
     exit: int = 0,
     cell: int | None = None,
+    merged: Merged | None = None,
 ) -> Decision:
     """Decide which tokens leave at an exit point.
 
@@ -108,6 +110,8 @@ def decide(
         exit: Which of the exit points this is, from 0.
         cell: Side of the cells of which the centres run on and represent the others (`tokenexit.cells`); None without
             cells.
+        merged: Which tokens have merged (`tokenexit.merging`), if any have. The outcome of an owner is that of all its
+            tokens, and it leaves only if all would; `running` are the owners alone.
 
     Returns:
         The decision.
@@ -115,7 +119,8 @@ def decide(
     Raises:
         TokenExitError: If the shapes do not fit one another, or the evidence lacks something that the policy reads.
     """
-    evidence, prefix = _evidence(book, running, previous, grid=grid, exit=exit)
+    require(merged is None or cell is None, "cell", "be None where tokens have merged", cell)
+    evidence, prefix = _evidence(book, running, previous, grid=grid, exit=exit, merged=merged)
     xp, shape = array_namespace(running), (running.shape[0], grid[0] * grid[1])
     leave = policy(evidence)
     # Those that leave are among those that run: the rest is what the two differ by.
@@ -132,6 +137,44 @@ def decide(
     return Decision(stay, confidence, label, centre)
 
 
+def agree(
+    policy: Policy,
+    book: Ledger,
+    running: Bool[Array, "images slots"],
+    previous: Sequence[Int[Array, "images patches"]] = (),
+    /,
+    *,
+    grid: tuple[int, int],
+    exit: int = 0,
+    merged: Merged | None = None,
+) -> tuple[Bool[Array, "images slots"], Int[Array, "images slots"]]:
+    """Mark the tokens that a policy would let leave: for a merge by agreement, at which none does.
+
+    Args:
+        policy: The policy.
+        book: As for `decide`, as are the others.
+        running: Which slots run.
+        previous: Classes that the earlier exit heads have predicted.
+        grid: Height and width of the patch grid.
+        exit: How many exit points were before.
+        merged: Which tokens have merged, if any have.
+
+    Returns:
+        The marks, at all tokens of an entry, and the predicted classes, -1 for prefix tokens.
+
+    Raises:
+        TokenExitError: As `decide`.
+    """
+    evidence, prefix = _evidence(book, running, previous, grid=grid, exit=exit, merged=merged)
+    xp, shape = array_namespace(running), (running.shape[0], grid[0] * grid[1])
+    marks, label = (xp.reshape(one, shape) for one in (policy(evidence), evidence.label))
+    if prefix:
+        unmarked = xp.zeros_like(running[:, :prefix])
+        marks = xp.concat([unmarked, marks], axis=1)
+        label = xp.concat([xp.astype(unmarked, label.dtype) - 1, label], axis=1)
+    return (marks if merged is None else spread(marks, merged.owner)), label
+
+
 def _evidence(
     book: Ledger,
     running: Array,
@@ -139,6 +182,7 @@ def _evidence(
     *,
     grid: tuple[int, int],
     exit: int,
+    merged: Merged | None,
 ) -> tuple[Evidence, int]:
     """Evidence of all patches of all images, and how many prefix tokens an image has."""
     given = book.logits if book.class_scores is None else book.class_scores
@@ -148,6 +192,8 @@ def _evidence(
     require_marks(running, "running")
     prefix = slots - places
     require(prefix >= 0, "grid", f"have at most {slots} places", grid)
+    if merged is not None:
+        given = spread(given, merged.owner)
     xp, entries = array_namespace(running), images * places
     table = xp.reshape(given[:, prefix:, :], (entries, classes))
     place = counting(entries, running)
@@ -164,6 +210,7 @@ def _evidence(
         position=place % max(places, 1) if images > 1 else place,
         valid=xp.reshape(running[:, prefix:], (entries,)),
         layout="grid",
+        merged=None if merged is None else merged.of_patches(),
         exit=exit,
         previous=labels,
     )

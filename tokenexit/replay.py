@@ -59,6 +59,7 @@ def replay(
         TokenExitError: If an exit has no head, features are carried, or shapes do not fit the grid or one another.
     """
     require(isinstance(plan.carry, Prediction), "plan", "carry predictions", repr(plan.carry))
+    require(not plan.merges, "plan", "merge nothing, for scores of a pass without merges", list(plan.merges))
     depth, places = max(logits, default=0), grid[0] * grid[1]
     headless = [exit.after for exit in plan.active if exit.after >= depth or exit.after not in logits]
     rule = f"have exits only after blocks with an exit head, {sorted(logits)[:-1]}"

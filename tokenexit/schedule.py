@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenexit import carries, policies, scores
-from tokenexit._plain import is_whole, require_keys
+from tokenexit._plain import is_number, is_whole, require_keys
 from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved
 from tokenexit.errors import TokenExitError, require
+from tokenexit.merging import SIDES
 from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
@@ -27,6 +28,7 @@ from tokenexit.policies import (
 
 __all__ = [
     "Exit",
+    "Merge",
     "Schedule",
     "Stage",
     "dense",
@@ -67,6 +69,41 @@ class Exit:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """One merge point: tokens of a cell of the grid run on as one from here (`tokenexit.merging`).
+
+    Attributes:
+        after: How many blocks have run when tokens merge.
+        side: Side of the largest cells that merge, in patches: 2, 4, 8 or 16.
+        alike: What the mean cosine similarity of a cell's four tokens must exceed; None: it is not asked for.
+        agreed: A policy that would let all tokens of the cell leave here, read by the exit head after this block; None:
+            it is not asked for, and there need be no head. They do not leave.
+    """
+
+    after: int
+    side: int = 2
+    alike: float | None = None
+    agreed: Policy | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If `after` is not a whole number from 1 up, `side` none of these, `alike` not in [-1, 1], or
+                `agreed` no policy that looks at each image by itself; or if neither criterion is given.
+        """
+        _require_block(self.after)
+        known = is_whole(self.side) and self.side in SIDES
+        require(known, "side", f"be one of {list(SIDES)}", repr(self.side))
+        ok = self.alike is None or (is_number(self.alike) and -1 <= self.alike <= 1)
+        require(ok, "alike", "be None or a number in [-1, 1]", repr(self.alike))
+        ok = self.agreed is None or (isinstance(self.agreed, Policy) and not self.agreed.mixes_images)
+        require(ok, "agreed", "be None or a policy that looks at each image by itself", repr(self.agreed))
+        given = self.alike is not None or self.agreed is not None
+        require(given, "alike", "be given if `agreed` is not", self.alike)
+
+
+@dataclass(frozen=True)
 class Stage:
     """Blocks that run together, and what follows them: one step of a forward pass (`Schedule.stages`).
 
@@ -75,6 +112,7 @@ class Stage:
         stop: Blocks that have run after.
         exit: The exit point that follows, if any.
         index: Which of the exit points of the pass it is, from 0; None without one.
+        merge: The merge point that follows, after the exit point, if any.
         rejoin: Whether all tokens of all images run on from here, exited or skipped ones with the features they have.
         tap: Whether something reads the tokens of all images here.
     """
@@ -83,6 +121,7 @@ class Stage:
     stop: int
     exit: Exit | None = None
     index: int | None = None
+    merge: Merge | None = None
     rejoin: bool = False
     tap: bool = False
 
@@ -96,18 +135,20 @@ class Schedule:
         carry: What a token leaves behind, at all of them.
         cell: Side, in patches, of the cells of the grid of which the token in the middle runs on and stands, in
             attention, for those of the cell that have left; see `tokenexit.cells`. None: attention forgets leavers.
+        merges: The merge points; their `after` ascends.
     """
 
     exits: tuple[Exit, ...] = ()
     carry: Carry = Prediction()
     cell: int | None = None
+    merges: tuple[Merge, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the order.
 
         Raises:
-            TokenExitError: If two exits share a block, the exits are out of order, `carry` is no carry, or `cell` is
-                neither None nor a whole number from 1 up.
+            TokenExitError: If two exits or two merges share a block, they are out of order, `carry` is no carry, `cell`
+                is neither None nor a whole number from 1 up, or there are merges beside cells or gates.
         """
         tuple_of_exits = isinstance(self.exits, tuple) and all(isinstance(exit, Exit) for exit in self.exits)
         require(tuple_of_exits, "exits", "be a tuple of Exit", self.exits)
@@ -120,11 +161,24 @@ class Schedule:
         require(isinstance(self.carry, Carry), "carry", "be a carry of tokenexit.carries", repr(self.carry))
         cell = self.cell is None or is_whole(self.cell, least=1)
         require(cell, "cell", "be None or a whole number of patches from 1 up", repr(self.cell))
+        listed = isinstance(self.merges, tuple) and all(isinstance(merge, Merge) for merge in self.merges)
+        require(listed, "merges", "be a tuple of Merge", self.merges)
+        blocks = [merge.after for merge in self.merges]
+        require(blocks == sorted(set(blocks)), "merges", "come in strictly ascending order of `after`", blocks)
+        require(not self.merges or self.cell is None, "cell", "be None in a plan that merges", repr(self.cell))
+        gated = isinstance(self.carry, Preserved)
+        require(not self.merges or not gated, "merges", "be left out where gates decide", list(self.merges))
 
     @property
     def after(self) -> tuple[int, ...]:
         """The blocks after which there is an exit point."""
         return tuple(exit.after for exit in self.exits)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The blocks after which an exit head is read: by an exit point at which tokens can leave, or by a merge."""
+        asked = {exit.after for exit in self.active} | {one.after for one in self.merges if one.agreed is not None}
+        return tuple(sorted(asked))
 
     @property
     def active(self) -> tuple[Exit, ...]:
@@ -153,12 +207,12 @@ class Schedule:
             rejoin = depth - 1 if self.carry.before == "last block" else depth
         elif isinstance(self.carry, Preserved) and self.carry.before == "last block" and len(exits) > 0:
             rejoin = depth - 1
-        taps = frozenset(taps)
-        stops = sorted({*exits, *taps, depth, *([] if rejoin is None else [rejoin])} - {0})
-        require(stops[-1] == depth, "schedule", f"have exits and taps within {depth} blocks", stops[-1])
+        taps, merges = frozenset(taps), {merge.after: merge for merge in self.merges}
+        stops = sorted({*exits, *merges, *taps, depth, *([] if rejoin is None else [rejoin])} - {0})
+        require(stops[-1] == depth, "schedule", f"have exits, merges and taps within {depth} blocks", stops[-1])
         index = {after: at for at, after in enumerate(sorted(exits))}
         return tuple(
-            Stage(start, stop, exits.get(stop), index.get(stop), stop == rejoin, stop in taps)
+            Stage(start, stop, exits.get(stop), index.get(stop), merges.get(stop), stop == rejoin, stop in taps)
             for start, stop in zip([0, *stops], stops, strict=False)
         )
 
@@ -226,7 +280,10 @@ class Schedule:
             TokenExitError: If a policy is not of this library.
         """
         exits = [{"after": exit.after, "policy": policies.to_dict(exit.policy)} for exit in self.exits]
-        return {"schema": SCHEMA, "exits": exits, "carry": carries.to_dict(self.carry), "cell": self.cell}
+        found = {"schema": SCHEMA, "exits": exits, "carry": carries.to_dict(self.carry), "cell": self.cell}
+        if self.merges:  # what knows of none reads all other plans
+            found["merges"] = [_merge_to_dict(merge) for merge in self.merges]
+        return found
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], /) -> "Schedule":
@@ -244,12 +301,27 @@ class Schedule:
         require(isinstance(data, Mapping), "schedule", "be a mapping", repr(data))
         require("schema" in data, "schedule", "have a schema", sorted(map(str, data)))
         require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
-        require_keys(data, "schedule", {"schema", "exits", "carry", "cell"})
+        merging = {"merges"} & set(data)
+        require_keys(data, "schedule", {"schema", "exits", "carry", "cell"} | merging)
         require(isinstance(data["exits"], list), "exits", "be a list", repr(data["exits"]))
         for exit in data["exits"]:
             require_keys(exit, "exits", {"after", "policy"})
         exits = tuple(Exit(exit["after"], policies.from_dict(exit["policy"])) for exit in data["exits"])
-        return Schedule(exits, carries.from_dict(data["carry"]), data["cell"])
+        merges = data.get("merges", [])
+        require(isinstance(merges, list), "merges", "be a list", repr(merges))
+        merges = tuple(_merge_from_dict(merge) for merge in merges)
+        return Schedule(exits, carries.from_dict(data["carry"]), data["cell"], merges)
+
+
+def _merge_to_dict(merge: Merge) -> dict[str, Any]:
+    agreed = None if merge.agreed is None else policies.to_dict(merge.agreed)
+    return {"after": merge.after, "side": merge.side, "alike": merge.alike, "agreed": agreed}
+
+
+def _merge_from_dict(data: Any) -> Merge:
+    require_keys(data, "merges", {"after", "side", "alike", "agreed"})
+    agreed = None if data["agreed"] is None else policies.from_dict(data["agreed"])
+    return Merge(data["after"], data["side"], data["alike"], agreed)
 
 
 def neighbours(
@@ -454,6 +526,12 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
     require(not late, "schedule", rule, f"{late}: {others}")
     headless = [block for block in plan.after if block not in after]
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)
+    late = [merge.after for merge in plan.merges if merge.after >= depth]
+    rule = f"have merges after blocks 1 to {depth - 1} only, for {depth} blocks"
+    require(not late, "schedule", rule, late)
+    headless = [merge.after for merge in plan.merges if merge.agreed is not None and merge.after not in after]
+    rule = f"ask for agreement only after blocks with an exit head, {list(after)}"
+    require(not headless, "schedule", rule, headless)
 
 
 def require_gates_fit(

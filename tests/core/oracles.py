@@ -342,3 +342,57 @@ def starts(size, side, reach, edges):
     for first in range(0, size, side):
         start = first - math.floor((reach - side) / 2)
         yield max(0, min(start, size - reach)) if edges == "inside" else start
+
+
+@dataclass
+class Cells:
+    """Merged cells, one at a time."""
+
+    running: np.ndarray
+    owner: np.ndarray
+    size: np.ndarray
+    grid: tuple[int, int]
+    features: np.ndarray
+
+    @staticmethod
+    def alone(running: np.ndarray, grid: tuple[int, int]) -> "Cells":
+        owner = np.broadcast_to(np.arange(running.shape[1]), running.shape).copy()
+        return Cells(running.copy(), owner, np.ones_like(owner), grid, np.zeros(0))
+
+    def merge(self, features, side, alike, agreed, label, *, near) -> bool:
+        """Merge, in double precision; False if a similarity is too near to its threshold to tell."""
+        (height, width), sure = self.grid, True
+        prefix = self.running.shape[1] - height * width
+        self.features = features.astype(np.float64)
+        for level in (2, 4, 8, 16):
+            if level > side:
+                break
+            half = level // 2
+            for image in range(len(self.running)):
+                for top in range(0, height - level + 1, level):
+                    for left in range(0, width - level + 1, level):
+
+                        def slot(down, right, top=top, left=left):
+                            return prefix + (top + down) * width + left + right
+
+                        quarters = [slot(a, b) for a in (0, half) for b in (0, half)]
+                        members = [slot(a, b) for a in range(level) for b in range(level)]
+                        ready = all(self.running[image, q] and self.size[image, q] == half * half for q in quarters)
+                        if agreed is not None:
+                            ready = ready and agreed[image, members].all()
+                        if label is not None:
+                            ready = ready and len(set(label[image, members].tolist())) == 1
+                        if ready and alike is not None:
+                            four = self.features[image, quarters]
+                            with np.errstate(all="ignore"):
+                                unit = four / np.linalg.norm(four, axis=-1, keepdims=True)
+                            pairs = [unit[i] @ unit[j] for i in range(4) for j in range(i)]
+                            mean = float(np.mean(pairs))
+                            sure = sure and not abs(mean - alike) < near
+                            ready = mean > alike
+                        if ready:
+                            self.features[image, quarters[0]] = self.features[image, quarters].mean(axis=0)
+                            self.running[image, quarters[1:]] = False
+                            self.owner[image, members] = quarters[0]
+                            self.size[image, quarters[0]] = level * level
+        return sure

@@ -9,6 +9,7 @@ from tokenexit import scores
 from tokenexit._array import Array, array_namespace
 from tokenexit._lazy import lazy
 from tokenexit.errors import TokenExitError, require
+from tokenexit.merging import Merged
 
 __all__ = ["DIRECTIONS", "Evidence"]
 
@@ -35,6 +36,8 @@ class Evidence:
         valid: Which entries hold a token that runs; given, every image has the same number of entries.
         layout: How the entries lie. `grid`: they are all places of the grid, image after image, and what does not run
             has the class scores that it left with, NaN if it was never read. `row`: any others, in any order.
+        merged: For the layout `grid`, which tokens have merged (`tokenexit.merging`), if any have: entries that run are
+            their owners, and tokens that belong to an owner have its class scores.
         protected: Tokens that no policy lets leave, excluded from every neighbourhood: cls, registers, queries.
         exit: Which of the exit points this is, from 0.
         previous: Class that the earlier exit heads predicted for these tokens, first exit first.
@@ -53,6 +56,7 @@ class Evidence:
     position: Int[Array, "tokens"] | None = None
     valid: Bool[Array, "tokens"] | None = None
     layout: Literal["row", "grid"] = "row"
+    merged: Merged | None = None
     protected: Bool[Array, "tokens"] | None = None
     exit: int | None = None
     previous: Int[Array, "exits tokens"] | None = None
@@ -89,6 +93,7 @@ class Evidence:
         for name in ("settled_label", "settled_score"):
             _require_shape(getattr(self, name), name, (self.images, places), rule)
         require(self.layout in ("row", "grid"), "layout", "be `row` or `grid`", repr(self.layout))
+        require(self.merged is None or self.layout == "grid", "merged", "be given in the layout `grid` alone", "`row`")
         if self.layout == "grid":
             rule = f"be `row` for {tokens} entries, images={self.images} and grid={self.grid}"
             require(self.images is not None and tokens == self.images * (places or 0), "layout", rule, "`grid`")

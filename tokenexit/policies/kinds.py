@@ -10,6 +10,7 @@ from tokenexit._array import Array, array_namespace, comparable, filled, is_arra
 from tokenexit._grid import lay_out, uniform
 from tokenexit._plain import is_whole
 from tokenexit.errors import TokenExitError, require
+from tokenexit.merging import whole_entries
 from tokenexit.policies.evidence import DIRECTIONS, Evidence
 from tokenexit.policies.policy import COMPOSED, PerClass, Policy, ThresholdPolicy, contest, is_numeric
 from tokenexit.retention import rank_in_group
@@ -250,7 +251,10 @@ class NeighboursAgree(_OfScore):
         """Whether the square around every place of the grid votes for one class."""
         xp = array_namespace(votes)
         maps = xp.reshape(votes, (evidence.images, *(evidence.grid or ())))
-        return xp.reshape(uniform(maps, radius=self.radius), votes.shape)
+        agreed = uniform(maps, radius=self.radius)
+        if evidence.merged is not None:  # an entry leaves only if all its tokens would
+            agreed = whole_entries(xp.reshape(agreed, evidence.merged.running.shape), evidence.merged)
+        return xp.reshape(agreed, votes.shape)
 
     @staticmethod
     def _votes(label: Array, confident: Array) -> Array:

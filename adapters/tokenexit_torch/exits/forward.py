@@ -18,12 +18,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenexit import cells, exits, ledger, tokens
+from tokenexit import cells, exits, ledger, merging, tokens
 from tokenexit.area import Area
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
 from tokenexit.ledger import Ledger
+from tokenexit.merging import Merged
 from tokenexit.schedule import Schedule, Stage
 from tokenexit.tokens import Receipt, Selection
 from tokenexit_torch._blocks import run_blocks
@@ -124,6 +125,7 @@ class State:
         overflow: Tokens of each image that left for lack of room; None in a layout that has always room.
         outputs: Outputs of the heads for all patches, by block, where all are kept.
         tapped: All tokens of all images, by block, where they are tapped.
+        merged: Which tokens have merged; None before the first merge point.
     """
 
     fixed: Fixed
@@ -139,6 +141,7 @@ class State:
     overflow: Int[Tensor, "images"] | None = None
     outputs: Mapping[int, HeadOutput] = field(default_factory=dict)
     tapped: Mapping[int, Tensor] = field(default_factory=dict)
+    merged: Merged | None = None
 
 
 def start(
@@ -191,6 +194,8 @@ def finish_stage(state: State, stage: Stage, ran: Tensor, /) -> State:
     state = replace(state, tokens=ran, counts=(*state.counts, Counts(stage.stop - stage.start, lengths, held)))
     if stage.exit is not None and state.runs:
         state = exit_point(as_row(state), stage)
+    if stage.merge is not None and state.runs:
+        state = merge_point(as_row(state), stage)
     if stage.rejoin:
         state = rejoin(state)
     if stage.tap:
@@ -205,16 +210,10 @@ def exit_point(state: State, stage: Stage, /) -> State:
     assert stage.exit is not None
     assert stage.index is not None
     receipt, embedded = row.receipt, fixed.embedded
-    flat = state.tokens[0]
-    head, options = fixed.model.exit_heads[str(stage.stop)], {"grid": embedded.grid, "prefix": embedded.prefix}
-    output = apply_head(head, flat, receipt, lengths=row.lengths, **options)
+    state, flat = read_exit(state, stage.stop), state.tokens[0]
     features = None if fixed.feature is None else flat.unflatten(0, receipt.layout)
-    if book is None:
-        presence = output.presence_logits if fixed.masks else None
-        book = exits.begin(output, receipt, features=features, presence_logits=presence)
-    state = _kept(state, output, receipt, book, stage.stop)
-    frozen = detached(output) if fixed.heads == "all" else output
-    book = exits.update(book, receipt, frozen, features=features)
+    book = state.ledger
+    assert book is not None
     with torch.no_grad():
         decision = exits.decide(
             stage.exit.policy,
@@ -224,15 +223,19 @@ def exit_point(state: State, stage: Stage, /) -> State:
             grid=embedded.grid,
             exit=stage.index,
             cell=fixed.plan.cell,
+            merged=state.merged,
         )
         moved = fixed.layout.compact(receipt, decision, stage.stop, embedded.prefix)
     left = receipt.running ^ moved.receipt.running
     if fixed.feature is not None and fixed.feature.fold_above is not None and features is not None:
         leave = tokens.gather(left, receipt)
         flat = ledger.fold_leavers(features, receipt, leave, above=fixed.feature.fold_above).flatten(0, -2)
-    size = None
+    size, merged = None, state.merged
     if fixed.plan.cell is not None:
         size = cells.token_size(moved.receipt, grid=embedded.grid, side=fixed.plan.cell).flatten()
+    if merged is not None:
+        merged = replace(merged, running=moved.receipt.running)
+        size = size_in_attention(fixed.plan, moved.receipt, merged)
     row = Row(moved.receipt, moved.lengths, size)
     positions = state.positions
     return replace(
@@ -244,9 +247,76 @@ def exit_point(state: State, stage: Stage, /) -> State:
         runs=any(row.lengths),
         ledger=ledger.freeze(book, left, depth=stage.stop),
         labels=(*state.labels, decision.label),
-        exits=(*state.exits, stage.stop),
         overflow=_sum(state.overflow, moved.overflow),
+        merged=merged,
     )
+
+
+def read_exit(state: State, after: int, /) -> State:
+    """Read the tokens of the row by the exit head after a block; the ledger has their latest outcome."""
+    fixed, row, book = state.fixed, state.row, state.ledger
+    assert row is not None
+    receipt, embedded, flat = row.receipt, fixed.embedded, state.tokens[0]
+    head, options = fixed.model.exit_heads[str(after)], {"grid": embedded.grid, "prefix": embedded.prefix}
+    output = apply_head(head, flat, receipt, lengths=row.lengths, **options)
+    features = None if fixed.feature is None else flat.unflatten(0, receipt.layout)
+    if book is None:
+        presence = output.presence_logits if fixed.masks else None
+        book = exits.begin(output, receipt, features=features, presence_logits=presence)
+    state = _kept(state, output, receipt, book, after)
+    frozen = detached(output) if fixed.heads == "all" else output
+    book = exits.update(book, receipt, frozen, features=features)
+    return replace(state, ledger=book, exits=(*state.exits, after))
+
+
+def merge_point(state: State, stage: Stage, /) -> State:
+    """Tokens of the row that are alike, or agreed upon, run on as one: one gather."""
+    fixed, row, merge = state.fixed, state.row, stage.merge
+    assert row is not None
+    assert merge is not None
+    embedded, receipt, flat = fixed.embedded, row.receipt, state.tokens[0]
+    merged = state.merged or merging.alone(receipt.running, grid=embedded.grid)
+    agreed = label = None
+    if merge.agreed is not None:
+        state = state if stage.exit is not None else read_exit(state, stage.stop)
+        book = state.ledger
+        assert book is not None
+        with torch.no_grad():
+            agreed, label = exits.agree(
+                merge.agreed,
+                book,
+                receipt.running,
+                state.labels,
+                grid=embedded.grid,
+                exit=len(state.labels),
+                merged=state.merged,
+            )
+    count, slots, dim = embedded.tokens.shape
+    by_slot = tokens.scatter(flat.unflatten(0, receipt.layout), receipt, into=flat.new_zeros(count, slots, dim))
+    joined = merging.merge(by_slot, merged, side=merge.side, alike=merge.alike, agreed=agreed, label=label)
+    moved = fixed.layout.narrow(receipt, joined.merged, stage.stop, embedded.prefix)
+    row = Row(moved.receipt, moved.lengths, size_in_attention(fixed.plan, moved.receipt, joined.merged))
+    positions = embedded.positions
+    if positions is not None:
+        rule = "merge nothing, for a host that does not say which half of its positions are sines: Embedded(pairs=...)"
+        require(embedded.pairs is not None, "schedule", rule, list(fixed.plan.merges))
+        slot, size = moved.receipt.slot, joined.merged.size.flatten().index_select(0, moved.receipt.index)
+        positions = merging.turned(positions, slot, size, grid=embedded.grid, pairs=embedded.pairs or 0)
+    source = joined.source.flatten().index_select(0, moved.receipt.index)
+    return replace(
+        state,
+        tokens=joined.bank.index_select(0, source)[None],
+        positions=positions,
+        row=row,
+        attention=fixed.layout.attention(row.receipt, row.lengths, row.token_size),
+        merged=joined.merged,
+    )
+
+
+def size_in_attention(plan: Schedule, receipt: Receipt, merged: Merged, /) -> Tensor | None:
+    """How many tokens each entry of the row counts for in attention."""
+    del plan
+    return merged.size.flatten().index_select(0, receipt.index).to(torch.float32)
 
 
 def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -290,18 +360,25 @@ def as_batch(state: State, /) -> State:
 
 def _batch(state: State, every: Tensor) -> State:
     positions = state.fixed.embedded.positions
-    return replace(state, tokens=every, positions=positions, row=None, attention=None, runs=every.shape[0] > 0)
+    state = replace(state, tokens=every, positions=positions, row=None, attention=None, runs=every.shape[0] > 0)
+    if state.merged is not None and state.ledger is not None:  # all run by themselves again
+        owner = state.merged.owner
+        book = replace(state.ledger, depth=merging.spread(state.ledger.depth, owner))
+        state = replace(state, ledger=book)
+    return replace(state, merged=None)
 
 
 def restored(state: State, /) -> Float[Tensor, "images slots dim"]:
     """All tokens of all images, exited ones with the features they left with."""
     if state.row is None:
         return state.tokens
-    rows = state.tokens[0].unflatten(0, state.row.receipt.layout)
-    if state.ledger is None:  # nothing could leave
-        count, slots, _ = state.fixed.embedded.tokens.shape
-        return rows.reshape(count, slots, -1)
-    return ledger.rejoin(state.ledger, state.row.receipt, rows)
+    rows, receipt = state.tokens[0].unflatten(0, state.row.receipt.layout), state.row.receipt
+    if state.ledger is not None and state.ledger.features is not None:
+        every = ledger.rejoin(state.ledger, receipt, rows)
+    else:  # nothing could leave
+        count, slots, dim = state.fixed.embedded.tokens.shape
+        every = tokens.scatter(rows, receipt, into=rows.new_zeros(count, slots, dim))
+    return every if state.merged is None else merging.spread(every, state.merged.owner)
 
 
 def rejoin(state: State, /) -> State:
@@ -317,12 +394,14 @@ def read_running(state: State, head: Any, /) -> tuple[State, Ledger]:
     """
     fixed, row, book = state.fixed, state.row, state.ledger
     assert row is not None
-    assert book is not None
     if not state.runs:
+        assert book is not None
         return state, book
     receipt, embedded, depth = row.receipt, fixed.embedded, fixed.model.depth
     finished = fixed.model.host.finish(state.tokens[0])
     output = apply_head(head, finished, receipt, lengths=row.lengths, grid=embedded.grid, prefix=embedded.prefix)
+    if book is None:  # nothing could leave
+        book = exits.begin(output, receipt, presence_logits=output.presence_logits if fixed.masks else None)
     output = replace(output, logits=output.logits.to(book.logits.dtype))
     state = _kept(state, output, receipt, book, depth)
     frozen = detached(output) if fixed.heads == "all" else output
@@ -370,7 +449,9 @@ def exit_depth(state: State, book: Ledger | None, /) -> Int[Tensor, "images grid
         shape = (count, slots - embedded.prefix)
         every = torch.full(shape, depth, dtype=torch.int64, device=embedded.tokens.device)
     else:
-        every = book.exit_depth(depth)[:, embedded.prefix :]
+        every = book.exit_depth(depth)
+        every = every if state.merged is None else merging.spread(every, state.merged.owner)
+        every = every[:, embedded.prefix :]
     return every.unflatten(1, embedded.grid)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokenexit import merging
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
@@ -241,6 +242,10 @@ def final_output(state: State, /) -> tuple[Output, State]:
             state = replace(state, outputs={**state.outputs, depth: read})
     else:
         state, book = read_running(state, model.head)
+        if state.merged is not None:
+            owner = state.merged.owner
+            masks = None if book.mask_logits is None else merging.spread(book.mask_logits, owner)
+            book = replace(book, logits=merging.spread(book.logits, owner), mask_logits=masks)
         logits = book.logits
         if fixed.reweighs and book.mask_logits is not None and book.presence_logits is not None:
             logits = log_scores(book.mask_logits, book.presence_logits[:, None])

@@ -90,7 +90,7 @@ class TransformersEoMT:
             return Embedded(eomt.embeddings(images), self._prefix, grid, covers=covers)
         tokens = eomt.dropout(eomt.embeddings(images))
         tables = eomt.rope_embeddings(images.to(tokens.dtype))
-        return Embedded(tokens, self._prefix, grid, with_prefix(tables, self._prefix), covers)
+        return Embedded(tokens, self._prefix, grid, with_prefix(tables, self._prefix), covers, pairs=1)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""

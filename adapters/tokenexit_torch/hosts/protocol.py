@@ -32,6 +32,8 @@ class Embedded:
             on; None if it is the whole image, in patches of one size. It is smaller than the image where pixels beyond
             the last whole patch are left out, and larger where images are padded to whole patches. If patches of
             another size cover the whole image, give the size of the image.
+        pairs: Axis of `positions` of which one half holds sines and the other cosines, so that merged tokens can be
+            turned by the angle of their centroid; None if there are no positions, or others, which then cannot merge.
     """
 
     tokens: Float[Tensor, "images slots width"]
@@ -39,6 +41,7 @@ class Embedded:
     grid: tuple[int, int]
     positions: Shaped[Tensor, "slots ..."] | None = None
     covers: tuple[int, int] | None = None
+    pairs: int | None = None
 
 
 @runtime_checkable

@@ -103,7 +103,7 @@ class TimmEva:
         tokens, table = eva._pos_embed(eva.patch_embed(images))
         prefix, (grid, covers) = eva.num_prefix_tokens, _grid(eva.patch_embed, images)
         positions = None if table is None else _by_slot(table, prefix)
-        return Embedded(eva.norm_pre(tokens), prefix, grid, positions, covers)
+        return Embedded(eva.norm_pre(tokens), prefix, grid, positions, covers, pairs=-1)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""

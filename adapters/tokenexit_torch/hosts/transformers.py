@@ -104,7 +104,7 @@ class TransformersViT:
         positions = None
         if parts.rotary is not None:
             positions = with_prefix(vit.get_submodule(parts.rotary)(images), prefix)
-        return Embedded(tokens, prefix, grid, positions, covers)
+        return Embedded(tokens, prefix, grid, positions, covers, pairs=1)
 
     def run(self, index: int, tokens: Tensor, positions: Tensor | None, /) -> Tensor:
         """See `Host.run`."""

@@ -1,0 +1,351 @@
+"""Merging: tokens of a cell of the grid that are alike run on as one, and share one outcome.
+
+    joined = merging.merge(features, merging.alone(running, grid=(44, 60)), side=4, alike=0.9, agreed=marks)
+    decision = exits.decide(policy, book, joined.merged, grid=(44, 60))
+    logits = merging.spread(book.logits, joined.merged.owner)
+
+Cells of 2 x 2 patches merge where all four run; then cells of 4 x 4 where all four of 2 x 2 have merged, and so on. A
+merge is a compaction like an exit, but its members keep a pointer to the place of their owner, the first patch of the
+cell: what the owner leaves behind, early or at the end, is the outcome of all. So a place is in one of three states: it
+runs; it is merged into another, whatever becomes of that; or it has left.
+
+All functions work on all slots of all images, so that shapes do not depend on the data; each image merges as it likes.
+Related: ToMe (ICLR 2023) merges pairs of tokens by matching, ALGM (CVPR 2024) cells of 2 x 2 by similarity, CTS (CVPR
+2023) by a policy network, one count for a whole batch. Merging by the agreement of classes is new in this library.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from jaxtyping import Bool, Float, Int, Shaped
+
+from tokenexit._array import Array, array_namespace, counting, filled, take
+from tokenexit.errors import require
+
+__all__ = ["SIDES", "Joined", "Merged", "alone", "merge", "spread", "turned", "whole_entries"]
+
+SIDES: Mapping[int, int] = MappingProxyType({2: 1, 4: 2, 8: 3, 16: 4})
+"""Sides of the cells that can merge, in patches, and how often tokens then merge four to one."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Which slots run, and in which of them each slot runs.
+
+    Attributes:
+        running: Which slots hold an entry of their own: a token by itself, or the owner of merged ones.
+        owner: Slot, within its image, of the entry that each slot belongs to: itself if it is not merged.
+        size: How many tokens each entry holds; of a slot without an entry, of no meaning.
+        grid: Height and width of the patch grid, whose places are the last slots of an image.
+    """
+
+    running: Bool[Array, "images slots"]
+    owner: Int[Array, "images slots"]
+    size: Int[Array, "images slots"]
+    grid: tuple[int, int]
+
+    @property
+    def prefix(self) -> int:
+        """Prefix tokens of an image."""
+        return self.running.shape[1] - self.grid[0] * self.grid[1]
+
+    def of_patches(self) -> "Merged":
+        """The same of the places of the grid alone, without prefix tokens."""
+        prefix = self.prefix
+        if prefix == 0:
+            return self
+        return Merged(self.running[:, prefix:], self.owner[:, prefix:] - prefix, self.size[:, prefix:], self.grid)
+
+
+def alone(running: Bool[Array, "images slots"], /, *, grid: tuple[int, int]) -> Merged:
+    """Every slot by itself.
+
+    Args:
+        running: Which slots run.
+        grid: Height and width of the patch grid.
+
+    Returns:
+        The state before any merge.
+
+    Raises:
+        TokenExitError: If the grid has more places than an image slots.
+    """
+    images, slots = running.shape
+    require(grid[0] * grid[1] <= slots, "grid", f"have at most {slots} places", grid)
+    xp = array_namespace(running)
+    owner = xp.broadcast_to(counting(slots, running)[None, :], (images, slots))
+    return Merged(running, owner, xp.ones_like(owner), grid)
+
+
+def spread(
+    values: Shaped[Array, "images slots *rest"], owner: Int[Array, "images slots"], /
+) -> Shaped[Array, "images slots *rest"]:
+    """Values of entries, at every slot that belongs to them.
+
+    Args:
+        values: A value for every slot, of which those of owners count.
+        owner: Slot of the entry that each slot belongs to.
+
+    Returns:
+        For each slot the value of its owner.
+
+    Raises:
+        TokenExitError: If the two do not have the same images and slots.
+    """
+    shape = tuple(owner.shape)
+    got = f"shape {tuple(values.shape)}"
+    require(tuple(values.shape[:2]) == shape, "values", f"have the images and slots of `owner`, {shape}", got)
+    xp, (images, slots) = array_namespace(values), shape
+    rest = tuple(values.shape[2:])
+    flat = xp.reshape(values, (images * slots, *rest))
+    row = xp.reshape(owner + counting(images, owner)[:, None] * slots, (images * slots,))
+    return xp.reshape(take(flat, row, axis=0), tuple(values.shape))
+
+
+def whole_entries(marks: Bool[Array, "images slots"], merged: Merged, /) -> Bool[Array, "images slots"]:
+    """Whether all tokens of the entry that each slot belongs to are marked.
+
+    Args:
+        marks: Marks of tokens.
+        merged: Which belong together: cells.
+
+    Returns:
+        A mask by slot, alike for all of one entry.
+    """
+    found, own = marks, spread(merged.size, merged.owner)
+    xp = array_namespace(marks)
+    for side in SIDES:
+        if side > min(merged.grid):
+            break
+        every = xp.all(_by_cell(found, side, merged), axis=(2, 4))
+        found = xp.where(own == side * side, _everywhere(every, side, merged), found)
+    return found
+
+
+def _by_cell(
+    values: Shaped[Array, "images slots *rest"], side: int, merged: Merged, /
+) -> Shaped[Array, "images rows side columns side *rest"]:
+    """Values of the patches in whole cells, by row and column of the cell, and within it.
+
+    Args:
+        values: A value for every slot.
+        side: Side of a cell.
+        merged: What knows the grid.
+    """
+    (height, width), rest = merged.grid, tuple(values.shape[2:])
+    xp, images = array_namespace(values), values.shape[0]
+    rows, columns = height // side, width // side
+    map = xp.reshape(values[:, merged.prefix :, ...], (images, height, width, *rest))
+    map = map[:, : rows * side, : columns * side, ...]
+    return xp.reshape(map, (images, rows, side, columns, side, *rest))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Outcome of a merge.
+
+    Attributes:
+        merged: Which tokens have merged now.
+        bank: Features that entries can have: those of all slots, then the means of cells.
+        source: Row of `bank` that is the feature of the entry at each slot; of slots without one, of no meaning.
+    """
+
+    merged: Merged
+    bank: Float[Array, "rows dim"]
+    source: Int[Array, "images slots"]
+
+    def features(self) -> Float[Array, "images slots dim"]:
+        """Features by slot; of slots without an entry, of no meaning."""
+        xp, (images, slots) = array_namespace(self.bank), self.source.shape
+        found = take(self.bank, xp.reshape(self.source, (images * slots,)), axis=0)
+        return xp.reshape(found, (images, slots, self.bank.shape[1]))
+
+
+def merge(
+    features: Float[Array, "images slots dim"],
+    merged: Merged,
+    /,
+    *,
+    side: int,
+    alike: float | None = None,
+    agreed: Bool[Array, "images slots"] | None = None,
+    label: Int[Array, "images slots"] | None = None,
+) -> Joined:
+    """Merge the tokens of cells that are alike, and agreed upon.
+
+    Args:
+        features: Features of every slot; those of slots without an entry are not looked at.
+        merged: Which tokens have merged so far.
+        side: Side of the largest cells that merge, in patches: 2, 4, 8 or 16.
+        alike: What the mean cosine similarity of the pairs of a cell's four tokens must exceed, in float32: each a
+            patch, or a merged quarter. None: it is not asked for.
+        agreed: Marks of tokens; all those of a cell must be marked. None: no marks are asked for.
+        label: Classes of tokens; those of a cell must have one. None: it is not asked for.
+
+    Returns:
+        The outcome: the owner of a merged cell has the mean of its tokens.
+
+    Raises:
+        TokenExitError: If `side` is none of these, neither criterion is given, or the shapes differ.
+    """
+    require(side in SIDES, "side", f"be one of {list(SIDES)}", side)
+    require(alike is not None or agreed is not None, "alike", "be given if `agreed` is not", alike)
+    shape = tuple(merged.running.shape)
+    for name, array in (("features", features), ("agreed", agreed), ("label", label)):
+        if array is not None:
+            got = f"shape {tuple(array.shape)}"
+            require(tuple(array.shape[:2]) == shape, name, f"have the images and slots {shape}", got)
+    xp, (images, slots) = array_namespace(features), shape
+    bank = [xp.reshape(features, (images * slots, features.shape[2]))]
+    source = xp.reshape(counting(images * slots, merged.owner), shape)
+    entries = None
+    for level in SIDES:
+        if level > min(side, *merged.grid):
+            break
+        quarters = _by_cell(features, 2, merged) if entries is None else _by_four(entries)
+        mean = _mean(quarters)
+        ready = xp.all(
+            _first_of_quarters(merged.running & (merged.size == (level // 2) ** 2), level, merged), axis=(2, 4)
+        )
+        if alike is not None:
+            ready = ready & (_similarity(quarters) > alike)
+        if agreed is not None:
+            ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))
+        if label is not None:
+            labels = _by_cell(label, level, merged)
+            ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
+        entries = xp.where(ready[..., None], mean, quarters[:, :, 0, :, 0, :])
+        merged, leads = _with_cells(merged, ready, level)
+        count = math.prod(ready.shape)
+        number = xp.reshape(counting(count, source), ready.shape) + sum(part.shape[0] for part in bank)
+        source = xp.where(leads, _everywhere(number, level, merged), source)
+        bank.append(xp.reshape(entries, (count, features.shape[2])))
+    return Joined(merged, bank[0] if len(bank) == 1 else xp.concat(bank, axis=0), source)
+
+
+def _mean(quarters: Float[Array, "images rows 2 columns 2 dim"]) -> Float[Array, "images rows columns dim"]:
+    xp = array_namespace(quarters)
+    wide = xp.result_type(quarters.dtype, xp.float32)
+    found = xp.mean(quarters if quarters.dtype == wide else xp.astype(quarters, wide), axis=(2, 4))
+    return found if quarters.dtype == wide else xp.astype(found, quarters.dtype)
+
+
+def _similarity(quarters: Float[Array, "images rows 2 columns 2 dim"]) -> Float[Array, "images rows columns"]:
+    """Mean cosine similarity of the pairs of four tokens; NaN if one has no direction."""
+    xp = array_namespace(quarters)
+    quarters = quarters if quarters.dtype == xp.float32 else xp.astype(quarters, xp.float32)
+    length = xp.sqrt(xp.sum(quarters * quarters, axis=-1, keepdims=True))
+    total = xp.sum(quarters / length, axis=(2, 4))
+    return (xp.sum(total * total, axis=-1) - 4) / 12
+
+
+def _by_four(entries: Float[Array, "images rows columns dim"]) -> Float[Array, "images down 2 across 2 dim"]:
+    xp, (images, rows, columns, dim) = array_namespace(entries), entries.shape
+    whole = entries[:, : rows - rows % 2, : columns - columns % 2, :]
+    return xp.reshape(whole, (images, rows // 2, 2, columns // 2, 2, dim))
+
+
+def _first_of_quarters(values: Array, side: int, merged: Merged) -> Array:
+    """Values of the first places of a cell's quarters, `(images, rows, 2, columns, 2)`."""
+    return _by_cell(values, side, merged)[:, :, :: side // 2, :, :: side // 2]
+
+
+def _with_cells(merged: Merged, ready: Array, side: int) -> tuple[Merged, Array]:
+    """The same with the ready cells merged, and which slots are their owners."""
+    xp = array_namespace(ready)
+    joins, first = _everywhere(ready, side, merged), _first_of_cells(side, merged)
+    leads = joins & (first == counting(first.shape[1], first)[None, :])
+    found = replace(
+        merged,
+        running=merged.running & (leads | ~joins),
+        owner=xp.where(joins, first, merged.owner),
+        size=xp.where(leads, side * side, merged.size),
+    )
+    return found, leads
+
+
+def _first_of_cells(side: int, merged: Merged) -> Int[Array, "1 slots"]:
+    """First slot of the cell of every slot; of what is in no whole cell, itself."""
+    (height, width), prefix = merged.grid, merged.prefix
+    xp, slot = array_namespace(merged.owner), counting(merged.owner.shape[1], merged.owner)
+    place = slot - prefix
+    row, column = place // max(width, 1), place % max(width, 1)
+    first = prefix + (row - row % side) * width + column - column % side
+    inside = (place >= 0) & (row < height - height % side) & (column < width - width % side)
+    return xp.where(inside, first, slot)[None, :]
+
+
+def _everywhere(
+    values: Shaped[Array, "images rows columns"], side: int, merged: Merged
+) -> Shaped[Array, "images slots"]:
+    """Values of cells at all their slots; zero, or False, in no whole cell."""
+    (height, width), (images, rows, columns) = merged.grid, values.shape
+    xp = array_namespace(values)
+    wide = xp.broadcast_to(values[:, :, None, :, None], (images, rows, side, columns, side))
+    map = xp.reshape(wide, (images, rows * side, columns * side))
+    if width > columns * side:
+        map = xp.concat([map, _blank(map, (images, rows * side, width - columns * side))], axis=2)
+    if height > rows * side:
+        map = xp.concat([map, _blank(map, (images, height - rows * side, width))], axis=1)
+    flat = xp.reshape(map, (images, height * width))
+    return xp.concat([_blank(flat, (images, merged.prefix)), flat], axis=1) if merged.prefix else flat
+
+
+def _blank(like: Array, shape: tuple[int, ...]) -> Array:
+    return filled(shape, 0, like, dtype=like.dtype)
+
+
+def turned(
+    table: Float[Array, "slots *table"],
+    slot: Int[Array, "entries"],
+    size: Int[Array, "entries"],
+    /,
+    *,
+    grid: tuple[int, int],
+    pairs: int,
+) -> Float[Array, "entries *table"]:
+    """Rotary positions of entries: the angle of a merged token is that of the sum of its tokens' sines and cosines.
+
+    Args:
+        table: Sines and cosines of every slot.
+        slot: Slot of each entry.
+        size: How many tokens each entry holds.
+        grid: Height and width of the patch grid.
+        pairs: Axis of the table of which one half has the sines, and the other the cosines, in either order.
+
+    Returns:
+        The positions of the entries, scaled to length one.
+
+    Raises:
+        TokenExitError: If `pairs` is no axis with an even number of entries.
+    """
+    even = -table.ndim < pairs < table.ndim and pairs != 0 and table.shape[pairs] % 2 == 0
+    require(even, "pairs", f"be an axis, but the first, of even size of a table of shape {tuple(table.shape)}", pairs)
+    xp, places = array_namespace(table), grid[0] * grid[1]
+    prefix, width = table.shape[0] - places, grid[1]
+    bank, row, offset = [table], slot, table.shape[0]
+    place = slot - prefix
+    for side in SIDES:
+        if side > min(grid):
+            break
+        rows, columns = grid[0] // side, grid[1] // side
+        map = xp.reshape(table[prefix:, ...], (*grid, *table.shape[1:]))[: rows * side, : columns * side, ...]
+        map = xp.reshape(map, (rows, side, columns, side, *table.shape[1:]))
+        bank.append(_of_unit_length(xp.reshape(xp.mean(map, axis=(1, 3)), (rows * columns, *table.shape[1:])), pairs))
+        cell = offset + place // width // side * columns + place % width // side
+        row = xp.where(size == side * side, cell, row)
+        offset += rows * columns
+    return take(xp.concat(bank, axis=0), row, axis=0)
+
+
+def _of_unit_length(table: Float[Array, "cells *table"], pairs: int) -> Float[Array, "cells *table"]:
+    xp = array_namespace(table)
+    axis = pairs % table.ndim
+    half = table.shape[axis] // 2
+    before = (slice(None),) * axis
+    first, second = table[(*before, slice(None, half), ...)], table[(*before, slice(half, None), ...)]
+    length = xp.sqrt(first * first + second * second)
+    length = xp.where(length > 0, length, 1.0)  # opposite angles: no angle is right
+    return xp.concat([first / length, second / length], axis=axis)
