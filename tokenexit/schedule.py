@@ -34,6 +34,7 @@ __all__ = [
     "dense",
     "dovit",
     "dtop",
+    "merged",
     "neighbours",
     "paumer",
     "require_fits",
@@ -175,10 +176,9 @@ class Schedule:
         return tuple(exit.after for exit in self.exits)
 
     @property
-    def heads(self) -> tuple[int, ...]:
-        """The blocks after which an exit head is read: by an exit point at which tokens can leave, or by a merge."""
-        asked = {exit.after for exit in self.active} | {one.after for one in self.merges if one.agreed is not None}
-        return tuple(sorted(asked))
+    def read_after(self) -> tuple[int, ...]:
+        """The blocks that have an exit head: those of exit points, and of merges that ask for agreement."""
+        return tuple(sorted({*self.after, *(merge.after for merge in self.merges if merge.agreed is not None)}))
 
     @property
     def active(self) -> tuple[Exit, ...]:
@@ -355,6 +355,29 @@ def neighbours(
     exits = tuple(Exit(after, policy[after].retaining(per_class=per_class)) for after in sorted(policy))
     plan = Schedule(exits, cell=cell)
     return plan.with_threshold(threshold)
+
+
+def merged(*, alike: Mapping[int, float] | None = None, side: Mapping[int, int] | None = None) -> Schedule:
+    """Tokens that are alike merge, and none leaves: for any decoder, with nothing fitted.
+
+    Args:
+        alike: For each block with a merge, what the mean cosine similarity of a cell's tokens must exceed;
+            `{1: 0.9, 3: 0.8}` if left out, for twelve blocks. Networks differ: look at what it costs on images of yours.
+        side: Side of the largest cells that merge there, in patches; 2, and 4 at later ones, if left out.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        TokenExitError: If a block, a similarity or a side is out of range, or no block is named.
+    """
+    alike = {1: 0.9, 3: 0.8} if alike is None else alike
+    named = isinstance(alike, Mapping) and len(alike) > 0
+    require(named, "alike", "name at least one block", repr(alike))
+    first = min(alike)
+    sides = {after: 2 if after == first else 4 for after in alike} if side is None else side
+    require(set(sides) == set(alike), "side", f"name the blocks {sorted(alike)}", repr(side))
+    return Schedule(merges=tuple(Merge(after, sides[after], alike[after]) for after in sorted(alike)))
 
 
 def dtop(

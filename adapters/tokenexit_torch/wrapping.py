@@ -1,7 +1,7 @@
 """Wrapping of vision transformers: `wrap`, `wrap_decoder`, `wrap_gates` and `wrap_semantic`."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from tokenexit.adapting import MOST, ONE, is_whole, require_places, require_room
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate
 from tokenexit.heads import MLP, HeadPlan
-from tokenexit.schedule import Schedule, neighbours, svit
+from tokenexit.schedule import Schedule, merged, neighbours, svit
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch._selfcheck import check_decoder, check_host, classes_of, drawn
@@ -20,6 +20,8 @@ from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
 from tokenexit_torch.heads.reading import reads_of
+from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.given import Features, GivenDecoder, Reads
 from tokenexit_torch.hosts.protocol import Host, embedded_by
 from tokenexit_torch.hosts.registry import decoding_host_of, host_of
 from tokenexit_torch.hosts.timm import TimmViT
@@ -28,28 +30,70 @@ from tokenexit_torch.semantic.model import TIMM_NAMES, SemanticModel, in_place_o
 __all__ = ["wrap", "wrap_decoder", "wrap_gates", "wrap_semantic"]
 
 
+@overload
 def wrap(
     model: Any,
-    schedule: Schedule = neighbours(),
+    schedule: Schedule | None = None,
     /,
     *,
     head: nn.Module | None = None,
     num_classes: int | None = None,
     exit_heads: HeadPlan | Mapping[int, nn.Module] = MLP(),
-) -> ExitingModel:
-    """Let the tokens of a vision transformer leave early.
+    decoder: None = None,
+) -> ExitingModel: ...
+
+
+@overload
+def wrap(
+    model: Any,
+    schedule: Schedule | None = None,
+    /,
+    *,
+    num_classes: int | None = None,
+    exit_heads: HeadPlan | Mapping[int, nn.Module] = MLP(),
+    decoder: nn.Module,
+    taps: Sequence[int] | None = None,
+    features: Features = "normalised",
+    reads: Reads = "patches",
+) -> DecodingModel: ...
+
+
+def wrap(
+    model: Any,
+    schedule: Schedule | None = None,
+    /,
+    *,
+    head: nn.Module | None = None,
+    num_classes: int | None = None,
+    exit_heads: HeadPlan | Mapping[int, nn.Module] = MLP(),
+    decoder: nn.Module | None = None,
+    taps: Sequence[int] | None = None,
+    features: Features = "normalised",
+    reads: Reads = "patches",
+) -> ExitingModel | DecodingModel:
+    """Let the tokens of a vision transformer merge, and leave early.
 
     The model itself is not changed: its weights are shared, its forward is never replaced. New heads start with
-    random weights; train them, or fit them to the final head with `fit_exits`.
+    random weights; train them, or fit them to the final head with `fit_exits`. Merges by similarity need no heads, and
+    nothing fitted.
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
-            exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
+        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`, and
+            `schedule.merged()` under a decoder. Each of its exits gets a head, so that `schedule.dense(after=...)`
+            declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
-        num_classes: Builds a final head for so many classes, instead of `head`.
+        num_classes: Builds a final head for so many classes, instead of `head`; under a decoder, how many classes exit
+            heads tell apart, if there are any.
         exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.
+        decoder: Instead of a head, a module that reads feature maps: from `(images, width, grid_height, grid_width)`, or
+            a list of such for several `taps`, to whatever it likes. Merged tokens are spread to all their places, and
+            tokens that have left are there with the features that they left with. The result is in `output.decoded`.
+        taps: After how many blocks the decoder is given maps, ascending, the last after all; that alone if left out.
+        features: Whether the decoder reads tokens behind the final norm, `normalised`, or as blocks leave them, `raw`.
+        reads: Whether it is given prefix tokens too, `(images, prefix, width)` for each map, as a second argument:
+            `patches and prefix`.
 
     Returns:
         The model with exits, in the training mode of `model`.
@@ -57,8 +101,18 @@ def wrap(
     Raises:
         TokenExitError: If the model is not supported or already wrapped, an exit lies outside of it, a head does not
             work on each token by itself, or a mask head on each image, some heads are mask heads and others not, or the
-            self-check finds that running all tokens packed is not the dense model.
+            self-check finds that running all tokens packed is not the dense model; or if a head is given beside a
+            decoder, or what belongs to a decoder without one.
     """
+    if decoder is not None:
+        require(head is None, "head", "be left out beside a decoder", type(head).__name__)
+        host = unwrapped_host(model)
+        tapped = (len(host.blocks),) if taps is None else tuple(taps)
+        made = GivenDecoder(host, decoder, taps=tapped, features=features, reads=reads)
+        plan = merged() if schedule is None else schedule
+        return _with_decoder(made, plan, exit_heads=exit_heads, num_classes=num_classes)
+    require(taps is None, "taps", "be given with `decoder` alone", repr(taps))
+    schedule = neighbours() if schedule is None else schedule
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     host = unwrapped_host(model)
     require(
@@ -80,7 +134,7 @@ def wrap(
         final = head
     classes = classes_of(final, host.width, like, "head", least=1 if reads_of(final) == "images" else 2)
     if plan is not None:
-        chosen = {after: _built(plan, host.width, classes, like, mode) for after in schedule.after}
+        chosen = {after: _built(plan, host.width, classes, like, mode) for after in schedule.read_after}
     else:
         alike = "classes, as the final head"
         chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, alike, host.width, like)
@@ -128,13 +182,23 @@ def wrap_decoder(
             outside of its blocks, a head does not work on each token by itself, classes are missing, or the self-check
             finds that keeping all tokens is not the model's own output.
     """
-    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     _require_unwrapped(model)
-    host = decoding_host_of(model)
+    return _with_decoder(decoding_host_of(model), schedule, exit_heads=exit_heads, num_classes=num_classes)
+
+
+def _with_decoder(
+    host: DecodingHost,
+    schedule: Schedule,
+    *,
+    exit_heads: HeadPlan | Mapping[int, nn.Module],
+    num_classes: int | None,
+) -> DecodingModel:
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     like, mode = next(host.module.parameters()), host.module.training
     classes: Any = host.classes if num_classes is None else num_classes
-    why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
-    _require_count(classes, least=2, why=why)
+    if classes is not None or schedule.read_after or isinstance(exit_heads, Mapping):
+        why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
+        _require_count(classes, least=2, why=why)
     plan = None if isinstance(exit_heads, Mapping) else exit_heads
     if isinstance(exit_heads, Mapping):
         each = all(reads_of(head) != "images" for head in exit_heads.values())
@@ -143,9 +207,9 @@ def wrap_decoder(
     else:
         each = isinstance(plan, HeadPlan) and not plan.gives_masks
         require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(plan))
-        chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.after}
+        chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.read_after}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
-    wrapped = DecodingModel(host, schedule, chosen, classes, plan)
+    wrapped = DecodingModel(host, schedule, chosen, classes or 0, plan)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
     wrapped.patch = check_host(host, like)
