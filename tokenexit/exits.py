@@ -207,7 +207,7 @@ def _evidence(
         image=place // max(places, 1),
         images=images,
         grid=grid,
-        position=place % max(places, 1) if images > 1 else place,
+        position=place % max(places, 1),
         valid=xp.reshape(running[:, prefix:], (entries,)),
         layout="grid",
         merged=None if merged is None else merged.of_patches(),
