@@ -362,7 +362,7 @@ def merged(*, alike: Mapping[int, float] | None = None, side: Mapping[int, int] 
 
     Args:
         alike: For each block with a merge, what the mean cosine similarity of a cell's tokens must exceed;
-            `{1: 0.9, 3: 0.8}` if left out, for twelve blocks. Networks differ: look at what it costs on images of yours.
+            `{1: 0.9, 3: 0.8}` if left out, for twelve blocks. Networks differ: look at what it costs on your images.
         side: Side of the largest cells that merge there, in patches; 2, and 4 at later ones, if left out.
 
     Returns:

@@ -79,17 +79,18 @@ def wrap(
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`, and
-            `schedule.merged()` under a decoder. Each of its exits gets a head, so that `schedule.dense(after=...)`
+        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`,
+            and `schedule.merged()` under a decoder. Each of its exits gets a head, so that `schedule.dense(after=...)`
             declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
         num_classes: Builds a final head for so many classes, instead of `head`; under a decoder, how many classes exit
             heads tell apart, if there are any.
         exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.
-        decoder: Instead of a head, a module that reads feature maps: from `(images, width, grid_height, grid_width)`, or
-            a list of such for several `taps`, to whatever it likes. Merged tokens are spread to all their places, and
-            tokens that have left are there with the features that they left with. The result is in `output.decoded`.
+        decoder: Instead of a head, a module that reads feature maps: from `(images, width, grid_height, grid_width)`,
+            or a list of such for several `taps`, to whatever it likes. Merged tokens are spread to all their places,
+            and tokens that have left are there with the features that they left with. The result is in
+            `output.decoded`.
         taps: After how many blocks the decoder is given maps, ascending, the last after all; that alone if left out.
         features: Whether the decoder reads tokens behind the final norm, `normalised`, or as blocks leave them, `raw`.
         reads: Whether it is given prefix tokens too, `(images, prefix, width)` for each map, as a second argument:
