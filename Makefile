@@ -5,6 +5,7 @@ RUN := .venv/bin/python -m
 INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 # Workers take whole files, in their order: what a file has compiled is compiled once, and JAX comes last in each.
 WORKERS ?= 2
+MINUTES ?= 10
 SPREAD := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The lower bounds of pyproject.toml; what is imported must be these.
@@ -21,7 +22,7 @@ endef
 export IMPORTED
 HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
 
-.PHONY: demo demo-jax test properties invariance coverage-study fuzz lint types docs older-hosts wheel-test clean
+.PHONY: demo demo-jax test properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -49,6 +50,10 @@ coverage-study: .venv/dev
 fuzz: .venv/dev
 	HOSTILE_FILES=10500 $(RUN) pytest $(SPREAD) -rA -k hostile_files tests/torch/test_hostile.py tests/jax/test_hostile.py
 	$(RUN) tests.torch.kills --kills 200
+
+# On a machine with a GPU: goes on where the last call stopped, and writes gpu-report/tables.md.
+gpu-report: .venv/dev
+	$(RUN) tests.benchmarks.gpu --device cuda --minutes $(MINUTES) --out gpu-report
 
 lint: .venv/dev
 	$(RUN) ruff check .

@@ -532,7 +532,7 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
         TokenExitError: If it is no schedule, needs gates, or masks of heads that give none, compares scores that mask
             heads do not have, or has exits beyond the blocks, or without a head.
     """
-    require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
+    _require_schedule(plan)
     needs = _needs(plan)
     gated = isinstance(plan.carry, Preserved) or "gate" in needs
     rule = "carry predictions or features and look at no gate, for a model without gates (`wrap_gates` makes one)"
@@ -575,7 +575,7 @@ def require_gates_fit(
         TokenExitError: If it is no schedule, carries anything but `Preserved`, compares other scores than a gate's, has
             cells, or gates beyond the blocks, or where there is none.
     """
-    require(isinstance(plan, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(plan))
+    _require_schedule(plan)
     if isinstance(plan.carry, Preserved):
         carry = plan.carry
     elif plan.active:
@@ -591,6 +591,12 @@ def require_gates_fit(
     missing = [block for block in plan.after if block not in after]
     require(not missing, "schedule", f"decide only after blocks with a gate, {list(after)}", missing)
     return dataclasses.replace(plan, carry=carry)
+
+
+def _require_schedule(plan: Any) -> None:
+    # Every pass asks this of its plan. One that is right is not written out: an accelerator would be waited for.
+    if not isinstance(plan, Schedule):
+        raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {plan!r}")
 
 
 def _needs(plan: Schedule) -> frozenset[str]:

@@ -23,147 +23,54 @@ all of it as JSON; on CUDA with the names of the attention kernels that ran.
 """
 
 import argparse
-import copy
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenexit_torch as tet
 from tests.benchmarks.clock import interleaved
+from tests.benchmarks.contenders import (
+    Dense,
+    Limit,
+    cut_short,
+    following,
+    launched,
+    network,
+    quartiles,
+    ratios,
+    setting,
+    versions,
+)
 from tests.timm_import import import_timm
-from tokenexit import policies
-from tokenexit.policies import NeighboursAgree, Policy
-from tokenexit.schedule import Exit, Schedule
-
-EXITS = 3
-
-
-@dataclass(frozen=True)
-class Drawn(Policy):
-    """Of each image those patches leave that were drawn; the library's own rule is asked all the same."""
-
-    leave: Tensor
-    own: Policy
-
-    def leaves(self, evidence: policies.Evidence, /) -> Tensor:
-        self.own(evidence)
-        place = evidence.position.clamp(min=0) + evidence.image * self.leave.shape[1]
-        return self.leave.flatten().index_select(0, place)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How many patches of each image run in each quarter of the blocks."""
-
-    keep: float
-    stay: tuple[Tensor, ...]
-
-    @property
-    def means(self) -> list[int]:
-        """Patches of an image of the mean size, in the quarters after the first."""
-        return [round(counts.float().mean().item()) for counts in self.stay]
-
-    def schedule(self, after: Sequence[int], *, patches: int) -> Schedule:
-        """What was drawn decides; the library's own rule is computed all the same."""
-        rank = torch.rand(len(self.stay[0]), patches, generator=torch.Generator().manual_seed(0)).argsort().argsort()
-        exits = []
-        for block, counts, radius in zip(after, self.stay, (2, 1, 0), strict=True):
-            own = NeighboursAgree(0.0, radius=radius).retaining(per_class=5)
-            exits.append(Exit(block, Drawn(rank.to(counts.device) >= counts[:, None], own)))
-        return Schedule(tuple(exits))
-
-
-def setting(keep: float, *, patches: int, batch: int, spread: float, device: torch.device) -> Setting:
-    """Shares of each exit that leave `keep` of the token-blocks: 1, k, k^2 and k^3 in four quarters of the network."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 + middle + middle**2 + middle**3) / 4 < keep else (low, middle)
-    spread = 0.0 if batch == 1 or keep == 1 else spread  # nobody keeps more than all
-    of_image = torch.linspace(1 - spread, 1 + spread, batch)
-    stay = []
-    for power in range(1, EXITS + 1):
-        counts = (low**power * patches * of_image).round().clamp(1, patches).long()
-        stay.append(counts[torch.randperm(batch, generator=torch.Generator().manual_seed(power))].to(device))
-    return Setting(keep, tuple(stay))
-
-
-class Limit(nn.Module):
-    """Blocks on as many tokens, and nothing else."""
-
-    def __init__(self, model: tet.ExitingModel, after: Sequence[int], means: Sequence[int]) -> None:
-        super().__init__()
-        self.model, self.after, self.means = model, after, means
-
-    def forward(self, images: Tensor) -> Tensor:
-        host = self.model.host
-        embedded = host.embed(images)
-        row, positions, start = embedded.tokens, embedded.positions, 0
-        for stop, slots in zip((*self.after, self.model.depth), (*self.means, 0), strict=True):
-            for block in range(start, stop):
-                row = host.run(block, row, positions)
-            if slots:
-                row = row[:, : embedded.prefix + slots].contiguous()
-                positions = None if positions is None else positions[: embedded.prefix + slots]
-            start = stop
-        return self.model.head(host.finish(row)[:, embedded.prefix :])
-
-
-class Dense(nn.Module):
-    """The network itself, and its head."""
-
-    def __init__(self, model: tet.ExitingModel, prefix: int) -> None:
-        super().__init__()
-        self.model, self.prefix = model, prefix
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.head(self.model.host.dense(images)[:, self.prefix :])
-
-
-def cut_short(vit: Any, model: tet.ExitingModel, depth: int, prefix: int) -> nn.Module:
-    """The same network with its first blocks alone."""
-    cut = copy.copy(vit)
-    cut._modules = dict(vit._modules) | {"blocks": vit.blocks[:depth]}
-    short = tet.wrap(cut, Schedule(), head=model.head)
-    return Dense(short, prefix)
 
 
 def contenders(given: argparse.Namespace, images: Tensor) -> tuple[dict[str, Callable[[Tensor], Any]], dict[str, Any]]:
     """What is timed, by name, and what is known of each."""
-    timm = import_timm()
-    vit = timm.create_model(given.host, img_size=given.size, num_classes=0).to(images).eval()
-    depth = len(vit.blocks)
-    after = [round(depth * (number + 1) / (EXITS + 1)) for number in range(EXITS)]
-    model = tet.wrap(vit, Schedule(tuple(Exit(block, policies.never()) for block in after)), num_classes=given.classes)
-    embedded = model.host.embed(images[:1])
-    patches, prefix = embedded.grid[0] * embedded.grid[1], embedded.prefix
-    compiled = {"mode": "reduce-overhead"} if images.is_cuda else {}
-    dense = Dense(model, prefix)
+    of = network(
+        import_timm().create_model(given.host, img_size=given.size, num_classes=0), images, classes=given.classes
+    )
+    compiled: dict[str, Any] = {"mode": "reduce-overhead"} if images.is_cuda else {}
+    dense = Dense(of.model, of.prefix)
     found: dict[str, Callable[[Tensor], Any]] = {"dense": dense}
     known: dict[str, Any] = {"dense": {"keep": 1.0}}
     if given.compile:
         found["dense, compiled"], known["dense, compiled"] = torch.compile(dense, **compiled), {"keep": 1.0}
     for keep in given.keep:
-        one = setting(keep, patches=patches, batch=given.batch, spread=given.spread, device=images.device)
-        plan = one.schedule(after, patches=patches)
-        output = model(images, schedule=plan)
-        ran = output.tokens_per_block.double().mean().item() / (patches + prefix)
+        one = setting(keep, patches=of.patches, batch=given.batch, spread=given.spread, device=images.device)
+        model = following(of.model, one.schedule(of))
+        output = model(images)
+        ran = output.tokens_per_block.double().mean().item() / of.slots
         work = int(model.multiply_adds(output).sum())
         note = {"keep": keep, "token_blocks": ran, "multiply_adds": work}
-        room = {block: min(1.0, (int(counts.max()) + prefix) / (patches + prefix))
-                for block, counts in zip(after, one.stay, strict=True)}  # fmt: skip
-        static = tet.StaticModel(model, capacities=room)
         of_keep: dict[str, Callable[[Tensor], Any]] = {
-            "limit": Limit(model, after, one.means),
-            "packed": lambda x, plan=plan: model(x, schedule=plan),
-            "static": lambda x, plan=plan, static=static: static(x, schedule=plan),
-            "short": cut_short(vit, model, max(1, round(keep * depth)), prefix),
+            "limit": Limit(of, one.means),
+            "packed": model,
+            "static": tet.StaticModel(model, capacities=one.capacities(of)),
+            "short": cut_short(of, max(1, round(keep * of.model.depth))),
         }
         if given.compile:
             call = torch.compile(of_keep["limit"], dynamic=False)
@@ -173,23 +80,6 @@ def contenders(given: argparse.Namespace, images: Tensor) -> tuple[dict[str, Cal
         found |= {f"{name} {keep:g}": call for name, call in of_keep.items()}
         known |= {f"{name} {keep:g}": {**note, "contender": name} for name in of_keep}
     return found, known
-
-
-def kernels(call: Callable[[], Any]) -> list[str]:
-    """Names of the attention kernels of a call, on CUDA."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    words = ("flash", "fmha", "attention", "cudnn", "efficient")
-    names = {event.key for event in seen.key_averages()}
-    return sorted(name for name in names if any(word in name.lower() for word in words))
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
 
 
 @torch.inference_mode()
@@ -208,17 +98,13 @@ def measured(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in calls:
         row: dict[str, Any] = {"contender": name, **known[name], "ms": [1000 * s for s in quartiles(seconds[name])]}
-        row["of_dense"] = _ratio(seconds[name], seconds["dense"])
+        row["of_dense"] = ratios(seconds[name], seconds["dense"])
         limit = f"limit {known[name]['keep']:g}"
-        row["of_limit"] = _ratio(seconds[name], seconds[limit]) if limit in seconds else None
+        row["of_limit"] = ratios(seconds[name], seconds[limit]) if limit in seconds else None
         if images.is_cuda:
-            row["kernels"] = kernels(lambda name=name: calls[name](images))
+            row["kernels"] = launched(lambda name=name: calls[name](images)).attention
         rows.append(row)
     return rows
-
-
-def _ratio(own: Sequence[float], other: Sequence[float]) -> list[float]:
-    return quartiles([one / two for one, two in zip(own, other, strict=True)])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -226,21 +112,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| what | token-blocks | ms a batch | of dense | of the limit |", "|---|---|---|---|---|"]
     for row in rows:
         low, middle, high = row["ms"]
-        ratios = [
+        of = [
             "" if ratio is None else f"{ratio[1]:.3f} [{ratio[0]:.3f}, {ratio[2]:.3f}]"
             for ratio in (row["of_dense"], row["of_limit"])
         ]
         ran = f"{row.get('token_blocks', 1.0):.3f}"
-        lines.append(f"| {row['contender']} | {ran} | {middle:.1f} [{low:.1f}, {high:.1f}] | {' | '.join(ratios)} |")
+        lines.append(f"| {row['contender']} | {ran} | {middle:.1f} [{low:.1f}, {high:.1f}] | {' | '.join(of)} |")
     return "\n".join(lines)
 
 
 def machine(given: argparse.Namespace) -> dict[str, Any]:
     """What ran it."""
-    found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "timm": import_timm().__version__}
-    if given.device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(given.device), "cuda": torch.version.cuda}
-    return found
+    return {**versions(given.device), "threads": torch.get_num_threads(), "timm": import_timm().__version__}
 
 
 def shares(text: str) -> list[float]:

@@ -227,6 +227,15 @@ PLANS_THAT_DO_NOT_FIT = [
 ]
 
 
+def test_a_plan_that_fits_is_not_written_out():
+    class Long(ConfidenceAbove):
+        def __repr__(self):
+            raise AssertionError
+
+    plan = Schedule((Exit(2, Long(0.9)),))
+    schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=False)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("plan", "message"), PLANS_THAT_DO_NOT_FIT)
 def test_a_plan_that_a_model_cannot_follow_is_named(plan, message):

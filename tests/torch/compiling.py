@@ -11,6 +11,7 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokenexit_torch as tet
+from tests.benchmarks import contenders
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
 from tokenexit import TokenExitError, policies, schedule
@@ -152,3 +153,15 @@ def test_attention_that_is_switched_later_is_refused_in_programs_too():
         packed(images)
     with pytest.raises(Unsupported, match=wanted):
         static(images)
+
+
+@torch.no_grad()
+def test_a_drawn_rule_of_the_benchmarks_is_part_of_the_program():
+    images = models.images(2, size=(64, 64))
+    vit = models.import_timm().create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=0)
+    of = contenders.network(vit, images, classes=5)
+    one = contenders.setting(0.5, patches=of.patches, batch=2, spread=0.3, device=images.device)
+    static = tet.StaticModel(contenders.following(of.model, one.schedule(of)), capacities=one.capacities(of))
+    wanted, found = static(images), torch.compile(static, fullgraph=True, dynamic=False, backend="eager")(images)
+    assert torch.equal(found.logits, wanted.logits)
+    assert torch.equal(found.exit_depth, wanted.exit_depth)
