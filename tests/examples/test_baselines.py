@@ -178,8 +178,8 @@ def test_baselines_are_rows_beside_the_others(strips: None, tmp_path: Path, monk
     file = tmp_path / "results.json"
     with of_narrow.in_place_of_tiny():
         ready = of_narrow.ready(tmp_path / "ready.npz")
-        command = f"evaluate --data {CAMVID} --init {ready} --json {file} --limit 1 --device cpu --rounds 1".split()
-        command += "--batches 1 --timing-images 1 --fit-after 6 --fit-images 1 --fit-steps 1".split()
+        command = f"evaluate --data {CAMVID} --init {ready} --json {file} --limit 1 --device cpu --rounds 1"
+        command = f"{command} --batches 1 --timing-images 1 --fit-after 6 --fit-images 1 --fit-steps 1".split()
         monkeypatch.setattr(sys, "argv", [*command, "--only", "none"])
         assert [*evaluate.evaluate(evaluate.arguments())["settings"]] == ["dense"]
         only = ["--only", "ToMe", "local", "smaller", "dense, compiled"]
