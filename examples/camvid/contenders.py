@@ -85,7 +85,7 @@ class Setting:
     def on(self, model: tet.ExitingModel | tet.GatedModel, /) -> Runner:
         """See `Contender.on`."""
 
-        def read(out: tet.Output | tet.GatedOutput) -> Scored:
+        def read(out: Any) -> Scored:
             return Scored(out.upsample(data.SIZE), out.tokens_per_block, model.multiply_adds(out))
 
         return Runner(lambda images: model(images, schedule=self.plan), read)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,8 +150,9 @@ def test_work_is_what_is_counted_by_hand(network: merging.Network, images: Tenso
 
 
 def test_other_networks_are_refused() -> None:
+    other: Any = SimpleNamespace(module=nn.Identity())
     with pytest.raises(TokenExitError, match="`host` must be a timm VisionTransformer with plain blocks"):
-        merging.Network(type("Host", (), {"module": nn.Identity()})(), nn.Identity())
+        merging.Network(other, nn.Identity())
 
 
 @torch.inference_mode()
@@ -173,6 +175,7 @@ def test_images_of_the_same_size_are_no_smaller(
 def test_baselines_are_rows_beside_the_others(strips: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_TOME", (80,))
     monkeypatch.setattr(baselines, "_LOCAL", (0.5,))
+    monkeypatch.setattr(baselines, "_GLOBAL", (0.5,))
     monkeypatch.setattr(baselines, "_SCALES", (0.5,))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it takes longer than all other tests
     file = tmp_path / "results.json"
