@@ -243,7 +243,7 @@ class ToMe:
 
     Tokens are compared by the cosine of their keys, in the mean over heads; every second may merge into one of the
     others. Prefix tokens stay as they are. Two choices are those under which a network on CamVid lost least: the tokens
-    that are left keep their order, where the paper lists those that none has merged into first; and in attention each
+    that are left keep their order, where the paper puts what is left of the second tokens first; and in attention each
     counts once, without the paper's proportional attention, which was slower as well.
 
     Attributes:
