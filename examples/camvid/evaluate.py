@@ -2,6 +2,7 @@
 
     python -m examples.camvid.evaluate --data CAMVID --run RUN --json results.json --plot frontier.png
     python -m examples.camvid.evaluate --data CAMVID --init camvid_vit_tiny_p8.npz --fit-after 3 6 8 --json results.json
+    python -m examples.camvid.evaluate --data CAMVID --init camvid_vit_tiny_p8.npz --baselines --json results.json
 
 Results are written as they come. Stop it at any time: the same command measures only what is not in the file yet.
 """
@@ -12,7 +13,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,9 @@ from torch import Tensor
 import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, gated, report
-from tokenexit import TokenExitError, cost, schedule
+from examples.camvid.baselines import baselines
+from examples.camvid.contenders import Contender, Runner, Setting
+from tokenexit import TokenExitError, schedule
 from tokenexit.heads import MLP
 
 _DTOP_THRESHOLDS = (0.8, 0.9, 0.95, 0.98)
@@ -61,6 +63,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--plans", type=Path, nargs="*", default=[], metavar="FILE", help="schedules as JSON, to be measured as well"
+    )
+    parser.add_argument(
+        "--baselines", action="store_true", help="measure merged tokens, smaller images and a compiled network as well"
     )
     parser.add_argument(
         "--fit-after",
@@ -113,21 +118,6 @@ def _check(given: argparse.Namespace) -> None:
         raise shell.UsageError(f"`--exits` must be among --fit-after, {sorted(given.fit_after)}, got {headless}")
     if given.rounds < 0:
         raise shell.UsageError(f"`--rounds` must be at least 0, got {given.rounds}")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run the network.
-
-    Attributes:
-        name: Its row in the table.
-        kind: Its line in the plot.
-        plan: When tokens leave.
-    """
-
-    name: str
-    kind: str
-    plan: schedule.Schedule
 
 
 def settings(heads: Collection[int], radius: Mapping[int, int], cells: Sequence[int]) -> tuple[Setting, ...]:
@@ -229,22 +219,22 @@ def default_radius(heads: Collection[int], tokens: int) -> dict[int, int]:
 
 @torch.inference_mode()
 def accuracy(
-    model: tet.ExitingModel | tet.GatedModel,
-    plan: schedule.Schedule,
+    runner: Runner,
     batches: data.Batches,
     dense: UInt8[Tensor, "images 352 480"] | None,
     device: torch.device,
     *,
+    slots: int,
     description: str,
 ) -> tuple[dict[str, Any], UInt8[Tensor, "images 352 480"]]:
-    """Run a plan over a split.
+    """Run a network over a split.
 
     Args:
-        model: The network with its exit heads.
-        plan: When tokens leave.
+        runner: The network, and how it runs.
         batches: The split.
-        dense: Classes that the dense network predicts; the plan's own if None.
+        dense: Classes that the dense network predicts; the runner's own if None.
         device: Where the model is.
+        slots: Tokens of an image in the dense network.
         description: What the progress bar says.
 
     Returns:
@@ -255,21 +245,21 @@ def accuracy(
     predictions, tokens, multiply_adds = [], [], []
     ordered = iter(batches.frames)
     for images, labels in shell.progress(batches, desc=description):
-        out = model(images.to(device), schedule=plan)
-        predicted = out.upsample(data.SIZE).argmax(1).cpu()
+        scored = runner.read(runner.run(images.to(device)))
+        predicted = scored.logits.argmax(1).cpu()
         for one, label, frame in zip(predicted, labels, islice(ordered, len(images)), strict=True):
             counts = metrics.confusion_matrix(one, label, classes=classes, ignore=data.IGNORE)
             confusion[frame.sequence] = confusion.get(frame.sequence, 0) + counts
         predictions.append(predicted.to(torch.uint8))
-        tokens.append(out.tokens_per_block.cpu())
-        multiply_adds.append(model.multiply_adds(out).cpu())
+        tokens.append(scored.tokens_per_block.cpu())
+        multiply_adds.append(scored.multiply_adds.cpu())
     labelled, counted, work = torch.cat(predictions), torch.cat(tokens), torch.cat(multiply_adds)
     total = torch.stack(list(confusion.values())).sum(0)
     figures = {
         "miou": metrics.mean_iou(total),
         "iou": dict(zip(data.CLASSES, _numbers(metrics.iou_per_class(total)), strict=True)),
         "miou_by_sequence": {name: metrics.mean_iou(counts) for name, counts in sorted(confusion.items())},
-        "token_blocks": cost.token_blocks(counted, slots=int(counted[0, 0])),
+        "token_blocks": counted.sum().item() / (counted.numel() * slots),
         "tokens_per_block": counted.double().mean(0).tolist(),
         "multiply_adds": work.double().mean().item(),
         "agreement": 1.0 if dense is None else (labelled == dense).double().mean().item(),
@@ -285,16 +275,14 @@ def _numbers(values: Float[Tensor, " count"]) -> list[float | None]:
 @torch.inference_mode()
 def timed(
     model: tet.ExitingModel | tet.GatedModel,
-    chosen: Sequence[Setting],
+    chosen: Sequence[Contender],
     images: Float[Tensor, "images 3 height width"],
     *,
     batch: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Time every setting at one batch size; what does not fill a batch is left out."""
-    candidates: dict[str, Callable[[Tensor], object]] = {
-        setting.name: (lambda images, plan=setting.plan: model(images, schedule=plan)) for setting in chosen
-    }
+    """Time every contender at one batch size; what does not fill a batch is left out."""
+    candidates: dict[str, Callable[[Tensor], object]] = {one.name: one.on(model).run for one in chosen}
     candidates["dense"] = runs.bare_dense(model, images[:1])
     batches = [part for part in images.split(batch) if len(part) == batch]
     seconds = timing.interleaved(candidates, batches, rounds=rounds, wait=runs.waiting_for(images.device))
@@ -412,14 +400,16 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
             raise shell.UsageError(f"`--fitted` must be left out for a run with gates, got {str(given.fitted)!r}")
         gated.require_preserved(given.run)
         model = runs.load_gated(given.run)[0].eval().to(given.device)
-        patches, every = patch_tokens(model), gate_settings(given.run)
+        patches = patch_tokens(model)
+        every: tuple[Contender, ...] = gate_settings(given.run)
     else:
         model = model_of(given, results).eval().to(given.device)
         patches = patch_tokens(model)
         heads = [int(block) for block in model.exit_heads]
         every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
-    every = (*every, *map(read_plan, given.plans))
-    chosen = [one for one in every if given.only is None or one.name.startswith(("dense", *given.only))]
+    every = (*every, *(baselines(patches) if given.baselines else ()), *map(read_plan, given.plans))
+    dense, *others = every
+    chosen = [dense, *(one for one in others if given.only is None or one.name.startswith(tuple(given.only)))]
     results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
     measure_accuracy(model, chosen, frames, results, given)
     if given.rounds > 0:
@@ -427,43 +417,48 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-@torch.inference_mode()
 def patch_tokens(model: tet.ExitingModel | tet.GatedModel) -> int:
     """Patches of a CamVid image."""
-    height, width = model.host.embed(next(model.parameters()).new_zeros(1, 3, *data.SIZE)).grid
-    return height * width
+    embedded = _embedded(model)
+    return embedded.grid[0] * embedded.grid[1]
+
+
+@torch.inference_mode()
+def _embedded(model: tet.ExitingModel | tet.GatedModel) -> tet.Embedded:
+    return model.host.embed(next(model.parameters()).new_zeros(1, 3, *data.SIZE))
 
 
 def measure_accuracy(
     model: tet.ExitingModel | tet.GatedModel,
-    chosen: Sequence[Setting],
+    chosen: Sequence[Contender],
     frames: Sequence[data.Frame],
     results: dict[str, Any],
     given: argparse.Namespace,
 ) -> None:
-    """Add to `results["settings"]`, and to the file, every setting that is not there yet under the same plan."""
+    """Add to `results["settings"]`, and to the file, every contender that is not there yet run in the same way."""
     done = results["settings"]
-    pending = [setting for setting in chosen if done.get(setting.name, {}).get("schedule") != setting.plan.to_dict()]
+    pending = [one for one in chosen if done.get(one.name, {}).get("schedule") != one.how]
     if not pending:
         return
     batches, device = data.Batches(frames, given.accuracy_batch), torch.device(given.device)
     # Dense runs again even if its figures are known: the others are compared with its predictions.
-    dense, others = chosen[0], [setting for setting in pending if setting.kind != "dense"]
-    figures, reference = accuracy(model, dense.plan, batches, None, device, description=dense.name)
+    dense, others = chosen[0], [one for one in pending if one.kind != "dense"]
+    slots = _embedded(model).tokens.shape[1]
+    figures, reference = accuracy(dense.on(model), batches, None, device, slots=slots, description=dense.name)
     _keep(results, dense, figures, given.json)
-    for setting in shell.progress(others, desc="settings"):
-        figures, _ = accuracy(model, setting.plan, batches, reference, device, description=setting.name)
-        _keep(results, setting, figures, given.json)
+    for one in shell.progress(others, desc="settings"):
+        figures, _ = accuracy(one.on(model), batches, reference, device, slots=slots, description=one.name)
+        _keep(results, one, figures, given.json)
 
 
-def _keep(results: dict[str, Any], setting: Setting, figures: Mapping[str, Any], path: Path) -> None:
-    results["settings"][setting.name] = {"kind": setting.kind, "schedule": setting.plan.to_dict(), **figures}
+def _keep(results: dict[str, Any], one: Contender, figures: Mapping[str, Any], path: Path) -> None:
+    results["settings"][one.name] = {"kind": one.kind, "schedule": one.how, **figures}
     write_results(path, results)
 
 
 def measure_time(
     model: tet.ExitingModel | tet.GatedModel,
-    chosen: Sequence[Setting],
+    chosen: Sequence[Contender],
     results: dict[str, Any],
     given: argparse.Namespace,
 ) -> None:
@@ -473,7 +468,7 @@ def measure_time(
     images = torch.cat(list(data.Images(data.Batches(frames, 1), device)))
     conditions = {
         "rounds": given.rounds, "images": len(frames), "threads": torch.get_num_threads(),
-        "device": results["about"]["device"], "plans": {setting.name: setting.plan.to_dict() for setting in chosen},
+        "device": results["about"]["device"], "plans": {one.name: one.how for one in chosen},
     }  # fmt: skip
     for batch in given.batches:
         if results["timing"].get(str(batch), {}).get("conditions") == conditions:

@@ -13,6 +13,7 @@ WORK = {"multiply_adds": ("multiply-adds per image, 10⁹", 1e-9), "token_blocks
 """Label and unit of what counts as work, by its name in the results."""
 
 _STYLES = {
+    "dense, compiled": "*",
     "dense": "*-",
     "truncated": "s--",
     "DToP, k = 0": "v-",
@@ -22,6 +23,9 @@ _STYLES = {
     "PAUMER": "P-",
     "DoViT": "d-",
     "found": "*",
+    "ToMe": "h-.",
+    "local": "X-.",
+    "smaller input": "<-.",
 }  # by how the kind begins
 _OTHER_STYLE = "x:"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#8a8a8a")

@@ -129,14 +129,16 @@ def content_of(given: argparse.Namespace) -> page.Content:
     files = read_all(paths)
     source = given.run or given.init
     label = of_network(files, source, given.setting)
-    inputs = files[label]["inputs"]
+    inputs, how = files[label]["inputs"], files[label]["settings"][given.setting]["schedule"]
+    if "baseline" in how:
+        raise shell.UsageError(f"`--setting` must be a schedule and no baseline, got {given.setting!r}")
     split = given.split or inputs["split"]
     frames = data.frames(given.data, split, given.limit)
     if inputs.get("fitted") != common.digest_of_exits(given.fitted):
         raise shell.UsageError(f"`--fitted` must be the exits that the results are of, got {given.fitted}")
     fitted = given.fitted if inputs["fit_after"] is None else common.fitted_exits(paths[label])
     model = common.saved_model(source, data.SIZE, fitted=fitted).eval().to(given.device)
-    plan = Schedule.from_dict(files[label]["settings"][given.setting]["schedule"])
+    plan = Schedule.from_dict(how)
     shown = np.linspace(0, len(frames) - 1, min(given.images, len(frames)), dtype=int).tolist()
     batches = data.Batches(frames, given.batch)
     tokens, pictures = leavers.look(model, plan, batches, shown, torch.device(given.device))
