@@ -137,19 +137,23 @@ class Schedule:
         cell: Side, in patches, of the cells of the grid of which the token in the middle runs on and stands, in
             attention, for those of the cell that have left; see `tokenexit.cells`. None: attention forgets leavers.
         merges: The merge points; their `after` ascends.
+        keys: As what a merged token is a key of attention: as often as it holds `tokens` (ToMe, ICLR 2023, section 3),
+            or as the one of the `entries` that it is, which is faster and lets any kernel of attention run.
     """
 
     exits: tuple[Exit, ...] = ()
     carry: Carry = Prediction()
     cell: int | None = None
     merges: tuple[Merge, ...] = ()
+    keys: Literal["tokens", "entries"] = "tokens"
 
     def __post_init__(self) -> None:
         """Check the order.
 
         Raises:
             TokenExitError: If two exits or two merges share a block, they are out of order, `carry` is no carry, `cell`
-                is neither None nor a whole number from 1 up, or there are merges beside cells or gates.
+                is neither None nor a whole number from 1 up, `keys` neither of the two, or there are merges beside
+                cells or gates.
         """
         tuple_of_exits = isinstance(self.exits, tuple) and all(isinstance(exit, Exit) for exit in self.exits)
         require(tuple_of_exits, "exits", "be a tuple of Exit", self.exits)
@@ -167,6 +171,7 @@ class Schedule:
         blocks = [merge.after for merge in self.merges]
         require(blocks == sorted(set(blocks)), "merges", "come in strictly ascending order of `after`", blocks)
         require(not self.merges or self.cell is None, "cell", "be None in a plan that merges", repr(self.cell))
+        require(self.keys in ("tokens", "entries"), "keys", "be `tokens` or `entries`", repr(self.keys))
         gated = isinstance(self.carry, Preserved)
         require(not self.merges or not gated, "merges", "be left out where gates decide", list(self.merges))
 
@@ -282,7 +287,7 @@ class Schedule:
         exits = [{"after": exit.after, "policy": policies.to_dict(exit.policy)} for exit in self.exits]
         found = {"schema": SCHEMA, "exits": exits, "carry": carries.to_dict(self.carry), "cell": self.cell}
         if self.merges:  # what knows of none reads all other plans
-            found["merges"] = [_merge_to_dict(merge) for merge in self.merges]
+            found |= {"merges": [_merge_to_dict(merge) for merge in self.merges], "keys": self.keys}
         return found
 
     @staticmethod
@@ -301,7 +306,7 @@ class Schedule:
         require(isinstance(data, Mapping), "schedule", "be a mapping", repr(data))
         require("schema" in data, "schedule", "have a schema", sorted(map(str, data)))
         require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
-        merging = {"merges"} & set(data)
+        merging = {"merges", "keys"} if "merges" in data else set[str]()
         require_keys(data, "schedule", {"schema", "exits", "carry", "cell"} | merging)
         require(isinstance(data["exits"], list), "exits", "be a list", repr(data["exits"]))
         for exit in data["exits"]:
@@ -310,7 +315,7 @@ class Schedule:
         merges = data.get("merges", [])
         require(isinstance(merges, list), "merges", "be a list", repr(merges))
         merges = tuple(_merge_from_dict(merge) for merge in merges)
-        return Schedule(exits, carries.from_dict(data["carry"]), data["cell"], merges)
+        return Schedule(exits, carries.from_dict(data["carry"]), data["cell"], merges, data.get("keys", "tokens"))
 
 
 def _merge_to_dict(merge: Merge) -> dict[str, Any]:

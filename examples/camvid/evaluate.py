@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -76,6 +77,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fit-images", type=int, help="train images to fit them on; all by default")
     parser.add_argument("--fit-steps", type=int, default=1200)
+    parser.add_argument("--fit-plan", type=Path, metavar="FILE", help="fit them to tokens as this schedule merges them")
     parser.add_argument(
         "--only", nargs="+", metavar="START", help="only dense, and settings whose name starts like this"
     )
@@ -322,6 +324,7 @@ def inputs(given: argparse.Namespace, frames: Collection[data.Frame]) -> dict[st
         "fitted": common.digest_of_exits(given.fitted),
         "fit_after": None if given.fit_after is None else sorted(set(given.fit_after)),
         "fit_images": given.fit_images,
+        "fit_plan": None if given.fit_plan is None else read_plan(given.fit_plan).plan.to_dict(),
         "fit_steps": None if given.fit_after is None else given.fit_steps,
         "device": torch.device(given.device).type,
     }
@@ -372,7 +375,11 @@ def fitted_model(given: argparse.Namespace, results: dict[str, Any], kept: Path)
     vit, final, _ = common.ready_model(given.init, data.SIZE)
     torch.manual_seed(0)
     after = sorted(set(given.fit_after))
-    model = tet.wrap(vit, schedule.dense(after=after), head=final, exit_heads=MLP(hidden=_FIT_HIDDEN))
+    plan = schedule.dense(after=after)
+    if given.fit_plan is not None:
+        merging = read_plan(given.fit_plan).plan
+        plan = replace(plan, merges=merging.merges, keys=merging.keys)
+    model = tet.wrap(vit, plan, head=final, exit_heads=MLP(hidden=_FIT_HIDDEN))
     model.eval().to(given.device)
     frames = data.frames(given.data, "train", given.fit_images)
     images = data.Images(data.Batches(frames, given.accuracy_batch), torch.device(given.device))

@@ -255,3 +255,49 @@ REFUSED = [
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(TokenExitError, match=message):
         call(models.timm_vit())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_plans_that_merge_are_refused_where_nothing_merges():
+    model = models.wrapped(models.timm_vit, schedule.dense(after=(2,)))
+    model.retune(Schedule(merges=SIMILAR))
+    images = pictures(1)
+    with pytest.raises(TokenExitError, match="`schedule` must merge nothing in the static layout"):
+        tet.StaticModel(model, capacities=1.0)(images)
+    gated = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,)))
+    with pytest.raises(TokenExitError, match="`schedule` must"):
+        gated.retune(Schedule(merges=SIMILAR))
+
+
+def test_heads_are_fitted_in_the_order_of_depth_to_tokens_as_they_merge():
+    """A head behind a merge by agreement sees what the fitted head before it lets merge."""
+    plan = Schedule(
+        (Exit(4, ConfidenceAbove(0.9)),),
+        merges=(Merge(1, 2, 0.9), Merge(2, 4, agreed=NeighboursAgree(0.5, radius=1)), Merge(3, 4, 0.9)),
+    )
+    model = models.wrapped(models.timm_vit, schedule.dense(after=(2, 3, 4)))
+    model.retune(plan)
+    images = pictures(4)
+    report = tet.fit_exits(model, images, steps=60, patches_per_step=64, progress=iter)
+    assert sorted(report.agreement) == [2, 3, 4]
+    assert report.steps == 120
+    # The first head reads tokens that have merged after block 1 alone; the targets are those of the dense network.
+    probe = {"decoder": nn.Identity(), "taps": (2, 6), "features": "raw"}
+    read = tet.wrap(model.model, Schedule(merges=plan.merges[:1]), **probe)(images).decoded[0]
+    targets = model(images, schedule=schedule.dense()).logits.argmax(dim=1)
+    found = model.exit_heads["2"](read.flatten(2).transpose(1, 2)).argmax(dim=-1)
+    assert (found == targets.flatten(1)).float().mean() == pytest.approx(report.agreement[2], abs=1e-6)
+    with pytest.raises(TokenExitError, match="`images` must be a tensor, or batches that can be gone through again"):
+        tet.fit_exits(model, iter([images]), steps=2, progress=iter)
+
+
+def test_training_reads_every_patch_of_merged_tokens():
+    model = models.wrapped(models.timm_vit, schedule.dense(after=(2, 3, 4))).train()
+    staged = tet.Staged(model)
+    images = pictures(2)
+    model.retune(Schedule((Exit(3, ConfidenceAbove(0.5)),), merges=(Merge(1, 2, 0.9),)))
+    stages = staged(images)
+    for after, logits in stages.logits.items():
+        assert logits.isfinite().all(), after
+    sum(logits.sum() for logits in stages.logits.values()).backward()
+    assert all(head[-1].weight.grad.abs().sum() > 0 for head in [*model.exit_heads.values(), model.head][1:2])

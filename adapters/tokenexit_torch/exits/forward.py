@@ -9,7 +9,7 @@ The tokens run as a plain batch up to the first exit point, and as one row from 
 they leave behind, is decided by `tokenexit.exits`; how the others lie, by a layout.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -44,11 +44,13 @@ __all__ = [
     "as_batch",
     "as_row",
     "exit_depth",
+    "of_all_tokens",
     "on_grid",
     "packed_finish_stage",
     "packed_start",
     "read_running",
     "run_pass",
+    "taps_of",
     "worked",
 ]
 
@@ -163,6 +165,9 @@ def start(
     stages = plan.stages(model.depth, taps=taps, heads=heads)
     after = [stage.stop for stage in stages if stage.exit is not None]
     layout.require_exits(after)
+    packed = isinstance(layout, Packed)
+    rule = "merge nothing in the static layout, which has no capacity for merges"
+    require(packed or not plan.merges, "schedule", rule, list(plan.merges))
     if after:
         require_not_traced(type(model).__name__)
     embedded = embedded_by(model.host, images, patch=model.patch)
@@ -172,7 +177,6 @@ def start(
     rule = "have fold_above=None for a model without prefix tokens"
     require(not folds or embedded.prefix > 0, "schedule", rule, plan.carry)
     count, slots, _ = embedded.tokens.shape
-    packed = isinstance(layout, Packed)
     overflow = None if packed else torch.zeros(count, dtype=torch.int64, device=embedded.tokens.device)
     return State(fixed, embedded.tokens, embedded.positions, runs=count * slots > 0, overflow=overflow)
 
@@ -194,13 +198,11 @@ def finish_stage(state: State, stage: Stage, ran: Tensor, /) -> State:
     state = replace(state, tokens=ran, counts=(*state.counts, Counts(stage.stop - stage.start, lengths, held)))
     if stage.exit is not None and state.runs:
         state = exit_point(as_row(state), stage)
+    if stage.tap:  # what merges here is still apart
+        state = replace(state, tapped={**state.tapped, stage.stop: restored(state)})
     if stage.merge is not None and state.runs:
         state = merge_point(as_row(state), stage)
-    if stage.rejoin:
-        state = rejoin(state)
-    if stage.tap:
-        state = replace(state, tapped={**state.tapped, stage.stop: restored(state)})
-    return state
+    return rejoin(state) if stage.rejoin else state
 
 
 def exit_point(state: State, stage: Stage, /) -> State:
@@ -250,6 +252,12 @@ def exit_point(state: State, stage: Stage, /) -> State:
         overflow=_sum(state.overflow, moved.overflow),
         merged=merged,
     )
+
+
+def of_all_tokens(book: Ledger, merged: Merged, /) -> Ledger:
+    """A ledger in which merged tokens have the class scores and masks of their owners."""
+    masks = None if book.mask_logits is None else merging.spread(book.mask_logits, merged.owner)
+    return replace(book, logits=merging.spread(book.logits, merged.owner), mask_logits=masks)
 
 
 def read_exit(state: State, after: int, /) -> State:
@@ -314,8 +322,9 @@ def merge_point(state: State, stage: Stage, /) -> State:
 
 
 def size_in_attention(plan: Schedule, receipt: Receipt, merged: Merged, /) -> Tensor | None:
-    """How many tokens each entry of the row counts for in attention."""
-    del plan
+    """How many tokens each entry of the row counts for in attention; None if once each."""
+    if plan.keys == "entries":
+        return None
     return merged.size.flatten().index_select(0, receipt.index).to(torch.float32)
 
 
@@ -328,6 +337,8 @@ def _kept(state: State, output: HeadOutput, receipt: Receipt, book: Ledger, afte
     if state.fixed.heads == "active":
         return state
     every = exits.update(replace(book, features=None), receipt, output)
+    if state.merged is not None:
+        every = of_all_tokens(every, state.merged)
     logits, masks, presence = every.logits, every.mask_logits, every.presence_logits
     prefix = state.fixed.embedded.prefix
     if masks is not None and presence is not None and state.fixed.reweighs:
@@ -435,6 +446,21 @@ def run_pass(
     for stage in state.fixed.stages:
         state = finish_stage(state, stage, run_stage(state, stage))
     return state
+
+
+def taps_of(
+    model: WithExits[Any], images: Tensor, plan: Schedule, after: Sequence[int], /
+) -> tuple[Mapping[int, Tensor], int]:
+    """All tokens of all images after some blocks of a pass, which ends there; and how many of them are prefix tokens.
+
+    Raises:
+        TokenExitError: If the images or the plan do not fit the model.
+    """
+    state = packed_start(model, images, plan, taps=after)
+    for stage in state.fixed.stages:
+        if stage.start < max(after):
+            state = packed_finish_stage(state, stage, run_stage(state, stage))
+    return state.tapped, state.fixed.embedded.prefix
 
 
 packed_start = kept_eager(start)

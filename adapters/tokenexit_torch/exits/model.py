@@ -10,7 +10,6 @@ from dataclasses import replace
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tokenexit import merging
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
@@ -19,7 +18,16 @@ from tokenexit.schedule import Schedule
 from tokenexit_torch._blocks import run_block
 from tokenexit_torch._modules import kept_eager
 from tokenexit_torch.exits.base import WithExits
-from tokenexit_torch.exits.forward import State, as_batch, exit_depth, on_grid, read_running, run_pass, worked
+from tokenexit_torch.exits.forward import (
+    State,
+    as_batch,
+    exit_depth,
+    of_all_tokens,
+    on_grid,
+    read_running,
+    run_pass,
+    worked,
+)
 from tokenexit_torch.exits.mixed import run_mixed
 from tokenexit_torch.exits.outputs import Output
 from tokenexit_torch.heads.masks import MaskMaps, as_maps, log_scores
@@ -243,9 +251,7 @@ def final_output(state: State, /) -> tuple[Output, State]:
     else:
         state, book = read_running(state, model.head)
         if state.merged is not None:
-            owner = state.merged.owner
-            masks = None if book.mask_logits is None else merging.spread(book.mask_logits, owner)
-            book = replace(book, logits=merging.spread(book.logits, owner), mask_logits=masks)
+            book = of_all_tokens(book, state.merged)
         logits = book.logits
         if fixed.reweighs and book.mask_logits is not None and book.presence_logits is not None:
             logits = log_scores(book.mask_logits, book.presence_logits[:, None])

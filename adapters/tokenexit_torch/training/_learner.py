@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,15 @@ class Learner:
         model: The model.
         generator: Draws the patches.
         weight_decay: Of AdamW.
+        after: The blocks whose heads are fitted.
     """
 
-    def __init__(self, model: WithExits, generator: torch.Generator, *, weight_decay: float) -> None:
+    def __init__(
+        self, model: WithExits, generator: torch.Generator, *, weight_decay: float, after: Sequence[int]
+    ) -> None:
         self._model, self._generator = model, generator
-        self._heads = copy.deepcopy(model.exit_heads).float().requires_grad_().train()
+        self._own = {str(block): model.exit_heads[str(block)] for block in after}
+        self._heads = nn.ModuleDict(copy.deepcopy(self._own)).float().requires_grad_().train()
         self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=weight_decay)
         self._kept: dict[str, Tensor] | None = None
 
@@ -71,7 +75,7 @@ class Learner:
 
     def finish(self, digests: frozenset[str], /) -> None:
         """Put the weights that are kept, or the last ones, into the model."""
-        heads, weights = self._model.exit_heads, self._heads.state_dict() if self._kept is None else self._kept
+        heads, weights = nn.ModuleDict(self._own), self._heads.state_dict() if self._kept is None else self._kept
         # Weights that were made in inference mode can be changed in it alone.
         with torch.inference_mode(next(heads.parameters()).is_inference()):
             heads.load_state_dict(weights)
@@ -80,7 +84,7 @@ class Learner:
     @torch.no_grad()
     def agreed(self, rows: Rows, /) -> dict[int, int]:
         """How many rows the heads of the model give the class of the final head."""
-        heads = self._model.exit_heads
+        heads = nn.ModuleDict(self._own)
         final = rows[FINAL].to(_device(heads))
         with evaluating(heads):
             given = {int(after): head(rows[after].to(final.device)).argmax(dim=-1) for after, head in heads.items()}

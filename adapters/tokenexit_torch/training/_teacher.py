@@ -1,14 +1,15 @@
 """A frozen network as a teacher of exit heads: patches before every exit, and the outputs that are to be foretold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.features import FINAL, TARGET, Rows, pixel_patches
+from tokenexit.schedule import Merge
 from tokenexit_torch._files import digest, fingerprint
 from tokenexit_torch._images import Batch, parted
 from tokenexit_torch._modules import evaluating
@@ -29,9 +30,13 @@ class Teacher:
         seen: Its features and outputs for images.
         label_weight: What labels weigh in the target of a patch with a label on every pixel.
         ignore: Label of pixels that do not count.
+        merges: How tokens merge before the heads, if they do.
     """
 
-    def __init__(self, model: WithExits, seen: Seen, *, label_weight: float, ignore: int) -> None:
+    def __init__(
+        self, model: WithExits, seen: Seen, *, label_weight: float, ignore: int, merges: Sequence[Merge] = ()
+    ) -> None:
+        self._merges = tuple(merges)
         require(0 <= label_weight <= 1, "label_weight", "be between 0 and 1", label_weight)
         self._model, self._seen = model, seen
         self._label_weight, self._ignore = label_weight, ignore
@@ -43,7 +48,15 @@ class Teacher:
         frozen = [value for name, value in weights if not name.startswith("exit_heads.")]
         labels = {"label_weight": str(self._label_weight), "ignore": str(self._ignore)}
         read = [f"{after}: {radius_of(head)}" for after, head in self._model.exit_heads.items()]
-        return {"model": fingerprint(frozen), "exits": ", ".join(read)} | labels
+        found = {"model": fingerprint(frozen), "exits": ", ".join(read)} | labels
+        if self._merges:
+            heads = [head for head in map(self._head_of, self._merges) if head is not None]
+            weights = [value for head in heads for value in head.state_dict().values()]
+            found["merges"] = f"{self._merges}, {fingerprint(weights)}"
+        return found
+
+    def _head_of(self, merge: Merge) -> nn.Module | None:
+        return None if merge.agreed is None else self._model.exit_heads[str(merge.after)]
 
     def digests(self, batch: Batch, /) -> tuple[str, ...]:
         """The digest of each image, after a check of the batch."""

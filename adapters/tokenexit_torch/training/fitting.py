@@ -3,7 +3,8 @@
 The predictions of the final head are the targets, or those of the model's own decoder; labels may be mixed in.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,13 @@ from tokenexit.adapting import Progress
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.fitting import FitReport, HeldOut, Recipe, fit
+from tokenexit.schedule import Merge, Schedule
 from tokenexit_torch import _files
 from tokenexit_torch._images import in_batches
 from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, require_placed
+from tokenexit_torch.exits.forward import taps_of
 from tokenexit_torch.exits.model import ExitingModel
+from tokenexit_torch.heads.reading import head_input
 from tokenexit_torch.training._learner import Learner
 from tokenexit_torch.training._teacher import Seen, Teacher
 
@@ -56,6 +60,9 @@ def fit_exits(
     A patch's target is what the final head gives for it, as probabilities. With labels it is
     `(1 - w) * probabilities + w * shares`: `shares` of the classes among the labelled pixels of the patch, and
     `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
+
+    Where the model's plan merges tokens, heads are fitted to tokens as they merge before them, in order of depth: those
+    that merges by agreement ask before those behind them, each time with a pass over the images.
 
     What the network predicts for the images is kept according to `cache`, in the dtype of the model. One patch takes
     `exits * width` numbers in that dtype, twice as many for `heads.Neighbourhood`, and 4 bytes for each class and 4
@@ -102,10 +109,79 @@ def fit_exits(
     recipe = Recipe(steps, patches_per_step, learning_rate, weight_decay, held_out, check_every, patience)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.inference_mode(False), torch.enable_grad():
-        teacher = Teacher(model, _seen(model, targets), label_weight=label_weight, ignore=ignore)
-        learner = Learner(model, generator, weight_decay=weight_decay)
-        batches = in_batches(images)
-        return fit(learner, batches, teacher, recipe, store=_files, cache=cache, resume=resume, progress=progress)
+        seen, batches, reports = _seen(model, targets), in_batches(images), []
+        phases = _phases(model)
+        again = len(phases) == 1 or not isinstance(batches, Iterator)
+        rule = "be a tensor, or batches that can be gone through again, for a plan that merges by agreement"
+        require(again, "images", rule, type(batches).__name__)
+        for after, merges in phases:
+            last = f"after-{max(after)}"
+            folders = {
+                "cache": cache / last if isinstance(cache, Path) and len(phases) > 1 else cache,
+                "resume": Path(resume) / last if resume is not None and len(phases) > 1 else resume,
+            }
+            teacher = Teacher(
+                model,
+                _before_heads(model, seen, after, merges),
+                label_weight=label_weight,
+                ignore=ignore,
+                merges=merges,
+            )
+            learner = Learner(model, generator, weight_decay=weight_decay, after=after)
+            reports.append(fit(learner, batches, teacher, recipe, store=_files, progress=progress, **folders))
+        return _together(reports)
+
+
+def _phases(model: ExitingModel | DecodingModel) -> list[tuple[list[int], tuple[Merge, ...]]]:
+    """Heads that are fitted together, in order of depth, and the merges before them.
+
+    Where tokens merge by agreement, the head that says what is agreed upon is fitted before those behind it.
+    """
+    merges, heads = model.schedule.merges, [int(block) for block in model.exit_heads]
+    bounds = [merge.after for merge in merges if merge.agreed is not None]
+    phases = []
+    for low, high in zip([0, *bounds], [*bounds, model.depth], strict=True):
+        after = [block for block in heads if low < block <= high]
+        if after:
+            phases.append((after, tuple(merge for merge in merges if merge.after < max(after))))
+    return phases
+
+
+def _before_heads(
+    model: ExitingModel | DecodingModel, seen: Seen, after: Sequence[int], merges: tuple[Merge, ...]
+) -> Seen:
+    """What heads read where tokens have merged before them; the targets are those of a pass without merges."""
+
+    def read(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:
+        exits, scores, area, grid = seen(images)
+        if not merges:
+            return {block: exits[block] for block in after}, scores, area, grid
+        tapped, prefix = taps_of(model, images, Schedule(merges=merges), after)
+        heads = {block: model.exit_heads[str(block)] for block in after}
+        patches = {block: head_input(head, tapped[block][:, prefix:], grid=grid) for block, head in heads.items()}
+        return patches, scores, area, grid
+
+    return read
+
+
+def _together(reports: Sequence[FitReport]) -> FitReport:
+    """One report of heads that were fitted one after the other."""
+    last = reports[-1]
+    held = last.held_out
+    if held is not None:
+        parts = [report.held_out for report in reports if report.held_out is not None]
+        held = replace(held, agreement=_union(part.agreement for part in parts))
+    return replace(
+        last,
+        agreement=_union(report.agreement for report in reports),
+        steps=sum(report.steps for report in reports),
+        stopped_early=any(report.stopped_early for report in reports),
+        held_out=held,
+    )
+
+
+def _union(parts: Iterable[dict[int, float]]) -> dict[int, float]:
+    return {block: value for part in parts for block, value in part.items()}
 
 
 def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
