@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "pooling reaches a place less",
         "_array.py",
-        "tuple(2 * one + 1 for one in radius)\n    options = {\"stride\": 1, \"padding\": radius}",
-        "tuple(2 * max(one - 1, 0) + 1 for one in radius)\n    options = {\"stride\": 1, \"padding\": tuple(max(one - 1, 0) for one in radius)}",
+        'tuple(2 * one + 1 for one in radius)\n    options = {"stride": 1, "padding": radius}',
+        'tuple(2 * max(one - 1, 0) + 1 for one in radius)\n    options = {"stride": 1, "padding": tuple(max(one - 1, 0) for one in radius)}',
         ("test_policies", "test_exits"),
     ),
     Mutant(
