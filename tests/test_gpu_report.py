@@ -64,7 +64,7 @@ def test_every_way_runs_and_has_its_row(tmp_path, capsys):
         assert {"torch", "timm", "tokenexit", "dtype"} <= result.machine.keys()
         rows = {row.name: row for row in result.groups["eager 0.5"]}
         exits = {f"{layout}, {rule}" for layout in ("packed", "static") for rule in gpu.RULES}
-        assert rows.keys() == {"dense", "limit", "truncated"} | exits
+        assert rows.keys() == {"dense", "limit", "truncated", "ToMe"} | exits
         for row in rows.values():
             assert row.reason is None
             assert len(row.seconds) == SCALES["toy"].rounds

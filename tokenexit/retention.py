@@ -41,7 +41,7 @@ FEW_TO_SORT = 2048
 MANY_TO_SORT = 16384
 FEW_GROUPS = 256
 FEW_ROUNDS = 8
-FEW_TO_COMPARE = 1 << 22
+FEW_TO_COMPARE = 1 << 17
 
 
 def rank_in_group(score: Float[Array, "tokens"], group: Int[Array, "tokens"], /) -> Int[Array, "tokens"]:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 import tokenexit_torch as tet
-from examples import shell
+from examples import merging, shell
 from tests.benchmarks import gpu_tables
 from tests.benchmarks.clock import interleaved
 from tests.benchmarks.contenders import (
@@ -180,6 +180,7 @@ def contenders(of: Network, images: Tensor, group: Group, *, backend: str) -> li
     found = [
         Contender("limit", Limit(of, one.means), ran),
         Contender("truncated", cut_short(of, depth), depth / of.model.depth),
+        tome(of, group.keep),
         *(Contender("packed", model, ran, rule) for rule, model in exits.items()),
         *(Contender("static", tet.StaticModel(model, capacities=room), ran, rule) for rule, model in exits.items()),
     ]
@@ -187,6 +188,15 @@ def contenders(of: Network, images: Tensor, group: Group, *, backend: str) -> li
         return [Contender("dense", dense, 1.0), *found]
     made = [replace(each, call=compiled(each, backend)) for each in [Contender("dense, compiled", dense, 1.0), *found]]
     return [Contender("dense", dense, 1.0), *made]
+
+
+def tome(of: Network, keep: float) -> Contender:
+    """ToMe, with as many tokens merged in every block as leave this share of the token-blocks."""
+    depth, slots = of.model.depth, of.patches + of.prefix
+    count = round(2 * (1 - keep) * slots / max(depth - 1, 1))
+    network, method = merging.Network(of.model.host, of.model.head), merging.ToMe(count)
+    ran = [slots - block * count for block in range(depth)]
+    return Contender("ToMe", lambda images: method(network, images).logits, sum(ran) / (depth * slots))
 
 
 def compiled(contender: Contender, backend: str) -> Call:
