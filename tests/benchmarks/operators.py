@@ -85,7 +85,7 @@ def thirds(model: tet.ExitingModel, images: Tensor) -> dict[str, tuple[float, fl
         chosen: list[float] = []
         for after in (3, 6, 8):
             low, high = 0.0, 1.0
-            for _ in range(7):
+            for _ in range(9):
                 middle = (low + high) / 2
                 tried = (*chosen, middle, *[1.0] * (2 - len(chosen)))
                 ran = model(images, schedule=plans({name: tried})[name]).tokens_per_block.double().mean(dim=0)
