@@ -41,6 +41,7 @@ TOKENS, LEDGER, SCHEDULE, COST = ("test_tokens",), ("test_ledger",), ("test_sche
 GATES = ("test_gates",)
 EXITS, LADDERS = ("test_exits",), ("test_ladders",)
 FEATURES, FITTING = ("test_features",), ("test_fitting",)
+MERGING = ("test_merging",)
 WINDOWS, PREDICTION = ("test_windows",), ("test_prediction",)
 
 MUTANTS = (
@@ -148,6 +149,90 @@ MUTANTS = (
         "return scatter(values, receipt, into=held)",
         "return scatter(values, receipt, into=array_namespace(held).zeros_like(held))",
         ("test_ledger", "test_exits"),
+    ),
+    Mutant(
+        "cells merge where a quarter is gone",
+        "merging.py",
+        "ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))",
+        "ready = xp.any(_first_of_quarters(whole, level, merged), axis=(2, 4))",
+        MERGING,
+    ),
+    Mutant(
+        "quarters of any size merge",
+        "merging.py",
+        "whole = merged.running & (merged.size == (level // 2) ** 2)",
+        "whole = merged.running",
+        MERGING,
+    ),
+    Mutant(
+        "similarity counts tokens with themselves",
+        "merging.py",
+        "(xp.sum(total * total, axis=-1) - 4) / 12",
+        "xp.sum(total * total, axis=-1) / 16",
+        MERGING,
+    ),
+    Mutant(
+        "a merged token is its first",
+        "merging.py",
+        "entries = xp.where(ready[..., None], mean, quarters[:, :, 0, :, 0, :])",
+        "entries = quarters[:, :, 0, :, 0, :]",
+        MERGING,
+    ),
+    Mutant(
+        "merged tokens hold four",
+        "merging.py",
+        "size=xp.where(leads, side * side, merged.size),",
+        "size=xp.where(leads, 4, merged.size),",
+        MERGING,
+    ),
+    Mutant(
+        "one agreed token speaks for its cell",
+        "merging.py",
+        "ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))",
+        "ready = ready & xp.any(_by_cell(agreed, level, merged), axis=(2, 4))",
+        MERGING,
+    ),
+    Mutant(
+        "cells merge over classes",
+        "merging.py",
+        "ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))",
+        "ready = ready & (xp.min(labels, axis=(2, 4)) <= xp.max(labels, axis=(2, 4)))",
+        MERGING,
+    ),
+    Mutant(
+        "an entry leaves if its first token would",
+        "merging.py",
+        "        found = xp.where(own == side * side, _everywhere(every, side, merged), found)\n",
+        "        found = xp.where(own == -1, _everywhere(every, side, merged), found)\n",
+        MERGING,
+    ),
+    Mutant(
+        "members keep the owner of before",
+        "merging.py",
+        "owner=xp.where(joins, first, merged.owner),",
+        "owner=merged.owner,",
+        MERGING,
+    ),
+    Mutant(
+        "merged angles are plain means",
+        "merging.py",
+        "length = xp.where(length > 0, length, 1.0)",
+        "length = xp.where(length > 0, 1.0, 1.0)",
+        MERGING,
+    ),
+    Mutant(
+        "decisions look at what lies at members",
+        "exits.py",
+        "given = spread(given, merged.owner)",
+        "given = given * 1",
+        MERGING,
+    ),
+    Mutant(
+        "marks of members are their own",
+        "exits.py",
+        "return (marks if merged is None else spread(marks, merged.owner)), label",
+        "return marks, label",
+        MERGING,
     ),
     Mutant(
         "budget rounded up",
