@@ -206,9 +206,8 @@ def merge(
             break
         quarters = _by_cell(features, 2, merged) if entries is None else _by_four(entries)
         mean = _mean(quarters)
-        ready = xp.all(
-            _first_of_quarters(merged.running & (merged.size == (level // 2) ** 2), level, merged), axis=(2, 4)
-        )
+        whole = merged.running & (merged.size == (level // 2) ** 2)
+        ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))
         if alike is not None:
             ready = ready & (_similarity(quarters) > alike)
         if agreed is not None:

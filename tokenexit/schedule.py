@@ -126,6 +126,11 @@ class Stage:
     rejoin: bool = False
     tap: bool = False
 
+    @property
+    def reads(self) -> bool:
+        """Whether an exit head is read here: by the exit point, or by a merge that asks for agreement."""
+        return self.exit is not None or (self.merge is not None and self.merge.agreed is not None)
+
 
 @dataclass(frozen=True)
 class Schedule:

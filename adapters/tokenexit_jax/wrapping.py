@@ -76,7 +76,7 @@ def wrap(
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     alike = head is None or not exit_heads.gives_masks
     require(alike, "head", "be None beside mask heads, for the scores of one image must compare", repr(head))
-    after = schedule.after
+    after = schedule.read_after
     of_block = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
     rule = f"be fractions for all exits, or for each of the blocks {after}"
     require(set(of_block) == set(after), "capacities", rule, repr(capacities))

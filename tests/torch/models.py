@@ -98,6 +98,16 @@ def images(count=3, size=(32, 48), seed=0) -> torch.Tensor:
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def pictures(count=3, size=(32, 48), seed=0):
+    """Images of which some parts are smooth: neighbouring patches are alike there."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 2, 3, generator=random)
+    smooth = nn.functional.interpolate(coarse, size, mode="nearest")
+    noise = torch.randn(count, 3, *size, generator=random)
+    busy = nn.functional.interpolate((torch.rand(count, 1, 2, 3, generator=random) < 0.4).float(), size)
+    return smooth + noise * (0.05 + busy)
+
+
 def _lively(module: nn.Module) -> nn.Module:
     """Scale the linear layers up: freshly initialised blocks hardly change their tokens, or not at all."""
     with torch.no_grad():

@@ -8,6 +8,7 @@ from torch import nn
 import tokenexit_torch as tet
 from tests.core import oracles
 from tests.torch import hosts, models
+from tests.torch.models import pictures
 from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Feature
 from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree
@@ -15,16 +16,6 @@ from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.attention import attending_per_image
 
 GRID = (4, 6)
-
-
-def pictures(count=3, size=(32, 48), seed=0):
-    """Images of which some parts are smooth: neighbouring patches are alike there."""
-    random = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, 2, 3, generator=random)
-    smooth = nn.functional.interpolate(coarse, size, mode="nearest")
-    noise = torch.randn(count, 3, *size, generator=random)
-    busy = nn.functional.interpolate((torch.rand(count, 1, 2, 3, generator=random) < 0.4).float(), size)
-    return smooth + noise * (0.05 + busy)
 
 
 @torch.no_grad()

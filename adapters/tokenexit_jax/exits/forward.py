@@ -20,14 +20,15 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokenexit import cells, exits, ledger, tokens
+from tokenexit import cells, exits, ledger, merging, tokens
 from tokenexit.area import Area
 from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
 from tokenexit.heads import HeadPlan
 from tokenexit.ledger import Ledger
-from tokenexit.schedule import Schedule, Stage
+from tokenexit.merging import Merged
+from tokenexit.schedule import Merge, Schedule, Stage
 from tokenexit.tokens import Selection
 from tokenexit_jax.exits.outputs import Output
 from tokenexit_jax.heads.masks import log_scores
@@ -119,6 +120,8 @@ class State:
         grid: Height and width of the grid.
         area: The area of the images that it covers; None if it is the whole of them.
         kept: Outputs of the heads, where all are kept.
+        owner: Patch whose token each patch has merged into, itself if none; None for a plan without merges.
+        size: How many patches each token holds; None likewise.
     """
 
     tokens: Float[Array, "images slots dim"]
@@ -133,6 +136,19 @@ class State:
     grid: tuple[int, int]
     area: Area | None
     kept: Kept | None = None
+    owner: Int[Array, "images places"] | None = None
+    size: Int[Array, "images places"] | None = None
+
+    @property
+    def merged(self) -> Merged | None:
+        """Which patches have merged; None for a plan without merges."""
+        if self.owner is None or self.size is None:
+            return None
+        return Merged(self.running, self.owner, self.size, self.grid)
+
+    def of_all(self, values: Shaped[Array, "images places *rest"]) -> Shaped[Array, "images places *rest"]:
+        """Values of tokens, at every patch that they hold."""
+        return values if self.owner is None else merging.spread(values, self.owner)
 
 
 _STATIC = ("prefix", "grid", "area")
@@ -177,11 +193,14 @@ class Given(NamedTuple):
     @property
     def exits(self) -> tuple[int, ...]:
         """The blocks after which an exit head runs."""
-        return tuple(stage.stop for stage in self.stages if stage.exit is not None)
+        return tuple(stage.stop for stage in self.stages if stage.reads)
 
     def sizes(self, at: int, state: State) -> tuple[int, ...]:
-        """Buckets of a stage but the first."""
-        return self.model.sizes(self.stages[at].start, state)
+        """Buckets of a stage but the first: of the exit before it; or after a merge alone those of all exits, and 1."""
+        if self.stages[at - 1].exit is not None:
+            return self.model.sizes(self.stages[at].start, state)
+        fractions = {1.0, *(one for own in self.model.capacities for one in own)}
+        return capacities_in_entries(tuple(fractions), slots=state.tokens.shape[1], prefix=state.prefix)
 
 
 def run_pass(given: Given, images: Array) -> State:
@@ -194,8 +213,11 @@ def run_pass(given: Given, images: Array) -> State:
             state = branches[0](state)
         else:
             entries = entries_needed(state)
-            bucket = jnp.where(entries > 0, jnp.searchsorted(jnp.asarray(sizes), entries), len(sizes))
-            state = lax.switch(bucket, [*branches, lambda finished: finished], state)
+            bucket = jnp.searchsorted(jnp.asarray(sizes), entries)
+            if state.ledger is not None:  # before the first head, no image can be finished
+                bucket = jnp.where(entries > 0, bucket, len(sizes))
+                branches = [*branches, lambda finished: finished]
+            state = lax.switch(bucket, branches, state)
     return state
 
 
@@ -225,11 +247,55 @@ def first_stage(given: Given, images: Array) -> State:
         grid=embedded.grid,
         area=embedded.area,
     )
-    if stage.exit is None:
+    if given.plan.merges:
+        rule = "merge nothing, for a network with positions that travel with its tokens"
+        require(embedded.positions is None, "schedule", rule, list(given.plan.merges))
+        own = jnp.arange(places)[None] + nothing[:, None]
+        state = dataclasses.replace(state, owner=own, size=jnp.ones_like(own))
+    if stage.exit is None and stage.merge is None:
         return state
     everywhere = jnp.broadcast_to(jnp.arange(places), (count, places))
     every = Selection(everywhere, jnp.ones_like(everywhere, dtype=bool), places, jnp.zeros_like(state.overflow))
-    return exit_point(given, state, every, state.tokens, at=0)
+    return after_stage(given, state, every, state.tokens, at=0)
+
+
+def after_stage(given: Given, state: State, selection: Selection, entries: Array, *, at: int) -> State:
+    """What follows the blocks of a stage: some patches of these entries leave, and others merge."""
+    stage = given.stages[at]
+    if stage.reads:
+        state = read_exit(given, state, selection, entries, stage.stop)
+    if stage.exit is not None:
+        state = exit_point(given, state, selection, entries, at=at)
+    return state if stage.merge is None else merge_point(given, state, stage.merge)
+
+
+def merge_point(given: Given, state: State, merge: Merge) -> State:
+    """Tokens that are alike, or agreed upon, run on as one."""
+    prefix, agreed, label = state.prefix, None, None
+    assert state.merged is not None
+    if merge.agreed is not None:
+        assert state.ledger is not None
+        number = sum(one.exit is not None and one.stop <= merge.after for one in given.stages)
+        agreed, label = exits.agree(
+            merge.agreed,
+            lax.stop_gradient(state.ledger),
+            state.running,
+            [state.labels[at] for at in range(number)],
+            grid=state.grid,
+            exit=number,
+            merged=state.merged,
+        )
+    features = state.tokens[:, prefix:]
+    joined = merging.merge(features, state.merged, side=merge.side, alike=merge.alike, agreed=agreed, label=label)
+    patches = joined.features().astype(features.dtype)
+    found = joined.merged
+    return dataclasses.replace(
+        state,
+        tokens=jnp.concatenate([state.tokens[:, :prefix], patches], axis=1),
+        running=found.running,
+        owner=found.owner.astype(jnp.int32),
+        size=found.size.astype(jnp.int32),
+    )
 
 
 def run_stage(given: Given, state: State, *, at: int, capacity: int) -> State:
@@ -256,8 +322,8 @@ def run_stage(given: Given, state: State, *, at: int, capacity: int) -> State:
         ran=state.ran.at[:, blocks].set(jnp.where(runs, patches + prefix, 0)[:, None]),
         room=state.room.at[:, blocks].set(capacity),
     )
-    if stage.exit is not None:
-        return exit_point(given, state, selection, entries, at=at)
+    if stage.exit is not None or stage.merge is not None:
+        return after_stage(given, state, selection, entries, at=at)
     book = state.ledger
     if given.feature is not None or book is None:
         return state
@@ -274,14 +340,8 @@ def exit_point(given: Given, state: State, selection: Selection, entries: Array,
     stage, plan = stages[at], given.plan
     assert stage.exit is not None
     assert stage.index is not None
-    output, statistics = _read(given, stage.stop, entries[:, prefix:], state.grid, selection)
     book = state.ledger
-    if book is None:
-        keeps = given.reweighs or (given.which == "all" and given.model.gives_masks)
-        presence = lax.stop_gradient(output.presence_logits) if keeps else None
-        book = exits.begin(output, selection, presence_logits=presence)
-    state = _kept(given, state, book, selection, output, statistics, stage.stop)
-    book = exits.update(book, selection, lax.stop_gradient(output) if given.which == "all" else output)
+    assert book is not None
     previous = [state.labels[at] for at in range(stage.index)]
     decision = exits.decide(
         stage.exit.policy,
@@ -291,6 +351,7 @@ def exit_point(given: Given, state: State, selection: Selection, entries: Array,
         grid=state.grid,
         exit=stage.index,
         cell=plan.cell,
+        merged=state.merged,
     )
     stay, overflow = decision.stay, state.overflow
     most = given.model.sizes(stage.stop, state)[-1] - prefix
@@ -310,6 +371,19 @@ def exit_point(given: Given, state: State, selection: Selection, entries: Array,
     )
 
 
+def read_exit(given: Given, state: State, selection: Selection, entries: Array, after: int) -> State:
+    """Read the patches of these entries by the exit head after a block; the ledger has their latest outcome."""
+    output, statistics = _read(given, after, entries[:, state.prefix :], state.grid, selection)
+    book = state.ledger
+    if book is None:
+        keeps = given.reweighs or (given.which == "all" and given.model.gives_masks)
+        presence = lax.stop_gradient(output.presence_logits) if keeps else None
+        book = exits.begin(output, selection, presence_logits=presence)
+    state = _kept(given, state, book, selection, output, statistics, after)
+    book = exits.update(book, selection, lax.stop_gradient(output) if given.which == "all" else output)
+    return dataclasses.replace(state, ledger=book)
+
+
 def finish(given: Given, state: State) -> Output:
     """Output of a pass that has ended; features rejoin."""
     return head_outputs(given, state)[0]
@@ -321,9 +395,9 @@ def head_outputs(given: Given, state: State) -> tuple[Output, Kept | None]:
         state, output = _rejoined(given, state)
         return _output(given, state, output.logits), state.kept
     book = state.ledger
-    logits = book.logits
+    logits = state.of_all(book.logits)
     if given.reweighs and book.mask_logits is not None and book.presence_logits is not None:
-        logits = log_scores(book.mask_logits, book.presence_logits[:, None])
+        logits = log_scores(state.of_all(book.mask_logits), book.presence_logits[:, None])
     return _output(given, state, logits), state.kept
 
 
@@ -331,7 +405,8 @@ def _rejoined(given: Given, state: State) -> tuple[State, HeadOutput]:
     """All tokens of all images as a plain batch, to the end, and the output of the final head for them."""
     model, (_, slots, _), end = given.model, state.tokens.shape, given.stages[-1].stop
     options = {"start": end, "stop": model.depth}
-    every = run_blocks(model.network, given.params, state.tokens, state.positions, **options)
+    whole = jnp.concatenate([state.tokens[:, : state.prefix], state.of_all(state.tokens[:, state.prefix :])], axis=1)
+    every = run_blocks(model.network, given.params, whole, state.positions, **options)
     ran, room = (counted.at[:, end:].set(slots) for counted in (state.ran, state.room))
     finished = model.network.finish(given.params, every)[:, state.prefix :]
     output, statistics = _read(given, model.depth, finished, state.grid)
@@ -349,7 +424,7 @@ def _rejoined(given: Given, state: State) -> tuple[State, HeadOutput]:
 def _output(given: Given, state: State, logits: Float[Array, "images places classes"]) -> Output:
     depth = jnp.zeros(logits.shape[:2], dtype=jnp.int32) + given.model.depth
     if state.ledger is not None:
-        depth = state.ledger.exit_depth(given.model.depth)
+        depth = state.of_all(state.ledger.exit_depth(given.model.depth))
     return Output(
         logits=on_grid(logits, state.grid),
         exit_depth=on_grid(depth[..., None], state.grid)[..., 0],
@@ -415,9 +490,9 @@ def _kept(
         return state
     kept = _blank(given, output) if state.kept is None else state.kept
     every = exits.update(book, selection, output)
-    logits, masks = every.logits, None
+    logits, masks = state.of_all(every.logits), None
     if every.mask_logits is not None and every.presence_logits is not None:
-        masks = every.mask_logits, every.presence_logits
+        masks = state.of_all(every.mask_logits), every.presence_logits
         logits = log_scores(masks[0], masks[1][:, None]) if given.reweighs else logits
     return dataclasses.replace(state, kept=_with(given, kept, after, logits, selection.running, masks, statistics))
 
@@ -466,6 +541,8 @@ def _token_size(given: Given, state: State, selection: Selection, runs: Array) -
     patches = selection.valid.astype(jnp.float32)
     if given.plan.cell is not None:
         patches = patches * cells.token_size(selection, grid=state.grid, side=given.plan.cell)
+    if state.size is not None and given.plan.keys == "tokens":
+        patches = patches * tokens.gather(state.size, selection).astype(jnp.float32)
     prefix = jnp.broadcast_to(runs.astype(jnp.float32)[:, None], (images, state.prefix))
     counts = jnp.concatenate([prefix, patches], axis=1)
     # Of a finished image one entry counts all the same: there is no attention over nothing.

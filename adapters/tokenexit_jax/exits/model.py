@@ -278,7 +278,6 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
         TokenExitError: If it cannot.
     """
     require_fits(schedule, depth=model.depth, after=model.after, gives_masks=model.gives_masks)
-    require(not schedule.merges, "schedule", "merge nothing: in JAX tokens do not merge", list(schedule.merges))
     return of_pytrees(schedule)
 
 
