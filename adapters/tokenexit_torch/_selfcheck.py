@@ -38,7 +38,7 @@ def classes_of(head: nn.Module, width: int, like: Tensor, argument: str, *, leas
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             rule = f"take tokens of shape (tokens, {width})"
             if any(isinstance(part, nn.Conv2d) for part in head.modules()):
-                rule += " (a head that convolves a map is a decoder: see `wrap_decoder` and `DecodingHost`)"
+                rule += " (a head that convolves a map is a decoder: `wrap(vit, decoder=head)`)"
             raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
     require(
         isinstance(together, Tensor) and together.ndim == 2 and together.shape[0] == 3,

@@ -196,10 +196,11 @@ def _with_decoder(
 ) -> DecodingModel:
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     like, mode = next(host.module.parameters()), host.module.training
-    classes: Any = host.classes if num_classes is None else num_classes
-    if classes is not None or schedule.read_after or isinstance(exit_heads, Mapping):
+    asked: Any = host.classes if num_classes is None else num_classes
+    if asked is not None or schedule.read_after or isinstance(exit_heads, Mapping):
         why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
-        _require_count(classes, least=2, why=why)
+        _require_count(asked, least=2, why=why)
+    classes: int = asked or 0
     plan = None if isinstance(exit_heads, Mapping) else exit_heads
     if isinstance(exit_heads, Mapping):
         each = all(reads_of(head) != "images" for head in exit_heads.values())
@@ -210,7 +211,7 @@ def _with_decoder(
         require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(plan))
         chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.read_after}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
-    wrapped = DecodingModel(host, schedule, chosen, classes or 0, plan)
+    wrapped = DecodingModel(host, schedule, chosen, classes, plan)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
     wrapped.patch = check_host(host, like)

@@ -279,7 +279,7 @@ ONE = r"\(the softmax of one is always 1, .*use two logits\)"
         ({"head": nn.Linear(48, 1)}, f"`head` must give at least 2 classes {ONE}, got 1"),
         ({"head": First(0)}, "`head` must give at least 2 classes, got 0"),
         ({"num_classes": 2, "exit_heads": {2: nn.Linear(48, 1)}}, "must give 2 classes, as the final head, got 1"),
-        ({"head": nn.Conv2d(48, 5, 3)}, "`head` must .*convolves a map is a decoder: see `wrap_decoder`"),
+        ({"head": nn.Conv2d(48, 5, 3)}, r"`head` must .*convolves a map is a decoder: `wrap\(vit, decoder=head\)`"),
     ],
 )
 def test_class_counts_that_leave_no_doubt_or_no_room(given, message):

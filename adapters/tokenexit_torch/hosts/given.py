@@ -98,16 +98,16 @@ class GivenDecoder:
             tokens = self._host.run(index, tokens, embedded.positions)
         return tokens
 
-    def own(self, images: Float[Tensor, "images channels height width"], /) -> Any:
+    def own(self, images: Float[Tensor, "images channels height width"], /, **inputs: Any) -> Any:
         """See `DecodingHost`: the model's own dense forward, where the last map alone is read behind the norm."""
         embedded = self._host.embed(images)
         if self._features == "normalised" and len(self.taps) == 1:
-            return self._read([self._host.dense(images)], embedded)
+            return self._read([self._host.dense(images)], embedded, inputs)
         taken, tokens = {}, embedded.tokens
         for index in range(len(self._host.blocks)):
             tokens = self._host.run(index, tokens, embedded.positions)
             taken[index + 1] = tokens
-        return self.decode(taken, embedded, images)
+        return self.decode(taken, embedded, images, **inputs)
 
     def decode(
         self,
@@ -115,14 +115,15 @@ class GivenDecoder:
         embedded: Embedded,
         images: Tensor,  # noqa: ARG002
         /,
+        **inputs: Any,
     ) -> Any:
-        """See `DecodingHost`."""
+        """See `DecodingHost`: the decoder is handed the other inputs by name."""
         maps = [taken[tap] for tap in self.taps]
         if self._features == "normalised":
             maps = [self._host.finish(one) for one in maps]
-        return self._read(maps, embedded)
+        return self._read(maps, embedded, inputs)
 
-    def _read(self, maps: Sequence[Tensor], embedded: Embedded) -> Any:
+    def _read(self, maps: Sequence[Tensor], embedded: Embedded, inputs: Mapping[str, Any]) -> Any:
         (height, width), prefix = embedded.grid, embedded.prefix
         laid = [
             rearrange(
@@ -134,7 +135,7 @@ class GivenDecoder:
         if self._reads == "patches and prefix":
             first = [one[:, :prefix] for one in maps]
             given.append(first if len(first) > 1 else first[0])
-        return self._pair.decoder(*given)
+        return self._pair.decoder(*given, **inputs)
 
     def class_scores(self, decoded: Any, /) -> Tensor:
         """See `DecodingHost`: it is not known what a decoder gives."""

@@ -115,11 +115,10 @@ def fit_exits(
         rule = "be a tensor, or batches that can be gone through again, for a plan that merges by agreement"
         require(again, "images", rule, type(batches).__name__)
         for after, merges in phases:
-            last = f"after-{max(after)}"
-            folders = {
-                "cache": cache / last if isinstance(cache, Path) and len(phases) > 1 else cache,
-                "resume": Path(resume) / last if resume is not None and len(phases) > 1 else resume,
-            }
+            own, state = cache, resume
+            if len(phases) > 1:
+                own = cache / f"after-{max(after)}" if isinstance(cache, Path) else cache
+                state = None if resume is None else Path(resume) / f"after-{max(after)}"
             teacher = Teacher(
                 model,
                 _before_heads(model, seen, after, merges),
@@ -128,7 +127,8 @@ def fit_exits(
                 merges=merges,
             )
             learner = Learner(model, generator, weight_decay=weight_decay, after=after)
-            reports.append(fit(learner, batches, teacher, recipe, store=_files, progress=progress, **folders))
+            options = {"store": _files, "progress": progress}
+            reports.append(fit(learner, batches, teacher, recipe, cache=own, resume=state, **options))
         return _together(reports)
 
 
