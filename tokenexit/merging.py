@@ -200,11 +200,12 @@ def merge(
     xp, (images, slots) = array_namespace(features), shape
     bank = [xp.reshape(features, (images * slots, features.shape[2]))]
     source = xp.reshape(counting(images * slots, merged.owner), shape)
-    entries = None
+    (height, width), prefix = merged.grid, merged.prefix
+    entries = xp.reshape(features[:, prefix:, :], (images, height, width, features.shape[2]))
     for level in SIDES:
-        if level > min(side, *merged.grid):
+        if level > min(side, height, width):
             break
-        quarters = _by_cell(features, 2, merged) if entries is None else _by_four(entries)
+        quarters = _by_four(entries)
         mean = _mean(quarters)
         whole = merged.running & (merged.size == (level // 2) ** 2)
         ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))
@@ -215,7 +216,7 @@ def merge(
         if label is not None:
             labels = _by_cell(label, level, merged)
             ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
-        entries = xp.where(ready[..., None], mean, quarters[:, :, 0, :, 0, :])
+        entries = xp.where(ready[..., None], mean, quarters[0])
         merged, leads = _with_cells(merged, ready, level)
         count = math.prod(ready.shape)
         number = xp.reshape(counting(count, source), ready.shape) + sum(part.shape[0] for part in bank)
@@ -224,26 +225,33 @@ def merge(
     return Joined(merged, bank[0] if len(bank) == 1 else xp.concat(bank, axis=0), source)
 
 
-def _mean(quarters: Float[Array, "images rows 2 columns 2 dim"]) -> Float[Array, "images rows columns dim"]:
-    xp = array_namespace(quarters)
-    wide = xp.result_type(quarters.dtype, xp.float32)
-    found = xp.mean(quarters if quarters.dtype == wide else xp.astype(quarters, wide), axis=(2, 4))
-    return found if quarters.dtype == wide else xp.astype(found, quarters.dtype)
+Quarters = tuple[Float[Array, "images down across dim"], ...]
 
 
-def _similarity(quarters: Float[Array, "images rows 2 columns 2 dim"]) -> Float[Array, "images rows columns"]:
-    """Mean cosine similarity of the pairs of four tokens; NaN if one has no direction."""
-    xp = array_namespace(quarters)
-    quarters = quarters if quarters.dtype == xp.float32 else xp.astype(quarters, xp.float32)
-    length = xp.sqrt(xp.sum(quarters * quarters, axis=-1, keepdims=True))
-    total = xp.sum(quarters / length, axis=(2, 4))
+def _by_four(entries: Float[Array, "images rows columns dim"]) -> Quarters:
+    """The four entries of each cell: slices, for reductions over axes in between are several times slower."""
+    rows, columns = entries.shape[1] // 2 * 2, entries.shape[2] // 2 * 2
+    return tuple(entries[:, down:rows:2, right:columns:2, :] for down in (0, 1) for right in (0, 1))
+
+
+def _mean(quarters: Quarters) -> Float[Array, "images down across dim"]:
+    xp, dtype = array_namespace(*quarters), quarters[0].dtype
+    wide = xp.result_type(dtype, xp.float32)
+    first, second, third, last = (one if dtype == wide else xp.astype(one, wide) for one in quarters)
+    found = ((first + second) + (third + last)) / 4
+    return found if dtype == wide else xp.astype(found, dtype)
+
+
+def _similarity(quarters: Quarters) -> Float[Array, "images down across"]:
+    """Mean cosine similarity of the pairs of four tokens, in float32; NaN if one has no direction."""
+    xp = array_namespace(*quarters)
+    units = []
+    for one in quarters:
+        held = one if one.dtype == xp.float32 else xp.astype(one, xp.float32)
+        units.append(held / xp.sqrt(xp.sum(held * held, axis=-1, keepdims=True)))
+    first, second, third, last = units
+    total = (first + second) + (third + last)
     return (xp.sum(total * total, axis=-1) - 4) / 12
-
-
-def _by_four(entries: Float[Array, "images rows columns dim"]) -> Float[Array, "images down 2 across 2 dim"]:
-    xp, (images, rows, columns, dim) = array_namespace(entries), entries.shape
-    whole = entries[:, : rows - rows % 2, : columns - columns % 2, :]
-    return xp.reshape(whole, (images, rows // 2, 2, columns // 2, 2, dim))
 
 
 def _first_of_quarters(values: Array, side: int, merged: Merged) -> Array:
