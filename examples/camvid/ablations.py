@@ -55,7 +55,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accuracy-batch", type=int, default=4, help="batch size of the accuracy passes")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.set_defaults(fit_after=None, fit_images=None, fit_steps=None)  # heads as they are: none is fitted here
+    # Heads as they are: none is fitted here.
+    parser.set_defaults(fit_after=None, fit_images=None, fit_steps=None, fit_plan=None)
     given = parser.parse_args()
     if not 0 < given.work < 1:
         raise shell.UsageError(f"`--work` must be in (0, 1), got {given.work}")

@@ -236,7 +236,7 @@ def test_stages_of_a_plan():
         Stage(4, 5, rejoin=True),
         Stage(5, 6, tap=True),
     )
-    with pytest.raises(TokenExitError, match="`schedule` must have exits and taps within 3 blocks, got 4"):
+    with pytest.raises(TokenExitError, match="`schedule` must have exits, merges and taps within 3 blocks, got 4"):
         plan.stages(3)
 
 
