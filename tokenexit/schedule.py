@@ -143,7 +143,7 @@ class Schedule:
             attention, for those of the cell that have left; see `tokenexit.cells`. None: attention forgets leavers.
         merges: The merge points; their `after` ascends.
         keys: As what a merged token is a key of attention: as often as it holds `tokens` (ToMe, ICLR 2023, section 3),
-            or as the one of the `entries` that it is, which is faster and lets any kernel of attention run.
+            or as the one of the `entries` that it is: any kernel of attention runs, and more is lost.
     """
 
     exits: tuple[Exit, ...] = ()
