@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
 
-from tokenexit import cells, ledger, scores, tokens
+from tokenexit import cells, ledger, tokens
 from tokenexit._array import Array, array_namespace, counting, filled, require_marks
 from tokenexit._lazy import lazy
 from tokenexit.errors import require
@@ -41,14 +41,6 @@ class HeadOutput:
     class_scores: Float[Array, "*layout classes"] | None = None
     mask_logits: Float[Array, "*layout classes"] | None = None
     presence_logits: Float[Array, "images classes"] | None = None
-
-    @lazy
-    def confidence(self) -> Float[Array, "*layout"]:
-        """Confidence of every token: the greatest of its class scores, or `scores.confidence` of its logits."""
-        if self.class_scores is None:
-            return scores.confidence(self.logits)
-        xp = array_namespace(self.class_scores)
-        return xp.max(self.class_scores, axis=-1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ __all__ = [
     "Packing",
     "Receipt",
     "Selection",
-    "any_of_image",
     "gather",
     "pack",
     "repack",
@@ -224,9 +223,7 @@ def repack(
     """
     xp = array_namespace(stay)
     require_marks(stay, "stay")
-    running = scatter(stay, packing, into=xp.zeros_like(packing.running))
-    rows = _marked(stay, count)
-    return Packing(running, take(packing.index, rows)), rows
+    return restrict(packing, scatter(stay, packing, into=xp.zeros_like(packing.running)), count=count)
 
 
 def restrict(
@@ -316,28 +313,6 @@ def room(fraction: float, /, *, slots: int, prefix: int) -> int:
         prefix: Prefix tokens among them.
     """
     return max(min(prefix + 1, slots), round(fraction * slots))
-
-
-def any_of_image(marks: Bool[Array, "..."], receipt: Receipt, /) -> Bool[Array, "images"]:
-    """Whether any token of each image is marked.
-
-    Args:
-        marks: A mark for every entry, in the layout of the receipt.
-        receipt: The receipt. Entries of a `Selection` that are not valid must not be marked.
-
-    Returns:
-        True for each image with a mark.
-
-    Raises:
-        TokenExitError: If `marks` is not boolean or does not have the layout of `receipt`.
-    """
-    xp = array_namespace(marks)
-    require_marks(marks, "marks")
-    fits = tuple(marks.shape) == receipt.layout
-    require(fits, "marks", f"have the layout of the receipt, {receipt.layout}", f"shape {tuple(marks.shape)}")
-    if isinstance(receipt, Packing):
-        marks = scatter(marks, receipt, into=xp.zeros_like(receipt.running))
-    return xp.any(marks, axis=1)
 
 
 def gather(x: Shaped[Array, "images slots *rest"], receipt: Receipt, /) -> Shaped[Array, "..."]:

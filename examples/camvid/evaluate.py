@@ -28,6 +28,7 @@ from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, gated, report
 from examples.camvid.baselines import baselines
 from examples.camvid.contenders import Contender, Runner, Setting
+from examples.camvid.merges import merging
 from tokenexit import TokenExitError, schedule
 from tokenexit.heads import MLP
 
@@ -68,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baselines", action="store_true", help="measure merged tokens, smaller images and a compiled network as well"
     )
+    parser.add_argument("--merging", action="store_true", help="measure plans that merge before tokens leave as well")
     parser.add_argument(
         "--fit-after",
         type=int,
@@ -377,8 +379,8 @@ def fitted_model(given: argparse.Namespace, results: dict[str, Any], kept: Path)
     after = sorted(set(given.fit_after))
     plan = schedule.dense(after=after)
     if given.fit_plan is not None:
-        merging = read_plan(given.fit_plan).plan
-        plan = replace(plan, merges=merging.merges, keys=merging.keys)
+        merges = read_plan(given.fit_plan).plan
+        plan = replace(plan, merges=merges.merges, keys=merges.keys)
     model = tet.wrap(vit, plan, head=final, exit_heads=MLP(hidden=_FIT_HIDDEN))
     model.eval().to(given.device)
     frames = data.frames(given.data, "train", given.fit_images)
@@ -405,6 +407,8 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
             raise shell.UsageError(f"`--exits` must be left out for a run with gates, got {dict(given.exits)}")
         if given.fitted is not None:
             raise shell.UsageError(f"`--fitted` must be left out for a run with gates, got {str(given.fitted)!r}")
+        if given.merging:
+            raise shell.UsageError("`--merging` must be left out for a run with gates")
         gated.require_preserved(given.run)
         model = runs.load_gated(given.run)[0].eval().to(given.device)
         patches = patch_tokens(model)
@@ -414,6 +418,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
         patches = patch_tokens(model)
         heads = [int(block) for block in model.exit_heads]
         every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
+        every = (*every, *(merging(heads) if given.merging else ()))
     every = (*every, *(baselines(patches) if given.baselines else ()), *map(read_plan, given.plans))
     dense, *others = every
     chosen = [dense, *(one for one in others if given.only is None or one.name.startswith(tuple(given.only)))]

@@ -137,7 +137,7 @@ MUTANTS = (
         RETENTION,
     ),
     Mutant(
-        "a restricted row keeps its order of before",
+        "the shorter row forgets the first batch",
         "tokens.py",
         "return Packing(running, rows if packing.is_full else take(packing.index, rows)), rows",
         "return Packing(running, rows), rows",
@@ -316,13 +316,6 @@ MUTANTS = (
         "tokens.py",
         "picked = xp.reshape(searchsorted(counted, wanted), (images, capacity))",
         "picked = xp.reshape(searchsorted(counted, wanted + 1), (images, capacity))",
-        TOKENS,
-    ),
-    Mutant(
-        "the shorter row forgets the first batch",
-        "tokens.py",
-        "return Packing(running, take(packing.index, rows)), rows",
-        "return Packing(running, rows), rows",
         TOKENS,
     ),
     Mutant(

@@ -152,7 +152,7 @@ def test_what_may_not_leave_for_lack_of_room_is_the_least_certain(backend):
     decision = exits.decide(never(), book, running, grid=(3, 3), cell=3)
     pinned = np.zeros((1, 10), dtype=bool)
     pinned[0, [0, 5]] = True  # the prefix token, and the centre of the one cell
-    own = backend.numpy(output.confidence)[None]
+    own = backend.numpy(scores.confidence(output.logits))[None]
     np.testing.assert_array_equal(backend.numpy(decision.certain), np.where(pinned, -np.inf, own))
     np.testing.assert_array_equal(backend.numpy(decision.confidence), own[:, 1:])
     assert backend.numpy(decision.stay).all()

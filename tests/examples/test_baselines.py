@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tokenexit_torch as tet
 from examples import merging, shell
-from examples.camvid import baselines, data, evaluate, frontier, report
+from examples.camvid import baselines, data, evaluate, frontier, merges, report
 from examples.timm_import import import_timm
 from tests.examples import narrow as of_narrow
 from tests.examples.strips import CAMVID, TOKENS, needs_data
@@ -213,3 +213,28 @@ def test_baselines_are_rows_beside_the_others(strips: None, tmp_path: Path, monk
         monkeypatch.setattr(sys, "argv", [*page, "--setting", "ToMe, 4 a block"])
         with pytest.raises(shell.UsageError, match="`--setting` must be a schedule and no baseline, got 'ToMe"):
             report.content_of(report.arguments())
+
+
+@needs_data
+def test_plans_that_merge_are_rows_of_heads_fitted_as_they_merge(
+    strips: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, plan = tmp_path / "results.json", tmp_path / "plan.json"
+    settings = {one.name: one.plan for one in merges.merging((2, 3, 6, 8))}
+    plan.write_text(json.dumps(settings["merge 1, 2, 3; exits 6, 8 at 0.9"].to_dict()))
+    with of_narrow.in_place_of_tiny():
+        ready = of_narrow.ready(tmp_path / "ready.npz")
+        command = f"evaluate --data {CAMVID} --init {ready} --json {file} --limit 1 --device cpu --rounds 0"
+        command = f"{command} --fit-after 2 3 6 8 --fit-images 1 --fit-steps 1 --fit-plan {plan}".split()
+        monkeypatch.setattr(sys, "argv", [*command, "--merging", "--only", "merge"])
+        results = evaluate.evaluate(evaluate.arguments())
+        assert {*results["settings"]} == {"dense", *settings}
+        assert sorted(results["fit"]["agreement_on_train"]) == ["2", "3", "6", "8"]
+        assert results["inputs"]["fit_plan"]["merges"]
+        monkeypatch.setattr(sys, "argv", [*command[:-2], "--merging", "--only", "merge"])
+        with pytest.raises(shell.UsageError, match="`--json` must be .* results of the same inputs"):
+            evaluate.evaluate(evaluate.arguments())
+    with pytest.raises(
+        shell.UsageError, match=r"`--merging` must come with heads after .*\[2, 3, 6, 8\], got \[3, 6\]"
+    ):
+        merges.merging((3, 6))

@@ -10,7 +10,7 @@ from tests.jax.parity import same
 from tests.torch import models
 from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Feature
-from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree
+from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree, Patience
 from tokenexit.schedule import Exit, Merge, Schedule
 
 SIMILAR = (Merge(1, 2, 0.9), Merge(3, 4, 0.8))
@@ -28,6 +28,12 @@ PLANS = {
     "both at once": (
         "timm",
         Schedule((Exit(3, ConfidenceAbove(0.6)),), merges=(Merge(3, 4, agreed=ConfidenceAbove(0.4)),)),
+    ),
+    "a class that has lasted": (
+        "timm",
+        Schedule(
+            (Exit(2, ConfidenceAbove(0.9)), Exit(3, ConfidenceAbove(0.9))), merges=(Merge(3, 2, agreed=Patience(1)),)
+        ),
     ),
     "features rejoin": ("timm", Schedule((Exit(3, Budget(0.5)),), Feature("last block"), merges=(Merge(1, 2, 0.9),))),
 }

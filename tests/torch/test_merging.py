@@ -11,7 +11,7 @@ from tests.torch import hosts, models
 from tests.torch.models import pictures
 from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Feature
-from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree
+from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree, Patience
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.attention import attending_per_image
 
@@ -120,6 +120,17 @@ def test_members_leave_with_their_owner_and_have_its_outcome():
     dense = model(images)
     assert (dense.exit_depth == 6).all()
     assert (out.exit_depth == 4).all()
+
+
+@torch.inference_mode()
+def test_the_prediction_of_the_present_head_is_no_earlier_one():
+    """Of one head alone no class can have lasted, whether or not there is an exit beside the merge."""
+    model, images = models.wrapped(models.timm_vit, schedule.dense(after=(2, 3, 4))), pictures()
+    lasting = (Merge(3, 2, agreed=Patience(1)),)
+    beside = Schedule((Exit(3, ConfidenceAbove(1.0)),), merges=lasting)
+    before = Schedule((Exit(2, ConfidenceAbove(1.0)),), merges=lasting)
+    for plan, merges in ((Schedule(merges=lasting), False), (beside, False), (before, True)):
+        assert (model(images, schedule=plan).tokens_per_block[:, -1] < 25).any() == merges
 
 
 def test_gradients_reach_all_tokens_of_a_cell():
@@ -291,4 +302,4 @@ def test_training_reads_every_patch_of_merged_tokens():
     for after, logits in stages.logits.items():
         assert logits.isfinite().all(), after
     sum(logits.sum() for logits in stages.logits.values()).backward()
-    assert all(head[-1].weight.grad.abs().sum() > 0 for head in [*model.exit_heads.values(), model.head][1:2])
+    assert all(head[-1].weight.grad.abs().sum() > 0 for head in (model.exit_heads["3"], model.head))

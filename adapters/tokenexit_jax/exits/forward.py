@@ -275,7 +275,7 @@ def merge_point(given: Given, state: State, merge: Merge) -> State:
     assert state.merged is not None
     if merge.agreed is not None:
         assert state.ledger is not None
-        number = sum(one.exit is not None and one.stop <= merge.after for one in given.stages)
+        number = sum(one.exit is not None and one.stop < merge.after for one in given.stages)
         agreed, label = exits.agree(
             merge.agreed,
             lax.stop_gradient(state.ledger),

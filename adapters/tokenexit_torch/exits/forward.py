@@ -286,7 +286,11 @@ def merge_point(state: State, stage: Stage, /) -> State:
     merged = state.merged or merging.alone(receipt.running, grid=embedded.grid)
     agreed = label = None
     if merge.agreed is not None:
-        state = state if stage.exit is not None else read_exit(state, stage.stop)
+        labels = state.labels
+        if stage.exit is None:
+            state = read_exit(state, stage.stop)
+        else:  # the exit has read the head, and its own prediction is no earlier one
+            labels = labels[:-1]
         book = state.ledger
         assert book is not None
         with torch.no_grad():
@@ -294,22 +298,24 @@ def merge_point(state: State, stage: Stage, /) -> State:
                 merge.agreed,
                 book,
                 receipt.running,
-                state.labels,
+                labels,
                 grid=embedded.grid,
-                exit=len(state.labels),
+                exit=len(labels),
                 merged=state.merged,
             )
     count, slots, dim = embedded.tokens.shape
     by_slot = tokens.scatter(flat.unflatten(0, receipt.layout), receipt, into=flat.new_zeros(count, slots, dim))
     joined = merging.merge(by_slot, merged, side=merge.side, alike=merge.alike, agreed=agreed, label=label)
-    moved = fixed.layout.narrow(receipt, joined.merged, stage.stop, embedded.prefix)
+    assert isinstance(fixed.layout, Packed)
+    moved = fixed.layout.restricted(receipt, joined.merged.running)
     row = Row(moved.receipt, moved.lengths, size_in_attention(fixed.plan, moved.receipt, joined.merged))
     positions = embedded.positions
     if positions is not None:
         rule = "merge nothing, for a host that does not say which half of its positions are sines: Embedded(pairs=...)"
         require(embedded.pairs is not None, "schedule", rule, list(fixed.plan.merges))
+        assert embedded.pairs is not None
         slot, size = moved.receipt.slot, joined.merged.size.flatten().index_select(0, moved.receipt.index)
-        positions = merging.turned(positions, slot, size, grid=embedded.grid, pairs=embedded.pairs or 0)
+        positions = merging.turned(positions, slot, size, grid=embedded.grid, pairs=embedded.pairs)
     source = joined.source.flatten().index_select(0, moved.receipt.index)
     return replace(
         state,

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tokenexit import tokens
 from tokenexit.errors import require
 from tokenexit.exits import Decision
-from tokenexit.merging import Merged
 from tokenexit.tokens import Packing, Receipt, Selection
 from tokenexit_torch._modules import require_not_exported
 from tokenexit_torch.attention import Padded, PerImage
@@ -70,10 +69,6 @@ class Layout(ABC):
         """Drop the tokens that leave after a block, and those without room."""
 
     @abstractmethod
-    def narrow(self, receipt: Receipt, merged: Merged, after: int, prefix: int) -> Compaction:
-        """Drop the entries that have merged into others after a block."""
-
-    @abstractmethod
     def attention(
         self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None
     ) -> PerImage | Padded | None:
@@ -98,10 +93,10 @@ class Packed(Layout):
 
     def compact(self, receipt: Receipt, decision: Decision, after: int, prefix: int) -> Compaction:  # noqa: ARG002
         """See `Layout.compact`."""
-        return self._restricted(receipt, decision.stay)
+        return self.restricted(receipt, decision.stay)
 
-    def _restricted(self, receipt: Receipt, running: Tensor) -> Compaction:
-        """The row of fewer running slots."""
+    def restricted(self, receipt: Receipt, running: Bool[Tensor, "images slots"]) -> Compaction:
+        """Drop the tokens of slots that do not run on."""
         require_not_exported("a packed pass")
         assert isinstance(receipt, Packing)
         # Here, and nowhere else, an accelerator is waited for; and once, for both counts and rows would wait.
@@ -112,11 +107,6 @@ class Packed(Layout):
         count = sum(lengths) if has_to_wait(running) else None
         packing, rows = tokens.restrict(receipt, running, count=count)
         return Compaction(packing, rows, lengths)
-
-    def narrow(self, receipt: Receipt, merged: Merged, after: int, prefix: int) -> Compaction:
-        """See `Layout.narrow`."""
-        del after, prefix
-        return self._restricted(receipt, merged.running)
 
     def attention(self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None) -> PerImage | None:
         """See `Layout.attention`: a row with the tokens of one image needs no help."""
@@ -168,10 +158,6 @@ class Static(Layout):
         starts = torch.arange(images, device=entry.device)[:, None] * before
         rows = rearrange(entry + starts, "images capacity -> (images capacity)")
         return Compaction(smaller, rows, (capacity,) * images, smaller.overflow)
-
-    def narrow(self, receipt: Receipt, merged: Merged, after: int, prefix: int) -> Compaction:
-        """See `Layout.narrow`."""
-        raise NotImplementedError
 
     def attention(self, receipt: Receipt, lengths: Sequence[int], token_size: Tensor | None) -> Padded:  # noqa: ARG002
         """See `Layout.attention`."""
