@@ -52,15 +52,16 @@ def test_jax_merges_as_pytorch_does(kind, plan):
     np.testing.assert_array_equal(found.exit_depth, wanted.exit_depth)
     same(found.logits, wanted.logits.movedim(1, -1), 1e-4)
     assert tuple(found.exits) == wanted.exits
-    whole = both.compiled(plan, images)
-    same(whole.logits, found.logits, 1e-6)
-    np.testing.assert_array_equal(whole.capacity_per_block, found.capacity_per_block)
 
 
-def test_an_image_is_what_it_is_alone():
+def test_one_program_gives_what_buckets_chosen_on_the_host_give_and_an_image_is_what_it_is_alone():
+    """In a plan that first merges without a head, then with one, then has an exit."""
     kind, plan = PLANS["agreed, then exits"]
     both, images = pair(kind), pictures()
-    together, alone = both.found(plan, images), both.found(plan, images[1:2])
+    whole, together = both.compiled(plan, images), both.found(plan, images)
+    same(whole.logits, together.logits, 1e-6)
+    np.testing.assert_array_equal(whole.capacity_per_block, together.capacity_per_block)
+    alone = both.found(plan, images[1:2])
     same(alone.logits, together.logits[1:2], 1e-5)
     np.testing.assert_array_equal(alone.tokens_per_block, together.tokens_per_block[1:2])
 
