@@ -52,6 +52,7 @@ Manifest = TypeVar("Manifest")
 
 _LARGEST_TEXT = 2**28  # bytes: far more than a manifest, with the digests of a million images, needs
 _STRAY = 3600.0  # seconds after which what an interrupted save has left may be removed
+_GRACE = 0.02  # seconds in which another process that saves comes from its manifest to weights that were removed
 _EDITED = f'be that of the content, which was edited or damaged: "{BY_HAND}" in its place says that it was on purpose'
 
 
@@ -222,19 +223,21 @@ def read(
     folder = _path(folder)
     file = folder / f"{kind}.json"
     require(file.is_file(), "folder", f"hold the file {file.name}", str(folder))
-    text = None
+    seen = None
     while True:
-        before, text = text, text_of(file, "folder")
+        before, seen = seen, _manifest_state(file)
         try:
-            manifest, weights = _opened(text, kind, from_dict)
+            manifest, weights = _opened(text_of(file, "folder"), kind, from_dict)
         except (TokenExitError, RecursionError) as error:
             raise TokenExitError(f"`folder` must hold a valid {file.name}, got {file}: {error}") from error
         there = folder / weights.file
         wrong = _difference(there, weights)
         if wrong is None:
             return manifest, there
-        if text == before:
+        # Another process may be saving, and the same text anew (A, B, A): so the file counts, and not what it says.
+        if seen == before:
             break
+        time.sleep(_GRACE)
     rule = f"hold the weights that {file.name} names, which are bound to it by their hash"
     raise TokenExitError(f"`folder` must {rule}, got {there}: {wrong}")
 
@@ -364,6 +367,12 @@ def _present(folder: Path, kind: Kind) -> tuple[Path, tuple[int, int]] | None:
         data = parse(text_of(folder / f"{kind}.json", "folder"))
         file = folder / Weights.from_dict(data.get("weights"), kind).file
         return file, _state(file)
+    return None
+
+
+def _manifest_state(file: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        return _state(file)
     return None
 
 

@@ -137,6 +137,27 @@ def test_two_processes_that_save_leave_one_of_the_two(saved):
     assert read(saved) in (OLD, NEW)
 
 
+def test_a_reader_is_not_misled_by_a_save_of_the_same_text(saved, monkeypatch):
+    """A, B, A: whenever the weights are looked for, another process has saved the same text anew, and is not done."""
+    difference, rounds = folders._difference, iter(range(3))
+
+    def meanwhile(file, weights):
+        if next(rounds, None) is None:
+            return difference(file, weights)
+        folders.save(saved, "exits", *NEW)
+        folders.save(saved, "exits", *OLD)
+        return "there is no such file"
+
+    monkeypatch.setattr(folders, "_difference", meanwhile)
+    assert read(saved) == OLD
+
+
+def test_weights_that_are_gone_are_missed(saved):
+    (saved / folders.Weights.of("exits", OLD[1]).file).unlink()
+    with pytest.raises(TokenExitError, match=r"`folder` must hold the weights .*: there is no such file"):
+        read(saved)
+
+
 @given(data=st.data())
 @settings(max_examples=40)
 def test_damage_is_refused(tmp_path_factory, data):
