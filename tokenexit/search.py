@@ -1,9 +1,9 @@
-"""Which exits, thresholds and radii are worth having: a search for the frontier of quality and cost.
+"""Which exits, merges, thresholds and radii are worth having: a search for the frontier of quality and cost.
 
 The space is far too large to try everything: six heads, eight thresholds and four radii are 10⁹ schedules. So the
 search starts from networks cut short and from a few plain schedules, and then changes what is best so far in one
 respect at a time. How good and how dear a schedule is, a function of yours says: a replay of one dense pass, or the
-real run.
+real run, which a plan that merges needs.
 
     found = []
     for one in search.explore(evaluate, space, evaluations=400):     # in tqdm, if you like a bar
@@ -13,14 +13,95 @@ real run.
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenexit._plain import is_whole, require_keys
 from tokenexit.errors import TokenExitError, require
-from tokenexit.schedule import Schedule, neighbours, truncated
+from tokenexit.policies import NeighboursAgree
+from tokenexit.schedule import Merge, Schedule, neighbours, truncated
 
-__all__ = ["Found", "Space", "cheapest", "explore", "frontier"]
+__all__ = ["Found", "Merges", "Space", "cheapest", "explore", "frontier"]
+
+
+@dataclass(frozen=True)
+class Merges:
+    """Merges that a search may try before and beside exits: of cells that are alike, or agreed upon, or both.
+
+    Attributes:
+        after: Blocks that may have a merge, ascending.
+        sides: Sides of the largest cells that it may merge, ascending.
+        alike: Similarities that it may ask for, ascending; not to ask for any is bolder, where agreement is asked for.
+        agreed: Confidences at which its exit head may have to agree, ascending; without them no merge reads a head.
+        radii: Radii of that agreement, ascending.
+    """
+
+    after: tuple[int, ...] = (1, 2, 3)
+    sides: tuple[int, ...] = (2, 4, 8)
+    alike: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93)
+    agreed: tuple[float, ...] = (0.5, 0.8, 0.9)
+    radii: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If a tuple does not ascend, one but `agreed` is empty, or a number is out of range.
+        """
+        _require_ascending(self, "after", "sides", "alike", "radii")
+        if self.agreed:
+            _require_ascending(self, "agreed")
+        # Merges themselves know what a block, a side, a similarity, a confidence and a radius may be.
+        for end in (0, -1):
+            agreed = self.agreed[end] if self.agreed else None
+            self.merge(self.after[end], (self.sides[end], self.alike[end], agreed, self.radii[end]))
+
+    def merge(self, after: int, rule: "_MergeRule", /) -> Merge:
+        """The merge point of a rule."""
+        side, alike, confidence, radius = rule
+        return Merge(after, side, alike, None if confidence is None else NeighboursAgree(confidence, radius=radius))
+
+    def starts(self) -> "tuple[_MergePlan, ...]":
+        """What is tried first: each similarity at the first block; with the highest, agreement at the others."""
+        side, around = self.sides[0], self.radii[0]
+        alone = [((self.after[0], (side, alike, None, around)),) for alike in reversed(self.alike)]
+        if not self.agreed:
+            return tuple(alone)
+        rule = (side, self.alike[0], self.agreed[-1], around)
+        return *alone, (*alone[0], *((after, rule) for after in self.after[1:]))
+
+    def holds(self, plan: "_MergePlan", /) -> bool:
+        """Whether all rules of a plan are of this space."""
+        return all(
+            after in self.after
+            and side in self.sides
+            and (alike in self.alike or (alike is None and confidence is not None))
+            and confidence in (None, *self.agreed)
+            and (radius in self.radii if confidence is not None else radius == self.radii[0])
+            for after, (side, alike, confidence, radius) in plan
+        )
+
+    def near(self, plan: "_MergePlan", /) -> "list[_MergePlan]":
+        """All plans that differ in one merge, by one step; one without any merge among them."""
+        have = dict(plan)
+        careful = (self.sides[0], self.alike[-1], None, self.radii[0])
+        changed: list[dict[int, _MergeRule]] = []
+        for after in self.after:
+            if after not in have:
+                nearest = min(have, key=lambda block: abs(block - after), default=None)
+                changed.append(have | {after: careful if nearest is None else have[nearest]})
+                continue
+            changed.append({block: rule for block, rule in have.items() if block != after})
+            side, alike, confidence, radius = have[after]
+            rules = [(near, alike, confidence, radius) for near in _next(self.sides, side)]
+            rules += [(side, near, confidence, radius) for near in _next((None, *self.alike), alike)]
+            rules += [(side, alike, near, radius) for near in _next((None, *self.agreed), confidence)]
+            if confidence is not None:
+                rules += [(side, alike, confidence, near) for near in _next(self.radii, radius)]
+            # Without agreement there is no radius; and something is asked for.
+            rules = [rule if rule[2] is not None else (*rule[:3], self.radii[0]) for rule in rules]
+            changed += [have | {after: rule} for rule in rules if rule[1:3] != (None, None)]
+        return [tuple(sorted(one.items())) for one in changed]
 
 
 @dataclass(frozen=True)
@@ -33,6 +114,7 @@ class Space:
         radii: Radii that it may have, ascending; with 0 it reads no neighbour.
         per_class: Most confident leavers of each predicted class that stay.
         cell: Side of the cells in which the centre represents those that have left; None for none.
+        merges: Merges that there may be, too; None for none. A replay knows nothing of merges: run the plans.
     """
 
     after: tuple[int, ...]
@@ -40,46 +122,52 @@ class Space:
     radii: tuple[int, ...] = (0, 1, 2, 3)
     per_class: int = 5
     cell: int | None = None
+    merges: Merges | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
 
         Raises:
-            TokenExitError: If a tuple is empty or does not ascend, or a number is out of range.
+            TokenExitError: If a tuple is empty or does not ascend, a number is out of range, or there are merges beside
+                cells.
         """
-        for name in ("after", "thresholds", "radii"):
-            values = getattr(self, name)
-            ascends = isinstance(values, tuple) and len(values) > 0 and list(values) == sorted(set(values))
-            require(ascends, name, "be an ascending tuple of at least one", repr(values))
+        _require_ascending(self, "after", "thresholds", "radii")
         require(is_whole(self.per_class), "per_class", "be a whole number from 0 up", repr(self.per_class))
+        merges = () if self.merges is None else self.merges.starts()[0]
         # The schedules themselves know what a block, a threshold and a radius may be.
         for threshold in (self.thresholds[0], self.thresholds[-1]):
-            self._schedule(((self.after[0], threshold, self.radii[0]),))
-        self._schedule(((self.after[-1], self.thresholds[0], self.radii[-1]),))
+            self._schedule(_Plan(((self.after[0], threshold, self.radii[0]),), merges))
+        self._schedule(_Plan(((self.after[-1], self.thresholds[0], self.radii[-1]),)))
 
     def starts(self) -> tuple[Schedule, ...]:
-        """What is tried first: every truncation, and every threshold at all exits, radius 1 but 0 at the last."""
+        """What is tried first: every truncation, and every threshold at all exits, radius 1 but 0 at the last.
+
+        With merges also some plain ones, by themselves and with the most careful of these exits.
+        """
         around = min(self.radii, key=lambda radius: abs(radius - 1))
         last = self.after[-1]
-        plans = [
+        exits = [
             tuple((after, threshold, self.radii[0] if after == last else around) for after in self.after)
             for threshold in reversed(self.thresholds)
         ]
+        merges = () if self.merges is None else self.merges.starts()
+        plans = [*map(_Plan, exits), *(_Plan(some, one) for one in merges for some in ((), exits[0]))]
         return (*(truncated(after=after) for after in self.after), *map(self._schedule, plans))
 
     def holds(self, schedule: Schedule, /) -> bool:
         """Whether a schedule is one of this space."""
         if schedule in (truncated(after=after) for after in self.after):
             return True
-        exits = [(exit["after"], exit["policy"].get("policy") or {}) for exit in schedule.to_dict()["exits"]]
-        plan: Any = tuple((after, policy.get("threshold"), policy.get("radius")) for after, policy in exits)
-        inside = all(a in self.after and t in self.thresholds and r in self.radii for a, t, r in plan)
-        return inside and len(plan) > 0 and schedule == self._schedule(plan)
+        plan: Any = _plan_of(schedule, self.merges)
+        inside = all(a in self.after and t in self.thresholds and r in self.radii for a, t, r in plan.exits)
+        merges = not plan.merges or (self.merges is not None and self.merges.holds(plan.merges))
+        return inside and merges and not plan.empty and schedule == self._schedule(plan)
 
     def near(self, schedule: Schedule, /) -> tuple[Schedule, ...]:
         """All schedules of the space that differ from one of it in one respect.
 
-        An exit is added or dropped, one exit's threshold or radius moves by a step, or all thresholds do.
+        An exit is added or dropped, one exit's threshold or radius moves by a step, or all thresholds do; or a merge is
+        added or dropped, or its side, similarity, agreement or radius moves by a step.
 
         Args:
             schedule: A schedule of this space; a truncation has none near.
@@ -91,18 +179,26 @@ class Space:
             TokenExitError: If it is of another space.
         """
         require(self.holds(schedule), "schedule", "be one of this space", schedule)
-        return tuple(map(self._schedule, self._near(_plan_of(schedule))))
+        return tuple(map(self._schedule, self._near(_plan_of(schedule, self.merges))))
 
-    def _near(self, plan: "_Plan") -> list["_Plan"]:
-        have = {after: (threshold, radius) for after, threshold, radius in plan}
+    def _near(self, plan: "_Plan") -> "list[_Plan]":
+        if plan.empty:
+            return []
+        changed = [replace(plan, exits=exits) for exits in self._exits_near(plan.exits)]
+        if self.merges is not None:
+            changed += [replace(plan, merges=merges) for merges in self.merges.near(plan.merges)]
+        return [one for one in changed if not one.empty]
+
+    def _exits_near(self, exits: "_ExitPlan") -> "list[_ExitPlan]":
+        have = {after: (threshold, radius) for after, threshold, radius in exits}
         changed: list[dict[int, tuple[float, int]]] = []
-        for after in self.after if have else ():
+        for after in self.after:
             if after not in have:
-                nearest = have[min(have, key=lambda block: abs(block - after))]
-                changed.append(have | {after: nearest})
+                nearest = min(have, key=lambda block: abs(block - after), default=None)
+                careful = (self.thresholds[-1], self.radii[0])
+                changed.append(have | {after: careful if nearest is None else have[nearest]})
                 continue
-            if len(have) > 1:
-                changed.append({block: one for block, one in have.items() if block != after})
+            changed.append({block: one for block, one in have.items() if block != after})
             threshold, radius = have[after]
             changed += [have | {after: (near, radius)} for near in _next(self.thresholds, threshold)]
             changed += [have | {after: (threshold, near)} for near in _next(self.radii, radius)]
@@ -113,21 +209,58 @@ class Space:
         return [tuple((after, *one[after]) for after in sorted(one)) for one in changed]
 
     def _schedule(self, plan: "_Plan") -> Schedule:
-        return neighbours(
-            radius={after: radius for after, _, radius in plan},
-            threshold={after: threshold for after, threshold, _ in plan},
+        merges = () if self.merges is None else tuple(self.merges.merge(*one) for one in plan.merges)
+        if not plan.exits:
+            return Schedule(merges=merges)
+        exits = neighbours(
+            radius={after: radius for after, _, radius in plan.exits},
+            threshold={after: threshold for after, threshold, _ in plan.exits},
             per_class=self.per_class,
             cell=self.cell,
         )
+        return replace(exits, merges=merges)
 
 
-_Plan = tuple[tuple[int, float, int], ...]
-"""Block, threshold and radius of each exit; nothing for a truncation."""
+_ExitPlan = tuple[tuple[int, float, int], ...]
+"""Block, threshold and radius of each exit."""
+
+_MergeRule = tuple[int, float | None, float | None, int]
+"""Side, similarity, confidence of agreement and its radius."""
+
+_MergePlan = tuple[tuple[int, _MergeRule], ...]
+"""Block and rule of each merge."""
 
 
-def _plan_of(schedule: Schedule) -> _Plan:
-    policies = [(exit["after"], exit["policy"].get("policy")) for exit in schedule.to_dict()["exits"]]
-    return tuple((after, one["threshold"], one["radius"]) for after, one in policies if one is not None)
+@dataclass(frozen=True)
+class _Plan:
+    """A schedule of a space; nothing for a truncation."""
+
+    exits: _ExitPlan = ()
+    merges: _MergePlan = ()
+
+    @property
+    def empty(self) -> bool:
+        return not self.exits and not self.merges
+
+
+def _plan_of(schedule: Schedule, merges: Merges | None) -> _Plan:
+    data = schedule.to_dict()
+    exits = [(exit["after"], exit["policy"].get("policy")) for exit in data["exits"]]
+    found = tuple((after, one.get("threshold"), one.get("radius")) for after, one in exits if one is not None)
+    around = 0 if merges is None else merges.radii[0]
+    rules = []
+    for merge in data.get("merges", ()):
+        agreed = merge["agreed"] or {"threshold": None, "radius": around}
+        rule = (merge["side"], merge["alike"], agreed.get("threshold"), agreed.get("radius"))
+        rules.append((merge["after"], rule))
+    return _Plan(found, tuple(rules))
+
+
+def _require_ascending(space: Merges | Space, *names: str) -> None:
+    for name in names:
+        values = getattr(space, name)
+        ascends = isinstance(values, tuple) and len(values) > 0 and list(values) == sorted(set(values))
+        require(ascends, name, "be an ascending tuple of at least one", repr(values))
 
 
 @dataclass(frozen=True)
@@ -198,7 +331,7 @@ def explore(
     strange = [one for one in found if not isinstance(one, Found) or not space.holds(one.schedule)]
     require(not strange, "known", "be Found in this space", repr(strange[:1]))
     tried = {one.schedule for one in found}
-    plans = set(map(_plan_of, tried))
+    plans = {_plan_of(plan, space.merges) for plan in tried}
     while len(found) < evaluations:
         following = next((start for start in starts if start not in tried), None)
         if following is None:
@@ -207,7 +340,7 @@ def explore(
             return
         found.append(Found(following, *_two_numbers(evaluate(following))))
         tried.add(following)
-        plans.add(_plan_of(following))
+        plans.add(_plan_of(following, space.merges))
         yield found[-1]
 
 
@@ -250,7 +383,7 @@ def _one_near(space: Space, found: list[Found], tried: set[_Plan], draw: random.
     best = list(frontier(found))
     draw.shuffle(best)
     for one in best:
-        new = [plan for plan in space._near(_plan_of(one.schedule)) if plan not in tried]
+        new = [plan for plan in space._near(_plan_of(one.schedule, space.merges)) if plan not in tried]
         if new:
             return space._schedule(draw.choice(new))
     return None

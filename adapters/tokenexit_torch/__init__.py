@@ -30,6 +30,7 @@ from tokenexit_torch.heads.masks import MaskHead
 from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.protocol import Embedded, Host
 from tokenexit_torch.inference.export import export_onnx, export_program
+from tokenexit_torch.inference.latency import measure_latency
 from tokenexit_torch.inference.predictor import Predictor
 from tokenexit_torch.inference.windows import WindowedOutput, sliding
 from tokenexit_torch.saving import load, save
@@ -71,6 +72,7 @@ __all__ = [
     "load",
     "load_certificate",
     "mask_loss",
+    "measure_latency",
     "needed_capacity",
     "pixel_cross_entropy",
     "save",

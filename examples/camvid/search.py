@@ -2,6 +2,9 @@
 
     python -m examples.camvid.search --data CAMVID --run RUN --json search.json --minutes 5 --drop 0.3
 
+With `--merge-after`, plans may merge tokens as well, and are run, for a replay knows nothing of merges; with `--cost
+seconds`, what a plan costs is read off a table of times that is measured first, on this machine.
+
 Every schedule that is tried is written down as it is found. Stop it at any time: the same command goes on. In the
 end, the best of some bands of cost are run for real, to tell how far replays are off, and the cheapest that loses at
 most `--drop` mIoU, in its real run, is written beside the results, for `examples.camvid.evaluate --plans`.
@@ -10,8 +13,9 @@ most `--drop` mIoU, in its real run, is written beside the results, for `example
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ import tokenexit_torch as tet
 from examples import metrics, shell
 from examples.camvid import common, data, evaluate
 from tokenexit import schedule, search
+from tokenexit.latency import Latency
 from tokenexit.schedule import Schedule
 
 _SUMMARY = (__doc__ or "").partition("\n")[0]
@@ -37,10 +42,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="what was tried; a search goes on from it")
     parser.add_argument("--split", choices=data.SPLITS, default="val")
     parser.add_argument("--limit", type=int, help="use only this many images, spread evenly over the split")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time for replays")
-    parser.add_argument("--evaluations", type=int, default=2000, help="replays at most")
-    parser.add_argument("--cell", type=int, default=3, help="side of the cells; 0 for none")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time for trying plans")
+    parser.add_argument("--evaluations", type=int, default=2000, help="plans at most")
+    parser.add_argument("--cell", type=int, help="side of the cells; 0 for none. 3 by default, and none with merges")
     parser.add_argument("--per-class", type=int, default=0, help="leavers of each class that stay")
+    parser.add_argument("--exits", type=int, nargs="+", help="blocks that may have an exit; all with a head by default")
+    parser.add_argument("--merge-after", type=int, nargs="+", help="blocks that may have a merge: plans are run then")
+    parser.add_argument("--cost", choices=("multiply-adds", "seconds"), default="multiply-adds")
     parser.add_argument("--exact", type=int, default=6, help="bands of cost, the best of which is run for real")
     parser.add_argument("--drop", type=float, default=0.3, help="mIoU, in points, that the best may lose")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,29 +57,40 @@ def arguments() -> argparse.Namespace:
 
 
 @dataclass(frozen=True)
-class Replays:
-    """One dense pass over a split, for quality and cost of any schedule.
+class Measure:
+    """Quality and cost of schedules on a split.
 
     Attributes:
         model: The network.
-        trace: What its heads predict.
+        outputs: The outputs of a schedule for all images: a replay of one dense pass, or the run itself.
         labels: Labels at half the resolution: every second row and column.
-        dense: Multiply-adds of an image if nothing leaves.
+        latency: Times of the network on this machine; None if multiply-adds are the cost.
     """
 
     model: tet.ExitingModel
-    trace: tet.Trace
+    outputs: Callable[[Schedule], tet.Output]
     labels: Tensor
-    dense: float
+    latency: Latency | None
 
-    def measured(self, plan: Schedule) -> tuple[float, float]:
-        """MIoU as a fraction, and multiply-adds relative to dense."""
-        out = self.trace.replay(plan)
-        return mean_iou(out.logits, self.labels), self.cost(out)
+    @cached_property
+    def dense(self) -> float:
+        """Cost of an image if nothing leaves or merges."""
+        return self._absolute(schedule.dense(), self.outputs(schedule.dense()))
 
-    def cost(self, out: tet.Output) -> float:
-        """Multiply-adds of an output, relative to dense."""
-        return self.model.multiply_adds(out).double().mean().item() / self.dense
+    def __call__(self, plan: Schedule) -> tuple[float, float]:
+        """MIoU as a fraction, and cost relative to dense."""
+        out = self.outputs(plan)
+        return mean_iou(out.logits, self.labels), self.cost(plan, out)
+
+    def cost(self, plan: Schedule, out: tet.Output) -> float:
+        """Cost of a schedule with some outputs, relative to dense."""
+        return self._absolute(plan, out) / self.dense
+
+    def _absolute(self, plan: Schedule, out: tet.Output) -> float:
+        if self.latency is None:
+            return self.model.multiply_adds(out).double().mean().item()
+        found = self.latency.seconds(out.tokens_per_block, exits=len(out.exits), merges=len(plan.merges))
+        return found.double().mean().item()
 
 
 def mean_iou(logits: Tensor, labels: Tensor) -> float:
@@ -89,8 +108,28 @@ def run_for_real(model: tet.ExitingModel, plan: Schedule, batches: data.Batches)
     parts = [model(images, schedule=plan) for images, _ in shell.progress(batches, desc="exact")]
     return tet.Output(
         torch.cat([part.logits for part in parts]), torch.cat([part.exit_depth for part in parts]),
-        torch.cat([part.tokens_per_block for part in parts]), plan.after, "running",
+        torch.cat([part.tokens_per_block for part in parts]), parts[0].exits, "running",
     )  # fmt: skip
+
+
+def search_space(given: argparse.Namespace, heads: Sequence[int]) -> search.Space:
+    """What is searched.
+
+    Raises:
+        UsageError: If a block has no exit head, or there are to be cells beside merges.
+    """
+    after = heads if given.exits is None else sorted(set(given.exits))
+    if not set(after) <= set(heads):
+        raise shell.UsageError(f"`--exits` must be among the blocks with an exit head, {heads}, got {after}")
+    cell, merges = 3 if given.cell is None else given.cell, None
+    if given.merge_after is not None:
+        cell = 0
+        if given.cell:
+            raise shell.UsageError(f"`--cell` must be 0 with --merge-after, got {given.cell}")
+        blocks = sorted(set(given.merge_after))
+        # A merge by agreement reads the exit head of its block.
+        merges = search.Merges(tuple(blocks), agreed=search.Merges().agreed if set(blocks) <= set(heads) else ())
+    return search.Space(tuple(after), per_class=given.per_class, cell=cell or None, merges=merges)
 
 
 def open_results(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +139,7 @@ def open_results(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         UsageError: If the file holds something else, or the results of another search.
     """
     if not path.is_file():
-        return {"inputs": identity, "found": [], "exact": []}
+        return {"inputs": identity, "latency": None, "found": [], "exact": []}
     try:
         results = json.loads(path.read_text())
         same = results["inputs"] == identity
@@ -129,24 +168,28 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
     """
     frames = data.frames(given.data, given.split, given.limit)
     model = common.saved_model(given.run, data.SIZE, fitted=given.fitted)
-    space = search.Space(
-        tuple(int(block) for block in model.exit_heads), per_class=given.per_class, cell=given.cell or None
-    )
+    heads = sorted(int(block) for block in model.exit_heads)
+    space = search_space(given, heads)
     identity = {
         "split": given.split, "images": len(frames), "model": common.digest(given.run),
-        "fitted": common.digest_of_exits(given.fitted), "seed": given.seed,
+        "fitted": common.digest_of_exits(given.fitted), "seed": given.seed, "cost": given.cost,
         "space": json.loads(json.dumps(asdict(space))),
     }  # fmt: skip
     results = open_results(given.json, identity)
     batches = data.Batches(frames, 4)
-    images = data.Images(batches, torch.device("cpu"))
-    trace = tet.trace(model, images, progress=shell.progress)
+    if given.cost == "seconds" and results["latency"] is None:
+        first, _ = next(iter(batches))
+        results["latency"] = tet.measure_latency(model, first, progress=shell.progress).to_dict()
+    latency = None if results["latency"] is None else Latency.from_dict(results["latency"])
+    run = partial(run_for_real, model, batches=batches)
+    tried = run
+    if space.merges is None:
+        tried = tet.trace(model, data.Images(batches, torch.device("cpu")), progress=shell.progress).replay
     labels = torch.cat([labels for _, labels in batches])[:, 1::2, 1::2]
-    dense = model.multiply_adds(trace.replay(schedule.dense())).double().mean().item()
-    replays = Replays(model, trace, labels, dense)
+    measure = Measure(model, tried, labels, latency)
     known = [search.Found.from_dict(one) for one in results["found"]]
-    tries = search.explore(replays.measured, space, evaluations=given.evaluations, known=known, seed=given.seed)
-    bar = shell.progress(until(tries, minutes=given.minutes), desc="replays", initial=len(known))
+    tries = search.explore(measure, space, evaluations=given.evaluations, known=known, seed=given.seed)
+    bar = shell.progress(until(tries, minutes=given.minutes), desc="plans", initial=len(known))
     try:
         for one in bar:
             results["found"].append(one.to_dict())
@@ -155,11 +198,13 @@ def find(given: argparse.Namespace) -> dict[str, Any]:
     done = {json.dumps(one["schedule"]) for one in results["exact"]}
     for one in best_of_bands([search.Found.from_dict(one) for one in results["found"]], given.exact):
         if json.dumps(one.schedule.to_dict()) not in done:
-            out = run_for_real(model, one.schedule, batches)
-            exact = search.Found(one.schedule, mean_iou(out.logits, replays.labels), replays.cost(out))
+            exact = one
+            if space.merges is None:
+                out = run(one.schedule)
+                exact = search.Found(one.schedule, mean_iou(out.logits, labels), measure.cost(one.schedule, out))
             results["exact"].append(exact.to_dict() | {"replayed": [one.quality, one.cost]})
             evaluate.write_results(given.json, results)
-    results["dense"] = mean_iou(run_for_real(model, schedule.dense(), batches).logits, replays.labels)
+    results["dense"] = mean_iou(run(schedule.dense()).logits, labels)
     evaluate.write_results(given.json, results)
     return results
 
@@ -190,9 +235,12 @@ def main() -> None:
     exact = [search.Found(Schedule.from_dict(one["schedule"]), one["quality"], one["cost"]) for one in results["exact"]]
     for one, entry in zip(exact, results["exact"], strict=True):
         quality, cost = entry["replayed"]
+        replayed = ("", "")
+        if given.merge_after is None:
+            replayed = (f" (replayed {100 * quality:.2f})", f" (replayed {cost:.3f})")
         print(
-            f"mIoU {100 * one.quality:.2f} (replayed {100 * quality:.2f})  "
-            f"multiply-adds {one.cost:.3f} (replayed {cost:.3f})  {described(one.schedule)}"
+            f"mIoU {100 * one.quality:.2f}{replayed[0]}  "
+            f"{given.cost} {one.cost:.3f}{replayed[1]}  {described(one.schedule)}"
         )
     wanted = results["dense"] - given.drop / 100
     if all(one.quality < wanted for one in exact):
@@ -205,12 +253,20 @@ def main() -> None:
 
 
 def described(plan: Schedule) -> str:
-    """A schedule in a line: block, radius and threshold of each exit."""
-    parts = [(exit["after"], exit["policy"].get("policy")) for exit in plan.to_dict()["exits"]]
-    return ", ".join(
+    """A schedule in a line: block, radius and threshold of each exit; block, side and criteria of each merge."""
+    data = plan.to_dict()
+    parts = [(exit["after"], exit["policy"].get("policy")) for exit in data["exits"]]
+    exits = [
         f"after {after}: all" if policy is None else f"after {after}: r {policy['radius']} > {policy['threshold']}"
         for after, policy in parts
-    )
+    ]
+    merges = []
+    for merge in data.get("merges", ()):
+        alike = [] if merge["alike"] is None else [f"alike > {merge['alike']}"]
+        agreed = merge["agreed"] and f"agreed r {merge['agreed']['radius']} > {merge['agreed']['threshold']}"
+        criteria = " and ".join([*alike, *([agreed] if agreed else [])])
+        merges.append(f"merge after {merge['after']} up to {merge['side']}: {criteria}")
+    return ", ".join([*merges, *exits])
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 from tests.core import strategies
 from tokenexit import TokenExitError, schedule
-from tokenexit.policies import always
-from tokenexit.search import Found, Space, cheapest, explore, frontier
+from tokenexit.policies import NeighboursAgree, always
+from tokenexit.schedule import Merge, Schedule
+from tokenexit.search import Found, Merges, Space, cheapest, explore, frontier
 
 SMALL = Space((2, 4, 6), thresholds=(0.5, 0.7, 0.9), radii=(0, 1))
-
+MERGING = Space(
+    (4, 6), thresholds=(0.7, 0.9), radii=(0, 1), merges=Merges((1, 2), sides=(2, 4), alike=(0.8, 0.9), agreed=(0.5,))
+)
 
 OTHERS = [
     schedule.neighbours(radius={2: 1}, threshold=0.8, per_class=5),
@@ -41,6 +44,16 @@ def toy(plan):
         gone = early * (1.4 - policy.threshold) * (1 - 0.2 * policy.radius) * cost
         quality -= 0.3 * gone * (1.05 - policy.threshold) * (1 - 0.6 * policy.radius) * early
         cost -= 0.5 * gone
+    return quality, cost
+
+
+def merging(plan):
+    """The toy, in which what merges early, in large cells and by little is cheap, and agreement makes it good."""
+    quality, cost = toy(plan)
+    for merge in plan.merges:
+        gone = 0.2 * (1 - merge.after / 8) * (1.2 - (merge.alike or 0)) * merge.side / 4
+        careful = 0.2 if merge.agreed is None else 0.05 + 0.02 * (2 - merge.agreed.radius)
+        quality, cost = quality - careful * gone, cost * (1 - gone)
     return quality, cost
 
 
@@ -120,6 +133,46 @@ def test_what_is_near_differs_in_one_respect():
     assert all(plan in SMALL.near(one) for one in near if len(one.exits) == 2)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_merges_are_found_where_they_are_worth_it():
+    found = list(explore(merging, MERGING, evaluations=400))
+    plans = [one.schedule for one in found]
+    assert len(set(plans)) == len(plans)
+    assert all(MERGING.holds(plan) for plan in plans)
+    without = list(explore(merging, Space((4, 6), thresholds=(0.7, 0.9), radii=(0, 1)), evaluations=400))
+    good = 0.99 * max(one.quality for one in without)
+    assert cheapest(found, quality=good).cost < cheapest(without, quality=good).cost - 0.02
+    assert any(plan.merges and not plan.exits for plan in plans)
+    assert any(merge.alike is None for plan in plans for merge in plan.merges)
+    kept = [Found.from_dict(json.loads(json.dumps(one.to_dict()))) for one in found[:50]]
+    assert kept + list(explore(merging, MERGING, evaluations=120, known=kept)) == found[:120]
+
+
+def test_what_is_near_a_merge_differs_in_one_respect():
+    exits = schedule.neighbours(radius={4: 0, 6: 0}, threshold=0.9).exits
+    agreed = NeighboursAgree(0.5, radius=1)
+    plan = Schedule(exits, merges=(Merge(1, 2, 0.8),))
+    near = MERGING.near(plan)
+    assert {one.merges for one in near if one.exits == exits} == {
+        (), (Merge(1, 4, 0.8),), (Merge(1, 2, 0.9),), (Merge(1, 2, 0.8, agreed),), (Merge(1, 2, 0.8), Merge(2, 2, 0.8)),
+    }  # fmt: skip
+    asked = Schedule(merges=(Merge(1, 2, None, agreed),))
+    near = MERGING.near(asked)
+    assert {one.merges for one in near if not one.exits} == {
+        (Merge(1, 4, None, agreed),), (Merge(1, 2, 0.8, agreed),), (Merge(1, 2, None, NeighboursAgree(0.5, radius=2)),),
+        (Merge(1, 2, None, agreed), Merge(2, 2, None, agreed)),
+    }  # fmt: skip
+    assert {one.after for one in near if one.exits} == {(4,), (6,)}
+    for one in near:
+        assert asked in MERGING.near(one)
+    others = [
+        Schedule(merges=(Merge(3, 2, 0.8),)), Schedule(merges=(Merge(1, 8, 0.8),)), Schedule(merges=(Merge(1, 2, 0.7),)),
+        Schedule(merges=(Merge(1, 2, 0.8, NeighboursAgree(0.6, radius=1)),)), Schedule(exits, merges=plan.merges, keys="entries"),
+    ]  # fmt: skip
+    assert not any(MERGING.holds(one) for one in others)
+    assert not SMALL.holds(Schedule(merges=(Merge(1, 2, 0.8),)))
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5))))
 def test_the_frontier_is_what_nothing_beats(figures):
     found = [Found(schedule.truncated(after=1 + at), float(q), float(c)) for at, (q, c) in enumerate(figures)]
@@ -144,6 +197,12 @@ def test_the_frontier_is_what_nothing_beats(figures):
         (lambda: Space((2,), thresholds=(0.5, 1.5)), "`threshold` must"),
         (lambda: Space((2,), radii=(-1,)), "`radius` must"),
         (lambda: Space((0, 2)), "`after` must"),
+        (lambda: Merges(()), "`after` must be an ascending tuple of at least one, got ()"),
+        (lambda: Merges(alike=(0.9, 0.8)), "`alike` must be an ascending tuple of at least one, got (0.9, 0.8)"),
+        (lambda: Merges(sides=(2, 3)), "`side` must be one of [2, 4, 8, 16], got 3"),
+        (lambda: Merges(alike=(0.9, 1.5)), "`alike` must be None or a number in [-1, 1], got 1.5"),
+        (lambda: Merges(agreed=(0.5, 1.5)), "`threshold` must"),
+        (lambda: Space((2,), cell=3, merges=Merges()), "`cell` must be None in a plan that merges, got 3"),
         (lambda: Space((2,), per_class=-1), "`per_class` must be a whole number from 0 up, got -1"),
         (lambda: list(explore(toy, SMALL, evaluations=-1)), "`evaluations` must be a whole number from 0 up, got -1"),
         *(
