@@ -10,12 +10,14 @@ cell: what the owner leaves behind, early or at the end, is the outcome of all. 
 runs; it is merged into another, whatever becomes of that; or it has left.
 
 All functions work on all slots of all images, so that shapes do not depend on the data; each image merges as it likes.
+Where images have room for so many entries alone, `merge_to_fit` merges more.
+
 Related: ToMe (ICLR 2023) merges pairs of tokens by matching, ALGM (CVPR 2024) cells of 2 x 2 by similarity, CTS (CVPR
 2023) by a policy network, one count for a whole batch. Merging by the agreement of classes is new in this library.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -24,7 +26,18 @@ from jaxtyping import Bool, Float, Int, Shaped
 from tokenexit._array import Array, array_namespace, counting, filled, take
 from tokenexit.errors import require
 
-__all__ = ["SIDES", "Joined", "Merged", "alone", "merge", "spread", "turned", "whole_entries"]
+__all__ = [
+    "SIDES",
+    "Joined",
+    "Merged",
+    "alone",
+    "fewest",
+    "merge",
+    "merge_to_fit",
+    "spread",
+    "turned",
+    "whole_entries",
+]
 
 SIDES: Mapping[int, int] = MappingProxyType({2: 1, 4: 2, 8: 3, 16: 4})
 """Sides of the cells that can merge, in patches, and how often tokens then merge four to one."""
@@ -197,9 +210,93 @@ def merge(
         if array is not None:
             got = f"shape {tuple(array.shape)}"
             require(tuple(array.shape[:2]) == shape, name, f"have the images and slots {shape}", got)
-    xp, (images, slots) = array_namespace(features), shape
+    xp = array_namespace(features)
+
+    def passing(level: int, quarters: Quarters, ready: Array, merged: Merged) -> Array:
+        if alike is not None:
+            ready = ready & (_similarity(quarters) > alike)
+        if agreed is not None:
+            ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))
+        if label is not None:
+            labels = _by_cell(label, level, merged)
+            ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
+        return ready
+
+    return _merge_cells(features, merged, side, passing)
+
+
+def merge_to_fit(joined: Joined, /, *, side: int, capacity: int) -> tuple[Joined, Int[Array, "images"]]:
+    """Merge the most alike of the cells that have not merged, until there is room for all entries of an image.
+
+    Cells of 2 x 2 merge first, then those of 4 x 4, and so on. An image merges no more of them than it has to. One with
+    tokens that have left may lack whole cells: then it may still have more entries than there is room for.
+
+    Args:
+        joined: The outcome of a merge (`merge`).
+        side: Side of the largest cells that merge, in patches: 2, 4, 8 or 16.
+        capacity: Entries that there is room for in an image, prefix tokens among them.
+
+    Returns:
+        The outcome, and how many entries of each image have become part of others for lack of room. Of cells that are as
+        alike the first merge; those of which a token has no direction, NaN, come last.
+
+    Raises:
+        TokenExitError: If `side` is none of these, or `capacity` negative.
+    """
+    require(side in SIDES, "side", f"be one of {list(SIDES)}", side)
+    require(capacity >= 0, "capacity", "be a number of entries from 0 up", capacity)
+    xp = array_namespace(joined.bank)
+
+    def most_alike(_level: int, quarters: Quarters, ready: Array, merged: Merged) -> Array:
+        images, rows, columns = ready.shape
+        alike = _similarity(quarters)  # from -1/3 to 1
+        distance = xp.where(ready, xp.where(xp.isnan(alike), 2.0, -alike), 3.0)
+        order = xp.argsort(xp.reshape(distance, (images, rows * columns)), axis=1, stable=True)
+        rank = xp.reshape(xp.argsort(order, axis=1), ready.shape)
+        # Each cell that merges is three entries less.
+        cells = (_entries(merged) - capacity + 2) // 3
+        return ready & (rank < cells[:, None, None])
+
+    fitted = _merge_cells(joined.features(), joined.merged, side, most_alike)
+    return fitted, _entries(joined.merged) - _entries(fitted.merged)
+
+
+def fewest(grid: tuple[int, int], /, *, side: int) -> int:
+    """Entries of a grid of which all cells have merged.
+
+    Args:
+        grid: Height and width of the patch grid.
+        side: Side of the largest cells that merge, in patches: 2, 4, 8 or 16.
+
+    Returns:
+        How many there are, the rim among them.
+
+    Raises:
+        TokenExitError: If `side` is none of these.
+    """
+    require(side in SIDES, "side", f"be one of {list(SIDES)}", side)
+    height, width = grid
+    return height * width - 3 * sum((height // level) * (width // level) for level in SIDES if level <= side)
+
+
+def _entries(merged: Merged) -> Int[Array, "images"]:
+    """How many entries each image has."""
+    xp = array_namespace(merged.running)
+    return xp.sum(xp.astype(merged.running, merged.owner.dtype), axis=1)
+
+
+Quarters = tuple[Float[Array, "images down across dim"], ...]
+"""The four entries of each cell."""
+
+Choice = Callable[[int, Quarters, Bool[Array, "images down across"], Merged], Bool[Array, "images down across"]]
+"""From the side of cells, their quarters, which of them are whole, and what has merged, to those that merge."""
+
+
+def _merge_cells(features: Array, merged: Merged, side: int, choice: Choice) -> Joined:
+    """Merge the whole cells that are chosen, the smallest first."""
+    xp, (images, slots) = array_namespace(features), tuple(merged.running.shape)
     bank = [xp.reshape(features, (images * slots, features.shape[2]))]
-    source = xp.reshape(counting(images * slots, merged.owner), shape)
+    source = xp.reshape(counting(images * slots, merged.owner), (images, slots))
     (height, width), prefix = merged.grid, merged.prefix
     entries = xp.reshape(features[:, prefix:, :], (images, height, width, features.shape[2]))
     for level in SIDES:
@@ -209,13 +306,7 @@ def merge(
         mean = _mean(quarters)
         whole = merged.running & (merged.size == (level // 2) ** 2)
         ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))
-        if alike is not None:
-            ready = ready & (_similarity(quarters) > alike)
-        if agreed is not None:
-            ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))
-        if label is not None:
-            labels = _by_cell(label, level, merged)
-            ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
+        ready = choice(level, quarters, ready, merged)
         entries = xp.where(ready[..., None], mean, quarters[0])
         merged, leads = _with_cells(merged, ready, level)
         count = math.prod(ready.shape)
@@ -223,9 +314,6 @@ def merge(
         source = xp.where(leads, _everywhere(number, level, merged), source)
         bank.append(xp.reshape(entries, (count, features.shape[2])))
     return Joined(merged, bank[0] if len(bank) == 1 else xp.concat(bank, axis=0), source)
-
-
-Quarters = tuple[Float[Array, "images down across dim"], ...]
 
 
 def _by_four(entries: Float[Array, "images rows columns dim"]) -> Quarters:

@@ -173,7 +173,7 @@ class Schedule:
         require(cell, "cell", "be None or a whole number of patches from 1 up", repr(self.cell))
         listed = isinstance(self.merges, tuple) and all(isinstance(merge, Merge) for merge in self.merges)
         require(listed, "merges", "be a tuple of Merge", self.merges)
-        blocks = [merge.after for merge in self.merges]
+        blocks = list(self.merged_after)
         require(blocks == sorted(set(blocks)), "merges", "come in strictly ascending order of `after`", blocks)
         require(not self.merges or self.cell is None, "cell", "be None in a plan that merges", repr(self.cell))
         require(self.keys in ("tokens", "entries"), "keys", "be `tokens` or `entries`", repr(self.keys))
@@ -184,6 +184,11 @@ class Schedule:
     def after(self) -> tuple[int, ...]:
         """The blocks after which there is an exit point."""
         return tuple(exit.after for exit in self.exits)
+
+    @property
+    def merged_after(self) -> tuple[int, ...]:
+        """The blocks after which there is a merge point."""
+        return tuple(merge.after for merge in self.merges)
 
     @property
     def read_after(self) -> tuple[int, ...]:

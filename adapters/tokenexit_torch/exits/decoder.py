@@ -173,6 +173,7 @@ def decoded_output(state: State, images: Tensor, inputs: Mapping[str, Any], /) -
         state.exits,
         fixed.area,
         *worked(state),
+        merges=fixed.plan.merged_after,
     )
 
 

@@ -24,14 +24,15 @@ from tokenexit.carries import Feature, MaskPrediction
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
 from tokenexit.ledger import Ledger
-from tokenexit.merging import Merged
+from tokenexit.merging import Joined, Merged
+from tokenexit.policies import never
 from tokenexit.schedule import Schedule, Stage
 from tokenexit.tokens import Receipt, Selection
 from tokenexit_torch._blocks import run_blocks
 from tokenexit_torch._modules import kept_eager, require_not_traced
 from tokenexit_torch.attention import Attending
 from tokenexit_torch.exits.base import WithExits
-from tokenexit_torch.exits.layouts import PACKED, Counts, Layout, Packed
+from tokenexit_torch.exits.layouts import PACKED, Certain, Compaction, Counts, Layout, Packed
 from tokenexit_torch.heads.masks import log_scores
 from tokenexit_torch.heads.reading import apply_head, detached
 from tokenexit_torch.hosts.protocol import Embedded, area_of, embedded_by
@@ -124,7 +125,8 @@ class State:
         labels: Classes of all patches that each of the exit points so far has found.
         counts: Tokens in the blocks so far.
         exits: The blocks after which an exit head ran.
-        overflow: Tokens of each image that left for lack of room; None in a layout that has always room.
+        overflow: Entries of each image that left, or became part of others, for lack of room; None in a layout that
+            has always room.
         outputs: Outputs of the heads for all patches, by block, where all are kept.
         tapped: All tokens of all images, by block, where they are tapped.
         merged: Which tokens have merged; None before the first merge point.
@@ -163,11 +165,8 @@ def start(
     """
     plan = model.schedule if schedule is None else model.checked(schedule)
     stages = plan.stages(model.depth, taps=taps, heads=heads)
-    after = [stage.stop for stage in stages if stage.exit is not None]
-    layout.require_exits(after)
-    packed = isinstance(layout, Packed)
-    rule = "merge nothing in the static layout, which has no capacity for merges"
-    require(packed or not plan.merges, "schedule", rule, list(plan.merges))
+    after = [stage.stop for stage in stages if stage.exit is not None or stage.merge is not None]
+    layout.require_room(after)
     if after:
         require_not_traced(type(model).__name__)
     embedded = embedded_by(model.host, images, patch=model.patch)
@@ -177,7 +176,7 @@ def start(
     rule = "have fold_above=None for a model without prefix tokens"
     require(not folds or embedded.prefix > 0, "schedule", rule, plan.carry)
     count, slots, _ = embedded.tokens.shape
-    overflow = None if packed else torch.zeros(count, dtype=torch.int64, device=embedded.tokens.device)
+    overflow = None if isinstance(layout, Packed) else torch.zeros(count, dtype=torch.int64, device=embedded.tokens.device)
     return State(fixed, embedded.tokens, embedded.positions, runs=count * slots > 0, overflow=overflow)
 
 
@@ -227,7 +226,7 @@ def exit_point(state: State, stage: Stage, /) -> State:
             cell=fixed.plan.cell,
             merged=state.merged,
         )
-        moved = fixed.layout.compact(receipt, decision, stage.stop, embedded.prefix)
+        moved = fixed.layout.compact(receipt, decision, stage, embedded.prefix)
     left = receipt.running ^ moved.receipt.running
     if fixed.feature is not None and fixed.feature.fold_above is not None and features is not None:
         leave = tokens.gather(left, receipt)
@@ -278,7 +277,7 @@ def read_exit(state: State, after: int, /) -> State:
 
 
 def merge_point(state: State, stage: Stage, /) -> State:
-    """Tokens of the row that are alike, or agreed upon, run on as one: one gather."""
+    """Tokens of the row that are alike, or agreed upon, run on as one, and the row closes up: one gather."""
     fixed, row, merge = state.fixed, state.row, stage.merge
     assert row is not None
     assert merge is not None
@@ -303,18 +302,18 @@ def merge_point(state: State, stage: Stage, /) -> State:
                 exit=len(labels),
                 merged=state.merged,
             )
-    count, slots, dim = embedded.tokens.shape
-    by_slot = tokens.scatter(flat.unflatten(0, receipt.layout), receipt, into=flat.new_zeros(count, slots, dim))
+    laid = flat.unflatten(0, receipt.layout)
+    by_slot = tokens.scatter(laid, receipt, into=fixed.layout.blank(receipt, laid))
     joined = merging.merge(by_slot, merged, side=merge.side, alike=merge.alike, agreed=agreed, label=label)
-    assert isinstance(fixed.layout, Packed)
-    moved = fixed.layout.restricted(receipt, joined.merged.running)
-    row = Row(moved.receipt, moved.lengths, size_in_attention(fixed.plan, moved.receipt, joined.merged))
+    joined, moved = fixed.layout.join(receipt, joined, stage, embedded.prefix, _certain(state, stage))
+    state, merged = _without_room(state, joined, moved, stage.stop)
+    row = Row(moved.receipt, moved.lengths, size_in_attention(fixed.plan, moved.receipt, merged))
     positions = embedded.positions
     if positions is not None:
         rule = "merge nothing, for a host that does not say which half of its positions are sines: Embedded(pairs=...)"
         require(embedded.pairs is not None, "schedule", rule, list(fixed.plan.merges))
         assert embedded.pairs is not None
-        slot, size = moved.receipt.slot, joined.merged.size.flatten().index_select(0, moved.receipt.index)
+        slot, size = moved.receipt.slot, merged.size.flatten().index_select(0, moved.receipt.index)
         positions = merging.turned(positions, slot, size, grid=embedded.grid, pairs=embedded.pairs)
     source = joined.source.flatten().index_select(0, moved.receipt.index)
     return replace(
@@ -323,8 +322,35 @@ def merge_point(state: State, stage: Stage, /) -> State:
         positions=positions,
         row=row,
         attention=fixed.layout.attention(row.receipt, row.lengths, row.token_size),
-        merged=joined.merged,
+        merged=merged,
     )
+
+
+def _certain(state: State, stage: Stage) -> Certain | None:
+    """How certain the latest outcome of every entry is; None where nothing can have left."""
+    fixed, book = state.fixed, state.ledger
+    if book is None or all(one.exit is None for one in fixed.stages if one.stop <= stage.stop):
+        return None
+
+    def certain(merged: Merged) -> Tensor:
+        with torch.no_grad():
+            return exits.decide(never(), book, merged.running, grid=merged.grid, merged=merged).certain
+
+    return certain
+
+
+def _without_room(state: State, joined: Joined, moved: Compaction, after: int) -> tuple[State, Merged]:
+    """After a merge, what had no room has left, with its latest outcome; and what has merged of the others."""
+    merged, book = joined.merged, state.ledger
+    state = replace(state, overflow=_sum(state.overflow, moved.overflow))
+    if book is None or moved.overflow is None:
+        return state, merged
+    left = merged.running ^ moved.receipt.running
+    book = ledger.freeze(book, left, depth=after)
+    if book.features is not None:  # it rejoins as it is now
+        present = joined.features().to(book.features.dtype)
+        book = replace(book, features=torch.where(left[..., None], present, book.features))
+    return replace(state, ledger=book), replace(merged, running=moved.receipt.running)
 
 
 def size_in_attention(plan: Schedule, receipt: Receipt, merged: Merged, /) -> Tensor | None:

@@ -114,7 +114,7 @@ class ExitingModel(WithExits[Host]):
             whole, _ = packed_output(as_batch(state))
             for number, at in enumerate(where):
                 logits, depth, ran = (table[number : number + 1] for table in whole[:3])
-                found[at] = Output(logits, depth, ran, whole.exits, whole.head_on, whole.area)
+                found[at] = Output(logits, depth, ran, whole.exits, whole.head_on, whole.area, merges=whole.merges)
         return tuple(found[at] for at in sorted(found))
 
     def every_exit(
@@ -264,6 +264,7 @@ def final_output(state: State, /) -> tuple[Output, State]:
         "running" if fixed.feature is None else "all",
         fixed.area,
         *worked(state),
+        merges=fixed.plan.merged_after,
     )
     return made, state
 

@@ -25,7 +25,9 @@ class Output(NamedTuple):
         area: The area of the images that the grid covers; None if it is the whole of them.
         capacity_per_block: In the static layout, how many entries each block worked on for each image, with a token or
             without: what is more than `tokens_per_block` was wasted. None in packed rows.
-        overflow: In the static layout, how many tokens of each image left only because there was no room for them.
+        overflow: In the static layout, how many entries of each image left, or merged into others, only because there
+            was no room for them.
+        merges: The blocks after which tokens could merge.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -36,6 +38,7 @@ class Output(NamedTuple):
     area: Area | None = None
     capacity_per_block: Int[Tensor, "images blocks"] | None = None
     overflow: Int[Tensor, "images"] | None = None
+    merges: tuple[int, ...] = ()
 
     @property
     def worked_per_block(self) -> Int[Tensor, "images blocks"]:
@@ -68,7 +71,9 @@ class DecodedOutput(NamedTuple):
         area: The area of the images that the grid covers; None if it is the whole of them.
         capacity_per_block: In the static layout, how many entries each block worked on for each image. None in packed
             rows.
-        overflow: In the static layout, how many tokens of each image left only because there was no room for them.
+        overflow: In the static layout, how many entries of each image left, or merged into others, only because there
+            was no room for them.
+        merges: The blocks after which tokens could merge.
     """
 
     decoded: Any
@@ -78,6 +83,7 @@ class DecodedOutput(NamedTuple):
     area: Area | None = None
     capacity_per_block: Int[Tensor, "images blocks"] | None = None
     overflow: Int[Tensor, "images"] | None = None
+    merges: tuple[int, ...] = ()
 
     @property
     def worked_per_block(self) -> Int[Tensor, "images blocks"]:

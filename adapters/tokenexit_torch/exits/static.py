@@ -1,7 +1,8 @@
-"""Exits with static shapes: for CUDA graphs, one compiled program, and export.
+"""Exits and merges with static shapes: for CUDA graphs, one compiled program, and export.
 
-After each exit there are so many entries for every image, whatever leaves. Nothing waits for the device, and nothing
-depends on the data but the data. What an exit would keep beyond that leaves as well, and is counted.
+After each there are so many entries for every image, whatever leaves or merges. Nothing waits for the device, and
+nothing depends on the data but the data. What an exit would keep beyond that leaves as well, what a merge would keep
+merges as well, and is counted.
 """
 
 from collections.abc import Mapping
@@ -24,28 +25,32 @@ __all__ = ["StaticModel", "needed_capacity"]
 
 
 class StaticModel(nn.Module):
-    """Wrapped model with a fixed number of entries after each exit.
+    """Wrapped model with a fixed number of entries after each exit and each merge.
 
     Its weights, and its plan, are the model's: `retune` that, and what was compiled compiles anew. It gives what the
-    model gives wherever there is room for all that stay. Where there is not, the most confident surplus leaves with its
-    present prediction; `Output.overflow` counts it. What there is room for is computed, with a token
-    or without: so capacities near what is needed make it fast (`needed_capacity`).
+    model gives wherever there is room for all that stay. Where there is not, the most confident surplus leaves an exit
+    with its present prediction, and at a merge the most alike cells merge whatever its criteria say, up to its side;
+    what even then has no room, where others have left before, leaves with its latest prediction. `Output.overflow`
+    counts all of it. What there is room for is computed, with a token or without: so capacities near what is needed
+    make it fast (`needed_capacity`).
 
     It compiles as one program, `torch.compile(static, fullgraph=True)`; is safe in a CUDA graph; and can be exported,
     by `torch.export` or as ONNX (`export_onnx`). Number and size of images are then fixed.
 
     Args:
         model: The wrapped model.
-        capacities: What runs on after an exit, as a fraction of the slots of an image, prefix tokens among them: one
-            fraction for all exits, or one for each block with an exit head. They never grow from one exit to the next.
+        capacities: What runs on after an exit or a merge, as a fraction of the slots of an image, prefix tokens among
+            them: one fraction for all, or one for each block with an exit head or a merge of the model's plan, and for
+            others that plans of single calls name. After an exit and a merge behind one block, it is what runs on after
+            both. They never grow from one block to the next.
 
     Attributes:
         model: The wrapped model.
-        capacities: The fraction for each block with an exit head.
+        capacities: The fraction for each of these blocks.
 
     Raises:
-        TokenExitError: If the model is not wrapped by `wrap` or `wrap_decoder`, or a capacity is missing or not in
-            (0, 1].
+        TokenExitError: If the model is not wrapped by `wrap` or `wrap_decoder`, or a capacity is missing, of a block
+            that there is not, or not in (0, 1].
     """
 
     model: ExitingModel | DecodingModel
@@ -55,15 +60,15 @@ class StaticModel(nn.Module):
         super().__init__()
         known = isinstance(model, ExitingModel | DecodingModel)
         require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
-        after = [int(block) for block in model.exit_heads]
+        after = sorted({*map(int, model.exit_heads), *model.schedule.merged_after})
         given = capacities if isinstance(capacities, Mapping) else dict.fromkeys(after, capacities)
-        rule = f"be a fraction for all exits, or for each of the blocks {after}"
-        require(set(given) == set(after), "capacities", rule, repr(capacities))
+        rule = f"be a fraction for all exits and merges, or for each of the blocks {after}"
+        require(set(after) <= set(given) <= set(range(1, model.depth)), "capacities", rule, repr(capacities))
         for block, fraction in given.items():
             number = isinstance(fraction, Real) and not isinstance(fraction, bool) and 0 < fraction <= 1
             require(number, f"capacities[{block}]", "be greater than 0 and at most 1", repr(fraction))
         self.model = model
-        self.capacities = {block: float(given[block]) for block in after}
+        self.capacities = {block: float(given[block]) for block in sorted(given)}
 
     def forward(
         self,
@@ -83,7 +88,8 @@ class StaticModel(nn.Module):
             What the wrapped model returns, with `capacity_per_block` and `overflow`.
 
         Raises:
-            TokenExitError: If the images do not fit the model, or an exit of the plan has no head.
+            TokenExitError: If the images do not fit the model, an exit of the plan has no head, or an exit or a merge no
+                capacity; or if a merge has no room even where all cells merge, and nothing can have left before.
         """
         state = self.run_pass(images, schedule)
         if isinstance(self.model, DecodingModel):
@@ -120,20 +126,20 @@ class StaticModel(nn.Module):
 
 
 def needed_capacity(output: Output | DecodedOutput, /) -> dict[int, float]:
-    """After each exit, the fraction of its slots that the fullest image of a call needed: for `StaticModel`.
+    """After each exit and merge, the fraction of slots that the fullest image of a call needed: for `StaticModel`.
 
-    Take the largest over images like those to come, and some more: what has no room leaves.
+    Take the largest over images like those to come, and some more: what has no room leaves, or merges.
 
     Args:
         output: What a call returned.
 
     Returns:
-        Fractions in (0, 1], by the block before the exit.
+        Fractions in (0, 1], by the block before the exit or merge.
 
     Raises:
         TokenExitError: If it was a call without images.
     """
     counts = output.tokens_per_block
     require(len(counts) > 0, "output", "be of at least one image", "none")
-    slots = int(counts[0, 0])
-    return {after: max(int(counts[:, after].max()), 1) / slots for after in output.exits}
+    slots, blocks = int(counts[0, 0]), sorted({*output.exits, *output.merges})
+    return {after: max(int(counts[:, after].max()), 1) / slots for after in blocks}

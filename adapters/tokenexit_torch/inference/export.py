@@ -5,7 +5,7 @@ them. A sort is a TopK of all elements, of which equal ones come in the order of
 3,840 of them, so longer rows are sorted in parts, which are merged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from tokenexit.errors import TokenExitError, require
 from tokenexit_torch._modules import evaluating
+from tokenexit_torch.exits.outputs import DecodedOutput, Output
 from tokenexit_torch.exits.static import StaticModel
 
 __all__ = ["export_onnx", "export_program"]
 
 EXPORTED = ("logits", "exit_depth", "tokens_per_block", "overflow")
-"""What an exported model gives, in order: the fields of `Output` of these names."""
+"""What an exported model gives, in order: the fields of `Output` of these names.
+
+Of a model with a decoder of its own, what that gives comes first, in the place of `logits`: a tensor as `decoded`, each
+of a mapping, a list or a tuple as `decoded.NAME` or `decoded.0`, `decoded.1`, ..., and so within them.
+"""
 
 MOST_IN_TOPK = 3840
 """TensorRT's limit."""
@@ -43,7 +48,7 @@ def export_program(
         The program: from images to the arrays that `EXPORTED` names, in that order.
 
     Raises:
-        TokenExitError: If the model is not static.
+        TokenExitError: If the model is not static, or its decoder gives something else than tensors.
     """
     require(isinstance(static, StaticModel), "static", "be a StaticModel", type(static).__name__)
     with torch.no_grad(), evaluating(static):
@@ -53,7 +58,7 @@ def export_program(
 def export_onnx(
     static: StaticModel, images: Float[Tensor, "images channels height width"], file: str | Path, /
 ) -> None:
-    """Write a static model as ONNX: one input, `images`, and the outputs that `EXPORTED` names.
+    """Write a static model, its decoder included, as ONNX: one input, `images`, and the outputs that `EXPORTED` names.
 
     It needs `onnx` and `onnxscript`. Batch, image size, dtype, plan and thresholds are those of now, for good.
 
@@ -63,14 +68,17 @@ def export_onnx(
         file: Where to, `.onnx`; its folder must be there. Weights of more than 2 GB go into a file beside it.
 
     Raises:
-        TokenExitError: If the model is not static, its folder is not there, or `onnx` or `onnxscript` is not installed.
+        TokenExitError: If the model is not static, its decoder gives something else than tensors, the folder is not
+            there, or `onnx` or `onnxscript` is not installed.
     """
     file = Path(file)
     require(file.parent.is_dir(), "file", "lie in a folder that is there", str(file))
-    table = _translations()
+    table, program = _translations(), export_program(static, images)
+    with torch.no_grad(), evaluating(static):
+        names = list(_arrays(static(images)))
     exported = torch.onnx.export(
-        export_program(static, images), dynamo=True, opset_version=OPSET, custom_translation_table=table,
-        input_names=["images"], output_names=list(EXPORTED), verbose=False,
+        program, dynamo=True, opset_version=OPSET, custom_translation_table=table,
+        input_names=["images"], output_names=names, verbose=False,
     )  # fmt: skip
     assert exported is not None
     exported.save(file)
@@ -83,11 +91,29 @@ class _Arrays(nn.Module):
         super().__init__()
         self.static = static
 
-    def forward(
-        self, images: Float[Tensor, "images channels height width"]
-    ) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."], Int[Tensor, "..."], Int[Tensor, "..."]]:
-        found = self.static(images)
-        return found.logits, found.exit_depth, found.tokens_per_block, found.overflow
+    def forward(self, images: Float[Tensor, "images channels height width"]) -> tuple[Tensor, ...]:
+        return tuple(_arrays(self.static(images)).values())
+
+
+def _arrays(output: Output | DecodedOutput) -> dict[str, Tensor]:
+    """The outputs that are arrays, by name."""
+    own = _tensors(output.decoded, "decoded") if isinstance(output, DecodedOutput) else {EXPORTED[0]: output.logits}
+    return own | {name: getattr(output, name) for name in EXPORTED[1:]}
+
+
+def _tensors(decoded: Any, name: str) -> dict[str, Tensor]:
+    """Tensors of what a decoder gives, by name; what is None is left out."""
+    if decoded is None:
+        return {}
+    if isinstance(decoded, Tensor):
+        return {name: decoded}
+    known = isinstance(decoded, Mapping | list | tuple)
+    require(known, "static", "have a decoder that gives tensors, or mappings or lists of them", type(decoded).__name__)
+    parts = decoded.items() if isinstance(decoded, Mapping) else enumerate(decoded)
+    found: dict[str, Tensor] = {}
+    for key, part in parts:
+        found |= _tensors(part, f"{name}.{key}")
+    return found
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
