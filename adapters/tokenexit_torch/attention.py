@@ -38,6 +38,9 @@ UNQUANTISED = (
 )
 """Why layers are refused."""
 
+_SIZE_CHANNELS = 8
+_WIDEST = 256
+
 _BUILT_IN: Any = torch._C
 attend = _BUILT_IN._nn.scaled_dot_product_attention
 """PyTorch's own attention. A function put in its place in `torch.nn.functional` is another, and may ignore masks."""
@@ -123,9 +126,11 @@ def _saving() -> Callable[..., Any] | None:
 class _OverRow(Attending):
     """Attention over a packed row, image by image."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, token_size: Tensor | None) -> None:
         super().__init__()
         self._total = total
+        # A key that counts n times has n times the weight: log n more in the exponent.
+        self._bias = None if token_size is None else token_size.log()
 
     def _attend(
         self,
@@ -150,7 +155,8 @@ class _OverRow(Attending):
 
     def over(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """Attention within each image, by the kernel that suits."""
-        if has_varlen(query, key, value, options):
+        room = self._bias is None or query.shape[3] + _SIZE_CHANNELS <= _WIDEST
+        if room and has_varlen(query, key, value, options):
             return self._varlen(query, key, value)
         return self._each(query, key, value, options)
 
@@ -178,9 +184,7 @@ class PerImage(_OverRow):
     """
 
     def __init__(self, lengths: Sequence[int], offsets: Tensor | None = None, token_size: Tensor | None = None) -> None:
-        super().__init__(sum(lengths))
-        # A key that counts n times has n times the weight: log n more in the exponent.
-        self._bias = None if token_size is None else token_size.log()
+        super().__init__(sum(lengths), token_size)
         self._token_size = token_size
         self._offsets = offsets
         self._lengths = list(lengths)
@@ -200,11 +204,9 @@ class PerImage(_OverRow):
         return rearrange(mixed, "1 tokens heads width -> 1 heads tokens width")
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self._bias is not None:
-            return self._each(query, key, value, {})
         if self._offsets is None:
             self._offsets = torch.tensor([0, *accumulate(self._lengths)], device=query.device)
-        return varlen(query, key, value, self._offsets, longest=max(self._lengths))
+        return varlen(query, key, value, self._offsets, longest=max(self._lengths), bias=self._bias)
 
     def _each(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         if self._bias is None and len(self._runs) == 1 and self._runs[0][0] == 1:
@@ -236,27 +238,24 @@ class Padded(_OverRow):
     """
 
     def __init__(self, valid: Bool[Tensor, "images capacity"], token_size: Tensor | None = None) -> None:
-        super().__init__(valid.numel())
+        super().__init__(valid.numel(), token_size)
         self._valid = valid
-        self._token_size = token_size
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self._token_size is not None:
-            return self._each(query, key, value, {})
         # What holds no token is an image of its own: so each entry is written, and finite.
         images, capacity = self._valid.shape
         starts = torch.arange(images, device=query.device) * capacity
         both = torch.stack([starts, starts + self._valid.sum(dim=1)], dim=1).flatten()
         offsets = functional.pad(both, (0, 1), value=images * capacity)
-        return varlen(query, key, value, offsets, longest=capacity)
+        return varlen(query, key, value, offsets, longest=capacity, bias=self._bias)
 
     def _each(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         images, capacity = self._valid.shape
         q, k, v = (_apart(tensor, images) for tensor in (query, key, value))
         keys = (self._valid | ~self._valid.any(dim=1, keepdim=True))[:, None, None, :]
         mask = keys
-        if self._token_size is not None:
-            weight = self._token_size.log().to(query.dtype).view(images, 1, 1, capacity)
+        if self._bias is not None:
+            weight = self._bias.to(query.dtype).view(images, 1, 1, capacity)
             mask = torch.where(keys, weight, -torch.inf)
         attended = attend(q, k, v, attn_mask=mask, **options)
         return rearrange(attended, "images heads entries width -> 1 heads (images entries) width")
@@ -265,14 +264,16 @@ class Padded(_OverRow):
 def has_varlen(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether the kernel for images of all lengths takes this call. It is no part of the public API."""
     width = query.shape[3]
-    fits = width == value.shape[3] and width % 8 == 0 and width <= 256 and key.shape[1] == query.shape[1]
+    fits = width == value.shape[3] and width % 8 == 0 and width <= _WIDEST and key.shape[1] == query.shape[1]
     half = query.dtype in (torch.float16, torch.bfloat16)
     plain = options.get("dropout_p", 0.0) == 0.0 and options.get("scale") in (None, width**-0.5)
     # What is exported is to run where there is no such kernel.
     return query.is_cuda and half and fits and plain and not torch.compiler.is_exporting()
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longest: int) -> Tensor:
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longest: int, bias: Tensor | None = None
+) -> Tensor:
     """Attention between offsets, by PyTorch's kernel for images of all lengths. It is no part of the public API.
 
     Args:
@@ -281,15 +282,41 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, *, longes
         value: Values.
         offsets: Where the images begin, and the end of the last.
         longest: No image has more tokens.
+        bias: What is added to the exponent of each key; nothing if None.
 
     Returns:
         What they attended to, of the same shape.
     """
+    width = query.shape[3]
+    scale = width**-0.5
+    if bias is not None:
+        query, key, value = biased(query, key, value, bias / scale)
     q, k, v = (rearrange(tensor, "1 heads tokens width -> tokens heads width") for tensor in (query, key, value))
     bounds = offsets.to(torch.int32)
-    mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale)
     assert isinstance(mixed, Tensor)
-    return rearrange(mixed, "tokens heads width -> 1 heads tokens width")
+    return rearrange(mixed[..., :width], "tokens heads width -> 1 heads tokens width")
+
+
+def biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with more channels, by which the kernel adds a bias of keys that it does not take.
+
+    Args:
+        query: Of the row, `(1, heads, tokens, width)`; `key` and `value` likewise.
+        key: Keys.
+        value: Values.
+        bias: What is added to the products of each key with all queries, `(tokens,)`.
+
+    Returns:
+        The same, with eight channels more: kernels take widths in eights.
+    """
+    # In two parts, for half precision: what the first rounds off, the second has.
+    high = bias.to(key.dtype)
+    low = (bias - high).to(key.dtype)
+    parts = functional.pad(torch.stack([high, low], dim=1), (0, _SIZE_CHANNELS - 2))
+    more = parts.expand(*key.shape[:2], *parts.shape)
+    ones = torch.ones_like(more)
+    return tuple(torch.cat(pair, dim=-1) for pair in ((query, ones), (key, more), (value, torch.zeros_like(more))))
 
 
 @torch.library.custom_op("tokenexit::per_image", mutates_args=())

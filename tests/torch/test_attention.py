@@ -19,7 +19,7 @@ from tokenexit_torch.attention import Padded, PerImage, has_varlen, per_image
 HEADS, WIDTH = 2, 8
 
 
-def stand_in(query, key, value, cu_q, cu_k, max_q, max_k):
+def stand_in(query, key, value, cu_q, cu_k, max_q, max_k, *, scale):
     """As `torch.nn.attention.varlen.varlen_attn`, between offsets one by one; what lies beyond is not written."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert query.ndim == 3
@@ -28,7 +28,7 @@ def stand_in(query, key, value, cu_q, cu_k, max_q, max_k):
         assert stop - start <= max_q
         assert last - first <= max_k
         q, k, v = (x.transpose(0, 1)[None] for x in (query[start:stop], key[first:last], value[first:last]))
-        result[start:stop] = functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+        result[start:stop] = functional.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
     return result
 
 
@@ -37,9 +37,9 @@ def kernel(monkeypatch):
     """The kernel is there, and takes every call."""
     calls = []
 
-    def counted(*given):
+    def counted(*given, **options):
         calls.append(given)
-        return stand_in(*given)
+        return stand_in(*given, **options)
 
     monkeypatch.setattr(attention, "varlen_attn", counted)
     monkeypatch.setattr(attention, "has_varlen", lambda *_: True)
@@ -51,28 +51,45 @@ def drawn(tokens, seed=0):
     return [torch.randn(1, HEADS, tokens, WIDTH, generator=random, dtype=torch.float64) for _ in range(3)]
 
 
-@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any))
+def sizes(tokens, seed=0):
+    return torch.randint(1, 17, (tokens,), generator=torch.Generator().manual_seed(seed)).double()
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any), sized=st.booleans())
 @strategies.fewer(2)
-def test_by_kernel_or_one_by_one_is_the_same(lengths):
+def test_by_kernel_or_one_by_one_is_the_same(lengths, sized):
     query, key, value = drawn(sum(lengths))
-    wanted = PerImage(lengths)._each(query, key, value, {})
+    size = sizes(sum(lengths)) if sized else None
+    wanted = PerImage(lengths, token_size=size)._each(query, key, value, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_attn", stand_in)
-        found = PerImage(lengths)._varlen(query, key, value)
+        found = PerImage(lengths, token_size=size)._varlen(query, key, value)
     torch.testing.assert_close(found, wanted)
     begins = torch.tensor([0, *lengths]).cumsum(0)
-    op = per_image(query, key, value, torch.tensor(lengths), begins, None, None)
+    op = per_image(query, key, value, torch.tensor(lengths), begins, size, None)
     assert op.is_contiguous()
     torch.testing.assert_close(op.transpose(1, 2), wanted)
 
 
-@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=5))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sizes_are_exact_in_half_precision(dtype):
+    tokens = 300
+    query, key, value = (x.to(dtype) for x in drawn(tokens))
+    size = torch.tensor([1.0, 4.0, 16.0, 64.0, 256.0]).repeat(tokens // 5)
+    wide = [x.double() for x in (query, key, value)]
+    wanted = PerImage([tokens], token_size=size.double())._each(*wide, {})
+    more = [x.double() for x in attention.biased(query, key, value, size.log() * WIDTH**0.5)]
+    found = functional.scaled_dot_product_attention(*more, scale=WIDTH**-0.5)[..., :WIDTH]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)  # a rounded logarithm would be off by 1e-3
+
+
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=5), sized=st.booleans())
 @strategies.fewer(2)
-def test_entries_without_a_token_are_an_image_of_their_own(counts):
+def test_entries_without_a_token_are_an_image_of_their_own(counts, sized):
     capacity = 5
     valid = torch.arange(capacity) < torch.tensor(counts)[:, None]
     query, key, value = drawn(valid.numel())
-    padded = Padded(valid)
+    padded = Padded(valid, sizes(valid.numel()) if sized else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "varlen_attn", stand_in)
         found = padded._varlen(query, key, value)
@@ -90,8 +107,9 @@ def test_a_model_runs_by_the_kernel(kernel, plan, capacity):
     run = model if capacity is None else tet.StaticModel(model, capacities=capacity)
     kernel.clear()  # the self-check has called it
     found = run(images)
-    # Where tokens stand for others there is a bias, which the kernel does not take.
-    assert (len(kernel) > 0) == (plan.cell is None)
+    assert len(kernel) > 0
+    # Where tokens stand for others there is a bias, which the kernel is given as more channels.
+    assert {call[0].shape[2] for call in kernel} == {16 if plan.cell is None else 24}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "has_varlen", lambda *_: False)
         wanted = run(images)
