@@ -28,7 +28,7 @@ from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, gated, report
 from examples.camvid.baselines import baselines
 from examples.camvid.contenders import Contender, Runner, Setting
-from examples.camvid.merges import merging
+from examples.camvid.merges import KINDS, merging
 from tokenexit import TokenExitError, schedule
 from tokenexit.heads import MLP
 
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--baselines", action="store_true", help="measure merged tokens, smaller images and a compiled network as well"
     )
-    parser.add_argument("--merging", action="store_true", help="measure plans that merge before tokens leave as well")
+    parser.add_argument("--merging", choices=KINDS, help="measure plans that merge before tokens leave as well")
     parser.add_argument(
         "--fit-after",
         type=int,
@@ -418,7 +418,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
         patches = patch_tokens(model)
         heads = [int(block) for block in model.exit_heads]
         every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
-        every = (*every, *(merging(heads) if given.merging else ()))
+        every = (*every, *(merging(heads, given.merging) if given.merging else ()))
     every = (*every, *(baselines(patches) if given.baselines else ()), *map(read_plan, given.plans))
     dense, *others = every
     chosen = [dense, *(one for one in others if given.only is None or one.name.startswith(tuple(given.only)))]

@@ -226,12 +226,12 @@ def test_plans_that_merge_are_rows_of_heads_fitted_as_they_merge(
         ready = of_narrow.ready(tmp_path / "ready.npz")
         command = f"evaluate --data {CAMVID} --init {ready} --json {file} --limit 1 --device cpu --rounds 0"
         command = f"{command} --fit-after 2 3 6 8 --fit-images 1 --fit-steps 1 --fit-plan {plan}".split()
-        monkeypatch.setattr(sys, "argv", [*command, "--merging", "--only", "merge"])
+        monkeypatch.setattr(sys, "argv", [*command, "--merging", "fine", "--only", "merge"])
         results = evaluate.evaluate(evaluate.arguments())
         assert {*results["settings"]} == {"dense", *settings}
         assert sorted(results["fit"]["agreement_on_train"]) == ["2", "3", "6", "8"]
         assert results["inputs"]["fit_plan"]["merges"]
-        monkeypatch.setattr(sys, "argv", [*command[:-2], "--merging", "--only", "merge"])
+        monkeypatch.setattr(sys, "argv", [*command[:-2], "--merging", "fine", "--only", "merge"])
         with pytest.raises(shell.UsageError, match="`--json` must be .* results of the same inputs"):
             evaluate.evaluate(evaluate.arguments())
     with pytest.raises(
