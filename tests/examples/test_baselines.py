@@ -220,7 +220,7 @@ def test_plans_that_merge_are_rows_of_heads_fitted_as_they_merge(
     strips: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, plan = tmp_path / "results.json", tmp_path / "plan.json"
-    settings = {one.name: one.plan for one in merges.merging((2, 3, 6, 8))}
+    settings = {one.name: one.plan for one in merges.merging((2, 3, 6, 8), "fine")}
     plan.write_text(json.dumps(settings["merge 1, 2, 3; exits 6, 8 at 0.9"].to_dict()))
     with of_narrow.in_place_of_tiny():
         ready = of_narrow.ready(tmp_path / "ready.npz")
@@ -235,6 +235,6 @@ def test_plans_that_merge_are_rows_of_heads_fitted_as_they_merge(
         with pytest.raises(shell.UsageError, match="`--json` must be .* results of the same inputs"):
             evaluate.evaluate(evaluate.arguments())
     with pytest.raises(
-        shell.UsageError, match=r"`--merging` must come with heads after .*\[2, 3, 6, 8\], got \[3, 6\]"
+        shell.UsageError, match=r"`--merging` must come with heads after .*\[2, 3, 6, 8\] for fine, got \[3, 6\]"
     ):
-        merges.merging((3, 6))
+        merges.merging((3, 6), "fine")
