@@ -237,22 +237,26 @@ class Schedule:
         /,
         *,
         threshold: Threshold | Mapping[int, Threshold] | None = None,
+        alike: float | Mapping[int, float] | None = None,
     ) -> "Schedule":
-        """Another plan, or this one, with other thresholds.
+        """Another plan, or this one, with other thresholds and similarities.
 
         Args:
             schedule: The plan; this one if left out.
             threshold: New thresholds for it, as for `with_threshold`; those that it has if left out.
+            alike: New similarities for its merges, as for `with_alike`; those that it has if left out.
 
         Returns:
             The plan.
 
         Raises:
-            TokenExitError: If neither is given, or a threshold does not fit.
+            TokenExitError: If none is given, or a threshold or similarity does not fit.
         """
-        require(schedule is not None or threshold is not None, "schedule", "be given if `threshold` is not", schedule)
+        given = any(one is not None for one in (schedule, threshold, alike))
+        require(given, "schedule", "be given if neither `threshold` nor `alike` is", schedule)
         plan = self if schedule is None else schedule
-        return plan if threshold is None else plan.with_threshold(threshold)
+        plan = plan if threshold is None else plan.with_threshold(threshold)
+        return plan if alike is None else plan.with_alike(alike)
 
     def with_threshold(self, threshold: Threshold | Mapping[int, Threshold], /) -> "Schedule":
         """The same plan with other thresholds.
@@ -287,6 +291,28 @@ class Schedule:
             for exit in self.exits
         )
         return dataclasses.replace(self, exits=exits)
+
+    def with_alike(self, alike: float | Mapping[int, float], /) -> "Schedule":
+        """The same plan with other similarities at its merges.
+
+        Args:
+            alike: One for every merge that asks for a similarity, or one for each of some blocks.
+
+        Returns:
+            A new schedule.
+
+        Raises:
+            TokenExitError: If a block has no merge, a similarity is not in [-1, 1], or no merge asks for one.
+        """
+        asking = [merge.after for merge in self.merges if merge.alike is not None]
+        if not isinstance(alike, Mapping):
+            require(len(asking) > 0, "alike", "be for a plan with merges that ask for a similarity", repr(alike))
+            alike = dict.fromkeys(asking, alike)
+        blocks = [merge.after for merge in self.merges]
+        unknown = sorted(set(alike) - set(blocks), key=str)
+        require(not unknown, "alike", f"name blocks with a merge, {blocks}", unknown)
+        changed = (dataclasses.replace(one, alike=alike.get(one.after, one.alike)) for one in self.merges)
+        return dataclasses.replace(self, merges=tuple(changed))
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain data, for JSON.

@@ -1,5 +1,6 @@
 import contextlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tokenexit.policies import (
     always,
     never,
 )
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule
 
 
 @given(plan=SCHEDULE)
@@ -117,6 +118,21 @@ def test_retuning_keeps_everything_else(name):
     one = plan.with_threshold({plan.after[-1]: 0.25})
     assert one.exits[:-1] == plan.exits[:-1]
     assert one.exits[-1] == other.exits[-1]
+
+
+def test_merges_are_given_other_similarities():
+    agreed = Merge(3, 4, agreed=ConfidenceAbove(0.5))
+    plan = Schedule(merges=(Merge(1, 2, 0.9), Merge(2, 2, 0.8), agreed))
+    assert plan.with_alike(0.7).merges == (Merge(1, 2, 0.7), Merge(2, 2, 0.7), agreed)
+    asking = replace(agreed, alike=0.3)
+    assert plan.with_alike({1: 0.5, 3: 0.3}).merges == (Merge(1, 2, 0.5), Merge(2, 2, 0.8), asking)
+    assert plan.retuned(alike=0.7) == schedule.dense().retuned(plan, alike=0.7) == plan.with_alike(0.7)
+    with pytest.raises(TokenExitError, match=r"`alike` must name blocks with a merge, \[1, 2, 3\], got \[4\]"):
+        plan.with_alike({4: 0.5})
+    with pytest.raises(TokenExitError, match=r"`alike` must be None or a number in \[-1, 1\], got 1.5"):
+        plan.with_alike(1.5)
+    with pytest.raises(TokenExitError, match="`alike` must be for a plan with merges that ask for a similarity"):
+        Schedule(merges=(agreed,)).with_alike(0.5)
 
 
 def test_exits_that_are_not_retuned_may_compare_another_score():

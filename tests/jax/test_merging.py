@@ -79,4 +79,4 @@ def test_networks_with_positions_that_travel_are_refused():
         both.found(Schedule(merges=SIMILAR), pictures())
     with pytest.raises(TokenExitError, match="`schedule` must ask for agreement only after blocks with an exit head"):
         both.model.retuned(Schedule(merges=(Merge(1, 2, agreed=ConfidenceAbove(0.5)),)))
-    assert both.model.retuned(schedule.merged(alike={1: 0.9})).schedule.merges
+    assert both.model.retuned(schedule.merged(alike={1: 0.9}), alike=0.8).schedule == schedule.merged(alike={1: 0.8})

@@ -364,7 +364,7 @@ def test_a_plan_of_another_kind_is_compiled_anew(compilations):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.retuned(), "`schedule` must be given if `threshold` is not, got None"),
+        (lambda m: m.retuned(), "`schedule` must be given if neither `threshold` nor `alike` is, got None"),
         (lambda m: m.retuned(DTOP, threshold=2.0), r"`threshold` must be in \[0, 1\], got 2.0"),
         (lambda m: m.retuned(schedule.dtop(after=(1,))), r"exit head, \[2, 3, 4\], got \[1\]"),
         (lambda m: m.retuned(schedule.dtop(after=(6, 8))), r"blocks 1 to 4 only, for 5 blocks, got \[6, 8\]"),

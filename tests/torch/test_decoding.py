@@ -366,7 +366,7 @@ def test_another_plan_may_be_used_later():
     wrapped.retune(Schedule((Exit(2, policies.ConfidenceAbove(0.9)),), Feature()), threshold=0.0)
     with torch.no_grad():
         assert wrapped(images).exit_depth.eq(2).all()
-    with pytest.raises(TokenExitError, match="`schedule` must be given if `threshold` is not"):
+    with pytest.raises(TokenExitError, match="`schedule` must be given if neither `threshold` nor `alike` is"):
         wrapped.retune()
 
 

@@ -451,7 +451,7 @@ REFUSED = {
     "a shared head": (lambda: (lambda one: wrap(gates=dict.fromkeys(AFTER, one)))(nn.Linear(48, 2)), r"`gates\[2\]` must have parameters of its own"),
     "wrapped": (lambda: tet.wrap_gates(wrap()), r"`model` must not be wrapped already"),
     "no head": (lambda: wrap()(models.images(1)).upsample((8, 8)), r"`head` must be given to `wrap_gates` for logits, got None"),
-    "neither": (lambda: wrap().retune(), r"`schedule` must be given if `threshold` is not"),
+    "neither": (lambda: wrap().retune(), r"`schedule` must be given if neither `threshold` nor `alike` is"),
     "rates": (lambda: tet.Sampled(wrap(), rates={1: 0.5}), r"`rates` must be one number, or one for each gate, after blocks \(1, 2, 4\)"),
     "random": (lambda: tet.Sampled(wrap(), rates=0.5, random=2), r"`random` must be a share in \[0, 1\], got 2"),
     "no generator": (lambda: tet.Sampled(wrap(), rates=0.5)(models.images(1), generator=3), r"`generator` must be a torch.Generator, got 3"),

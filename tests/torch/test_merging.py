@@ -259,6 +259,12 @@ def test_what_cannot_be_is_refused(call, message):
         call(models.timm_vit())
 
 
+def test_similarities_are_exchanged():
+    model = models.wrapped(models.timm_vit, schedule.dense(after=(2,)))
+    model.retune(Schedule(merges=SIMILAR), alike=0.5)
+    assert all(merge.alike == 0.5 for merge in model.schedule.merges)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_plans_that_merge_are_refused_where_nothing_merges():
     model = models.wrapped(models.timm_vit, schedule.dense(after=(2,)))

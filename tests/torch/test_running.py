@@ -328,7 +328,7 @@ def test_multiply_adds_are_those_of_torchs_own_counter():
         (lambda m: m(torch.zeros(1, 3, 32, 48, device="meta")), "`images` must be on the device .*cpu, got meta"),
         (lambda m: m.retune(schedule.dtop(after=(5,))), r"exit head, \[2, 3, 4\], got \[5\]"),
         (lambda m: m.retune(schedule.dtop(after=(6, 8))), r"blocks 1 to 5 only, for 6 blocks, got \[6, 8\]"),
-        (lambda m: m.retune(), "`schedule` must be given if `threshold` is not, got None"),
+        (lambda m: m.retune(), "`schedule` must be given if neither `threshold` nor `alike` is, got None"),
         (lambda m: m.retune(threshold=2.0), r"`threshold` must be in \[0, 1\], got 2.0"),
         (
             lambda m: m(torch.zeros(1, 3, 40, 48)),

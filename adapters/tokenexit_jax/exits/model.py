@@ -145,23 +145,25 @@ class ExitingModel(ExitSpec):
         /,
         *,
         threshold: Threshold | Mapping[int, Threshold] | None = None,
+        alike: float | Mapping[int, float] | None = None,
     ) -> "ExitingModel":
-        """The same model with another plan, or other thresholds; for the latter nothing is compiled again.
+        """The same model with another plan, other thresholds, for which nothing is compiled again, or similarities.
 
         Thresholds that are arrays without axes become Python's numbers, unless they are traced: they are waited for.
 
         Args:
             schedule: A new plan, with exits only after blocks that have an exit head; the present one if left out.
             threshold: New thresholds for that plan: one for all exits, or one for each of some blocks.
+            alike: New similarities for its merges: one for all that ask for any, or one for each of some blocks.
 
         Returns:
             A model.
 
         Raises:
-            TokenExitError: If neither is given, an exit has no head, or a threshold does not fit.
+            TokenExitError: If none is given, an exit has no head, or a threshold or similarity does not fit.
         """
         plan = None if schedule is None else checked(self, schedule)
-        plan = self.schedule.retuned(plan, threshold=threshold)
+        plan = self.schedule.retuned(plan, threshold=threshold, alike=alike)
         return dataclasses.replace(self, schedule=on_host(checked(self, plan)))
 
     def every_exit(

@@ -37,19 +37,21 @@ class Planned(AroundHost):
         /,
         *,
         threshold: Threshold | Mapping[int, Threshold] | None = None,
+        alike: float | Mapping[int, float] | None = None,
     ) -> None:
-        """Exchange the plan or its thresholds; the weights stay as they are.
+        """Exchange the plan, its thresholds or the similarities of its merges; the weights stay as they are.
 
         Args:
             schedule: A new plan, with decisions only after blocks that have a head or gate for them; the
                 present one if left out.
             threshold: New thresholds for that plan: one for all blocks, or one for each of some.
+            alike: New similarities for its merges: one for all that ask for any, or one for each of some blocks.
 
         Raises:
-            TokenExitError: If neither is given, a decision has no head or gate, or a threshold or the plan does
-                not fit.
+            TokenExitError: If none is given, a decision has no head or gate, or a threshold, a similarity or the plan
+                does not fit.
         """
-        self._schedule = self.checked(self._schedule.retuned(schedule, threshold=threshold))
+        self._schedule = self.checked(self._schedule.retuned(schedule, threshold=threshold, alike=alike))
 
     def checked(self, schedule: Schedule, /) -> Schedule:
         """The plan, after a check that the model can follow it."""
