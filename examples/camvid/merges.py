@@ -40,6 +40,8 @@ _LATE = {6: 1, 8: 0}
 _FINE = {
     "merge 2; exits 3, 6, 8 at 0.9": Schedule(_exits({3: 2, **_LATE}, 0.9), merges=(Merge(2, 2, 0.8, _agree(0.5)),)),
     "merge 1, 2, 3; exits 6, 8 at 0.95": Schedule(_exits(_LATE, 0.95), merges=_CAREFUL),
+    "merge 1, 2, 3; exits 4, 6, 8 at 0.95": Schedule(_exits({4: 1, **_LATE}, 0.95), merges=_CAREFUL),
+    "merge 1, 2, 3; exits 4, 6, 8 at 0.9": Schedule(_exits({4: 1, **_LATE}, 0.9), merges=_CAREFUL),
     "merge 1, 2, 3; exits 6, 8 at 0.9": Schedule(_exits(_LATE, 0.9), merges=_CAREFUL),
     "merge 1, 2, 3; exits 6, 8 at 0.9, keys once": Schedule(_exits(_LATE, 0.9), merges=_CAREFUL, keys="entries"),
     "merge 1, 2, 3 (lax); exits 6, 8 at 0.9": Schedule(_exits(_LATE, 0.9), merges=_LAX),

@@ -220,21 +220,21 @@ def test_plans_that_merge_are_rows_of_heads_fitted_as_they_merge(
     strips: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, plan = tmp_path / "results.json", tmp_path / "plan.json"
-    settings = {one.name: one.plan for one in merges.merging((2, 3, 6, 8), "fine")}
+    settings = {one.name: one.plan for one in merges.merging((2, 3, 4, 6, 8), "fine")}
     plan.write_text(json.dumps(settings["merge 1, 2, 3; exits 6, 8 at 0.9"].to_dict()))
     with of_narrow.in_place_of_tiny():
         ready = of_narrow.ready(tmp_path / "ready.npz")
         command = f"evaluate --data {CAMVID} --init {ready} --json {file} --limit 1 --device cpu --rounds 0"
-        command = f"{command} --fit-after 2 3 6 8 --fit-images 1 --fit-steps 1 --fit-plan {plan}".split()
+        command = f"{command} --fit-after 2 3 4 6 8 --fit-images 1 --fit-steps 1 --fit-plan {plan}".split()
         monkeypatch.setattr(sys, "argv", [*command, "--merging", "fine", "--only", "merge"])
         results = evaluate.evaluate(evaluate.arguments())
         assert {*results["settings"]} == {"dense", *settings}
-        assert sorted(results["fit"]["agreement_on_train"]) == ["2", "3", "6", "8"]
+        assert sorted(results["fit"]["agreement_on_train"]) == ["2", "3", "4", "6", "8"]
         assert results["inputs"]["fit_plan"]["merges"]
         monkeypatch.setattr(sys, "argv", [*command[:-2], "--merging", "fine", "--only", "merge"])
         with pytest.raises(shell.UsageError, match="`--json` must be .* results of the same inputs"):
             evaluate.evaluate(evaluate.arguments())
     with pytest.raises(
-        shell.UsageError, match=r"`--merging` must come with heads after .*\[2, 3, 6, 8\] for fine, got \[3, 6\]"
+        shell.UsageError, match=r"`--merging` must come with heads after .*\[2, 3, 4, 6, 8\] for fine, got \[3, 6\]"
     ):
         merges.merging((3, 6), "fine")
