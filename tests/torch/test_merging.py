@@ -261,11 +261,6 @@ def test_what_cannot_be_is_refused(call, message):
 
 @pytest.mark.usefixtures("unchecked")
 def test_plans_that_merge_are_refused_where_nothing_merges():
-    model = models.wrapped(models.timm_vit, schedule.dense(after=(2,)))
-    model.retune(Schedule(merges=SIMILAR))
-    images = pictures(1)
-    with pytest.raises(TokenExitError, match="`schedule` must merge nothing in the static layout"):
-        tet.StaticModel(model, capacities=1.0)(images)
     gated = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,)))
     with pytest.raises(TokenExitError, match="`merges` must be left out where gates decide"):
         gated.retune(Schedule(merges=SIMILAR))
