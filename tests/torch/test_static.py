@@ -263,5 +263,7 @@ def test_another_model_in_its_place_needs_capacities_for_its_exits():
     plan = schedule.paumer(keep={2: 0.5})
     static = tet.StaticModel(models.wrapped(models.timm_vit, plan, after=(2,)), capacities=0.7)
     static.model = models.wrapped(models.timm_vit, schedule.paumer(keep={3: 0.5}), after=(3,))
-    with pytest.raises(TokenExitError, match=r"`capacities` must have one for each exit of the model .*, got \[3\]"):
+    with pytest.raises(
+        TokenExitError, match=r"`capacities` must have one for each exit .*, got none for the blocks \[3\]"
+    ):
         static(models.images())
