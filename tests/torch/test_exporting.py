@@ -11,7 +11,6 @@ import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
-from tests.torch.test_merging import Convolving
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.schedule import Exit, Merge, Schedule
@@ -74,7 +73,7 @@ def test_onnx_is_pytorch_on_ten_images_with_other_exits(plan, tmp_path):
 def test_onnx_of_a_model_that_merges_and_of_its_decoder(tmp_path):
     agreed = Merge(1, 4, 0.7, agreed=policies.ConfidenceAbove(0.3))
     plan = Schedule((Exit(1, policies.ConfidenceAbove(0.6)),), Feature(), merges=(agreed,))
-    model = tet.wrap(models.timm_vit(depth=2), plan, decoder=Convolving(48), num_classes=3).eval()
+    model = tet.wrap(models.timm_vit(depth=2), plan, decoder=models.Convolving(48), num_classes=3).eval()
     one = tet.StaticModel(model, capacities=0.3)
     inputs = [models.pictures(2, seed=seed) for seed in range(4)]
     tet.export_onnx(one, inputs[0], tmp_path / "model.onnx")

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE, exiting, told
+from tests.torch.operators import WAITING, Operators
 from tests.torch.plans import ALL, BARE, ONE_BY_ONE, PLANS, on
 from tokenexit import TokenExitError, schedule
 from tokenexit_torch.exits import layouts
@@ -149,21 +149,6 @@ def test_every_host_runs_static(foreign):
     packed, out = model(images, schedule=plan), tet.StaticModel(model, capacities=1.0)(images, schedule=plan)
     torch.testing.assert_close(out.logits, packed.logits, atol=2e-5, rtol=1e-5)
     assert torch.equal(out.exit_depth, packed.exit_depth)
-
-
-class Operators(TorchDispatchMode):
-    """Notes which operators run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
-
-
-WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "lift_fresh", "_to_copy", "equal"}
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from torch import nn
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import decoders, models
-from tests.torch.models import pictures
-from tests.torch.test_merging import PLANS, SIMILAR, Convolving, each_plan
-from tests.torch.test_static import WAITING, Operators
+from tests.torch.models import Convolving, pictures
+from tests.torch.operators import WAITING, Operators
+from tests.torch.plans import MERGING, SIMILAR
 from tokenexit import TokenExitError, merging, schedule
 from tokenexit.carries import Feature, Prediction
 from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree
@@ -159,7 +159,7 @@ def test_a_nan_image_and_one_that_is_done_harm_nobody():
     torch.testing.assert_close(one.logits[0], out.logits[0], rtol=1e-9, atol=1e-9)
 
 
-@each_plan
+@pytest.mark.parametrize("plan", MERGING.values(), ids=list(MERGING))
 def test_gradients_are_those_of_the_packed_run(plan):
     model, images, found = exiting(), pictures(2).double(), []
     for run in (model, static(model, plan)):
@@ -207,7 +207,7 @@ def test_a_decoder_of_the_models_own_reads_what_it_does_after_a_packed_pass():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["agreed, then exits", "exits, then merges"])
 def test_no_operator_waits_for_a_device_or_copies_from_the_host(name):
-    run, images = static(exiting(), PLANS[name], {1: 0.6, 2: 0.4, 3: 0.3, 4: 0.3}), pictures(2).double()
+    run, images = static(exiting(), MERGING[name], {1: 0.6, 2: 0.4, 3: 0.3, 4: 0.3}), pictures(2).double()
     run(images)
     with Operators() as operators:
         run(images)
@@ -216,7 +216,7 @@ def test_no_operator_waits_for_a_device_or_copies_from_the_host(name):
 
 def test_training_in_the_static_layout_has_the_outputs_of_packed_rows():
     model, images = exiting(), pictures(2).double()
-    run = tet.Staged(static(model, PLANS["agreed, then exits"]))(images)
+    run = tet.Staged(static(model, MERGING["agreed, then exits"]))(images)
     for after, logits in tet.Staged(model)(images).logits.items():
         torch.testing.assert_close(run.logits[after], logits, rtol=1e-9, atol=1e-9)
 
