@@ -237,8 +237,8 @@ def merge_to_fit(joined: Joined, /, *, side: int, capacity: int) -> tuple[Joined
         capacity: Entries that there is room for in an image, prefix tokens among them.
 
     Returns:
-        The outcome, and how many entries of each image have become part of others for lack of room. Of cells that are as
-        alike the first merge; those of which a token has no direction, NaN, come last.
+        The outcome, and how many entries of each image have become part of others for lack of room. Of cells as alike
+        the first merge; those of which a token has no direction, NaN, come last.
 
     Raises:
         TokenExitError: If `side` is none of these, or `capacity` negative.

@@ -200,6 +200,27 @@ MUTANTS = (
         MERGING,
     ),
     Mutant(
+        "the least alike merge for lack of room",
+        "merging.py",
+        "xp.where(xp.isnan(alike), 2.0, -alike)",
+        "xp.where(xp.isnan(alike), 2.0, alike)",
+        MERGING,
+    ),
+    Mutant(
+        "cells merge until there is room for one more",
+        "merging.py",
+        "cells = (_entries(merged) - capacity + 2) // 3",
+        "cells = (_entries(merged) - capacity) // 3",
+        MERGING,
+    ),
+    Mutant(
+        "cells with holes merge for lack of room",
+        "merging.py",
+        "distance = xp.where(ready, xp.where",
+        "distance = xp.where(ready | ~ready, xp.where",
+        MERGING,
+    ),
+    Mutant(
         "an entry leaves if its first token would",
         "merging.py",
         "        found = xp.where(own == side * side, _everywhere(every, side, merged), found)\n",

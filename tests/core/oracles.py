@@ -361,38 +361,64 @@ class Cells:
 
     def merge(self, features, side, alike, agreed, label, *, near) -> bool:
         """Merge, in double precision; False if a similarity is too near to its threshold to tell."""
-        (height, width), sure = self.grid, True
-        prefix = self.running.shape[1] - height * width
+        sure = True
         self.features = features.astype(np.float64)
         for level in (2, 4, 8, 16):
             if level > side:
                 break
-            half = level // 2
             for image in range(len(self.running)):
-                for top in range(0, height - level + 1, level):
-                    for left in range(0, width - level + 1, level):
-
-                        def slot(down, right, top=top, left=left):
-                            return prefix + (top + down) * width + left + right
-
-                        quarters = [slot(a, b) for a in (0, half) for b in (0, half)]
-                        members = [slot(a, b) for a in range(level) for b in range(level)]
-                        ready = all(self.running[image, q] and self.size[image, q] == half * half for q in quarters)
-                        if agreed is not None:
-                            ready = ready and agreed[image, members].all()
-                        if label is not None:
-                            ready = ready and len(set(label[image, members].tolist())) == 1
-                        if ready and alike is not None:
-                            four = self.features[image, quarters]
-                            with np.errstate(all="ignore"):
-                                unit = four / np.linalg.norm(four, axis=-1, keepdims=True)
-                            pairs = [unit[i] @ unit[j] for i in range(4) for j in range(i)]
-                            mean = float(np.mean(pairs))
-                            sure = sure and not abs(mean - alike) < near
-                            ready = mean > alike
-                        if ready:
-                            self.features[image, quarters[0]] = self.features[image, quarters].mean(axis=0)
-                            self.running[image, quarters[1:]] = False
-                            self.owner[image, members] = quarters[0]
-                            self.size[image, quarters[0]] = level * level
+                for quarters, members in self.whole(image, level):
+                    ready = agreed is None or agreed[image, members].all()
+                    if label is not None:
+                        ready = ready and len(set(label[image, members].tolist())) == 1
+                    if ready and alike is not None:
+                        mean = self.similarity(image, quarters)
+                        sure = sure and not abs(mean - alike) < near
+                        ready = mean > alike
+                    if ready:
+                        self.join(image, quarters, members)
         return sure
+
+    def fit(self, features, side, capacity, *, near) -> bool:
+        """Merge the most alike until there is room, one after the other; False if two are too near to tell."""
+        sure = True
+        self.features = features.astype(np.float64)
+        for level in (2, 4, 8, 16):
+            if level > side:
+                break
+            for image in range(len(self.running)):
+                cells = [(self.similarity(image, quarters), quarters, members)
+                         for quarters, members in self.whole(image, level)]  # fmt: skip
+                cells.sort(key=lambda cell: (np.isnan(cell[0]), -cell[0]))
+                while cells and self.running[image].sum() > capacity:
+                    alike, quarters, members = cells.pop(0)
+                    # Rounding at the first level is that of similarities alone.
+                    apart = 1e-5 if level == 2 else near
+                    sure = sure and not any(abs(alike - other) < apart for other, _, _ in cells)
+                    self.join(image, quarters, members)
+        return sure
+
+    def whole(self, image, level):
+        """First slots of the quarters, and all slots, of the cells of which all quarters run."""
+        (height, width), half, found = self.grid, level // 2, []
+        prefix = self.running.shape[1] - height * width
+        for top in range(0, height - level + 1, level):
+            for left in range(0, width - level + 1, level):
+                slots = prefix + (top + np.arange(level)[:, None]) * width + left + np.arange(level)
+                quarters = slots[::half, ::half].flatten()
+                if self.running[image, quarters].all() and (self.size[image, quarters] == half * half).all():
+                    found.append((quarters, slots.flatten()))
+        return found
+
+    def similarity(self, image, quarters):
+        """Mean cosine of the pairs of four tokens."""
+        four = self.features[image, quarters]
+        with np.errstate(all="ignore"):
+            unit = four / np.linalg.norm(four, axis=-1, keepdims=True)
+        return float(np.mean([unit[i] @ unit[j] for i in range(4) for j in range(i)]))
+
+    def join(self, image, quarters, members):
+        self.features[image, quarters[0]] = self.features[image, quarters].mean(axis=0)
+        self.running[image, quarters[1:]] = False
+        self.owner[image, members] = quarters[0]
+        self.size[image, quarters[0]] = len(members)

@@ -90,18 +90,91 @@ def test_nothing_merges_and_nothing_changes(backend, scene):
 
 
 @each_backend
-@strategies.fewer(3)
-@given(scene=scenes())
-def test_an_image_merges_alone_as_in_its_batch(backend, scene):
+@strategies.fewer(2)
+@given(
+    scene=scenes(),
+    before=st.sampled_from([2, 4, 8]),
+    side=st.sampled_from([2, 4, 8]),
+    alike=st.sampled_from([0.5, 0.9, 1.0]),
+    share=st.floats(0, 1),
+)
+def test_without_room_the_most_alike_cells_merge_one_at_a_time(backend, scene, before, side, alike, share):
     grid, _, features, running, _ = scene
+    capacity = round(share * running.shape[1])
+    near, rounding = (0.05, {"rtol": 0.02, "atol": 0.02}) if "16" in backend.name else (1e-5, {"atol": 1e-5})
     with np.errstate(all="ignore"):
-        whole = merging.merge(
-            backend.array(features), merging.alone(backend.array(running), grid=grid), side=4, alike=0.6
-        )
+        state = merging.alone(backend.array(running), grid=grid)
+        joined = merging.merge(backend.array(features), state, side=before, alike=alike)
+        fitted, forced = merging.merge_to_fit(joined, side=side, capacity=capacity)
+    was, found, forced = held(backend, joined.merged), held(backend, fitted.merged), backend.numpy(forced)
+    expected = oracles.Cells(was["running"].copy(), was["owner"].copy(), was["size"].copy(), grid, np.zeros(0))
+    values, got = features_of(backend, joined), features_of(backend, fitted)
+    sure = expected.fit(values, side, capacity, near=near)
+    # However alike they are: as many as it takes.
+    entries = found["running"].sum(axis=1)
+    np.testing.assert_array_equal(entries, expected.running.sum(axis=1))
+    np.testing.assert_array_equal(forced, was["running"].sum(axis=1) - entries)
+    for image, count in enumerate(entries):
+        fits = was["running"][image].sum() <= capacity
+        if fits:  # nothing changes
+            for name in was:
+                np.testing.assert_array_equal(found[name][image], was[name][image])
+            np.testing.assert_array_equal(got[image], values[image])
+        elif count > capacity:
+            assert not any(expected.whole(image, level) for level in (2, 4, 8) if level <= side)
+    if sure:
+        np.testing.assert_array_equal(found["running"], expected.running)
+        np.testing.assert_array_equal(found["owner"], expected.owner)
+        np.testing.assert_array_equal(found["size"][expected.running], expected.size[expected.running])
+        np.testing.assert_allclose(got[expected.running], expected.features[expected.running], **rounding)
+
+
+@each_backend
+def test_of_cells_as_alike_the_first_merge_and_those_without_a_direction_last(backend):
+    """Three cells of one similarity, and one, the first, of NaN."""
+    features = np.ones((1, 16, 2), np.float32)
+    features[0, 0] = 0
+    joined = merging.merge(
+        backend.array(features), merging.alone(backend.array(np.ones((1, 16), bool)), grid=(4, 4)), side=2, alike=1.0
+    )
+    for capacity, wanted in ((15, [2]), (11, [2, 8]), (7, [2, 8, 10]), (4, [0, 2, 8, 10]), (3, [0, 2, 8, 10])):
+        with np.errstate(all="ignore"):
+            fitted, forced = merging.merge_to_fit(joined, side=2, capacity=capacity)
+        owners = np.flatnonzero(np.bincount(backend.numpy(fitted.merged.owner)[0]) > 1)
+        assert owners.tolist() == wanted
+        assert backend.numpy(forced).tolist() == [3 * len(wanted)]
+
+
+@each_backend
+@strategies.fewer(3)
+@given(scene=scenes(), side=st.sampled_from([2, 4, 8]))
+def test_of_a_whole_grid_all_cells_merge_where_there_is_room_for_none(backend, scene, side):
+    grid, prefix, features, running, _ = scene
+    everything = backend.array(np.ones_like(running))
+    joined = merging.merge(
+        backend.array(features), merging.alone(everything, grid=grid), side=2, agreed=backend.array(running)
+    )
+    with np.errstate(all="ignore"):
+        fitted, _ = merging.merge_to_fit(joined, side=side, capacity=0)
+    assert (held(backend, fitted.merged)["running"].sum(axis=1) == prefix + merging.fewest(grid, side=side)).all()
+
+
+@each_backend
+@strategies.fewer(3)
+@given(scene=scenes(), share=st.sampled_from([0.4, 0.7, 1.0]))
+def test_an_image_merges_alone_as_in_its_batch(backend, scene, share):
+    grid, _, features, running, _ = scene
+
+    def merge(features, running):
+        state = merging.alone(backend.array(running), grid=grid)
+        joined = merging.merge(backend.array(features), state, side=4, alike=0.6)
+        return merging.merge_to_fit(joined, side=4, capacity=round(share * running.shape[1]))[0]
+
+    with np.errstate(all="ignore"):
+        whole = merge(features, running)
         for image in range(len(running)):
             part = slice(image, image + 1)
-            own = merging.alone(backend.array(running[part]), grid=grid)
-            one = merging.merge(backend.array(features[part]), own, side=4, alike=0.6)
+            one = merge(features[part], running[part])
             for name, value in held(backend, one.merged).items():
                 np.testing.assert_array_equal(held(backend, whole.merged)[name][part], value)
             ran = held(backend, one.merged)["running"]
@@ -227,6 +300,15 @@ def test_a_merged_token_is_turned_by_the_angle_of_its_centroid(backend, seed, af
             lambda x, m: merging.merge(x, m, side=2, agreed=np.ones((1, 3), bool)),
             r"`agreed` must have the images and slots \(1, 4\), got shape \(1, 3\)",
         ),
+        (
+            lambda x, m: merging.merge_to_fit(merging.merge(x, m, side=2, alike=0.5), side=1, capacity=1),
+            r"`side` must be one of \[2, 4, 8, 16\], got 1",
+        ),
+        (
+            lambda x, m: merging.merge_to_fit(merging.merge(x, m, side=2, alike=0.5), side=2, capacity=-1),
+            "`capacity` must be a number of entries from 0 up, got -1",
+        ),
+        (lambda *_: merging.fewest((2, 2), side=5), r"`side` must be one of \[2, 4, 8, 16\], got 5"),
         (lambda _, m: merging.alone(m.running, grid=(2, 3)), r"`grid` must have at most 4 places, got \(2, 3\)"),
         (
             lambda x, m: merging.spread(x[:, :3], m.owner),

@@ -21,7 +21,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tests.core import strategies
-from tokenexit import cells, cost, ledger, retention, scores, semantic, tokens
+from tokenexit import cells, cost, ledger, merging, retention, scores, semantic, tokens
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -327,6 +327,13 @@ def bookkeeping(d):
     }
 
 
+def merged(d):
+    joined = merging.merge(d.features, merging.alone(d.stay, grid=GRID), side=4, alike=0.3)
+    fitted, forced = merging.merge_to_fit(joined, side=4, capacity=CAPACITY)
+    state = fitted.merged
+    return {"running": state.running, "owner": state.owner, "forced": forced, "features": fitted.features()}
+
+
 def counted(d):
     return {
         "running": COST.multiply_adds(d.ran, patches=PLACES, exits=(2,)),
@@ -370,6 +377,7 @@ PROGRAMS = {
         groups,
         selecting,
         bookkeeping,
+        merged,
         counted,
         semantic_tokens,
     )

@@ -16,7 +16,7 @@ from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule
 
 pytestmark = [
     # array-api-compat caches what it knows of libraries; that dynamo traces its caches does no harm.
@@ -33,6 +33,7 @@ SOME = {
     "rejoining": Schedule(schedule.paumer(after=AFTER, threshold=0.4).exits, Feature("last block", fold_above=0.05)),
     "cells": schedule.neighbours(radius={1: 1, 2: 0}, threshold=0.55, per_class=0, cell=2),
 }
+MERGES = (Merge(1, 4, 0.7), Merge(2, 2, 0.5, agreed=policies.ConfidenceAbove(0.3)))
 each = pytest.mark.parametrize("plan", SOME.values(), ids=SOME.keys())
 
 
@@ -111,6 +112,25 @@ def test_a_static_pass_is_one_program_without_a_break():
         torch.testing.assert_close(out.logits, wanted.logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(out.exit_depth, wanted.exit_depth)
         assert torch.equal(out.overflow, wanted.overflow)
+    assert programs.frame_count == 1
+
+
+@torch.no_grad()
+def test_a_static_pass_that_merges_is_one_program_with_its_decoder():
+    plan = Schedule((Exit(1, policies.ConfidenceAbove(0.4)),), Feature(), merges=MERGES)
+    decoder = torch.nn.Sequential(torch.nn.Conv2d(48, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1))
+    model = tet.wrap(models.timm_vit(depth=3), plan, decoder=decoder, num_classes=3).eval()
+    static = tet.StaticModel(model, capacities={1: 0.4, 2: 0.2})
+    programs, ran = CompileCounterWithBackend("eager"), set()
+    compiled = torch.compile(static, fullgraph=True, backend=programs)
+    for seed in range(3):
+        images = models.pictures(3, seed=seed)
+        out, wanted = compiled(images), static(images)
+        torch.testing.assert_close(out.decoded, wanted.decoded, rtol=1e-5, atol=1e-5)
+        assert torch.equal(out.exit_depth, wanted.exit_depth)
+        assert torch.equal(out.overflow, wanted.overflow)
+        ran.add(tuple(wanted.tokens_per_block.flatten().tolist()))
+    assert len(ran) == 3
     assert programs.frame_count == 1
 
 

@@ -108,6 +108,22 @@ def pictures(count=3, size=(32, 48), seed=0):
     return smooth + noise * (0.05 + busy)
 
 
+class Convolving(nn.Module):
+    """A decoder of two convolutions, which also reads prefix tokens if it is given any."""
+
+    def __init__(self, dim, maps=1):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Conv2d(dim, 8, 3, padding=1) for _ in range(maps))
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, maps, prefix=None):
+        maps = maps if isinstance(maps, list) else [maps]
+        found = sum(first(one) for first, one in zip(self.first, maps, strict=True))
+        if prefix is not None:
+            found = found + sum(one.mean() for one in (prefix if isinstance(prefix, list) else [prefix]))
+        return {"map": self.last(found.relu())}
+
+
 def _lively(module: nn.Module) -> nn.Module:
     """Scale the linear layers up: freshly initialised blocks hardly change their tokens, or not at all."""
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 
 from tokenexit import policies, schedule
 from tokenexit.carries import Feature
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule
 
 PLANS = {
     "neighbours": schedule.neighbours(radius={2: 1, 3: 1, 4: 0}, threshold=0.4, per_class=1),
@@ -44,6 +44,22 @@ BARE = {name: plan for name, plan in ALL.items() if getattr(plan.carry, "fold_ab
 
 ONE_BY_ONE = {name: plan for name, plan in ALL.items() if name != "budget"}
 """What decides each image by itself."""
+
+
+SIMILAR = (Merge(1, 2, 0.9), Merge(3, 4, 0.8))
+MERGING = {
+    "similar": Schedule(merges=SIMILAR),
+    "agreed, then exits": Schedule(
+        (Exit(4, policies.NeighboursAgree(0.5, radius=1).retaining(per_class=1)),),
+        merges=(Merge(1, 2, 0.9), Merge(2, 4, 0.2, policies.NeighboursAgree(0.3, radius=1))),
+    ),
+    "exits, then merges": Schedule((Exit(2, policies.ConfidenceAbove(0.6)),), merges=(Merge(3, 4, 0.7),)),
+    "both at once": Schedule(
+        (Exit(3, policies.ConfidenceAbove(0.6)),), merges=(Merge(3, 4, agreed=policies.ConfidenceAbove(0.4)),)
+    ),
+    "features rejoin": Schedule((Exit(3, policies.Budget(0.5)),), Feature("last block"), merges=(Merge(1, 2, 0.9),)),
+}
+"""Plans that merge after blocks 1 to 3."""
 
 
 def on(hosts):

@@ -13,7 +13,7 @@ from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.inference import export as exporting
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -39,13 +39,12 @@ def static(plan, capacities=0.5):
     return tet.StaticModel(models.wrapped(models.timm_vit, plan, after=AFTER, depth=4), capacities=capacities)
 
 
-def run(file, images):
+def run(file, images, names=tet.inference.EXPORTED):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return [
-        dict(zip(tet.inference.EXPORTED, session.run(None, {"images": one.numpy()}), strict=True)) for one in images
-    ]
+    assert [output.name for output in session.get_outputs()] == list(names)
+    return [dict(zip(names, session.run(None, {"images": one.numpy()}), strict=True)) for one in images]
 
 
 def assert_same(found, out):
@@ -71,9 +70,37 @@ def test_onnx_is_pytorch_on_ten_images_with_other_exits(plan, tmp_path):
 
 
 @torch.no_grad()
+def test_onnx_of_a_model_that_merges_and_of_its_decoder(tmp_path):
+    agreed = Merge(1, 2, 0.7, agreed=policies.ConfidenceAbove(0.3))
+    plan = Schedule((Exit(1, policies.ConfidenceAbove(0.6)),), Feature(), merges=(agreed,))
+    model = tet.wrap(models.timm_vit(depth=2), plan, decoder=models.Convolving(48), num_classes=3).eval()
+    one = tet.StaticModel(model, capacities=0.3)
+    inputs = [models.pictures(2, seed=seed) for seed in range(4)]
+    tet.export_onnx(one, inputs[0], tmp_path / "model.onnx")
+    names = ("decoded.map", "exit_depth", "tokens_per_block", "overflow")
+    seen = set()
+    for found, images in zip(run(tmp_path / "model.onnx", inputs, names), inputs, strict=True):
+        out = one(images)
+        np.testing.assert_allclose(found["decoded.map"], out.decoded["map"].numpy(), rtol=1e-4, atol=1e-4)
+        for name in names[1:]:
+            np.testing.assert_array_equal(found[name], getattr(out, name).numpy())
+        seen.add(tuple(out.overflow.tolist() + out.tokens_per_block.flatten().tolist()))
+    assert len(seen) > 2
+
+
+def test_what_a_decoder_gives_is_named():
+    number, nothing = torch.zeros(()), torch.zeros(0)
+    found = exporting._tensors({"map": number, "more": [nothing, None, (number,)]}, "decoded")
+    assert list(found) == ["decoded.map", "decoded.more.0", "decoded.more.2.0"]
+    assert list(exporting._tensors(number, "decoded")) == ["decoded"]
+    with pytest.raises(TokenExitError, match="`static` must have a decoder that gives tensors, .*, got str"):
+        exporting._tensors({"map": "none"}, "decoded")
+
+
+@torch.no_grad()
 def test_onnx_of_a_host_with_rotary_positions(tmp_path):
     heads = {after: nn.Linear(32, 5) for after in (1, 2)}
-    plan = Schedule((Exit(1, policies.Budget(0.6)), Exit(2, policies.MarginAbove(0.1))))
+    plan = Schedule((Exit(2, policies.MarginAbove(0.1)),), merges=(Merge(1, 2, 0.5),))
     model = tet.wrap(FOREIGN["transformers DINOv3"].make(), plan, head=nn.Linear(32, 5), exit_heads=heads).eval()
     images = [models.images(2, SIZE, seed=seed) for seed in range(2)]
     one = tet.StaticModel(model, capacities=0.7)

@@ -8,10 +8,10 @@ from torch import nn
 import tokenexit_torch as tet
 from tests.core import oracles
 from tests.torch import hosts, models
-from tests.torch.models import pictures
+from tests.torch.models import Convolving, pictures
+from tests.torch.plans import MERGING, SIMILAR
 from tokenexit import TokenExitError, schedule
-from tokenexit.carries import Feature
-from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree, Patience
+from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.attention import attending_per_image
 
@@ -40,7 +40,6 @@ def alone(model, image, merges, *, counted):
     return model.head(every[prefix:]), len(entries)
 
 
-SIMILAR = (Merge(1, 2, 0.9), Merge(3, 4, 0.8))
 HOSTS = {"timm": models.timm_vit, "no cls": lambda: models.timm_vit(prefix=0), "plain": models.plain_host}
 each_host = pytest.mark.parametrize("host", HOSTS)
 
@@ -67,17 +66,7 @@ def test_where_nothing_merges_nothing_changes(host):
     torch.testing.assert_close(model(images, schedule=nothing).logits, model(images).logits, rtol=1e-5, atol=1e-5)
 
 
-PLANS = {
-    "similar": Schedule(merges=SIMILAR),
-    "agreed, then exits": Schedule(
-        (Exit(4, NeighboursAgree(0.5, radius=1).retaining(per_class=1)),),
-        merges=(Merge(1, 2, 0.9), Merge(2, 4, 0.2, NeighboursAgree(0.3, radius=1))),
-    ),
-    "exits, then merges": Schedule((Exit(2, ConfidenceAbove(0.6)),), merges=(Merge(3, 4, 0.7),)),
-    "both at once": Schedule((Exit(3, ConfidenceAbove(0.6)),), merges=(Merge(3, 4, agreed=ConfidenceAbove(0.4)),)),
-    "features rejoin": Schedule((Exit(3, Budget(0.5)),), Feature("last block"), merges=(Merge(1, 2, 0.9),)),
-}
-each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+each_plan = pytest.mark.parametrize("plan", MERGING.values(), ids=list(MERGING))
 
 
 @each_plan
@@ -154,22 +143,6 @@ def test_rotary_positions_are_those_of_the_centroid(name):
     assert (out.tokens_per_block[:, 1] == foreign.prefix + 4).all()
 
 
-class Convolving(nn.Module):
-    """A decoder of two convolutions, which also reads prefix tokens if it is given any."""
-
-    def __init__(self, dim, maps=1):
-        super().__init__()
-        self.first = nn.ModuleList(nn.Conv2d(dim, 8, 3, padding=1) for _ in range(maps))
-        self.last = nn.Conv2d(8, 3, 3, padding=1)
-
-    def forward(self, maps, prefix=None):
-        maps = maps if isinstance(maps, list) else [maps]
-        found = sum(first(one) for first, one in zip(self.first, maps, strict=True))
-        if prefix is not None:
-            found = found + sum(one.mean() for one in (prefix if isinstance(prefix, list) else [prefix]))
-        return {"map": self.last(found.relu())}
-
-
 def dense_map(vit, images, decoder):
     return decoder(vit.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, GRID))["map"]
 
@@ -213,7 +186,7 @@ def test_several_taps_and_prefix_tokens_reach_the_decoder(features):
 
 
 def test_a_plan_with_merges_is_saved_and_loaded(tmp_path):
-    plan = PLANS["agreed, then exits"]
+    plan = MERGING["agreed, then exits"]
     model = models.wrapped(models.timm_vit, schedule.dense(after=(2, 3, 4)))
     model.retune(plan)
     tet.save(model, tmp_path / "exits")
@@ -267,11 +240,6 @@ def test_similarities_are_exchanged():
 
 @pytest.mark.usefixtures("unchecked")
 def test_plans_that_merge_are_refused_where_nothing_merges():
-    model = models.wrapped(models.timm_vit, schedule.dense(after=(2,)))
-    model.retune(Schedule(merges=SIMILAR))
-    images = pictures(1)
-    with pytest.raises(TokenExitError, match="`schedule` must merge nothing in the static layout"):
-        tet.StaticModel(model, capacities=1.0)(images)
     gated = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,)))
     with pytest.raises(TokenExitError, match="`merges` must be left out where gates decide"):
         gated.retune(Schedule(merges=SIMILAR))

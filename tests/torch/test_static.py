@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE, exiting, told
+from tests.torch.operators import WAITING, Operators
 from tests.torch.plans import ALL, BARE, ONE_BY_ONE, PLANS, on
 from tokenexit import TokenExitError, schedule
 from tokenexit_torch.exits import layouts
@@ -151,21 +151,6 @@ def test_every_host_runs_static(foreign):
     assert torch.equal(out.exit_depth, packed.exit_depth)
 
 
-class Operators(TorchDispatchMode):
-    """Notes which operators run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
-
-
-WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "lift_fresh", "_to_copy", "equal"}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in ALL if name != "per class"])
 def test_no_operator_waits_for_a_device_or_copies_from_the_host(name):
@@ -263,5 +248,7 @@ def test_another_model_in_its_place_needs_capacities_for_its_exits():
     plan = schedule.paumer(keep={2: 0.5})
     static = tet.StaticModel(models.wrapped(models.timm_vit, plan, after=(2,)), capacities=0.7)
     static.model = models.wrapped(models.timm_vit, schedule.paumer(keep={3: 0.5}), after=(3,))
-    with pytest.raises(TokenExitError, match=r"`capacities` must have one for each exit of the model .*, got \[3\]"):
+    with pytest.raises(
+        TokenExitError, match=r"`capacities` must have one for each exit .*, got none for the blocks \[3\]"
+    ):
         static(models.images())

@@ -176,9 +176,8 @@ def start(
     rule = "have fold_above=None for a model without prefix tokens"
     require(not folds or embedded.prefix > 0, "schedule", rule, plan.carry)
     count, slots, _ = embedded.tokens.shape
-    overflow = (
-        None if isinstance(layout, Packed) else torch.zeros(count, dtype=torch.int64, device=embedded.tokens.device)
-    )
+    packed, device = isinstance(layout, Packed), embedded.tokens.device
+    overflow = None if packed else torch.zeros(count, dtype=torch.int64, device=device)
     return State(fixed, embedded.tokens, embedded.positions, runs=count * slots > 0, overflow=overflow)
 
 

@@ -176,9 +176,7 @@ class Static(Layout):
     def require_room(self, after: Sequence[int]) -> None:
         """See `Layout.require_room`."""
         lacking = [block for block in after if block not in self.capacities]
-        rule = (
-            "have one for each exit and each merge of the plan that is static now: StaticModel(model, capacities=...)"
-        )
+        rule = "have one for each exit and each merge of the plan, by block: StaticModel(model, capacities=...)"
         require(not lacking, "capacities", rule, f"none for the blocks {lacking}")
 
     def full(self, images: int, slots: int, device: torch.device) -> Selection:

@@ -88,8 +88,8 @@ class StaticModel(nn.Module):
             What the wrapped model returns, with `capacity_per_block` and `overflow`.
 
         Raises:
-            TokenExitError: If the images do not fit the model, an exit of the plan has no head, or an exit or a merge no
-                capacity; or if a merge has no room even where all cells merge, and nothing can have left before.
+            TokenExitError: If the images do not fit the model, an exit of the plan has no head, an exit or a merge has
+                no capacity, or a merge has no room even where all cells merge, with no exit before.
         """
         state = self.run_pass(images, schedule)
         if isinstance(self.model, DecodingModel):
