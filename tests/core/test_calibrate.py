@@ -538,7 +538,9 @@ def test_a_calibration_with_a_loss_of_ones_own_is_resumed(tmp_path):
     with pytest.raises(TokenExitError, match="`resume` must be a new folder, or one of the same .* with other risk"):
         measured(resume=tmp_path, risk=Risk("greatest change of the map", OWN.loss))
     half = Risk(CHANGE, lambda out, dense: OWN.loss(out, dense) / 2)
-    with pytest.raises(TokenExitError, match="`resume` must be of the model as it is now, with the same `loss` .*differ"):
+    with pytest.raises(
+        TokenExitError, match="`resume` must be of the model as it is now, with the same `loss` .*differ"
+    ):
         measured(resume=tmp_path, risk=half)
 
 
@@ -558,7 +560,7 @@ def test_a_loss_that_looks_at_other_images_is_refused():
         (lambda out, dense: OWN.loss(out, dense) - 1, f"`loss` must give losses in [0, 1], and none that is NaN, got [-1.0] and 7 more ({CHANGE})"),
         (lambda out, dense: OWN.loss(out, dense) + 1.5, f"`loss` must give losses in [0, 1], and none that is NaN, got [1.5] and 7 more ({CHANGE})"),
         (lambda out, dense: OWN.loss(out, dense) * np.nan, f"`loss` must give losses in [0, 1], and none that is NaN, got [nan] and 7 more ({CHANGE})"),
-        (lambda out, dense: OWN.loss(out, dense).mean(), f"`loss` must give one loss for each of the 8 images, got "),
+        (lambda out, dense: OWN.loss(out, dense).mean(), "`loss` must give one loss for each of the 8 images, got "),
         (lambda out, dense: OWN.loss(out, dense)[:, None], f"`loss` must give one loss for each of the 8 images, got shape (8, 1) ({CHANGE})"),
         (lambda out, dense: OWN.loss(out, dense).tolist(), f"`loss` must give one loss for each of the 8 images, got list ({CHANGE})"),
     ],

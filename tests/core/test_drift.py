@@ -142,8 +142,14 @@ ONE = Sample({"a": (0.5,)})
         (lambda: compare(ONE, Sample({"a": ()})), "`now` must have images, as must `before`, got 0 and 1"),
         (lambda: compare(ONE, ONE, false_alarms=1.0), "`false_alarms` must lie between 0 and 1, got 1.0"),
         (lambda: sample(np.zeros((2, 3, 4)), np.zeros((2, 5), int), after=()), "`logits` must have shape (images,"),
-        (lambda: sample(None, np.zeros((2, 5), int), after=()), "`statistics` must be a tuple of numbers for each of at"),
-        (lambda: sample(None, np.zeros((2, 5), int), after=(), tokens_per_block=np.zeros((3, 4), int)), "`tokens_per_block` must have shape (images, blocks)"),
+        (
+            lambda: sample(None, np.zeros((2, 5), int), after=()),
+            "`statistics` must be a tuple of numbers for each of at",
+        ),
+        (
+            lambda: sample(None, np.zeros((2, 5), int), after=(), tokens_per_block=np.zeros((3, 4), int)),
+            "`tokens_per_block` must have shape (images, blocks)",
+        ),
         (lambda: sample(np.zeros((2, 3, 0)), np.zeros((2, 0), int), after=()), "`exit_depth` must have at least one"),
     ],
 )

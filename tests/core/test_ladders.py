@@ -1,6 +1,7 @@
 """Ladders of settings, and thresholds that are picked."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_a_ladder_of_distances_merges_ever_more(alike, factors):
     plan = schedule.Schedule(merges=(*merges, agreeing))
     ladder = ladders.by_distance(plan, factors=factors)
     assert len(set(ladder)) == len(ladder)
-    for one, other in zip(ladder, ladder[1:], strict=False):
+    for one, other in pairwise(ladder):
         assert all(first.alike >= later.alike for first, later in zip(one.merges[:-1], other.merges[:-1], strict=True))
     for one in ladder:
         assert one.merges[-1] == agreeing

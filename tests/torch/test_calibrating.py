@@ -713,9 +713,9 @@ def test_a_decoder_without_classes_must_be_read_by_a_function():
             tet.calibrate(model, images, at_most=0.5, preprocessing=WORDS, scores=scores, progress=iter)
 
 
-CHANGE = "mean absolute change of the map"
-OWN = Risk(CHANGE, lambda out, dense: (out.decoded - dense.decoded).abs().mean(dim=(1, 2, 3)))
-MERGES = Schedule(merges=(Merge(1, 2, alike=0.99), Merge(3, 4, alike=0.98)))
+CHANGE = "twenty times the mean absolute change of the map, 1 at most"
+OWN = Risk(CHANGE, lambda out, dense: (20 * (out.decoded - dense.decoded).abs().mean(dim=(1, 2, 3))).clamp(max=1))
+MERGES = Schedule(merges=(Merge(1, 2, alike=0.9), Merge(3, 4, alike=0.8)))
 
 
 def drawing():
@@ -729,23 +729,24 @@ def drawing():
 
 def test_a_loss_of_ones_own_certifies_what_merges_under_a_decoder_without_classes(tmp_path):
     model, images, losses, costs = drawing(), models.pictures(20), [], []
-    options = {"at_most": 0.2, "preprocessing": WORDS, "risk": OWN, "progress": iter}
-    found = tet.calibrate(model, images, resume=tmp_path / "kept", **options)
     settings, chains = tet.default_settings(model)
     assert (len(settings), len(chains)) == (14, 1)
     assert settings[8] == MERGES == model.schedule
+    settings = settings[3::2]
+    options = {"at_most": 0.45, "preprocessing": WORDS, "risk": OWN, "settings": settings, "progress": iter}
+    found = tet.calibrate(model, images, resume=tmp_path / "kept", **options)
     decoder = model.decoder_multiply_adds((32, 48))
     with torch.no_grad():
         dense = model(images, schedule=schedule.dense())
         for plan in settings:
             out = model(images, schedule=plan)
-            losses.append((out.decoded - dense.decoded).abs().mean(dim=(1, 2, 3)).double().numpy())
+            losses.append(OWN.loss(out, dense).double().numpy())
             work, full = (model.multiply_adds(one).double() + decoder for one in (out, dense))
             costs.append(float(work.mean() / full.mean()))
-    as_expected(found.report, certify(settings, np.stack(losses, axis=1), costs, at_most=0.2, chains=chains))
+    as_expected(found.report, certify(settings, np.stack(losses, axis=1), costs, at_most=0.45))
     assert found.report.chosen is not None
     assert found.report.unmeasured
-    assert f"Certified: mean loss of the user's own ({CHANGE}) over images at most 20 %" in str(found.certificate)
+    assert f"Certified: mean loss of the user's own ({CHANGE}) over images at most 45 %" in str(found.certificate)
     assert tet.calibrate(model, images, resume=tmp_path / "kept", **options) == found
     with pytest.raises(TokenExitError, match="one of the same calibration, .* with other risk"):
         tet.calibrate(model, images, resume=tmp_path / "kept", **options | {"risk": Risk("change", OWN.loss)})
@@ -763,7 +764,9 @@ def test_a_loss_of_ones_own_certifies_what_merges_under_a_decoder_without_classe
 def test_a_loss_of_ones_own_may_look_at_whatever_a_model_returns():
     """Here exit depths, of a model with a final head; its parameters may have gradients."""
     weight = torch.nn.Parameter(torch.ones(()))
-    late = Risk("share of early patches", lambda out, dense: weight * (out.exit_depth < dense.exit_depth).float().mean((1, 2)))
+    late = Risk(
+        "share of early patches", lambda out, dense: weight * (out.exit_depth < dense.exit_depth).float().mean((1, 2))
+    )
     found = calibrated(risk=late, at_most=0.9)
     assert found.report.chosen is not None
     shares = sum(np.asarray(row) for name, row in found.before.statistics.items() if name.startswith("share"))
@@ -777,8 +780,8 @@ def test_a_loss_of_ones_own_may_look_at_whatever_a_model_returns():
     [
         ({"labels": LABELS}, "`labels` must be given in `risk` where that is a Risk, and not beside it"),
         ({"size": (4, 6)}, "`size` must be given in `risk` where that is a Risk, and not beside it, got (4, 6)"),
-        ({"risk": Risk(CHANGE, lambda out, _: out.logits)}, "`loss` must give one loss for each of the 8 images, got shape (8, 5, 4, 6) (mean absolute change of the map)"),
-        ({"risk": Risk(CHANGE, lambda out, _: out.logits.mean((1, 2, 3)) * math.nan)}, "`loss` must give losses in [0, 1], and none that is NaN, got [nan] and 7 more (mean"),
+        ({"risk": Risk(CHANGE, lambda out, _: out.logits)}, "`loss` must give one loss for each of the 8 images, got shape (8, 5, 4, 6) (twenty times"),
+        ({"risk": Risk(CHANGE, lambda out, _: out.logits.mean((1, 2, 3)) * math.nan)}, "`loss` must give losses in [0, 1], and none that is NaN, got [nan] and 7 more (twenty times"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_a_risk_is_named(options, message):

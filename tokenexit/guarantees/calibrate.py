@@ -44,13 +44,14 @@ __all__ = [
     "Run",
     "calibrate",
     "default_settings",
+    "sampled",
 ]
 
 Kind = Literal["disagreement", "error increase", "IoU loss"]
 """The loss of an image, over label maps."""
 
 OwnLoss = Callable[[Any, Any], Float[Array, "images"]]
-"""From what a model returns for a batch, and what it returns without exits and merges, to a loss in [0, 1] per image."""
+"""From what a model returns for a batch, and what it returns for it if all tokens run, to losses in [0, 1]."""
 
 Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 """Settings, and the chains of their places in which they are tested."""
@@ -163,8 +164,8 @@ class Risk:
         kind: `disagreement` (`tokenexit.guarantees.risks.disagreement`), `error increase` (`error_increase`), or `IoU
             loss` (`iou_loss`), which has one loss for each class; with `loss`, what it is in your own words, which the
             report and the certificate repeat, and by which a resumed calibration knows it.
-        loss: From what the model returns for a batch, and what it returns for it without exits and merges, to a loss in
-            [0, 1] for each image, that depends on no other image. It knows no labels.
+        loss: From what the model returns for a batch, and what it returns for it if all tokens run, to a loss in [0, 1]
+            for each image, that depends on no other image. It knows no labels.
         labels: Class of every pixel, in the memory of the CPU, for `error increase`; for `IoU loss`, what the classes
             are compared with, the dense run if left out.
         ignore: Label of pixels that do not count.
@@ -330,8 +331,9 @@ def default_settings(plan: Schedule, /, *, after: Iterable[int], carry: Carry | 
 
     Returns:
         Settings, and chains of their places: the plan at confidences from 0.999 down to 0.5, with its merges as they
-        are; or, where no token leaves, the plan with its merges at 0.05 to 3 times their distances (`ladders.by_distance`). Then, if there is any, the
-        network cut short after each of the blocks, the last first: what exits and merges have to beat.
+        are; or, where no token leaves, the plan with its merges at 0.05 to 3 times their distances
+        (`ladders.by_distance`). Then, if there is any, the network cut short after each of the blocks, the last first:
+        what exits and merges have to beat.
 
     Raises:
         TokenExitError: If the plan has no thresholds of confidence, nor merges by similarity alone.

@@ -5,9 +5,9 @@
     found.warn()                                                       # or look at found.drifted
 
 Tokens of an image depend on each other, so the image is the unit here as well: each gives one number for each
-statistic: the mean confidence of its outcome, the share of its patches that left at each exit, the tokens that ran. Two samples of
-images are compared by the two-sample Kolmogorov-Smirnov test, with its exact distribution, and Bonferroni's correction
-over the statistics. A drift that leaves these numbers as they are is not seen.
+statistic: the mean confidence of its outcome, the share of its patches that left at each exit, the tokens that ran. Two
+samples of images are compared by the two-sample Kolmogorov-Smirnov test, with its exact distribution, and Bonferroni's
+correction over the statistics. A drift that leaves these numbers as they are is not seen.
 """
 
 import math
@@ -213,7 +213,9 @@ def sample(
     found |= {f"share after {block}": xp.astype(exit_depth == block, xp.float32) for block in after}
     if tokens_per_block is not None:
         fits = tokens_per_block.ndim == 2 and tokens_per_block.shape[0] == exit_depth.shape[0]
-        require(fits, "tokens_per_block", "have shape (images, blocks) for the images of `exit_depth`", tokens_per_block)
+        require(
+            fits, "tokens_per_block", "have shape (images, blocks) for the images of `exit_depth`", tokens_per_block
+        )
         found["tokens per block"] = xp.astype(tokens_per_block, xp.float32)
     return Sample({name: _means(value) for name, value in found.items()})
 

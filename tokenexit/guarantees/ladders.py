@@ -62,14 +62,14 @@ def by_distance(plan: Schedule, /, *, factors: Iterable[float]) -> tuple[Schedul
     require(inside, "factors", "be numbers from 0 up, at least one", once)
     asked = any(merge.alike is not None for merge in plan.merges)
     require(asked, "plan", "merge by similarity, `alike`, for an order", plan)
-    return tuple(dict.fromkeys(replace(plan, merges=_at_distance(plan.merges, factor)) for factor in once))
+    plans = (replace(plan, merges=tuple(_at_distance(merge, factor) for merge in plan.merges)) for factor in once)
+    return tuple(dict.fromkeys(plans))
 
 
-def _at_distance(merges: Iterable[Merge], factor: float) -> tuple[Merge, ...]:
-    return tuple(
-        merge if merge.alike is None else replace(merge, alike=max(-1.0, merge.alike + (1 - factor) * (1 - merge.alike)))
-        for merge in merges
-    )
+def _at_distance(merge: Merge, factor: float) -> Merge:
+    if merge.alike is None:
+        return merge
+    return replace(merge, alike=max(-1.0, merge.alike + (1 - factor) * (1 - merge.alike)))
 
 
 def by_frontier(found: Iterable[Found], /) -> tuple[Schedule, ...]:
