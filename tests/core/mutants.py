@@ -734,8 +734,8 @@ MUTANTS = (
     Mutant(
         "each batch is compared with the first",
         "guarantees/calibrate.py",
-        "self.loss(maps, reference[rows, ...], rows), losses)",
-        "self.loss(maps, reference[: maps.shape[0], ...], rows), losses)",
+        "        reference = reference[rows, ...]\n",
+        "        reference = reference[: maps.shape[0], ...]\n",
         CALIBRATE,
     ),
     Mutant(
@@ -762,8 +762,8 @@ MUTANTS = (
     Mutant(
         "a resumed network may be another now",
         "guarantees/calibrate.py",
-        'if kept and name == "dense":',
-        'if not kept and name == "dense":',
+        'if kept and (name == "dense" or self.loss.size is None):',
+        'if not kept and (name == "dense" or self.loss.size is None):',
         CALIBRATE,
     ),
     Mutant(

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from tests.core.files import Files
-from tokenexit import TokenExitError, policies, schedule
+from tokenexit import TokenExitError, merging, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.guarantees import certificate, drift, ladders, risks
 from tokenexit.guarantees.calibrate import AdaptedModel, Level, Outcome, Risk, calibrate, default_settings
 from tokenexit.guarantees.calibration import certify
 from tokenexit.guarantees.certificate import Fingerprints
 from tokenexit.policies import BatchBudget, ConfidenceAbove, EntropyBelow, Evidence
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule
 
 GRID, SIZE, CLASSES, DEPTH = (4, 6), (8, 12), 4, 3
 PATCHES = GRID[0] * GRID[1]
@@ -31,6 +31,7 @@ CHAINS = (range(3), (3, 4))
 LEVEL = Level(at_most=0.3)
 RISK = Risk("disagreement")
 WORDS = "drawn numbers, as they are"
+ARRAYS = ("label_maps", "scores", "exit_depth", "multiply_adds", "tokens_per_block")
 STEP, NOISE = 0.8, 0.7
 WEIGHTS = np.random.default_rng(0).normal(size=(DEPTH, CLASSES, CLASSES))
 
@@ -60,7 +61,7 @@ class Toy:
         count = len(images)
         state = 3 * images.reshape(count, CLASSES, GRID[0], 2, GRID[1], 2).mean(axis=(3, 5))
         state = np.moveaxis(state.reshape(count, CLASSES, PATCHES), 1, 2)
-        running, work = np.ones((count, PATCHES), bool), np.zeros(count, int)
+        running, work, ran = np.ones((count, PATCHES), bool), np.zeros(count, int), []
         logits, depth = np.zeros_like(state), np.zeros((count, PATCHES), int)
         exits = {exit.after: exit.policy for exit in plan.active}
         for block in range(1, DEPTH + 1):
@@ -68,6 +69,7 @@ class Toy:
             around = (state * shown).sum(axis=1, keepdims=True) / np.maximum(shown.sum(axis=1, keepdims=True), 1)
             state = state + STEP * np.tanh((state + around) @ self.weights[block - 1])
             work += 100 * running.sum(axis=1)
+            ran.append(running.sum(axis=1))
             leave = running.copy()
             if block < DEPTH:
                 leave[running] = self.leaving(exits[block], state, running, logits, depth) if block in exits else False
@@ -76,7 +78,7 @@ class Toy:
         scores = np.moveaxis(logits, 1, 2).reshape(count, CLASSES, *GRID)
         rows, columns = (np.arange(side) * cells // side for side, cells in zip(size, GRID, strict=True))
         maps = scores.argmax(axis=1)[:, rows][:, :, columns]
-        return Outcome(maps.astype(np.int16), scores, depth.reshape(count, *GRID), work)
+        return Outcome(maps.astype(np.int16), scores, depth.reshape(count, *GRID), work, np.stack(ran, axis=1))
 
     @staticmethod
     def leaving(policy, state, running, logits, depth):
@@ -179,7 +181,7 @@ def test_arrays_may_be_of_any_library(library, tmp_path):
 
     def run(images, plan, /, *, size):
         out = toy(images, plan, size=size)
-        return Outcome(*map(array, (out.label_maps, out.scores, out.exit_depth, out.multiply_adds)))
+        return Outcome(*(array(getattr(out, name)) for name in ARRAYS))
 
     store = Files(np.asarray if library == "jax" else array)  # of JAX, what has double precision is kept as NumPy
     first = calibrated(adapted(run=run, store=store), resume=tmp_path)
@@ -410,10 +412,10 @@ NAN = np.concatenate([IMAGES[:-1], np.full_like(IMAGES[:1], np.nan)])
         ({"allow_fitted": " "}, "`allow_fitted` must be a reason in your own words, or None, got ' '"),
         ({"risk": Risk("IoU loss", classes=(1, 1))}, "`classes` must be some of 0 to 3, each once, got (1, 1)"),
         ({"risk": Risk("IoU loss", classes=(4,))}, "`classes` must be some of 0 to 3, each once, got (4,)"),
-        ({"risk": Risk("error increase", LABELS[1:])}, "`labels` must be of shape (24, height, width), got an array of shape (23, 8, 12)"),
-        ({"risk": Risk("error increase", LABELS, size=GRID)}, "`size` must be that of `labels`, (8, 12), or left out, got (4, 6)"),
-        ({"risk": Risk("error increase", LABELS + 1)}, "`labels` must be classes from 0 to 3, got [4] and "),
-        ({"risk": Risk("error increase", LABELS * 0 + 9, ignore=9)}, "`labels` must have a pixel that counts in every image: leave images without one out, for nothing is known about them, got none in 24 of 24 images, the first being [0]"),
+        ({"risk": Risk("error increase", labels=LABELS[1:])}, "`labels` must be of shape (24, height, width), got an array of shape (23, 8, 12)"),
+        ({"risk": Risk("error increase", labels=LABELS, size=GRID)}, "`size` must be that of `labels`, (8, 12), or left out, got (4, 6)"),
+        ({"risk": Risk("error increase", labels=LABELS + 1)}, "`labels` must be classes from 0 to 3, got [4] and "),
+        ({"risk": Risk("error increase", labels=LABELS * 0 + 9, ignore=9)}, "`labels` must have a pixel that counts in every image: leave images without one out, for nothing is known about them, got none in 24 of 24 images, the first being [0]"),
         ({"risk": Risk(size=(4, 0))}, "`size` must be a height and a width from 1 up, in pixels, got (4, 0)"),
     ],
 )  # fmt: skip
@@ -429,20 +431,158 @@ def test_bad_input_is_named(options, message):
     [
         (lambda: Level(0.0), "`at_most` must lie between 0 and 1, got 0.0"),
         (lambda: Level(0.3, 1.0), "`confidence` must lie between 0 and 1, got 1.0"),
-        (lambda: Risk("luck"), "`risk` must be one of disagreement, error increase, IoU loss, got 'luck'"),
+        (lambda: Risk("luck"), "`risk` must be one of disagreement, error increase, IoU loss, or words for a `loss` of your own, got 'luck'"),
+        (lambda: Risk(" ", OWN.loss), "`risk` must be what the `loss` is in your own words, and none of disagreement, error increase, IoU loss, got ' '"),
+        (lambda: Risk("IoU loss", OWN.loss), "`risk` must be what the `loss` is in your own words, and none of disagreement, error increase, IoU loss, got 'IoU loss'"),
+        (lambda: Risk(CHANGE, OWN.loss, labels=LABELS), "`labels` must be left out for a loss of your own, which compares no label maps, got an array of shape (24, 8, 12)"),
+        (lambda: Risk(CHANGE, OWN.loss, size=GRID), "`size` must be left out for a loss of your own, which compares no label maps, got (4, 6)"),
+        (lambda: Risk("error increase", LABELS), "`loss` must be a function from two outputs to a loss for each image; labels are `labels=`, got an array of shape (24, 8, 12)"),
         (lambda: Risk(classes=(1,)), "`classes` must be left out unless the risk is `IoU loss`, got (1,)"),
         (lambda: Risk("error increase"), "`labels` must be given for `error increase`, got None"),
         (lambda: Risk(ignore=3), "`ignore` must be left out where there are no labels, got 3"),
         (lambda: Risk(labels=LABELS), "`labels` must be left out for `disagreement`, got shape (24, 8, 12)"),
-        (lambda: Risk("IoU loss", LABELS > 1), "`labels` must be a tensor of whole numbers, got bool"),
-        (lambda: Risk("IoU loss", LABELS.tolist()), "`labels` must be a tensor of whole numbers, got list"),
-        (lambda: default_settings(Schedule((Exit(1, EntropyBelow(0.3)),)), after=(1,)), "`settings` must be given for a plan without thresholds of confidence, of which alone there is a default ladder, got ['entropy']"),
+        (lambda: Risk("IoU loss", labels=LABELS > 1), "`labels` must be a tensor of whole numbers, got bool"),
+        (lambda: Risk("IoU loss", labels=LABELS.tolist()), "`labels` must be a tensor of whole numbers, got list"),
+        (lambda: default_settings(Schedule((Exit(1, EntropyBelow(0.3)),)), after=(1,)), "`settings` must be given for a plan without thresholds of confidence, or of similarity where no token leaves, of which alone there is a default ladder, got ['entropy']"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(TokenExitError) as found:
         make()
     assert str(found.value) == message
+
+
+MERGES = Schedule(merges=(Merge(1, 2, 0.9), Merge(2, 4, 0.8)))
+CHANGE = "five times the mean absolute change of the map"
+OWN = Risk(CHANGE, lambda out, dense: 5 * abs(out["map"] - dense["map"]).mean(axis=(1, 2)))
+ALIKE = ladders.by_distance(MERGES, factors=(0.1, 0.5, 1.0, 2.0, 10.0))
+
+
+class Decoding(Toy):
+    """A network without classes, whose tokens merge: a map of numbers from 0 to 1."""
+
+    def __call__(self, images, plan, /, *, size):
+        assert size is None
+        self.calls += 1
+        count, merges = len(images), {merge.after: merge for merge in plan.merges}
+        state = images.reshape(count, CLASSES, GRID[0], 2, GRID[1], 2).mean(axis=(3, 5))
+        state, ran = np.moveaxis(state.reshape(count, CLASSES, PATCHES), 1, 2) + 1, []
+        merged = merging.alone(np.ones((count, PATCHES), bool), grid=GRID)
+        for block in range(1, DEPTH + 1):
+            state = state + 0.3 * np.tanh(state @ self.weights[block - 1])
+            ran.append(merged.running.sum(axis=1))
+            if block in merges:
+                joined = merging.merge(state, merged, side=merges[block].side, alike=merges[block].alike)
+                state, merged = joined.features(), joined.merged
+        drawn = 1 / (1 + np.exp(-merging.spread(state, merged.owner)[..., 0]))
+        depth, ran = np.full((count, *GRID), DEPTH), np.stack(ran, axis=1)
+        return Outcome(None, None, depth, 100 * ran.sum(axis=1), ran, {"map": drawn.reshape(count, *GRID)})
+
+
+def decoding(toy=None, **changes):
+    settings = partial(default_settings, MERGES, after=())
+    return adapted(Decoding() if toy is None else toy, classes=0, settings=settings, **changes)
+
+
+def measured(model=None, **options):
+    given = {"level": LEVEL, "risk": OWN, "settings": ALIKE, "chains": None}
+    return calibrated(decoding() if model is None else model, **given | options)
+
+
+def test_a_loss_of_ones_own_needs_no_classes_and_is_that_of_the_whole_table():
+    found, toy, losses, costs = measured(), Decoding(), [], []
+    dense = toy(IMAGES, schedule.dense(), size=None)
+    for plan in ALIKE:
+        out = toy(IMAGES, plan, size=None)
+        losses.append(5 * abs(out.output["map"] - dense.output["map"]).mean(axis=(1, 2)))
+        costs.append(out.multiply_adds.mean() / dense.multiply_adds.mean())
+    as_expected(found.report, certify(ALIKE, np.stack(losses, axis=1), costs, at_most=0.3))
+    assert found.report.chosen is not None
+    assert found.report.unmeasured == ALIKE[3:]
+    assert list(found.before.statistics) == ["tokens per block"]
+    out = toy(IMAGES, found.report.schedule, size=None)
+    assert found.before.statistics["tokens per block"] == pytest.approx(out.tokens_per_block.mean(axis=1))
+
+
+def test_report_and_certificate_say_whose_loss_it_is():
+    found = measured()
+    assert found.report.risk == found.certificate.risk == f"loss of the user's own ({CHANGE})"
+    note = f"Note: The loss is a function of the user's own, of which these words are all that is known here: {CHANGE}."
+    for text in (str(found), str(found.certificate)):
+        assert f"Certified: mean loss of the user's own ({CHANGE}) over images at most 30 %" in text
+        assert note in text
+    assert certificate.from_json(certificate.to_json(found.certificate)) == found.certificate
+
+
+def test_a_model_with_classes_may_have_a_loss_of_ones_own():
+    """The same share of pixels as a loss of one's own, and as the library's."""
+
+    class Returning(Toy):
+        def __call__(self, images, plan, /, *, size):
+            out = super().__call__(images, plan, size=SIZE)
+            return replace(out, output=out.label_maps, label_maps=None if size is None else out.label_maps)
+
+    risk = Risk("pixels that change", lambda out, dense: (out != dense).mean(axis=(1, 2)))
+    own = calibrated(adapted(Returning()), risk=risk)
+    as_expected(own.report, EXPECTED)
+    assert own.before == calibrated().before
+
+
+def test_a_calibration_with_a_loss_of_ones_own_is_resumed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        measured(resume=tmp_path, progress=stopping(8))
+    first, toy = measured(resume=tmp_path), Decoding()
+    assert first == measured()
+    assert measured(decoding(toy), resume=tmp_path) == first
+    assert toy.calls == 1 + 2 * len(first.report.curve)  # the first batch, and beside each setting the dense network
+    with pytest.raises(TokenExitError, match="`resume` must be a new folder, or one of the same .* with other risk"):
+        measured(resume=tmp_path, risk=Risk("greatest change of the map", OWN.loss))
+    half = Risk(CHANGE, lambda out, dense: OWN.loss(out, dense) / 2)
+    with pytest.raises(
+        TokenExitError, match="`resume` must be of the model as it is now, with the same `loss` .*differ"
+    ):
+        measured(resume=tmp_path, risk=half)
+
+
+def test_a_loss_that_looks_at_other_images_is_refused():
+    def beside_the_most(out, dense):
+        losses = OWN.loss(out, dense)
+        return losses / max(losses.max(), 1e-9)
+
+    with pytest.raises(TokenExitError, match="`model` must treat each image by itself, .*losses that differ by"):
+        measured(risk=Risk("change beside the most", beside_the_most), settings=ALIKE[2:])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out, dense: OWN.loss(out, dense) - 1, f"`loss` must give losses in [0, 1], and none that is NaN, got [-1.0] and 7 more ({CHANGE})"),
+        (lambda out, dense: OWN.loss(out, dense) + 1.5, f"`loss` must give losses in [0, 1], and none that is NaN, got [1.5] and 7 more ({CHANGE})"),
+        (lambda out, dense: OWN.loss(out, dense) * np.nan, f"`loss` must give losses in [0, 1], and none that is NaN, got [nan] and 7 more ({CHANGE})"),
+        (lambda out, dense: OWN.loss(out, dense).mean(), "`loss` must give one loss for each of the 8 images, got "),
+        (lambda out, dense: OWN.loss(out, dense)[:, None], f"`loss` must give one loss for each of the 8 images, got shape (8, 1) ({CHANGE})"),
+        (lambda out, dense: OWN.loss(out, dense).tolist(), f"`loss` must give one loss for each of the 8 images, got list ({CHANGE})"),
+    ],
+)  # fmt: skip
+def test_losses_of_ones_own_that_are_none_are_named(loss, message):
+    with pytest.raises(TokenExitError) as found:
+        measured(risk=Risk(CHANGE, loss))
+    assert str(found.value).startswith(message)
+
+
+def test_what_merges_by_similarity_has_a_default_ladder():
+    settings, chains = default_settings(MERGES, after=())
+    assert chains == (tuple(range(14)),)
+    assert settings[8] == MERGES
+    assert settings[5].merges == (Merge(1, 2, 0.95), Merge(2, 4, 0.9))
+    found = measured(settings=None)
+    assert {point.schedule for point in found.report.curve} | set(found.report.unmeasured) == set(settings)
+    agreeing = replace(MERGES, merges=(Merge(1, 2, 0.9, ConfidenceAbove(0.5)),))
+    settings, chains = default_settings(agreeing, after=(1,), carry=Feature())
+    assert [len(chain) for chain in chains] == [14, 1]
+    assert settings[-1] == replace(schedule.truncated(after=1), carry=Feature())
+    assert all(plan.merges[0].agreed == ConfidenceAbove(0.5) for plan in settings[:-1])
 
 
 def test_the_curve_is_drawn(tmp_path):

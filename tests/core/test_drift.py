@@ -103,6 +103,9 @@ def test_a_sample_has_a_number_for_every_image(backend):
     assert found.statistics["confidence"] == pytest.approx((1.0, 1 / 3))
     assert found.statistics["share after 3"] == (0.5, 0.0)
     assert found.statistics["share after 6"] == (0.25, 0.0)
+    ran = backend.array(np.asarray([[4, 3, 2], [4, 4, 4]]))
+    merging = sample(None, backend.array(depth), after=(3,), tokens_per_block=ran)
+    assert merging.statistics == {"share after 3": (0.5, 0.0), "tokens per block": (3.0, 4.0)}
 
 
 @given(
@@ -139,6 +142,14 @@ ONE = Sample({"a": (0.5,)})
         (lambda: compare(ONE, Sample({"a": ()})), "`now` must have images, as must `before`, got 0 and 1"),
         (lambda: compare(ONE, ONE, false_alarms=1.0), "`false_alarms` must lie between 0 and 1, got 1.0"),
         (lambda: sample(np.zeros((2, 3, 4)), np.zeros((2, 5), int), after=()), "`logits` must have shape (images,"),
+        (
+            lambda: sample(None, np.zeros((2, 5), int), after=()),
+            "`statistics` must be a tuple of numbers for each of at",
+        ),
+        (
+            lambda: sample(None, np.zeros((2, 5), int), after=(), tokens_per_block=np.zeros((3, 4), int)),
+            "`tokens_per_block` must have shape (images, blocks)",
+        ),
         (lambda: sample(np.zeros((2, 3, 0)), np.zeros((2, 0), int), after=()), "`exit_depth` must have at least one"),
     ],
 )

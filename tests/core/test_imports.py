@@ -95,7 +95,7 @@ pictures = np.random.default_rng(0).normal(size=(40, 3, 2, 2))
 digests = tuple(certificate.digest(one.tobytes(), dtype="float64", shape=one.shape) for one in pictures)
 def run(images, plan, /, *, size):
     count = len(images)
-    return calibrate.Outcome(images.argmax(1), images, np.full((count, 2, 2), 3), np.full(count, 9))
+    return calibrate.Outcome(images.argmax(1), images, np.full((count, 2, 2), 3), np.full(count, 9), np.full((count, 3), 4))
 model = calibrate.AdaptedModel(
     run=run, look=lambda batch: ((2, 2), digests), check=lambda plan: None,
     settings=lambda: calibrate.default_settings(schedule.neighbours(), after=(1,)),

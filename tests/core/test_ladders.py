@@ -1,5 +1,8 @@
 """Ladders of settings, and thresholds that are picked."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,6 +32,39 @@ def test_a_ladder_starts_with_the_strictest():
     assert list(ladders.by_threshold(schedule.paumer(), thresholds=(0.05, 0.01, 0.2))) == wanted
     wanted = [schedule.svit(threshold=one) for one in (0.1, 0.5)]
     assert list(ladders.by_threshold(schedule.svit(), thresholds=(0.5, 0.1))) == wanted
+
+
+@given(
+    alike=st.lists(st.floats(-1, 1), min_size=1, max_size=3),
+    factors=st.lists(st.floats(0, 4, width=16), min_size=1, max_size=5),
+)
+def test_a_ladder_of_distances_merges_ever_more(alike, factors):
+    merges = tuple(schedule.Merge(after, 2, least) for after, least in enumerate(alike, 1))
+    agreeing = schedule.Merge(9, 4, agreed=ConfidenceAbove(0.5))
+    plan = schedule.Schedule(merges=(*merges, agreeing))
+    ladder = ladders.by_distance(plan, factors=factors)
+    assert len(set(ladder)) == len(ladder)
+    for one, other in pairwise(ladder):
+        assert all(first.alike >= later.alike for first, later in zip(one.merges[:-1], other.merges[:-1], strict=True))
+    for one in ladder:
+        assert one.merges[-1] == agreeing
+        assert [replace(merge, alike=None, agreed=agreeing.agreed) for merge in one.merges[:-1]] == [
+            replace(merge, alike=None, agreed=agreeing.agreed) for merge in merges
+        ]
+    assert [merge.alike for merge in ladder[0].merges[:-1]] == pytest.approx(
+        [max(-1, 1 - min(factors) * (1 - least)) for least in alike]
+    )
+
+
+def test_distances_that_cannot_be_are_refused():
+    for factors, plan, message in (
+        ((), schedule.merged(), "`factors` must be numbers from 0 up, at least one"),
+        ((-1.0,), schedule.merged(), "`factors` must be numbers from 0 up, at least one"),
+        ((float("nan"),), schedule.merged(), "`factors` must be numbers from 0 up, at least one"),
+        ((1.0,), schedule.dtop(), "`plan` must merge by similarity, `alike`, for an order"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            ladders.by_distance(plan, factors=factors)
 
 
 def test_a_policy_that_is_turned_round_is_strict_on_the_other_side():

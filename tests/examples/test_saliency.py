@@ -9,6 +9,8 @@ from PIL import Image
 
 from examples import saliency, shell
 from examples.timm_import import import_timm
+from tokenexit.guarantees import ladders
+from tokenexit_torch.calibration import adapted
 
 SIZE = 56
 
@@ -24,11 +26,16 @@ def weights(tmp_path_factory):
     return file
 
 
-def test_every_candidate_has_its_row(weights, tmp_path):
+def draw(folder, count):
+    """Pictures of rectangles, in a folder."""
     rng = np.random.default_rng(0)
-    for number in range(2):
+    for number in range(count):
         pixels = np.repeat(np.repeat(rng.integers(0, 255, (3, 4, 3)), 10, axis=0), 10, axis=1)
-        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def test_every_candidate_has_its_row(weights, tmp_path):
+    draw(tmp_path, 2)
     given = argparse.Namespace(weights=weights, images=tmp_path, size=SIZE, limit=None, batch=2, rounds=1)
     rows = saliency.evaluate(given)
     assert rows["dense"]["change"] < 1e-6
@@ -37,6 +44,18 @@ def test_every_candidate_has_its_row(weights, tmp_path):
     assert len(merged) == len(saliency.PLANS)
     assert all(0 < row["multiply_adds"] <= 1 and 0 <= row["brightest_iou"] <= 1 for row in merged.values())
     assert all(row["timing"]["speedup"][1] > 0 for row in rows.values())
+
+
+def test_merges_are_certified_by_the_change_of_the_map(weights, tmp_path, monkeypatch):
+    draw(tmp_path, 8)
+    monkeypatch.setattr(
+        adapted, "default_settings", lambda model: (ladders.by_distance(model.schedule, factors=(9.0,)), ((0,),))
+    )
+    given = argparse.Namespace(weights=weights, images=tmp_path, size=SIZE, limit=None, batch=4, calibrate=0.5)
+    found = saliency.certified(given)
+    assert found.report.risk == "loss of the user's own (mean absolute change of the map)"
+    assert found.certificate is not None
+    assert found.report.saving > 0
 
 
 def test_a_map_is_compared_with_the_dense_one():

@@ -20,9 +20,10 @@ from tests.torch.decoders import DECODERS
 from tokenexit import TokenExitError, policies, schedule
 from tokenexit.carries import Feature
 from tokenexit.guarantees import certificate, drift, ladders
+from tokenexit.guarantees.calibrate import Risk
 from tokenexit.guarantees.calibration import certify
 from tokenexit.heads import Neighbourhood
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch import _files
 from tokenexit_torch.calibration import adapted as calibrating
 
@@ -565,7 +566,7 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"at_most": 0.0}, "`at_most` must lie between 0 and 1, got 0.0"),
         ({"confidence": 1.0}, "`confidence` must lie between 0 and 1, got 1.0"),
         ({"test": "luck"}, "`test` must be"),
-        ({"risk": "luck"}, "`risk` must be one of disagreement, error increase, IoU loss, got 'luck'"),
+        ({"risk": "luck"}, "`risk` must be one of disagreement, error increase, IoU loss, or words for a `loss` of your own, got 'luck'"),
         ({"risk": "error increase"}, "`labels` must be given for `error increase`, got None"),
         ({"labels": LABELS}, "`labels` must be left out for `disagreement`, got shape (24, 32, 48)"),
         ({"classes": (1,)}, "`classes` must be left out unless the risk is `IoU loss`, got (1,)"),
@@ -603,7 +604,7 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"chains": ((0,),)}, "`chains` must hold every place from 0 to 4 once"),
         ({"preprocessing": ""}, "`preprocessing` must be a text, got ''"),
         ({"model": easy(schedule.dense()), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence"),
-        ({"model": easy(Schedule((Exit(2, policies.EntropyBelow(0.3)),))), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence, of which alone there is a default ladder, got ['entropy']"),
+        ({"model": easy(Schedule((Exit(2, policies.EntropyBelow(0.3)),))), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence, or of similarity where no token leaves, of which alone there is a default ladder, got ['entropy']"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(options, message):
@@ -710,3 +711,80 @@ def test_a_decoder_without_classes_must_be_read_by_a_function():
     ):
         with pytest.raises(TokenExitError, match=message):
             tet.calibrate(model, images, at_most=0.5, preprocessing=WORDS, scores=scores, progress=iter)
+
+
+CHANGE = "twenty times the mean absolute change of the map, 1 at most"
+OWN = Risk(CHANGE, lambda out, dense: (20 * (out.decoded - dense.decoded).abs().mean(dim=(1, 2, 3))).clamp(max=1))
+MERGES = Schedule(merges=(Merge(1, 2, alike=0.9), Merge(3, 4, alike=0.8)))
+
+
+def drawing():
+    """A network under a decoder of convolutions to a map in [0, 1], without classes; its tokens merge."""
+    torch.manual_seed(0)
+    last = torch.nn.Conv2d(48, 1, 3, padding=1)
+    with torch.no_grad():
+        last.weight.mul_(100.0)
+    return tet.wrap(models.timm_vit(), MERGES, decoder=torch.nn.Sequential(last, torch.nn.Sigmoid())).eval()
+
+
+def test_a_loss_of_ones_own_certifies_what_merges_under_a_decoder_without_classes(tmp_path):
+    model, images, losses, costs = drawing(), models.pictures(20), [], []
+    settings, chains = tet.default_settings(model)
+    assert (len(settings), len(chains)) == (14, 1)
+    assert settings[8] == MERGES == model.schedule
+    settings = settings[3::2]
+    options = {"at_most": 0.45, "preprocessing": WORDS, "risk": OWN, "settings": settings, "progress": iter}
+    found = tet.calibrate(model, images, resume=tmp_path / "kept", **options)
+    decoder = model.decoder_multiply_adds((32, 48))
+    with torch.no_grad():
+        dense = model(images, schedule=schedule.dense())
+        for plan in settings:
+            out = model(images, schedule=plan)
+            losses.append(OWN.loss(out, dense).double().numpy())
+            work, full = (model.multiply_adds(one).double() + decoder for one in (out, dense))
+            costs.append(float(work.mean() / full.mean()))
+    as_expected(found.report, certify(settings, np.stack(losses, axis=1), costs, at_most=0.45))
+    assert found.report.chosen is not None
+    assert found.report.unmeasured
+    assert f"Certified: mean loss of the user's own ({CHANGE}) over images at most 45 %" in str(found.certificate)
+    assert tet.calibrate(model, images, resume=tmp_path / "kept", **options) == found
+    with pytest.raises(TokenExitError, match="one of the same calibration, .* with other risk"):
+        tet.calibrate(model, images, resume=tmp_path / "kept", **options | {"risk": Risk("change", OWN.loss)})
+
+    tet.save_certificate(found.certificate, tmp_path)
+    model.retune(schedule.dense())
+    tet.load_certificate(tmp_path, model, resolution=(32, 48), preprocessing=WORDS)
+    assert model.schedule == found.report.schedule
+    with torch.no_grad():
+        seen = tet.drift_sample(model, model(images))
+    assert seen.statistics.keys() == found.before.statistics.keys() == {"tokens per block"}
+    assert not drift.compare(found.before, seen).drifted
+
+
+def test_a_loss_of_ones_own_may_look_at_whatever_a_model_returns():
+    """Here exit depths, of a model with a final head; its parameters may have gradients."""
+    weight = torch.nn.Parameter(torch.ones(()))
+    late = Risk(
+        "share of early patches", lambda out, dense: weight * (out.exit_depth < dense.exit_depth).float().mean((1, 2))
+    )
+    found = calibrated(risk=late, at_most=0.9)
+    assert found.report.chosen is not None
+    shares = sum(np.asarray(row) for name, row in found.before.statistics.items() if name.startswith("share"))
+    assert found.report.chosen.loss == pytest.approx(shares.mean(), abs=1e-6)
+    assert weight.grad is None
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": LABELS}, "`labels` must be given in `risk` where that is a Risk, and not beside it"),
+        ({"size": (4, 6)}, "`size` must be given in `risk` where that is a Risk, and not beside it, got (4, 6)"),
+        ({"risk": Risk(CHANGE, lambda out, _: out.logits)}, "`loss` must give one loss for each of the 8 images, got shape (8, 5, 4, 6) (twenty times"),
+        ({"risk": Risk(CHANGE, lambda out, _: out.logits.mean((1, 2, 3)) * math.nan)}, "`loss` must give losses in [0, 1], and none that is NaN, got [nan] and 7 more (twenty times"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_a_risk_is_named(options, message):
+    with pytest.raises(TokenExitError) as found:
+        calibrated(**{"risk": OWN} | options)
+    assert str(found.value).startswith(message)

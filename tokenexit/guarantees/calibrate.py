@@ -39,14 +39,19 @@ __all__ = [
     "Kind",
     "Level",
     "Outcome",
+    "OwnLoss",
     "Risk",
     "Run",
     "calibrate",
     "default_settings",
+    "sampled",
 ]
 
 Kind = Literal["disagreement", "error increase", "IoU loss"]
-"""The loss of an image."""
+"""The loss of an image, over label maps."""
+
+OwnLoss = Callable[[Any, Any], Float[Array, "images"]]
+"""From what a model returns for a batch, and what it returns for it if all tokens run, to losses in [0, 1]."""
 
 Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 """Settings, and the chains of their places in which they are tested."""
@@ -54,7 +59,9 @@ Chains = tuple[tuple[Schedule, ...], tuple[tuple[int, ...], ...]]
 _SCHEMA = 2
 _IDENTITY = "calibration.json"
 _ROUNDING = 0.01  # share of the pixels of an image that rounding may give another class, from one batch to another
+_NOTE_OF_OWN = "The loss is a function of the user's own, of which these words are all that is known here: {}."
 _THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+_DISTANCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 _STATISTIC = "statistic "
 
 
@@ -63,29 +70,33 @@ class Outcome:
     """Results of a batch under a schedule.
 
     Attributes:
-        label_maps: Class of every pixel, in the memory of the CPU.
-        scores: Class scores (logits) of every patch, those that it left with if it left.
+        label_maps: Class of every pixel, in the memory of the CPU; None if none were asked for.
+        scores: Class scores (logits) of every patch, those that it left with if it left; None for a model without.
         exit_depth: After how many blocks every patch left.
         multiply_adds: Executed multiply-adds of every image, in the memory of the CPU.
+        tokens_per_block: How many tokens of each image ran through each block.
+        output: What the model has returned, for a loss of the user's own.
     """
 
-    label_maps: Integer[Array, "images height width"]
-    scores: Float[Array, "images classes rows columns"]
+    label_maps: Integer[Array, "images height width"] | None
+    scores: Float[Array, "images classes rows columns"] | None
     exit_depth: Int[Array, "images rows columns"]
     multiply_adds: Int[Array, "images"]
+    tokens_per_block: Int[Array, "images blocks"]
+    output: Any = None
 
 
 @runtime_checkable
 class Run(Protocol):
     """A batch of images to its results."""
 
-    def __call__(self, images: Any, schedule: Schedule, /, *, size: tuple[int, int]) -> Outcome:
+    def __call__(self, images: Any, schedule: Schedule, /, *, size: tuple[int, int] | None) -> Outcome:
         """Run a batch in evaluation mode, without gradients.
 
         Args:
             images: A batch, as `look` has seen it.
             schedule: The schedule.
-            size: Height and width of the label maps.
+            size: Height and width of the label maps; None: none are asked for.
         """
         ...
 
@@ -102,7 +113,7 @@ class AdaptedModel:
         settings: What there is to choose from by default (`default_settings`).
         fingerprints: Fingerprints of the model, from the height and width of its images.
         store: How arrays become bytes.
-        classes: Number of classes.
+        classes: Number of classes; fewer than two for a model that is calibrated by a loss of the user's own alone.
         fitted: Digests of the images that the exit heads were fitted to.
     """
 
@@ -144,11 +155,17 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Risk:
-    """The loss of an image, and what label maps are compared with.
+    """The loss of an image, and what it is computed from: label maps, or anything by a function of your own.
+
+        Risk("error increase", labels=labels, ignore=255)
+        Risk("mean absolute change of the map", lambda out, dense: (out.decoded - dense.decoded).abs().mean((1, 2, 3)))
 
     Attributes:
         kind: `disagreement` (`tokenexit.guarantees.risks.disagreement`), `error increase` (`error_increase`), or `IoU
-            loss` (`iou_loss`), which has one loss for each class.
+            loss` (`iou_loss`), which has one loss for each class; with `loss`, what it is in your own words, which the
+            report and the certificate repeat, and by which a resumed calibration knows it.
+        loss: From what the model returns for a batch, and what it returns for it if all tokens run, to a loss in [0, 1]
+            for each image, that depends on no other image. It knows no labels.
         labels: Class of every pixel, in the memory of the CPU, for `error increase`; for `IoU loss`, what the classes
             are compared with, the dense run if left out.
         ignore: Label of pixels that do not count.
@@ -157,7 +174,8 @@ class Risk:
         scores: The scores that are compared, for the report, as "`scores`"; those of the model if empty.
     """
 
-    kind: Kind = "disagreement"
+    kind: Kind | str = "disagreement"
+    loss: OwnLoss | None = None
     labels: Integer[Array, "images height width"] | None = None
     ignore: int | None = None
     classes: Sequence[int] | None = None
@@ -168,10 +186,14 @@ class Risk:
         """Check the fields by themselves.
 
         Raises:
-            TokenExitError: If the kind is unknown, or a field is missing or not wanted for it, or `labels` are no whole
-                numbers.
+            TokenExitError: If the kind is unknown, or a field is missing or not wanted for it, `labels` are no whole
+                numbers, or a loss of one's own has no words, or those of another.
         """
-        require(self.kind in get_args(Kind), "risk", f"be one of {', '.join(get_args(Kind))}", repr(self.kind))
+        if self.loss is not None:
+            self._require_own()
+            return
+        rule = f"be one of {', '.join(get_args(Kind))}, or words for a `loss` of your own"
+        require(self.kind in get_args(Kind), "risk", rule, repr(self.kind))
         watching = self.kind == "IoU loss" or self.classes is None
         require(watching, "classes", "be left out unless the risk is `IoU loss`", self.classes)
         labels: Any = self.labels
@@ -184,6 +206,16 @@ class Risk:
         require(whole, "labels", "be a tensor of whole numbers", got)
         shape = f"shape {tuple(labels.shape)}"
         require(self.kind != "disagreement", "labels", "be left out for `disagreement`", shape)
+
+    def _require_own(self) -> None:
+        rule = "be a function from two outputs to a loss for each image; labels are `labels=`"
+        require(callable(self.loss), "loss", rule, self.loss)
+        words = isinstance(self.kind, str) and self.kind.strip() != "" and self.kind.strip() not in get_args(Kind)
+        rule = f"be what the `loss` is in your own words, and none of {', '.join(get_args(Kind))}"
+        require(words, "risk", rule, repr(self.kind))
+        for name in ("labels", "ignore", "classes", "size"):
+            value = getattr(self, name)
+            require(value is None, name, "be left out for a loss of your own, which compares no label maps", value)
 
 
 @dataclass(frozen=True)
@@ -255,17 +287,21 @@ def calibrate(
             which is found before the model is run; they differ in size or from one pass to the next, two of them are
             equal, or the heads were fitted to some; a label is none of the classes, or an image has no pixel that
             counts; a setting lets images of a batch trade with each other, or does not fit the model; an image's
-            result depends on its batch; the folder is of another calibration, incomplete or damaged; class scores are
-            NaN; or a number is out of range.
+            result depends on its batch; a loss of the user's own is not in [0, 1], NaN, or not one for each image; the
+            folder is of another calibration, incomplete or damaged; class scores are NaN; or a number is out of range.
     """
     rule = "have two classes or more to be calibrated: of one class every pixel agrees with every other"
-    require(model.classes >= 2, "model", rule, model.classes)
+    require(risk.loss is not None or model.classes >= 2, "model", rule, model.classes)
     require_progress(progress)
     watched = _watched(risk, model.classes)
     plans, places = _planned(model, settings, chains)
     seen = _look(model, images, progress)
     notes = _notes(model, seen, allow_fitted)
-    loss = _Loss(risk, level.at_most, watched, model.classes, _size(risk, seen))
+    loss: _MapLoss | _OwnLoss
+    if risk.loss is None:
+        loss = _MapLoss(risk, level.at_most, watched, model.classes, _size(risk, seen))
+    else:
+        loss = _OwnLoss(risk.loss, risk.kind, level.at_most)
     if risk.labels is not None:
         _require_counting(with_doubles(risk.labels), model.classes, risk.ignore)
     prints = model.fingerprints(seen.resolution)
@@ -280,13 +316,13 @@ def calibrate(
     }  # fmt: skip
     runs = _Runs(model, seen, plans, loss, None if resume is None else Path(resume), identity, progress)
     report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
-    report = replace(report, notes=notes + _note_of_one_class(runs.reference["found"]))
+    report = replace(report, notes=notes + loss.notes(runs.reference["found"]))
     before = runs.reference if report.chosen is None else runs.setting(report.schedule)
     return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
 
 
 def default_settings(plan: Schedule, /, *, after: Iterable[int], carry: Carry | None = None) -> Chains:
-    """Default settings: a plan at falling confidence, and the network cut short after each exit head.
+    """Default settings: a plan at falling confidence, or merging ever more, and the network cut short after each head.
 
     Args:
         plan: The plan.
@@ -294,20 +330,56 @@ def default_settings(plan: Schedule, /, *, after: Iterable[int], carry: Carry | 
         carry: What the networks that are cut short carry, where a decoder needs it.
 
     Returns:
-        Settings, and two chains of their places: the plan at confidences from 0.999 down to 0.5, and the network cut
-        short after each of the blocks, the last first. What is cut short is what exits have to beat.
+        Settings, and chains of their places: the plan at confidences from 0.999 down to 0.5, with its merges as they
+        are; or, where no token leaves, the plan with its merges at 0.05 to 3 times their distances
+        (`ladders.by_distance`). Then, if there is any, the network cut short after each of the blocks, the last first:
+        what exits and merges have to beat.
 
     Raises:
-        TokenExitError: If the plan has no thresholds of confidence.
+        TokenExitError: If the plan has no thresholds of confidence, nor merges by similarity alone.
     """
     compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
-    rule = "be given for a plan without thresholds of confidence, of which alone there is a default ladder"
-    require(compared == {"confidence"}, "settings", rule, sorted(compared) or "a plan with none")
-    ladder = ladders.by_threshold(plan, thresholds=_THRESHOLDS)
+    if not plan.active and any(merge.alike is not None for merge in plan.merges):
+        ladder = ladders.by_distance(plan, factors=_DISTANCES)
+    else:
+        rule = (
+            "be given for a plan without thresholds of confidence, or of similarity where no token leaves, of which "
+            "alone there is a default ladder"
+        )
+        require(compared == {"confidence"}, "settings", rule, sorted(compared) or "a plan with none")
+        ladder = ladders.by_threshold(plan, thresholds=_THRESHOLDS)
     cut = tuple(truncated(after=block) for block in sorted(after, reverse=True))
     if carry is not None:
         cut = tuple(replace(one, carry=carry) for one in cut)
-    return (*ladder, *cut), (tuple(range(len(ladder))), tuple(range(len(ladder), len(ladder) + len(cut))))
+    chains = (tuple(range(len(ladder))), tuple(range(len(ladder), len(ladder) + len(cut))))
+    return (*ladder, *cut), chains if cut else chains[:1]
+
+
+def sampled(
+    plan: Schedule,
+    /,
+    *,
+    scores: Float[Array, "images classes rows columns"] | None,
+    exit_depth: Int[Array, "images rows columns"],
+    tokens_per_block: Int[Array, "images blocks"],
+) -> Sample:
+    """The statistics of a batch under a plan, by which drift is seen: what adapters offer for images in use.
+
+    Args:
+        plan: The plan.
+        scores: See `Outcome`.
+        exit_depth: See `Outcome`.
+        tokens_per_block: See `Outcome`.
+
+    Returns:
+        The mean confidence, if there are class scores; the share of patches that left at each exit; and the tokens of
+        an average block, where tokens merge or there are no class scores.
+
+    Raises:
+        TokenExitError: If the arrays are not of the same images and places.
+    """
+    ran = tokens_per_block if plan.merges or scores is None else None
+    return drift.sample(scores, exit_depth, after=[exit.after for exit in plan.active], tokens_per_block=ran)
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,14 +526,18 @@ def _size(risk: Risk, seen: _Images) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Loss:
-    """The loss of every image; where classes are watched, one for each of them."""
+class _MapLoss:
+    """The loss of every image over label maps; where classes are watched, one for each of them."""
 
     risk: Risk
     at_most: float
     watched: tuple[int, ...]
     classes: int
     size: tuple[int, int]
+
+    rounding = _ROUNDING
+    differ = "label maps that differ in {:.2%} of the pixels"
+    given = "`scores`"
 
     @property
     def words(self) -> str:
@@ -474,8 +550,27 @@ class _Loss:
         each = f"of each of the classes {', '.join(map(str, self.watched))}"
         return f"{self.risk.kind} {each} (IoU with {against} at least {1 - self.at_most:g}){at}"
 
-    def __call__(self, maps: Array, reference: Array, rows: slice) -> Array:
-        """The losses of some label maps; `reference` are those of the dense run."""
+    def notes(self, maps: Array) -> tuple[str, ...]:
+        """What has to be known of the dense run."""
+        return _note_of_one_class(maps)
+
+    @property
+    def each(self) -> tuple[int, ...]:
+        """Shape of the losses of an image."""
+        return (len(self.watched),) if self.watched else ()
+
+    def seen(self, out: Outcome, dense: Callable[[], Outcome]) -> Array:  # noqa: ARG002
+        """What it looks at: label maps, of which those of the dense run are kept."""
+        assert out.label_maps is not None
+        return with_doubles(out.label_maps)
+
+    def apart(self, maps: Array, others: Array) -> float:
+        """Share of the pixels in which label maps differ."""
+        return _mean(maps != others)
+
+    def losses(self, maps: Array, reference: Array, rows: slice) -> Array:
+        """The losses of some label maps; `reference` are those of the dense run for all images."""
+        reference = reference[rows, ...]
         xp, truth = array_namespace(maps), None
         if self.risk.labels is not None:
             truth = xp.astype(with_doubles(self.risk.labels)[rows, ...], xp.int64)
@@ -493,13 +588,62 @@ class _Loss:
 
 
 @dataclass(frozen=True, eq=False)
+class _OwnLoss:
+    """A loss of the user's own, for which the dense network is run beside every setting: outputs may be of any kind."""
+
+    loss: OwnLoss
+    kind: str
+    at_most: float
+
+    size = None
+    each = ()
+    differ = "losses that differ by {:.4g}"
+    given = "`loss`"
+
+    @property
+    def rounding(self) -> float:
+        """How far rounding may move a loss from one batch to another: little beside the level."""
+        return min(_ROUNDING, self.at_most / 10)
+
+    @property
+    def words(self) -> str:
+        """The risk, for the report."""
+        return f"loss of the user's own ({self.kind})"
+
+    def notes(self, losses: Array) -> tuple[str, ...]:  # noqa: ARG002
+        """That nobody but the user knows what it is."""
+        return (_NOTE_OF_OWN.format(self.kind),)
+
+    def seen(self, out: Outcome, dense: Callable[[], Outcome]) -> Array:
+        """The losses of a batch."""
+        found: Any = self.loss(out.output, dense().output)
+        images = out.multiply_adds.shape[0]
+        rule, named = f"give one loss for each of the {images} images", f"({self.kind})"
+        got = f"shape {tuple(found.shape)} {named}" if is_array(found) else f"{type(found).__name__} {named}"
+        require(is_array(found) and tuple(found.shape) == (images,), "loss", rule, got)
+        losses = plain(found)
+        strange = [one for one in losses if not 0 <= one <= 1]
+        got = f"{strange[:1]} and {len(strange) - 1} more {named}"
+        require(not strange, "loss", "give losses in [0, 1], and none that is NaN", got)
+        return _doubles(losses, out.multiply_adds)
+
+    def apart(self, losses: Array, others: Array) -> float:
+        """The greatest difference of two losses."""
+        return max(plain(abs(losses - others)))
+
+    def losses(self, losses: Array, reference: Array, rows: slice) -> Array:  # noqa: ARG002
+        """The losses: what was seen."""
+        return losses
+
+
+@dataclass(frozen=True, eq=False)
 class _Runs:
     """Every setting, run on all images when it is first asked for, or read from the folder where that is kept."""
 
     model: AdaptedModel
     images: _Images
     plans: tuple[Schedule, ...]
-    loss: _Loss
+    loss: _MapLoss | _OwnLoss
     folder: Path | None
     identity: Mapping[str, Any]
     progress: Progress
@@ -507,15 +651,14 @@ class _Runs:
 
     @property
     def reference(self) -> dict[str, Array]:
-        """The label maps that all others are compared with."""
-        return self._kept("dense", dense(), lambda maps, _: maps, self.loss.size)
+        """The label maps that all others are compared with; of a loss of the user's own, that of the dense network."""
+        each = self.loss.each if self.loss.size is None else self.loss.size
+        return self._kept("dense", dense(), lambda seen, _: seen, each)
 
     def setting(self, plan: Schedule) -> dict[str, Array]:
         """The losses of a setting; the dense network has run before it."""
-        reference = self.reference["found"]
-        name, watched = f"setting-{self.plans.index(plan):03d}", self.loss.watched
-        losses = (len(watched),) if watched else ()
-        return self._kept(name, plan, lambda maps, rows: self.loss(maps, reference[rows, ...], rows), losses)
+        reference, name = self.reference["found"], f"setting-{self.plans.index(plan):03d}"
+        return self._kept(name, plan, lambda seen, rows: self.loss.losses(seen, reference, rows), self.loss.each)
 
     def measured(self, plan: Schedule) -> tuple[Array, float]:
         """Losses and relative cost of a setting."""
@@ -543,56 +686,60 @@ class _Runs:
             store.write(file, run(), wanted, argument="resume")
         found, metadata = store.read(file, "resume")
         folders.require_metadata("resume", file, wanted, metadata)
-        shapes = dict.fromkeys(["multiply_adds", *_statistics(plan)], (len(self.images),)) | {
+        statistics = [part for part in found if part.startswith(_STATISTIC)]
+        shapes = dict.fromkeys(["multiply_adds", *statistics], (len(self.images),)) | {
             "found": (len(self.images), *each)
         }
         got = {part: tuple(value.shape) for part, value in found.items()}
         require(got == shapes, "resume", f"hold {file.name} for these images, with the shapes {shapes}", repr(got))
-        if kept and name == "dense":
-            self._require_as_now(found["found"])
+        if kept and (name == "dense" or self.loss.size is None):  # what is kept is what was seen
+            self._require_as_now(plan, found["found"])
         return found
 
-    def _require_as_now(self, maps: Array) -> None:
-        """Raise unless the network still gives the first images the classes that were found; it may be another now."""
+    def _require_as_now(self, plan: Schedule, before: Array) -> None:
+        """Raise unless the first images still have what was found for them; the network may be another now."""
         rows, batch = next(self.images.again(iter))
-        apart = _apart(self._outcome(batch, dense()).label_maps, maps[rows, ...])
-        rule = "be of the model as it is now, with the same `scores` and settings"
-        got = f"label maps of its first images that differ in {apart:.2%} of the pixels"
-        require(apart <= _ROUNDING, "resume", rule, got)
+        apart = self.loss.apart(self._seen(batch, plan)[1], before[rows, ...])
+        rule = f"be of the model as it is now, with the same {self.loss.given} and settings"
+        got = f"{self.loss.differ.format(apart)} for its first images"
+        require(apart <= self.loss.rounding, "resume", rule, got)
 
     def _run(self, plan: Schedule, keep: Callable[[Array, slice], Array]) -> dict[str, Array]:
-        """Of every image: what is kept of its label map, its multiply-adds, and the statistics for drift."""
+        """Of every image: what is kept of it, its multiply-adds, and the statistics for drift."""
         parts = []
-        after = [exit.after for exit in plan.active]
         for rows, batch in self.images.again(self.progress):
-            out = self._outcome(batch, plan)
-            xp = array_namespace(out.scores)
-            require(not bool(xp.any(xp.isnan(out.scores))), "model", "give class scores that are numbers", "NaN")
+            out, seen = self._seen(batch, plan)
+            if out.scores is not None:
+                xp = array_namespace(out.scores)
+                require(not bool(xp.any(xp.isnan(out.scores))), "model", "give class scores that are numbers", "NaN")
             if rows.start == 0 and rows.stop > 1:
-                self._require_alone(batch, plan, out.label_maps)
-            sampled = drift.sample(out.scores, out.exit_depth, after=after).statistics.items()
-            statistics = {_STATISTIC + name: _doubles(row, out.label_maps) for name, row in sampled}
-            found = {"found": keep(out.label_maps, rows), "multiply_adds": out.multiply_adds}
-            parts.append(found | statistics)
+                self._require_alone(batch, plan, seen)
+            drifting = sampled(
+                plan, scores=out.scores, exit_depth=out.exit_depth, tokens_per_block=out.tokens_per_block
+            )
+            statistics = {
+                _STATISTIC + name: _doubles(row, out.multiply_adds) for name, row in drifting.statistics.items()
+            }
+            parts.append({"found": keep(seen, rows), "multiply_adds": out.multiply_adds} | statistics)
         xp = array_namespace(*parts[0].values())
         return {name: xp.concat([part[name] for part in parts]) for name in parts[0]}
 
-    def _outcome(self, batch: Any, plan: Schedule) -> Outcome:
-        """Results of a batch; what is kept of it in a library that has double precision."""
-        out = self.model.run(batch, plan, size=self.loss.size)
-        return replace(out, label_maps=with_doubles(out.label_maps), multiply_adds=with_doubles(out.multiply_adds))
+    def _seen(self, batch: Any, plan: Schedule) -> tuple[Outcome, Array]:
+        """Results of a batch, and what the loss sees of them; what is kept, in a library that has double precision."""
 
-    def _require_alone(self, batch: Any, plan: Schedule, maps: Array) -> None:
-        """Raise unless the first image has the classes alone that it has in its batch: images are to be independent."""
-        apart = _apart(self._outcome(batch[:1, ...], plan).label_maps, maps[:1, ...])
+        def run(one: Schedule) -> Outcome:
+            return self.model.run(batch, one, size=self.loss.size)
+
+        out = run(plan)
+        out = replace(out, multiply_adds=with_doubles(out.multiply_adds))
+        return out, self.loss.seen(out, lambda: out if plan == dense() else run(dense()))
+
+    def _require_alone(self, batch: Any, plan: Schedule, together: Array) -> None:
+        """Raise unless the first image has alone what it has in its batch: images are to be independent."""
+        apart = self.loss.apart(self._seen(batch[:1, ...], plan)[1], together[:1, ...])
         rule = "treat each image by itself, for the losses of images that see each other are not independent"
-        got = f"another class for {apart:.2%} of the pixels of an image that is alone"
-        require(apart <= _ROUNDING, "model", rule, got)
-
-
-def _apart(maps: Array, others: Array) -> float:
-    """Share of the pixels in which label maps differ."""
-    return _mean(maps != others)
+        got = f"{self.loss.differ.format(apart)} for an image that is alone"
+        require(apart <= self.loss.rounding, "model", rule, got)
 
 
 def _mean(values: Array) -> float:
@@ -605,11 +752,6 @@ def _doubles(row: Sequence[float], like: Array) -> Array:
     """Numbers as an array in double precision, of the library and on the device of another."""
     xp = array_namespace(like)
     return xp.asarray(row, dtype=xp.float64, device=device(like))
-
-
-def _statistics(plan: Schedule) -> list[str]:
-    """The names under which the statistics of a plan are kept."""
-    return [_STATISTIC + name for name in ("confidence", *(f"share after {exit.after}" for exit in plan.active))]
 
 
 def _sample(found: Mapping[str, Array]) -> Sample:

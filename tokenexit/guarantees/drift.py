@@ -5,9 +5,9 @@
     found.warn()                                                       # or look at found.drifted
 
 Tokens of an image depend on each other, so the image is the unit here as well: each gives one number for each
-statistic, the mean confidence of its outcome and the share of its patches that left at each exit. Two samples of
-images are compared by the two-sample Kolmogorov-Smirnov test, with its exact distribution, and Bonferroni's correction
-over the statistics. A drift that leaves these numbers as they are is not seen.
+statistic: the mean confidence of its outcome, the share of its patches that left at each exit, the tokens that ran. Two
+samples of images are compared by the two-sample Kolmogorov-Smirnov test, with its exact distribution, and Bonferroni's
+correction over the statistics. A drift that leaves these numbers as they are is not seen.
 """
 
 import math
@@ -182,29 +182,41 @@ class Drift:
 
 
 def sample(
-    logits: Float[Array, "images classes *place"], exit_depth: Int[Array, "images *place"], /, *, after: Sequence[int]
+    logits: Float[Array, "images classes *place"] | None,
+    exit_depth: Int[Array, "images *place"],
+    /,
+    *,
+    after: Sequence[int],
+    tokens_per_block: Int[Array, "images blocks"] | None = None,
 ) -> Sample:
-    """The statistics of a batch: mean confidence of the outcome, and share of patches that left at each exit.
+    """The statistics of a batch: mean confidence, share of patches that left at each exit, tokens that ran.
 
     Args:
-        logits: Class scores of every patch, those that it left with if it left.
+        logits: Class scores of every patch, those that it left with if it left; None for a network without classes.
         exit_depth: After how many blocks every patch left.
         after: The blocks with an exit.
+        tokens_per_block: How many tokens of each image ran through each block, where tokens merge; None: no statistic.
 
     Returns:
         One number for each image and statistic.
 
     Raises:
-        TokenExitError: If the two are not of the same images and places, or there are no places.
+        TokenExitError: If the arrays are not of the same images and places, there are no places, or no statistic.
     """
     places = tuple(exit_depth.shape[1:])
-    fits = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == (exit_depth.shape[0], *places)
-    require(fits, "logits", "have shape (images, classes, *place) for the places of `exit_depth`", logits)
     require(math.prod(places) > 0, "exit_depth", "have at least one place", exit_depth)
-    xp = array_namespace(logits)
-    confidence = scores.confidence(xp.moveaxis(logits, 1, -1))
-    found = {"confidence": confidence}
-    found |= {f"share after {block}": xp.astype(exit_depth == block, confidence.dtype) for block in after}
+    xp, found = array_namespace(exit_depth), {}
+    if logits is not None:
+        fits = logits.ndim >= 2 and (logits.shape[0], *logits.shape[2:]) == (exit_depth.shape[0], *places)
+        require(fits, "logits", "have shape (images, classes, *place) for the places of `exit_depth`", logits)
+        found["confidence"] = scores.confidence(xp.moveaxis(logits, 1, -1))
+    found |= {f"share after {block}": xp.astype(exit_depth == block, xp.float32) for block in after}
+    if tokens_per_block is not None:
+        fits = tokens_per_block.ndim == 2 and tokens_per_block.shape[0] == exit_depth.shape[0]
+        require(
+            fits, "tokens_per_block", "have shape (images, blocks) for the images of `exit_depth`", tokens_per_block
+        )
+        found["tokens per block"] = xp.astype(tokens_per_block, xp.float32)
     return Sample({name: _means(value) for name, value in found.items()})
 
 

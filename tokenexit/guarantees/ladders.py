@@ -5,17 +5,18 @@ is to be certified (`calibration.certify`) on others.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from jaxtyping import Bool, Float, Int
 
 from tokenexit._array import Array, array_namespace, counting, device, plain, take, with_doubles
-from tokenexit._plain import is_whole
+from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
 from tokenexit.policies import PerClass
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Merge, Schedule
 from tokenexit.search import Found, frontier
 
-__all__ = ["by_frontier", "by_threshold", "largest_that_saves", "per_class"]
+__all__ = ["by_distance", "by_frontier", "by_threshold", "largest_that_saves", "per_class"]
 
 
 def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Schedule, ...]:
@@ -38,6 +39,37 @@ def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Sch
     directions = frozenset[str]().union(*(exit.policy.directions for exit in plan.exits))
     require(len(directions) <= 1, "plan", "let tokens exit on one side of its thresholds alone, for an order", plan)
     return ladder[::-1] if "below" in directions else ladder
+
+
+def by_distance(plan: Schedule, /, *, factors: Iterable[float]) -> tuple[Schedule, ...]:
+    """One plan with its merges at several distances, the smallest first: so that more and more tokens are alike.
+
+    The distance of a merge is 1 less the similarity that it asks for, `1 - alike`. One factor scales it at all merges,
+    so that they keep their proportions.
+
+    Args:
+        plan: The plan; merges by agreement alone, and exits, stay as they are.
+        factors: Factors from 0 up, in any order; what comes out below the least similarity, -1, is set to that.
+
+    Returns:
+        The ladder, each plan once.
+
+    Raises:
+        TokenExitError: If there is no factor, one is negative or no number, or no merge asks for a similarity.
+    """
+    once = sorted(set(factors))
+    inside = len(once) > 0 and all(is_number(one) and one >= 0 for one in once)
+    require(inside, "factors", "be numbers from 0 up, at least one", once)
+    asked = any(merge.alike is not None for merge in plan.merges)
+    require(asked, "plan", "merge by similarity, `alike`, for an order", plan)
+    plans = (replace(plan, merges=tuple(_at_distance(merge, factor) for merge in plan.merges)) for factor in once)
+    return tuple(dict.fromkeys(plans))
+
+
+def _at_distance(merge: Merge, factor: float) -> Merge:
+    if merge.alike is None:
+        return merge
+    return replace(merge, alike=max(-1.0, merge.alike + (1 - factor) * (1 - merge.alike)))
 
 
 def by_frontier(found: Iterable[Found], /) -> tuple[Schedule, ...]:

@@ -9,9 +9,10 @@ that stay no longer see those that have left, which is the loss that has to be b
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Integer
@@ -21,7 +22,6 @@ from tqdm import tqdm
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit.guarantees import calibrate as core
-from tokenexit.guarantees import drift
 from tokenexit.guarantees.bounds import Test
 from tokenexit.guarantees.calibrate import AdaptedModel, Calibrated, Chains, Kind, Level, Outcome, Progress, Risk
 from tokenexit.guarantees.drift import Sample
@@ -47,7 +47,7 @@ def calibrate(
     at_most: float,
     preprocessing: str,
     confidence: float = 0.95,
-    risk: Kind = "disagreement",
+    risk: Kind | Risk = "disagreement",
     labels: Integer[Tensor, "images rows columns"] | None = None,
     ignore: int | None = None,
     classes: Sequence[int] | None = None,
@@ -80,14 +80,18 @@ def calibrate(
             run, for which no labels are needed. `error increase`: share of its pixels that are wrong with exits, less
             that in the dense run, and 0 where it is not positive. `IoU loss` (`tokenexit.guarantees.risks.iou_loss`):
             its mean is at most `at_most` for a class exactly if its IoU is at least `1 - at_most`, intersection and
-            union being means over images of their shares of the pixels that count.
+            union being means over images of their shares of the pixels that count. Or a loss of your own, `Risk("what
+            it is, in your words", function)`, from two outputs of the model for a batch, one under a setting and one
+            of the dense run, to a loss in [0, 1] for each image: for a decoder of the model's own that gives no
+            classes, for example. The dense network is run anew beside every setting then, since outputs may be
+            anything, and large; the words are in the report and the certificate.
         labels: Class of every pixel, from 0 to `model.classes - 1`, for `error increase`. For `IoU loss`, what the
             classes are compared with; the dense run if left out.
         ignore: Label of pixels that do not count. Every image must have one that does.
         classes: For `IoU loss`: the classes that are to keep it; all if left out. One that no image has cannot be
             certified, and a rare one takes thousands of images: leave it out, before you see a loss.
         scores: For a model with a decoder of its own: turns its output into class scores, logits of any resolution.
-            The model's own classes if left out.
+            The model's own classes if left out. A loss of your own needs none.
         settings: What to choose from, each chain from the most careful to the boldest, in an order that was fixed
             before these images were seen; `default_settings(model)` if left out.
         chains: Settings that are tested one after another, by their places, if they are not all one ladder;
@@ -113,19 +117,24 @@ def calibrate(
             or from one pass to the next, two of them are equal, or the heads were fitted to some; labels, classes or
             `scores` are missing or not wanted; a label is none of the classes, or an image has no pixel that counts; a
             setting lets images of a batch trade with each other, or does not fit the model; an image's result depends
-            on its batch; the folder is of another calibration, incomplete or damaged; class scores are NaN; or a number
-            is out of range.
+            on its batch; a loss of your own is not in [0, 1], NaN, or not one for each image; the folder is of another
+            calibration, incomplete or damaged; class scores are NaN; or a number is out of range.
     """
-    adapted = _adapted(model, scores, preprocessing)
+    loss = isinstance(risk, Risk) and risk.loss is not None
+    adapted = _adapted(model, scores, preprocessing, reads="anything" if loss else "class scores")
     tensor = labels is None or isinstance(labels, Tensor)
     require(tensor, "labels", "be a tensor of whole numbers", type(labels).__name__)
+    if isinstance(risk, Risk):
+        for name, value in (("labels", labels), ("ignore", ignore), ("classes", classes), ("size", size)):
+            require(value is None, name, "be given in `risk` where that is a Risk, and not beside it", value)
+        risk = replace(risk, loss=risk.loss and torch.no_grad()(risk.loss))
+    else:
+        risk = Risk(risk, labels=None if labels is None else labels.cpu(), ignore=ignore, classes=classes, size=size)
     return core.calibrate(
         adapted,
         in_batches(images),
         level=Level(at_most, confidence, test, seed),
-        risk=Risk(
-            risk, None if labels is None else labels.cpu(), ignore, classes, size, "" if scores is None else "`scores`"
-        ),
+        risk=risk if scores is None else replace(risk, scores="`scores`"),
         settings=settings,
         chains=chains,
         allow_fitted=allow_fitted,
@@ -145,14 +154,17 @@ def drift_sample(
         scores: For a model with a decoder of its own: as for `calibrate`.
 
     Returns:
-        For each image, the mean confidence of the outcome, averaged to patches, and the share of patches that left at
-        each exit.
+        For each image, the mean confidence of the outcome, averaged to patches, if there are class scores; the share of
+        patches that left at each exit; and the tokens of an average block, where tokens merge or there are no scores.
 
     Raises:
-        TokenExitError: If the model is not wrapped, or `scores` are missing or not wanted.
+        TokenExitError: If the model is not wrapped, or `scores` are not wanted.
     """
-    after = [exit.after for exit in model.schedule.active]
-    return drift.sample(_of_patches(output, _reader(model, scores)(output)), output.exit_depth, after=after)
+    read = _reader(model, scores, reads="anything")
+    found = None if read is None else _of_patches(output, read(output))
+    return core.sampled(
+        model.schedule, scores=found, exit_depth=output.exit_depth, tokens_per_block=output.tokens_per_block
+    )
 
 
 def default_settings(model: ExitingModel | DecodingModel, /) -> Chains:
@@ -162,20 +174,28 @@ def default_settings(model: ExitingModel | DecodingModel, /) -> Chains:
         model: The wrapped model.
 
     Returns:
-        Settings, and two chains of their places: the model's own plan at confidences from 0.999 down to 0.5, and the
-        network cut short after each of its exit heads, the last first. What is cut short is what exits have to beat.
-        Under a decoder of the model's own, the decoder is given the features of the block cut after.
+        Settings, and chains of their places: the model's own plan at confidences from 0.999 down to 0.5, its merges as
+        they are; or, where no token leaves, its merges at 0.05 to 3 times their distances
+        (`tokenexit.guarantees.ladders.by_distance`). Then the network cut short after each of its exit heads, the last
+        first, if there are any: what exits have to beat. Under a decoder of the model's own, the decoder is given the
+        features of the block cut after.
 
     Raises:
-        TokenExitError: If the model's plan has no thresholds of confidence.
+        TokenExitError: If the model's plan has no thresholds of confidence, nor merges by similarity alone.
     """
     carry = model.schedule.carry if isinstance(model, DecodingModel) else None
     return core.default_settings(model.schedule, after=map(int, model.exit_heads), carry=carry)
 
 
-def _adapted(model: ExitingModel | DecodingModel, scores: Scores | None, preprocessing: str) -> AdaptedModel:
+Reads = Literal["class scores", "anything"]
+"""What a loss is computed from: class scores, which must be there then, or whatever the model returns."""
+
+
+def _adapted(
+    model: ExitingModel | DecodingModel, scores: Scores | None, preprocessing: str, *, reads: Reads = "class scores"
+) -> AdaptedModel:
     """The model as the core calibrates it, whatever reads the tokens in the end."""
-    read = _reader(model, scores)
+    read = _reader(model, scores, reads=reads)
     decoder = cache(model.decoder_multiply_adds) if isinstance(model, DecodingModel) else None
     return AdaptedModel(
         run=partial(_run, model, read, decoder),
@@ -200,21 +220,23 @@ def _look(batch: Any) -> tuple[tuple[int, int], tuple[str, ...]]:
 @torch.no_grad()
 def _run(
     model: ExitingModel | DecodingModel,
-    read: Scores,
+    read: Scores | None,
     decoder: Callable[[tuple[int, int]], int] | None,
     images: Tensor,
     schedule: Schedule,
     /,
     *,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
 ) -> Outcome:
     """A batch in evaluation mode; a decoder of the model's own counts in the multiply-adds."""
     with evaluating(model):
         output: Any = model(images, schedule=schedule)
-        scores = read(output)
+        scores = None if read is None else read(output)
         work = model.multiply_adds(output) + (0 if decoder is None else decoder((images.shape[2], images.shape[3])))
-    maps = _label_maps(scores, size, output.area, grid=output.exit_depth.shape[1:])
-    return Outcome(maps, _of_patches(output, scores), output.exit_depth, work.cpu())
+    grid = output.exit_depth.shape[1:]
+    maps = None if size is None or scores is None else _label_maps(scores, size, output.area, grid=grid)
+    patches = None if scores is None else _of_patches(output, scores)
+    return Outcome(maps, patches, output.exit_depth, work.cpu(), output.tokens_per_block, output)
 
 
 def _label_maps(scores: Tensor, size: tuple[int, int], area: Area | None, *, grid: tuple[int, ...]) -> Tensor:
@@ -230,13 +252,13 @@ def _of_patches(output: Output | DecodedOutput, scores: Tensor) -> Tensor:
     return (scores if scores.shape[2:] == grid else pooled(scores, grid)).float()
 
 
-def _reader(
-    model: ExitingModel | DecodingModel, scores: Scores | None
-) -> Callable[[Any], Float[Tensor, "images classes height width"]]:
-    """From what a model returns to class scores, at any resolution."""
+def _reader(model: ExitingModel | DecodingModel, scores: Scores | None, *, reads: Reads) -> Scores | None:
+    """From what a model returns to class scores, at any resolution; None if there are none, nor any needed."""
     known = isinstance(model, ExitingModel | DecodingModel)
     require(known, "model", "be wrapped by `wrap` or `wrap_decoder`", type(model).__name__)
     if isinstance(model, DecodingModel):
+        if reads == "anything" and scores is None and model.host.classes is None:
+            return None
         read = class_scores(model, scores, argument="scores")
 
         def placed(output: DecodedOutput) -> Tensor:
