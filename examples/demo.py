@@ -21,7 +21,7 @@ from tokenexit.schedule import Schedule
 
 SHIPPED = Path(__file__).parent / "scenes" / "model"
 AT_ONCE = 8  # pictures may be many
-_TIMES = "(ms: medians of the rounds; x: dense / with exits in each round, median [quartiles])"
+_TIMES = "(ms: medians of the rounds; x: dense / tokenexit in each round, median [quartiles])"
 _UNSEEN = 3  # a stream of scenes that examples.scenes.train never draws from
 
 
@@ -88,12 +88,14 @@ class Result:
     Attributes:
         classes: Class of each pixel.
         depth: Blocks that each patch ran through.
+        size: Patches that ran on as one with each patch; 1 where nothing merged.
         ran: Tokens that ran through each block.
         multiply_adds: Work for each picture.
     """
 
     classes: Int[np.ndarray, "images height width"]
     depth: Int[np.ndarray, "images grid_height grid_width"]
+    size: Int[np.ndarray, "images grid_height grid_width"]
     ran: Int[np.ndarray, "images blocks"]
     multiply_adds: Int[np.ndarray, "images"]
 
@@ -104,7 +106,7 @@ def joined(parts: Sequence[Result]) -> Result:
 
 
 def figures(dense: Result, exiting: Result, plan: Schedule) -> dict[str, Any]:
-    """What the exits changed and saved."""
+    """What merging and exits changed and saved."""
     same = dense.classes == exiting.classes
     blocks = exiting.ran.shape[1]
     return {
@@ -114,6 +116,7 @@ def figures(dense: Result, exiting: Result, plan: Schedule) -> dict[str, Any]:
         "multiply_adds": {"dense": dense.multiply_adds.mean().item(), "exits": exiting.multiply_adds.mean().item()},
         "patches": exiting.depth.size,
         "patches_by_depth": {str(after): int((exiting.depth == after).sum()) for after in (*plan.after, blocks)},
+        "patches_by_size": {str(size): int((exiting.size == size).sum()) for size in np.unique(exiting.size).tolist()},
     }
 
 
@@ -166,14 +169,14 @@ def report(
         given: The options.
         about: What the network was trained for.
         pixels: The pictures.
-        results: Dense, and with exits.
-        plan: When tokens leave.
+        results: Dense, and as planned.
+        plan: When tokens merge and leave.
         timed: What `measure` returned.
         environment: What wall clock depends on.
     """
     dense, exiting = results
     found = figures(dense, exiting, plan)
-    maps = show.Maps(dense.classes, exiting.classes, exiting.depth)
+    maps = show.Maps(dense.classes, exiting.classes, exiting.depth, exiting.size if plan.merges else None)
     blocks = exiting.ran.shape[1]
     given.out.mkdir(parents=True, exist_ok=True)
     drawn = show.draw(pixels, maps, about, blocks, _headline(found, timed))
@@ -192,7 +195,7 @@ def report(
 
 def _table(found: dict[str, Any], timed: dict[int, dict[str, Any]], blocks: int) -> str:
     """The numbers, for a person."""
-    lines = [f"{'':<24}{'dense':>12}{'with exits':>12}"]
+    lines = [f"{'':<24}{'dense':>12}{'tokenexit':>12}"]
     for batch, entry in timed.items():
         dense, exits = (entry[name]["milliseconds"][1] for name in ("dense", "exits"))
         low, middle, high = entry["exits"]["speedup"]
@@ -204,13 +207,20 @@ def _table(found: dict[str, Any], timed: dict[int, dict[str, Any]], blocks: int)
         f"{'token-blocks':<24}{1:>12.3f}{found['token_blocks']:>12.3f}",
         f"{'pixels as in dense':<24}{'100 %':>12}{100 * found['agreement']:>10.2f} %",
         _TIMES,
-        "",
-        "patches that left",
     ]
+    merged = {int(size): count for size, count in found["patches_by_size"].items() if int(size) > 1}
+    if merged:
+        lines += ["", "patches that merged"]
+    lines += [_line(f"into tokens of {size}", count, found["patches"]) for size, count in merged.items()]
+    lines += ["", "patches that left"]
     for after, count in found["patches_by_depth"].items():
         where = f"after block {after}" if int(after) < blocks else f"never (all {blocks} blocks)"
-        lines.append(f"  {where:<22}{count:>12}{100 * count / found['patches']:>10.1f} %")
+        lines.append(_line(where, count, found["patches"]))
     return "\n".join(lines)
+
+
+def _line(what: str, count: int, patches: int) -> str:
+    return f"  {what:<22}{count:>12}{100 * count / patches:>10.1f} %"
 
 
 def _headline(found: dict[str, Any], timed: dict[int, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Segments pictures with a vision transformer, dense and with tokens that leave early, side by side.
+"""Segments pictures with a vision transformer, dense and with tokens that merge and leave early, side by side.
 
     python -m examples.segment                                     street scenes that the shipped model has not seen
     python -m examples.segment --model RUN --image street.jpg      a run of yours on pictures of yours
@@ -39,7 +39,8 @@ def segment(
     for some in images.split(demo.AT_ONCE):
         out = model(some, schedule=plan)
         classes = out.upsample((images.shape[-2], images.shape[-1])).argmax(1)
-        found = classes, out.exit_depth, out.tokens_per_block, model.multiply_adds(out)
+        size = torch.ones_like(out.exit_depth) if out.merged_size is None else out.merged_size
+        found = classes, out.exit_depth, size, out.tokens_per_block, model.multiply_adds(out)
         parts.append(demo.Result(*(value.cpu().numpy() for value in found)))
     return demo.joined(parts)
 

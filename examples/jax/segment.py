@@ -1,4 +1,4 @@
-"""Segments pictures in JAX, dense and with tokens that leave early, side by side: what `examples.segment` does.
+"""Segments pictures in JAX, dense and with tokens that merge and leave early, side by side: as `examples.segment`.
 
     python -m examples.jax.segment                                     street scenes that the model has not seen
     python -m examples.jax.segment --model RUN --image street.jpg      a run of yours on pictures of yours
@@ -37,7 +37,8 @@ def segment(loaded: runs.Loaded, images: Float[Array, "images height width 3"], 
     for start in range(0, len(images), demo.AT_ONCE):
         out = loaded(images[start : start + demo.AT_ONCE], plan)
         classes = out.upsample((images.shape[1], images.shape[2])).argmax(axis=-1)
-        found = classes, out.exit_depth, out.tokens_per_block, out.multiply_adds(cost)
+        size = jnp.ones_like(out.exit_depth) if out.merged_size is None else out.merged_size
+        found = classes, out.exit_depth, size, out.tokens_per_block, out.multiply_adds(cost)
         parts.append(demo.Result(*map(np.asarray, found)))
     return demo.joined(parts)
 

@@ -27,10 +27,15 @@ from examples import checkpoints, metrics, runs, shell
 from examples.scenes.draw import CLASSES, PALETTE, draw
 from examples.scenes.vit import Config, PlainHost, ViT
 from tokenexit import schedule
+from tokenexit.policies import NeighboursAgree
+from tokenexit.schedule import Exit, Merge, Schedule
 
 NETWORK = Config()
 AFTER = (3, 4, 6, 8)
-PLAN = schedule.neighbours(radius={3: 2, 6: 1, 8: 1}, threshold=0.8)
+_AGREE = NeighboursAgree(0.8, radius=1)
+PLAN = Schedule(
+    (Exit(6, _AGREE.retaining(per_class=5)),), merges=(Merge(1, 2, alike=0.95), Merge(3, 8, agreed=_AGREE))
+)
 CHECKPOINT = "checkpoint.safetensors"
 _SUMMARY = "Trains a plain ViT on drawn street scenes, fits its exits and saves a run folder."
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)

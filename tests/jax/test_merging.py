@@ -50,6 +50,7 @@ def test_jax_merges_as_pytorch_does(kind, plan):
     assert np.asarray(found.tokens_per_block).min() < np.asarray(found.tokens_per_block).max()
     np.testing.assert_array_equal(found.tokens_per_block, wanted.tokens_per_block)
     np.testing.assert_array_equal(found.exit_depth, wanted.exit_depth)
+    np.testing.assert_array_equal(found.merged_size, wanted.merged_size)
     same(found.logits, wanted.logits.movedim(1, -1), 1e-4)
     assert tuple(found.exits) == wanted.exits
 

@@ -37,7 +37,8 @@ def alone(model, image, merges, *, counted):
                 held = torch.as_tensor(cells.features[0]).float()
                 entries = torch.as_tensor(np.flatnonzero(cells.running[0]))
     every = host.finish(held)[torch.as_tensor(cells.owner[0].copy())]
-    return model.head(every[prefix:]), len(entries)
+    size = np.take_along_axis(cells.size, cells.owner, axis=1)[0, prefix:].reshape(embedded.grid)
+    return model.head(every[prefix:]), len(entries), torch.as_tensor(size)
 
 
 HOSTS = {"timm": models.timm_vit, "no cls": lambda: models.timm_vit(prefix=0), "plain": models.plain_host}
@@ -49,10 +50,12 @@ def test_a_packed_pass_is_that_of_each_image_by_itself(host):
     model, images = models.wrapped(HOSTS[host](), schedule.dense(after=(2,))), pictures()
     with torch.inference_mode():
         out = model(images, schedule=Schedule(merges=SIMILAR))
-    for image, logits, ran in zip(images, out.logits, out.tokens_per_block, strict=True):
-        wanted, entries = alone(model, image[None], SIMILAR, counted=True)
+    assert out.merged_size is not None
+    for image, logits, ran, size in zip(images, out.logits, out.tokens_per_block, out.merged_size, strict=True):
+        wanted, entries, sizes = alone(model, image[None], SIMILAR, counted=True)
         torch.testing.assert_close(logits.flatten(1).T, wanted, rtol=1e-4, atol=1e-4)
         assert ran[-1] == entries
+        assert torch.equal(size, sizes)
     assert len(set(out.tokens_per_block[:, -1].tolist())) > 1  # each as it likes
     assert (out.exit_depth == model.depth).all()
     assert (out.tokens_per_block[:, 0] == out.tokens_per_block.max()).all()
@@ -79,6 +82,7 @@ def test_an_image_is_what_it_is_alone(plan):
         one = model(images[at : at + 1], schedule=plan)
         torch.testing.assert_close(together.logits[at : at + 1], one.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(together.exit_depth[at : at + 1], one.exit_depth)
+        assert torch.equal(together.merged_size[at : at + 1], one.merged_size)
         assert torch.equal(together.tokens_per_block[at : at + 1], one.tokens_per_block)
 
 

@@ -425,6 +425,7 @@ def _output(given: Given, state: State, logits: Float[Array, "images places clas
     depth = jnp.zeros(logits.shape[:2], dtype=jnp.int32) + given.model.depth
     if state.ledger is not None:
         depth = state.of_all(state.ledger.exit_depth(given.model.depth))
+    size = None if state.size is None else on_grid(state.of_all(state.size)[..., None], state.grid)[..., 0]
     return Output(
         logits=on_grid(logits, state.grid),
         exit_depth=on_grid(depth[..., None], state.grid)[..., 0],
@@ -434,6 +435,7 @@ def _output(given: Given, state: State, logits: Float[Array, "images places clas
         exits=given.exits,
         head_on="running" if given.feature is None else "all",
         area=state.area,
+        merged_size=size,
     )
 
 

@@ -33,6 +33,8 @@ class Output:
         exits: The blocks with an exit head that the plan asks; of a finished batch it reads nothing.
         head_on: Which patches the final head read: those that ran to the end, or all, because features rejoined.
         area: The area of the images that the grid covers; None if it is the whole of them.
+        merged_size: How many patches ran on as one with every patch, itself among them: 1 where it has not merged.
+            None for a plan without merges.
     """
 
     logits: Float[Array, "images grid_height grid_width classes"]
@@ -43,6 +45,7 @@ class Output:
     exits: tuple[int, ...]
     head_on: Literal["running", "all"]
     area: Area | None = None
+    merged_size: Int[Array, "images grid_height grid_width"] | None = None
 
     def upsample(self, size: tuple[int, int]) -> Float[Array, "images height width classes"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
@@ -79,7 +82,7 @@ class Output:
         return cost.multiply_adds(ran, patches=height * width, exits=self.exits, head_on=self.head_on)
 
 
-_ARRAYS = ("logits", "exit_depth", "tokens_per_block", "capacity_per_block", "overflow")
+_ARRAYS = ("logits", "exit_depth", "tokens_per_block", "capacity_per_block", "overflow", "merged_size")
 register(Output, leaves=_ARRAYS)
 
 

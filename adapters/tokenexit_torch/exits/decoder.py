@@ -20,7 +20,7 @@ from tokenexit_torch._blocks import run_block
 from tokenexit_torch._counting import executed
 from tokenexit_torch._modules import evaluating, kept_eager
 from tokenexit_torch.exits.base import WithExits
-from tokenexit_torch.exits.forward import State, exit_depth, on_grid, run_pass, worked
+from tokenexit_torch.exits.forward import State, exit_depth, merged_size, on_grid, run_pass, worked
 from tokenexit_torch.exits.outputs import DecodedOutput
 from tokenexit_torch.heads.reading import head_input
 from tokenexit_torch.hosts.decoding import DecodingHost
@@ -174,6 +174,7 @@ def decoded_output(state: State, images: Tensor, inputs: Mapping[str, Any], /) -
         fixed.area,
         *worked(state),
         merges=fixed.plan.merged_after,
+        merged_size=merged_size(state),
     )
 
 

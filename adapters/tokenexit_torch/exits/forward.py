@@ -45,6 +45,7 @@ __all__ = [
     "as_batch",
     "as_row",
     "exit_depth",
+    "merged_size",
     "of_all_tokens",
     "on_grid",
     "packed_finish_stage",
@@ -129,7 +130,8 @@ class State:
             has always room.
         outputs: Outputs of the heads for all patches, by block, where all are kept.
         tapped: All tokens of all images, by block, where they are tapped.
-        merged: Which tokens have merged; None before the first merge point.
+        merged: Which tokens have merged; None before the first merge point, and once all have rejoined.
+        rejoined: Which had merged when all rejoined; None before, and if none could have.
     """
 
     fixed: Fixed
@@ -146,6 +148,7 @@ class State:
     outputs: Mapping[int, HeadOutput] = field(default_factory=dict)
     tapped: Mapping[int, Tensor] = field(default_factory=dict)
     merged: Merged | None = None
+    rejoined: Merged | None = None
 
 
 def start(
@@ -409,7 +412,7 @@ def _batch(state: State, every: Tensor) -> State:
         owner = state.merged.owner
         book = replace(state.ledger, depth=merging.spread(state.ledger.depth, owner))
         state = replace(state, ledger=book)
-    return replace(state, merged=None)
+    return replace(state, merged=None, rejoined=state.merged or state.rejoined)
 
 
 def restored(state: State, /) -> Float[Tensor, "images slots dim"]:
@@ -512,6 +515,17 @@ def exit_depth(state: State, book: Ledger | None, /) -> Int[Tensor, "images grid
         every = every if state.merged is None else merging.spread(every, state.merged.owner)
         every = every[:, embedded.prefix :]
     return every.unflatten(1, embedded.grid)
+
+
+def merged_size(state: State, /) -> Int[Tensor, "images grid_height grid_width"] | None:
+    """How many patches ran on as one with every patch; None for a plan without merges."""
+    if not state.fixed.plan.merges:
+        return None
+    embedded, merged = state.fixed.embedded, state.merged or state.rejoined
+    if merged is None:  # all had left before
+        count, device = len(embedded.tokens), embedded.tokens.device
+        return torch.ones((count, *embedded.grid), dtype=torch.int64, device=device)
+    return merging.spread(merged.size, merged.owner)[:, embedded.prefix :].unflatten(1, embedded.grid)
 
 
 def worked(state: State, /) -> tuple[Tensor, Tensor] | tuple[None, None]:

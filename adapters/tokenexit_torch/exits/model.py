@@ -22,6 +22,7 @@ from tokenexit_torch.exits.forward import (
     State,
     as_batch,
     exit_depth,
+    merged_size,
     of_all_tokens,
     on_grid,
     read_running,
@@ -113,8 +114,13 @@ class ExitingModel(WithExits[Host]):
         for state, where in zip(states, places, strict=True):
             whole, _ = packed_output(as_batch(state))
             for number, at in enumerate(where):
-                logits, depth, ran = (table[number : number + 1] for table in whole[:3])
-                found[at] = Output(logits, depth, ran, whole.exits, whole.head_on, whole.area, merges=whole.merges)
+                one = slice(number, number + 1)
+                found[at] = whole._replace(
+                    logits=whole.logits[one],
+                    exit_depth=whole.exit_depth[one],
+                    tokens_per_block=whole.tokens_per_block[one],
+                    merged_size=None if whole.merged_size is None else whole.merged_size[one],
+                )
         return tuple(found[at] for at in sorted(found))
 
     def every_exit(
@@ -265,6 +271,7 @@ def final_output(state: State, /) -> tuple[Output, State]:
         fixed.area,
         *worked(state),
         merges=fixed.plan.merged_after,
+        merged_size=merged_size(state),
     )
     return made, state
 

@@ -28,6 +28,8 @@ class Output(NamedTuple):
         overflow: In the static layout, how many entries of each image left, or merged into others, only because there
             was no room for them.
         merges: The blocks after which tokens could merge.
+        merged_size: How many patches ran on as one with every patch, itself among them: 1 where it has not merged.
+            None for a plan without merges.
     """
 
     logits: Float[Tensor, "images classes grid_height grid_width"]
@@ -39,6 +41,7 @@ class Output(NamedTuple):
     capacity_per_block: Int[Tensor, "images blocks"] | None = None
     overflow: Int[Tensor, "images"] | None = None
     merges: tuple[int, ...] = ()
+    merged_size: Int[Tensor, "images grid_height grid_width"] | None = None
 
     @property
     def worked_per_block(self) -> Int[Tensor, "images blocks"]:
@@ -74,6 +77,8 @@ class DecodedOutput(NamedTuple):
         overflow: In the static layout, how many entries of each image left, or merged into others, only because there
             was no room for them.
         merges: The blocks after which tokens could merge.
+        merged_size: How many patches ran on as one with every patch, itself among them: 1 where it has not merged.
+            None for a plan without merges.
     """
 
     decoded: Any
@@ -84,6 +89,7 @@ class DecodedOutput(NamedTuple):
     capacity_per_block: Int[Tensor, "images blocks"] | None = None
     overflow: Int[Tensor, "images"] | None = None
     merges: tuple[int, ...] = ()
+    merged_size: Int[Tensor, "images grid_height grid_width"] | None = None
 
     @property
     def worked_per_block(self) -> Int[Tensor, "images blocks"]:

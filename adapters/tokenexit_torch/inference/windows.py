@@ -87,7 +87,8 @@ def _call_model(model: Callable[..., Output], images: Tensor, schedule: Schedule
 
 def _joined(parts: Sequence[Output]) -> Output:
     names = ["logits", "exit_depth", "tokens_per_block"]
-    names += [name for name in ("capacity_per_block", "overflow") if getattr(parts[0], name) is not None]
+    some = ("capacity_per_block", "overflow", "merged_size")
+    names += [name for name in some if getattr(parts[0], name) is not None]
     together = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     exits = tuple(sorted({after for part in parts for after in part.exits}))
     return parts[0]._replace(**together, exits=exits)
