@@ -2,7 +2,9 @@
 # environment in .venv.
 PYTHON ?= python3
 RUN := .venv/bin/python -m
-INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# What is never imported need not be compiled.
+PIP := pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(RUN) $(PIP) --constraint constraints.txt --editable
 # Workers take whole files, in their order: what a file has compiled is compiled once, and JAX comes last in each.
 WORKERS ?= 2
 MINUTES ?= 10
@@ -73,7 +75,7 @@ older-hosts: .venv/dev
 	set -e; python=.venv-older/bin/python; where="import sysconfig; print(sysconfig.get_path('purelib'))"; \
 	behind=$$(.venv/bin/python -c "$$where"); \
 	echo "import site; site.addsitedir('$$behind')" > "$$($$python -c "$$where")/behind.pth"; \
-	$$python -m pip install --quiet --disable-pip-version-check $(OLDER); \
+	$$python -m $(PIP) $(OLDER); \
 	$$python -W ignore -c "$$IMPORTED" $(OLDER); \
 	$$python -m pytest -q $(SPREAD) -W 'ignore:`torch.jit:DeprecationWarning' $(HOST_TESTS)
 
@@ -82,8 +84,8 @@ wheel-test: .venv/dev
 	rm -rf build/wheel .venv-wheel
 	$(RUN) pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt build/wheel/tokenexit-*.whl --group test
+	.venv-wheel/bin/python -m $(PIP) --upgrade "pip>=25.1"
+	.venv-wheel/bin/python -m $(PIP) --constraint constraints.txt build/wheel/tokenexit-*.whl --group test
 	set -e; python=$$PWD/.venv-wheel/bin/python; away=$$(mktemp -d); \
 	mkdir $$away/tests; cp -r tests/__init__.py tests/conftest.py tests/core $$away/tests; cd $$away; \
 	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
@@ -94,7 +96,7 @@ clean:
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
-	$(RUN) pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(RUN) $(PIP) --upgrade "pip>=25.1"
 	touch $@
 
 .venv/demo: .venv/pip pyproject.toml constraints.txt
