@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from examples import segment, shell
+from examples.scenes import merged
 from examples.scenes.draw import draw
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,13 @@ def test_pictures_of_ones_own_at_another_threshold(unchecked, tmp_path, monkeypa
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["patches_by_depth"] == {"6": 0, "12": found["patches"]}  # what merges stays
     assert found["agreement"] >= 0.9  # scaled and cropped, as no scene that the model knows
+
+
+def test_the_picture_of_merging_is_small_enough_for_the_docs(unchecked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["merged", "--out", str(tmp_path / "made" / "merging.png")])
+    shell.exit_with(merged.main)
+    assert capsys.readouterr().out.startswith("1,536 tokens in the first block, ")
+    assert (tmp_path / "made" / "merging.png").stat().st_size < 150_000
 
 
 def test_bad_input_is_one_line(tmp_path):

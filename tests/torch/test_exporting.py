@@ -71,7 +71,7 @@ def test_onnx_is_pytorch_on_ten_images_with_other_exits(plan, tmp_path):
 
 @torch.no_grad()
 def test_onnx_of_a_model_that_merges_and_of_its_decoder(tmp_path):
-    agreed = Merge(1, 4, 0.7, agreed=policies.ConfidenceAbove(0.3))
+    agreed = Merge(1, 2, 0.7, agreed=policies.ConfidenceAbove(0.3))
     plan = Schedule((Exit(1, policies.ConfidenceAbove(0.6)),), Feature(), merges=(agreed,))
     model = tet.wrap(models.timm_vit(depth=2), plan, decoder=models.Convolving(48), num_classes=3).eval()
     one = tet.StaticModel(model, capacities=0.3)
