@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from examples.about import About
@@ -18,7 +19,7 @@ from examples.about import About
 Side = Literal["right", "bottom"]
 Colour = tuple[float, float, float, float]
 
-_SIZES = {1: "1 (alone)", 4: "4", 16: "16", 64: "64", 256: "256"}
+_SIZES = (1, 4, 16, 64, 256)
 _DIFFERENT = (0.84, 0.37, 0.0)  # vermilion, told from grey by everyone
 
 
@@ -58,7 +59,7 @@ def draw(
     titles = ["picture", "dense", "tokenexit", "blocks run"]
     if maps.size is not None:
         titles.insert(3, "patches in a token")
-    figure = Figure(figsize=(3.5 * len(titles), 0.9 + 3.5 * count * height / width), layout="constrained")
+    figure = Figure(figsize=(14, 0.9 + 14 / len(titles) * count * height / width), layout="constrained")
     figure.suptitle(headline)
     axes = figure.subplots(count, len(titles), squeeze=False)
     for row, picture, dense, exiting in zip(axes, pixels, maps.dense, maps.exiting, strict=True):
@@ -93,7 +94,7 @@ def draw_merging(
     """
     assert maps.size is not None
     shape = height, width = picture.shape[:2]
-    figure = Figure(figsize=(12, 1.3 + 8 * height / width), layout="constrained")
+    figure = Figure(figsize=(12, 1.7 + 8 * height / width), layout=ConstrainedLayoutEngine(h_pad=0.1))
     figure.suptitle(headline)
     axes = figure.subplots(2, 3)
     axes[0, 0].imshow(picture)
@@ -105,7 +106,7 @@ def draw_merging(
     differs = maps.dense[0] != maps.exiting[0]
     axes[1, 2].imshow(_marked(picture, differs))
     titles = (
-        "a token in each frame, at the end", "patches in a token", "blocks run", "dense: class of each pixel",
+        "each frame is one token", "patches in a token", "blocks run", "dense: class of each pixel",
         "merging, then exits", f"where the two differ: {100 * differs.mean():.1f} % of the pixels",
     )  # fmt: skip
     for axis, title in zip(axes.flat, titles, strict=True):
@@ -124,8 +125,8 @@ def _show_sizes(
     location: Side = "right",
 ) -> None:
     found = np.unique(sizes).tolist()
-    colours = {size: colormaps["PuRd"](0.1 + 0.2 * list(_SIZES).index(size)) for size in found}
-    _show_kinds(figure, axes, sizes, shape, colours, _SIZES, location)
+    colours = {size: colormaps["PuRd"](0.1 + 0.2 * _SIZES.index(size)) for size in found}
+    _show_kinds(figure, axes, sizes, shape, colours, location)
 
 
 def _show_depths(
@@ -139,7 +140,7 @@ def _show_depths(
 ) -> None:
     found = sorted({*np.unique(depths).tolist(), blocks})
     colours = {after: colormaps["viridis"](after / blocks) for after in found}
-    _show_kinds(figure, axes, depths, shape, colours, {after: str(after) for after in found}, location)
+    _show_kinds(figure, axes, depths, shape, colours, location)
 
 
 def _show_kinds(
@@ -148,7 +149,6 @@ def _show_kinds(
     maps: Int[np.ndarray, "images rows columns"],
     shape: tuple[int, int],
     colours: Mapping[int, Colour],
-    names: Mapping[int, str],
     location: Side,
 ) -> None:
     """Maps of a few numbers, at the size of the pictures, and a bar that names them."""
@@ -160,7 +160,7 @@ def _show_kinds(
         shown = axis.imshow(values, cmap=colour, norm=norm, interpolation="nearest", extent=(0, width, height, 0))
     assert shown is not None
     bar = figure.colorbar(shown, ax=axes, location=location, shrink=0.8, drawedges=True)
-    bar.set_ticks(range(len(kinds)), labels=[names[kind] for kind in kinds])
+    bar.set_ticks(range(len(kinds)), labels=[str(kind) for kind in kinds])
     bar.ax.tick_params(length=0)
 
 

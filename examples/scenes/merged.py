@@ -1,6 +1,6 @@
-"""Draws a street scene, and what merging and exits of the shipped model did to it: the picture of the guide.
+"""Draws a street scene, and what merging and exits of the shipped model did to it: the guide's picture of merging.
 
-    python -m examples.scenes.merged --out docs/images/merging.png
+Called as `python -m examples.scenes.merged --out docs/images/merging.png`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from examples import demo, runs, segment, shell, show
 from examples.scenes.draw import draw
 from tokenexit import schedule
 
+_SUMMARY = (__doc__ or "").partition("\n")[0]
 _UNSEEN = 4  # a stream of scenes that nothing else draws from
 _PALETTE = (  # Okabe and Ito's, and a grey: told apart whichever colours one sees
     (86, 180, 233), (150, 150, 150), (230, 159, 0), (0, 158, 115), (0, 114, 178), (213, 94, 0), (240, 228, 66),
@@ -24,7 +25,7 @@ _PALETTE = (  # Okabe and Ito's, and a grey: told apart whichever colours one se
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m examples.scenes.merged", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m examples.scenes.merged", description=_SUMMARY)
     parser.add_argument("--out", type=Path, default=Path("demo/merging.png"), help="the picture (default %(default)s)")
     parser.add_argument("--scene", type=int, default=0, help="which scene is drawn (default %(default)s)")
     return parser.parse_args()
@@ -39,10 +40,9 @@ def main() -> None:
     dense, planned = (segment.segment(model, images, plan) for plan in (schedule.dense(), model.schedule))
     found = demo.figures(dense, planned, model.schedule)
     work, first, last = found["multiply_adds"], int(planned.ran[0, 0]), int(planned.ran[0, -1])
-    headline = (
-        f"{first:,} tokens in the first block, {last:,} in the last: "
-        f"{work['exits'] / work['dense']:.2f} of the multiply-adds, {100 * found['agreement']:.1f} % of the pixels the same"
-    )
+    counts = f"{first:,} tokens in the first block, {last:,} in the last"
+    share, same = work["exits"] / work["dense"], 100 * found["agreement"]
+    headline = f"{counts}: {share:.2f} of the multiply-adds, {same:.1f} % of the pixels the same"
     maps = show.Maps(dense.classes, planned.classes, planned.depth, planned.size)
     drawn = show.draw_merging(pixels[0], maps, replace(about, palette=_PALETTE), model.depth, headline)
     given.out.parent.mkdir(parents=True, exist_ok=True)

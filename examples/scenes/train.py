@@ -33,9 +33,7 @@ from tokenexit.schedule import Exit, Merge, Schedule
 NETWORK = Config()
 AFTER = (3, 4, 6, 8)
 _AGREE = NeighboursAgree(0.8, radius=1)
-PLAN = Schedule(
-    (Exit(6, _AGREE.retaining(per_class=5)),), merges=(Merge(1, 2, alike=0.95), Merge(3, 8, agreed=_AGREE))
-)
+PLAN = Schedule((Exit(6, _AGREE.retaining(per_class=5)),), merges=(Merge(1, 2, alike=0.95), Merge(3, 8, agreed=_AGREE)))
 CHECKPOINT = "checkpoint.safetensors"
 _SUMMARY = "Trains a plain ViT on drawn street scenes, fits its exits and saves a run folder."
 _MEAN, _STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)

@@ -11,7 +11,7 @@ from tests.torch import hosts, models
 from tests.torch.models import Convolving, pictures
 from tests.torch.plans import MERGING, SIMILAR
 from tokenexit import TokenExitError, schedule
-from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience
+from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience, always
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.attention import attending_per_image
 
@@ -96,6 +96,22 @@ def test_images_of_several_sizes_merge_in_one_row(plan):
         one = model(image[None], schedule=plan)
         torch.testing.assert_close(own.logits, one.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(own.tokens_per_block, one.tokens_per_block)
+        assert torch.equal(own.merged_size, one.merged_size)
+
+
+@torch.inference_mode()
+def test_a_call_says_what_has_merged():
+    model, images = models.wrapped(models.timm_vit, schedule.dense(after=(2, 3, 4))), pictures()
+    assert model(images).merged_size is None
+    for plan in (MERGING["similar"], MERGING["features rejoin"]):
+        out = model(images, schedule=plan)
+        entries = (1 / out.merged_size).sum(dim=(1, 2)).round().long()
+        assert torch.equal(1 + entries, out.tokens_per_block[:, 2 if plan.active else -1])
+        assert out.merged_size.amax() > 1
+    gone = Schedule((Exit(2, always()),), merges=(Merge(3, 2, -1.0),))
+    assert model(images, schedule=gone).merged_size.eq(1).all()
+    windows = tet.sliding(model, models.images(1, (32, 96)), tet.Windows((32, 48), (32, 48), batch=1), schedule=plan)
+    assert windows.windows.merged_size.shape == (2, *GRID)
 
 
 @torch.inference_mode()
@@ -160,6 +176,7 @@ def test_a_decoder_reads_the_last_block_of_every_token():
     wanted = dense_map(vit, images, decoder)
     torch.testing.assert_close(model(images, schedule=schedule.dense()).decoded["map"], wanted, rtol=1e-4, atol=1e-5)
     assert out.tokens_per_block[:, -1].min() < 25
+    assert (1 + (1 / out.merged_size).sum(dim=(1, 2)).round() == out.tokens_per_block[:, -1]).all()
     # The same features, by a head that hands them on.
     plain = tet.wrap(vit, Schedule(merges=SIMILAR), head=nn.Linear(48, 48)).eval()
     with torch.no_grad():

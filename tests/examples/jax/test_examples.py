@@ -39,7 +39,7 @@ def test_the_shipped_model_segments_unseen_scenes_with_fewer_tokens(tmp_path):
     assert found["multiply_adds"]["exits"] < found["multiply_adds"]["dense"]
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 800
-    for word in ("ms a picture", "token-blocks", "pixels as in dense", "after block 3", "demo.png"):
+    for word in ("ms a picture", "token-blocks", "pixels as in dense", "into tokens of 4", "after block 6", "demo.png"):
         assert word in done.stdout
 
 
@@ -59,7 +59,9 @@ def test_the_shipped_model_does_the_same_in_jax_as_in_pytorch():
     images = torch_runs.normalised(about, torch.from_numpy(scene).movedim(-1, 0)[None] / 255)
     wanted, out = theirs(images), loaded(camvid_evaluate.channels_last(images))
     assert len(wanted.exit_depth.unique()) > 1
+    assert len(wanted.merged_size.unique()) > 1
     np.testing.assert_array_equal(out.exit_depth, wanted.exit_depth)
+    np.testing.assert_array_equal(out.merged_size, wanted.merged_size)
     same(out.logits, wanted.logits.movedim(1, -1), 1e-4)
     cost = loaded.model.cost(loaded.params, camvid_evaluate.channels_last(images))
     np.testing.assert_array_equal(out.multiply_adds(cost), theirs.multiply_adds(wanted))
