@@ -124,7 +124,7 @@ def wrap_gates(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     plan = published_gate(network.width) if gates is None else gates
-    each = isinstance(plan, HeadPlan) and plan.reads == "tokens"
+    each = isinstance(plan, HeadPlan) and plan.reads == "tokens" and not plan.translates
     require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
     depth, after = network.depth, schedule.after
     require(taps is None or isinstance(taps, Iterable), "taps", "be several blocks, as (6, 12)", repr(taps))
