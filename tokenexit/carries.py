@@ -116,9 +116,9 @@ Carry = Prediction | Feature | Translated | Preserved | MaskPrediction
 _KINDS: dict[str, type[Carry]] = {
     "prediction": Prediction,
     "feature": Feature,
-    "translated": Translated,
     "preserved": Preserved,
     "mask_prediction": MaskPrediction,
+    "translated": Translated,
 }
 
 

@@ -560,9 +560,6 @@ def require_fits(
     masks = isinstance(plan.carry, MaskPrediction)
     rule = "carry no MaskPrediction, for heads that give no masks to freeze"
     require(not masks or gives_masks, "schedule", rule, plan)
-    others = [block for block in plan.read_after if block not in translates]
-    rule = "carry no Translated where an exit head does not translate: wrap(..., exit_heads=heads.Translator()), or Feature"
-    require(not isinstance(plan.carry, Translated) or not others, "schedule", rule, f"heads after the blocks {others}")
     spread = sorted((scores.SCORES.keys() - {"confidence"}) & needs)
     rule = "compare confidences, for mask heads, whose scores are not normalised over the classes"
     require(not gives_masks or not spread, "schedule", rule, spread)
@@ -578,6 +575,9 @@ def require_fits(
     headless = [merge.after for merge in plan.merges if merge.agreed is not None and merge.after not in after]
     rule = f"ask for agreement only after blocks with an exit head, {list(after)}"
     require(not headless, "schedule", rule, headless)
+    scored = [block for block in plan.read_after if block not in translates]
+    rule = "carry Translated only with exit heads that translate: wrap(..., exit_heads=heads.Translator())"
+    require(not isinstance(plan.carry, Translated) or not scored, "schedule", rule, f"others after the blocks {scored}")
 
 
 def require_gates_fit(

@@ -114,7 +114,7 @@ def saved(tmp_path):
         ({"schema": 99}, "`schema` must be 2, got 99"),
         (
             {"plan": {"kind": "os.system"}},
-            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'",
+            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, translator, got 'os.system'",
         ),
         ({"plan": None}, "`folder` must hold heads built from a plan"),
         ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),

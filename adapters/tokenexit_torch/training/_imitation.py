@@ -30,7 +30,7 @@ class Imitation:
         self._reader = _Reader(model.host.module, model.final)
         self._weights = {
             name: weight.detach().clone().float()
-            for name, weight in self._reader.named_parameters()
+            for name, weight in self._reader.named_parameters(remove_duplicate=False)
             if id(weight) not in blocks
         }
         self._variance: Tensor | None = None
@@ -39,7 +39,8 @@ class Imitation:
         self, tokens: Float[Tensor, "rows dim"], /
     ) -> tuple[Float[Tensor, "rows dim_out"], Float[Tensor, "rows classes"]]:
         """Tokens behind the final norm, and the class scores of the final head on them."""
-        return torch.func.functional_call(self._reader, self._weights, (tokens,))
+        # Each name of a tied weight is there, so that they need not be looked for, which takes longer than the call.
+        return torch.func.functional_call(self._reader, self._weights, (tokens,), tie_weights=False)
 
     @torch.no_grad()
     def wish(self, last: Float[Tensor, "rows dim"], /) -> Float[Tensor, "rows dim_out"]:

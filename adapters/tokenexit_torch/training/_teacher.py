@@ -19,7 +19,8 @@ from tokenexit_torch.heads.reading import radius_of
 __all__ = ["Seen", "Teacher", "label_share"]
 
 Seen = Callable[[Tensor], tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]]
-"""From images: patches by exit, and those of the last block if translators are fitted to them; class scores `(images, patches, classes)`, the area that they cover, and the grid."""
+"""From images: patches by exit, and those of the last block by its number if translators are fitted to them; class
+scores `(images, patches, classes)`, the area that they cover, and the grid."""
 
 
 class Teacher:
