@@ -146,6 +146,20 @@ def test_for_lack_of_room_at_a_merge_tokens_leave_their_latest_translation():
     assert (close & (static.exit_depth == 3)).any()
 
 
+@pytest.mark.usefixtures("unchecked")
+@torch.no_grad()
+def test_translations_rejoin_in_exported_programs():
+    plan = Schedule(EXITS[:1], Translated(fold_above=0.1))
+    made = tet.wrap(models.timm_vit(depth=3), plan, num_classes=models.CLASSES, exit_heads=Translator(8)).eval()
+    made.head[-1].weight.mul_(12)
+    made.exit_heads["2"].mlp[3].weight.normal_(std=0.3)
+    images, static = models.images(2), tet.StaticModel(made, capacities=0.8)
+    wanted = static(images)
+    assert (wanted.exit_depth == 2).any()
+    logits, *_ = tet.export_program(static, images).module()(images)
+    torch.testing.assert_close(logits, wanted.logits, rtol=1e-5, atol=1e-5)
+
+
 def test_what_an_exit_costs_is_the_translator_and_the_final_head():
     model, images = translating(), models.images(1)
     with torch.inference_mode():

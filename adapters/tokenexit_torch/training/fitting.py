@@ -63,7 +63,7 @@ def fit_exits(
     `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
 
     Translators (`heads.Translator`) are fitted to the tokens of the last block, as they are if nothing leaves or merges.
-    The loss is the squared error behind the final norm, relative to each channel's variance over these patches,
+XX
     plus the cross-entropy of the final head's scores with the target above. The final norm and head stay frozen.
 
     Where the model's plan merges tokens, heads are fitted to tokens as they merge before them, in order of depth: those
