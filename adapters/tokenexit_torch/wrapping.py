@@ -86,7 +86,8 @@ def wrap(
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
         num_classes: Builds a final head for so many classes, instead of `head`; under a decoder, how many classes exit
             heads tell apart, if there are any.
-        exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.
+        exit_heads: A plan for the exit heads, or the heads themselves by the block they follow; some of these may be a
+            `heads.TokenTranslator`, whose tokens the final head reads.
         decoder: Instead of a head, a module that reads feature maps: from `(images, width, grid_height, grid_width)`,
             or a list of such for several `taps`, to whatever it likes. Merged tokens are spread to all their places,
             and tokens that have left are there with the features that they left with. The result is in
@@ -102,8 +103,9 @@ def wrap(
     Raises:
         TokenExitError: If the model is not supported or already wrapped, an exit lies outside of it, a head does not
             work on each token by itself, or a mask head on each image, some heads are mask heads and others not, or the
-            self-check finds that running all tokens packed is not the dense model; or if a head is given beside a
-            decoder, or what belongs to a decoder without one.
+            self-check finds that running all tokens packed is not the dense model; if a head is given beside a
+            decoder, or what belongs to a decoder without one; or if a head translates for a final head that does not
+            treat each token by itself, for a decoder, or not where the plan carries translations.
     """
     if decoder is not None:
         require(head is None, "head", "be left out beside a decoder", type(head).__name__)
@@ -173,8 +175,8 @@ def wrap_decoder(
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
         schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
             `schedule.dovit()` and `schedule.paumer()` do. Each of its exits gets a head.
-        exit_heads: A plan for the exit heads (all but `heads.ATM`), or the heads themselves by the block they follow,
-            from `(tokens, width)` to `(tokens, classes)`, each token by itself.
+        exit_heads: A plan for the exit heads (all but `heads.ATM` and `heads.Translator`), or the heads themselves by the
+            block they follow, from `(tokens, width)` to `(tokens, classes)`, each token by itself.
         num_classes: How many classes the exit heads tell apart; those of the model if left out. A model without
             classes, as of depth, needs it: bins of depth, for example.
 

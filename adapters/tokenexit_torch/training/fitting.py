@@ -62,10 +62,10 @@ def fit_exits(
     `(1 - w) * probabilities + w * shares`: `shares` of the classes among the labelled pixels of the patch, and
     `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
 
-    Translators (`heads.Translator`) are fitted to the last block's tokens, as they are if nothing leaves or merges. Their
-    loss is the squared error behind the final norm, relative to each channel's variance over the patches fitted to, plus
-    the cross-entropy of the final head's scores with the target above. The final norm and head stay frozen. Beside
-    other heads they ask for one more pass over what is fitted to, for the variance.
+    Translators (`heads.Translator`) are fitted to the last block's tokens, as they are if nothing leaves or merges. The
+    loss is the squared error behind the final norm, relative to each channel's variance over the patches fitted to,
+    plus the cross-entropy of the final head's scores with the target above; norm and head stay frozen. The variance
+    takes one more pass over what is fitted to.
 
     Where the model's plan merges tokens, heads are fitted to tokens as they merge before them, in order of depth: those
     that merges by agreement ask before those behind them, each time with a pass over the images.
