@@ -52,7 +52,7 @@ class Feature:
             TokenExitError: If `before` is unknown, or `fold_above` neither None nor a number in [0, 1].
         """
         require(self.before in ("decoder", "last block"), "before", "be 'decoder' or 'last block'", repr(self.before))
-        _require_share(self.fold_above)
+        _require_fold_above(self.fold_above)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Translated:
         Raises:
             TokenExitError: If `fold_above` is neither None nor a number in [0, 1].
         """
-        _require_share(self.fold_above)
+        _require_fold_above(self.fold_above)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,6 @@ def from_dict(data: Mapping[str, Any], /) -> Carry:
     return from_plain(data, _KINDS, argument="carry")
 
 
-def _require_share(share: Any) -> None:
+def _require_fold_above(share: Any) -> None:
     number = isinstance(share, int | float) and not isinstance(share, bool)
     require(share is None or (number and 0 <= share <= 1), "fold_above", "be None or in [0, 1]", repr(share))

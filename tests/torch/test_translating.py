@@ -9,7 +9,7 @@ from torch import nn
 
 import tokenexit_torch as tet
 from tests.torch import models
-from tests.torch.test_fitting import Again, same, stopping, weights_of
+from tests.torch.fits import Again, same, stopping, weights_of
 from tokenexit import TokenExitError, cost, schedule
 from tokenexit.carries import Feature, Translated
 from tokenexit.heads import ATM, MLP, Neighbourhood, Translator
