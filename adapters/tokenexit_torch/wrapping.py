@@ -175,8 +175,8 @@ def wrap_decoder(
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
         schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
             `schedule.dovit()` and `schedule.paumer()` do. Each of its exits gets a head.
-        exit_heads: A plan for the exit heads (all but `heads.ATM` and `heads.Translator`), or the heads themselves by the
-            block they follow, from `(tokens, width)` to `(tokens, classes)`, each token by itself.
+        exit_heads: A plan for the exit heads (all but `heads.ATM` and `heads.Translator`), or the heads themselves by
+            the block they follow, from `(tokens, width)` to `(tokens, classes)`, each token by itself.
         num_classes: How many classes the exit heads tell apart; those of the model if left out. A model without
             classes, as of depth, needs it: bins of depth, for example.
 

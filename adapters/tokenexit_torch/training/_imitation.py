@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenexit.errors import TokenExitError
-from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.heads.reading import Final
+from tokenexit_torch.hosts.protocol import Host
 
 __all__ = ["Imitation"]
 
@@ -20,14 +19,13 @@ class Imitation:
     The network itself is left alone: its weights get no gradients, and may have been made in inference mode.
 
     Args:
-        model: The network; what it runs after its last block is looked up here.
+        host: The network.
+        final: Its final norm and head.
     """
 
-    def __init__(self, model: WithExits) -> None:
-        if model.final is None:
-            raise TokenExitError("`model` must have a final head that reads what translators give, got none")
-        blocks = {id(weight) for block in model.host.blocks for weight in block.parameters()}
-        self._reader = _Reader(model.host.module, model.final)
+    def __init__(self, host: Host, final: Final) -> None:
+        blocks = {id(weight) for block in host.blocks for weight in block.parameters()}
+        self._reader = _Reader(host.module, final)
         self._weights = {
             name: weight.detach().clone().float()
             for name, weight in self._reader.named_parameters(remove_duplicate=False)

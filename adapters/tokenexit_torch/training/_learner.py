@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,8 +41,8 @@ class Learner:
         self._heads = nn.ModuleDict(copy.deepcopy(self._own)).float().requires_grad_().train()
         self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=weight_decay)
         self._kept: dict[str, Tensor] | None = None
-        known = model.final is not None and any(map(translates, self._own.values()))
-        self._imitation = Imitation(model) if known else None
+        final, translating = model.final, any(map(translates, self._own.values()))
+        self._imitation = None if final is None or not translating else Imitation(model.host, final)
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -69,14 +70,14 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
-        self._losses(rows, "mean").sum().backward()
+        self._losses(rows).mean(dim=1).sum().backward()
         self._optimizer.step()
 
     @torch.no_grad()
     def loss(self, rows: Rows, /) -> float:
         """The loss in evaluation mode, summed over rows and heads."""
         with evaluating(self._heads):
-            return float(self._losses(rows, "sum").sum())
+            return float(self._losses(rows).sum())
 
     def keep(self) -> None:
         """Keep the weights as they are now."""
@@ -102,14 +103,15 @@ class Learner:
     @torch.no_grad()
     def errors(self, rows: Rows, /) -> dict[int, float]:
         """The squared errors of the translators of the model, relative to each channel's variance, summed over rows."""
-        heads, found = nn.ModuleDict(self._own), {}
+        if self._imitation is None:
+            return {}
+        heads = nn.ModuleDict({after: head for after, head in self._own.items() if translates(head)})
+        device, found = _device(heads), {}
+        wish = self._imitation.wish(rows[LAST].to(device))
         with evaluating(heads):
             for after, head in heads.items():
-                if self._imitation is not None and translates(head):
-                    token = rows[after].to(_device(heads))
-                    wish = self._imitation.wish(rows[LAST].to(token.device))
-                    finished, _ = self._imitation.read(head(token).float())
-                    found[int(after)] = float(self._imitation.errors(finished, wish).double().sum())
+                finished, _ = self._imitation.read(head(rows[after].to(device)).float())
+                found[int(after)] = float(self._imitation.errors(finished, wish).double().sum())
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -148,18 +150,18 @@ class Learner:
     def _drawn(self) -> dict[str, Tensor]:
         return {_GENERATOR: self._generator.get_state()}
 
-    def _losses(self, rows: Rows, reduction: str) -> Tensor:
+    def _losses(self, rows: Rows) -> Float[Tensor, "heads rows"]:
+        """The loss of each head on each row."""
         device = _device(self._heads)
         wish = rows[TARGET].to(device)
         last = None if self._imitation is None else self._imitation.wish(rows[LAST].to(device))
         found = []
         for after, head in self._heads.items():
-            given, error = head(rows[after].to(device).float()), None
-            if self._imitation is not None and translates(head):
+            given, error = head(rows[after].to(device).float()), 0.0
+            if self._imitation is not None and last is not None and translates(head):
                 finished, given = self._imitation.read(given)
                 error = self._imitation.errors(finished, last)
-            loss = functional.cross_entropy(given, wish, reduction=reduction)
-            found.append(loss if error is None else loss + getattr(error, reduction)())
+            found.append(functional.cross_entropy(given, wish, reduction="none") + error)
         return torch.stack(found)
 
     def _scores(self, head: nn.Module, tokens: Tensor) -> Tensor:
