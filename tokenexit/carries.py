@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tokenexit._plain import from_plain, to_plain
 from tokenexit.errors import require
 
-__all__ = ["Carry", "Feature", "MaskPrediction", "Prediction", "Preserved", "from_dict", "to_dict"]
+__all__ = ["Carry", "Feature", "MaskPrediction", "Prediction", "Preserved", "Translated", "from_dict", "to_dict"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,30 @@ class Feature:
             TokenExitError: If `before` is unknown, or `fold_above` neither None nor a number in [0, 1].
         """
         require(self.before in ("decoder", "last block"), "before", "be 'decoder' or 'last block'", repr(self.before))
-        share: Any = self.fold_above
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        require(share is None or (number and 0 <= share <= 1), "fold_above", "be None or in [0, 1]", repr(share))
+        _require_fold_above(self.fold_above)
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A token leaves what the last block would have made of it, foretold by the translator at its exit.
+
+    It rejoins the others for whatever reads the last block's tokens, which then meets tokens of one depth: a network
+    that was not trained for exits stays as it is. For exit heads that translate (`heads.Translator`).
+
+    Attributes:
+        fold_above: As for `Feature`: the mean of the leavers' own features, untranslated, is averaged into the first
+            prefix token, which runs on.
+    """
+
+    fold_above: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If `fold_above` is neither None nor a number in [0, 1].
+        """
+        _require_fold_above(self.fold_above)
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class Preserved:
             require(value in (one, other), name, f"be {one!r} or {other!r}", repr(value))
 
 
-Carry = Prediction | Feature | Preserved | MaskPrediction
+Carry = Prediction | Feature | Translated | Preserved | MaskPrediction
 """Any of the carries."""
 
 _KINDS: dict[str, type[Carry]] = {
@@ -97,6 +118,7 @@ _KINDS: dict[str, type[Carry]] = {
     "feature": Feature,
     "preserved": Preserved,
     "mask_prediction": MaskPrediction,
+    "translated": Translated,
 }
 
 
@@ -128,3 +150,8 @@ def from_dict(data: Mapping[str, Any], /) -> Carry:
         TokenExitError: If the kind is unknown, a field is missing or unknown, or a value is out of its range.
     """
     return from_plain(data, _KINDS, argument="carry")
+
+
+def _require_fold_above(share: Any) -> None:
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    require(share is None or (number and 0 <= share <= 1), "fold_above", "be None or in [0, 1]", repr(share))

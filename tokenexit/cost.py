@@ -437,7 +437,7 @@ def plain_vit(
     )
 
 
-def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> HeadCost:
+def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0, final: HeadCost | None = None) -> HeadCost:
     """Cost of a head, from its plan.
 
     Args:
@@ -446,17 +446,23 @@ def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0) -> He
         classes: Class count.
         norm: Multiply-adds for an element of a LayerNorm; not counted if 0. The batch norm of `FCN` never counts: in
             use it is part of the layer before it.
+        final: Cost of the network's final head, the final norm not counted, for a `heads.Translator`: it runs on what
+            that gives. For other plans None.
 
     Returns:
-        The cost.
+        The cost of all that runs at the exit.
 
     Raises:
-        TokenExitError: If it is no such plan, a size is less than 1, `norm` is negative, or the width is odd for `ATM`.
+        TokenExitError: If it is no such plan, a size is less than 1, `norm` is negative, the width is odd for `ATM`, or
+            `final` is missing for a `Translator`, or given for another.
     """
     require(isinstance(plan, HeadPlan), "plan", "be a plan of tokenexit.heads", repr(plan))
     require_sizes(width=width, classes=classes)
     require_counts(norm=norm)
-    return plan.cost(width=width, classes=classes, norm=norm)
+    rule = "be given exactly for a plan that translates, whose token the final head reads"
+    require((final is not None) == plan.translates, "final", rule, f"{final!r} for {plan!r}")
+    own = plan.cost(width=width, classes=classes, norm=norm)
+    return own if final is None else own + final + HeadCost(norm * width)
 
 
 def upsampling(*, channels: int, size: tuple[int, int], per_element: int) -> int:

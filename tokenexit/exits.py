@@ -16,13 +16,14 @@ from jaxtyping import Bool, Float, Int
 from tokenexit import cells, ledger, tokens
 from tokenexit._array import Array, array_namespace, counting, filled, require_marks
 from tokenexit._lazy import lazy
+from tokenexit.carries import Carry, Feature, Translated
 from tokenexit.errors import require
 from tokenexit.ledger import Ledger
 from tokenexit.merging import Merged, spread
 from tokenexit.policies import Evidence, Policy
 from tokenexit.tokens import Receipt
 
-__all__ = ["Decision", "HeadOutput", "agree", "begin", "decide", "update"]
+__all__ = ["Decision", "HeadOutput", "agree", "begin", "carried", "decide", "update"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class HeadOutput:
         mask_logits: Masks of a mask head.
         presence_logits: Presence of every class in every image, by a mask head; of an image without tokens finite, and
             of no meaning.
+        features: The tokens as the last block would leave them, by a head that translates.
     """
 
     logits: Float[Array, "*layout classes"]
     class_scores: Float[Array, "*layout classes"] | None = None
     mask_logits: Float[Array, "*layout classes"] | None = None
     presence_logits: Float[Array, "images classes"] | None = None
+    features: Float[Array, "*layout dim"] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,30 @@ def _evidence(
         previous=labels,
     )
     return evidence, prefix
+
+
+def carried(
+    carry: Carry, output: HeadOutput, tokens: Float[Array, "*layout dim"], /
+) -> Float[Array, "*layout dim"] | None:
+    """Features that tokens which leave at an exit leave behind, by a carry: for `begin` and `update`.
+
+    Args:
+        carry: What leavers leave behind.
+        output: Output of the exit head.
+        tokens: The tokens as their block has left them, in the layout of the output.
+
+    Returns:
+        The tokens for `Feature`, what the head has made of them for `Translated`; None if no features are kept.
+
+    Raises:
+        TokenExitError: If the carry is `Translated`, and the head does not translate.
+    """
+    if isinstance(carry, Feature):
+        return tokens
+    if not isinstance(carry, Translated):
+        return None
+    require(output.features is not None, "output", "be of a head that translates, for a carry that is", "class scores")
+    return output.features
 
 
 def update(

@@ -21,6 +21,7 @@ from tokenexit.folders import Store, require_metadata
 
 __all__ = [
     "FINAL",
+    "LAST",
     "TARGET",
     "Cached",
     "Draw",
@@ -34,7 +35,8 @@ __all__ = [
 ]
 
 Rows = dict[str, Array]
-"""One row for each patch: what an exit head reads, by the block before it as text; `TARGET` and `FINAL`."""
+"""One row for each patch: what an exit head reads, by the block before it as text; `TARGET` and `FINAL`; and `LAST`, if
+translators are fitted."""
 
 Draw = Callable[[int, int], Int[Array, "drawn"]]
 """From a number of rows and how many to draw: places of rows, with replacement."""
@@ -44,6 +46,9 @@ TARGET = "target"
 
 FINAL = "final"
 """Key of the class that the final head, or the decoder, predicts, `(rows,)`."""
+
+LAST = "last"
+"""Key of the tokens as the last block leaves them, that translators are fitted to, `(rows, dim)`."""
 
 _PATCHES = "patches"  # on disk: how many rows are of each image
 _PIECE = 65536  # rows that heads read at once where all rows are gone through

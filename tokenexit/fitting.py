@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -156,8 +156,17 @@ class Learner(Protocol):
         """
         ...
 
+    def measure(self, chunks: Iterable[Rows], /) -> None:
+        """Look at all rows before the first step, if the losses need it.
+
+        Args:
+            chunks: All rows that are fitted to, in pieces; computed as they are asked for, so that heads of class
+                scores ask for none.
+        """
+        ...
+
     def step(self, rows: Rows, rate: float, /) -> None:
-        """Take a step on the sum of the heads' mean cross-entropies.
+        """Take a step on the sum of the heads' mean losses.
 
         Args:
             rows: At least one row.
@@ -166,7 +175,9 @@ class Learner(Protocol):
         ...
 
     def loss(self, rows: Rows, /) -> float:
-        """The cross-entropy in evaluation mode, summed over rows and heads.
+        """The loss in evaluation mode, summed over rows and heads.
+
+        That of class scores is the cross-entropy; that of a translator has the squared error of its tokens as well.
 
         Args:
             rows: The rows.
@@ -190,6 +201,18 @@ class Learner(Protocol):
 
         Args:
             rows: The rows.
+        """
+        ...
+
+    def errors(self, rows: Rows, /) -> dict[int, float]:
+        """The squared errors of the translators of the model, by the block that they follow; of other heads none.
+
+        Args:
+            rows: The rows.
+
+        Returns:
+            Behind the final norm, relative to each channel's variance over the rows fitted to, the mean over channels,
+            summed over rows.
         """
         ...
 
@@ -219,11 +242,13 @@ class HeldOut:
             same class, by the block that the exit head follows.
         patches: How many patches these are.
         images: Of how many images.
+        error: As in `FitReport`.
     """
 
     agreement: dict[int, float]
     patches: int
     images: int
+    error: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -239,6 +264,8 @@ class FitReport:
         kept_step: After which of them the heads were as they now are: the last, unless images were held out.
         stopped_early: Whether the held-out loss ended the fit before its last step.
         held_out: The same for images held out; None if there were none.
+        error: Of each translator the mean squared error that is left, behind the final norm, as a fraction of each
+            channel's variance: 0 for what the last block makes of a token, 1 for the mean of all. Empty without any.
     """
 
     agreement: dict[int, float]
@@ -248,6 +275,7 @@ class FitReport:
     kept_step: int
     stopped_early: bool
     held_out: HeldOut | None
+    error: dict[int, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         stopped = ", stopped early" if self.stopped_early else ""
@@ -260,6 +288,11 @@ class FitReport:
         for after, agreement in self.agreement.items():
             held = "" if self.held_out is None else f", {self.held_out.agreement[after]:.1%} of those held out"
             lines.append(f"  after block {after}: on {agreement:.1%} of the patches fitted{held}")
+        if self.error:
+            lines.append("Of the variance of the last block's tokens, translators miss:")
+        for after, error in self.error.items():
+            held = "" if self.held_out is None else f", {self.held_out.error[after]:.3f} of those held out"
+            lines.append(f"  after block {after}: {error:.3f} of the patches fitted{held}")
         return "\n".join(lines)
 
 
@@ -303,6 +336,7 @@ def fit(
         rows = {"cache": "None" if cache is None else "kept"}
         marks = {**teacher.marks, **options, "images": data.fingerprint, **learner.marks, **rows}
         saved = _Saved(Path(resume) / _STATE, marks, store)
+    learner.measure(data.fitted.chunks())
     first = Standing() if saved is None else saved.restored(learner, recipe)
     last = _run(learner, data, recipe, first, saved, progress)
     learner.finish(data.digests)
@@ -394,20 +428,22 @@ def _checked(learner: Learner, held_out: Cached, standing: Standing) -> Standing
 
 def _report(learner: Learner, data: FitData, recipe: Recipe, last: Standing) -> FitReport:
     fitted, held = data.images
-    agreement, patches = _agreement(learner, data.fitted.chunks())
-    held_out = None
-    if data.held_out is not None:
-        held_out = HeldOut(*_agreement(learner, data.held_out.chunks()), held)
+    own = _measured(learner, data.fitted.chunks(), fitted)
+    held_out = None if data.held_out is None else _measured(learner, data.held_out.chunks(), held)
     stopped_early = last.step < recipe.steps
-    return FitReport(agreement, patches, fitted, last.step, last.kept_step, stopped_early, held_out)
+    ran = last.step, last.kept_step, stopped_early
+    return FitReport(own.agreement, own.patches, own.images, *ran, held_out, own.error)
 
 
-def _agreement(learner: Learner, chunks: Iterable[Rows]) -> tuple[dict[int, float], int]:
-    """On which share of the patches each head predicts the class of the final head, and how many there are."""
-    agreed, patches = dict.fromkeys(learner.exits, 0), 0
+def _measured(learner: Learner, chunks: Iterable[Rows], images: int) -> HeldOut:
+    """On which share of the patches each head predicts the class of the final head, and what translators miss."""
+    agreed, errors, patches = dict.fromkeys(learner.exits, 0), dict[int, float](), 0
     for rows in chunks:
         patches += rows[TARGET].shape[0]
         for after, count in learner.agreed(rows).items():
             agreed[after] += count
+        for after, error in learner.errors(rows).items():
+            errors[after] = errors.get(after, 0.0) + error
     require(patches > 0, "images", "give finite tokens", "NaN or infinity for every patch")
-    return {after: count / patches for after, count in agreed.items()}, patches
+    agreement, error = ({after: total / patches for after, total in one.items()} for one in (agreed, errors))
+    return HeldOut(agreement, patches, images, error)

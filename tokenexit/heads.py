@@ -3,6 +3,7 @@
 A plan is plain frozen data that every adapter builds in its own framework, so that heads fitted in one can be loaded
 in another. `Linear`, `MLP` and `FCN` treat each token by itself: they take tokens as a block leaves them,
 `(..., width)`, and give `(..., classes)`. `Neighbourhood` looks around each token, `ATM` at all patches of an image.
+`Translator` gives no class scores but a token, which the final head reads.
 """
 
 from abc import ABC, abstractmethod
@@ -26,6 +27,7 @@ __all__ = [
     "Linear",
     "Neighbourhood",
     "Reads",
+    "Translator",
     "atm_head",
     "from_dict",
     "to_dict",
@@ -50,6 +52,14 @@ class HeadCost:
     per_token: int
     fixed: int = 0
 
+    def __add__(self, other: "HeadCost", /) -> "HeadCost":
+        """Cost of two heads, one on what the other gives.
+
+        Args:
+            other: Cost of the other one.
+        """
+        return HeadCost(self.per_token + other.per_token, self.fixed + other.fixed)
+
     def multiply_adds(self, tokens: Real[Array, "images"], /) -> Real[Array, "images"]:
         """Multiply-adds of the head for each image.
 
@@ -72,16 +82,23 @@ class HeadPlan(ABC):
     Attributes:
         reads: Input of the head.
         gives_masks: Whether it gives a mask for every class, and the presence of classes, instead of class scores.
+        translates: Whether it gives a token, which the final head reads, instead of class scores.
         least_classes: How many classes it takes at least.
     """
 
     reads: ClassVar[Reads] = "tokens"
     gives_masks: ClassVar[bool] = False
+    translates: ClassVar[bool] = False
     least_classes: ClassVar[int] = 2
+
+    @property
+    def final(self) -> "HeadPlan":
+        """Plan of a final head that is built beside exit heads of this plan: the same, if it gives class scores."""
+        return self
 
     @abstractmethod
     def cost(self, *, width: int, classes: int, norm: int = 0) -> HeadCost:
-        """Multiply-adds of the head, of sizes that `cost.of_head` has checked."""
+        """Multiply-adds of the head alone, of sizes that `cost.of_head` has checked."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +192,41 @@ class Neighbourhood(HeadPlan):
 
 
 @dataclass(frozen=True)
+class Translator(HeadPlan):
+    """A linear layer on a token, plus an MLP of it (LayerNorm, linear, GELU, linear): what the last block makes of it.
+
+    As the affine translators of the tuned lens (Belrose et al., 2023), which begin as the identity too, with an MLP
+    beside them and for networks of vision. It gives a token `(..., width)` as the last block would leave it. Class
+    scores at its exit are those of the network's own final head on that token, behind the final norm, so that there is
+    one set of weights for each exit; under `carries.Translated` the token is what leavers leave behind.
+
+    Attributes:
+        hidden: Channels between the layers of the MLP; twice those of the tokens if None.
+    """
+
+    translates: ClassVar[bool] = True
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the field.
+
+        Raises:
+            TokenExitError: If `hidden` is neither None nor a whole number from 1 to 1,000,000.
+        """
+        if self.hidden is not None:
+            _require_size("hidden", self.hidden)
+
+    @property
+    def final(self) -> HeadPlan:
+        """See `HeadPlan.final`: the library's default."""
+        return MLP()
+
+    def cost(self, *, width: int, classes: int, norm: int = 0) -> HeadCost:  # noqa: ARG002
+        """See `HeadPlan.cost`; `cost.of_head` adds the final head."""
+        return HeadCost(norm * width + width * width + 2 * width * (self.hidden or 2 * width))
+
+
+@dataclass(frozen=True)
 class ATM(HeadPlan):
     """Attention to mask: one learned query for each class attends to all patches of an image.
 
@@ -250,6 +302,7 @@ KINDS: Mapping[str, type[HeadPlan]] = {
     "fcn": FCN,
     "neighbourhood": Neighbourhood,
     "atm": ATM,
+    "translator": Translator,
 }
 """All plans, by the names in files."""
 

@@ -295,19 +295,23 @@ def choose_heads(
     return given
 
 
-def head_specs(manifest: HeadManifest, kind: Kind, one: Mapping[str, Spec], /) -> dict[str, Spec]:
+def head_specs(
+    manifest: HeadManifest, kind: Kind, one: Mapping[str, Spec], final: Mapping[str, Spec] | None = None, /
+) -> dict[str, Spec]:
     """Specs of all weights in the file, under the names that they have there.
 
     Args:
         manifest: What is saved; its heads are built from a plan.
         kind: Its kind.
         one: Specs of the weights of one head of that plan, for the width and the classes of the manifest.
+        final: Those of the final head, of the plan `head_plan.final`; as `one` if left out.
 
     Returns:
         The specs, as `exit_heads.6.0.weight`; of the final head as `head.0.weight`, if it is saved.
     """
-    names = [f"{_PART[kind]}.{after}" for after in manifest.after] + (["head"] if manifest.built_head else [])
-    return {f"{name}.{key}": spec for name in names for key, spec in one.items()}
+    parts = {f"{_PART[kind]}.{after}": one for after in manifest.after}
+    parts |= {"head": one if final is None else final} if manifest.built_head else {}
+    return {f"{name}.{key}": spec for name, part in parts.items() for key, spec in part.items()}
 
 
 def weights_rule(kind: Kind, /) -> str:

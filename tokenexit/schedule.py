@@ -5,13 +5,13 @@ A schedule is plain frozen data. It holds no weight, prints as it reads, and is 
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenexit import carries, policies, scores
 from tokenexit._plain import is_number, is_whole, require_keys
-from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved
+from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved, Translated
 from tokenexit.errors import TokenExitError, require
 from tokenexit.merging import SIDES
 from tokenexit.policies import (
@@ -220,6 +220,8 @@ class Schedule:
         rejoin = None
         if isinstance(self.carry, Feature):
             rejoin = depth - 1 if self.carry.before == "last block" else depth
+        elif isinstance(self.carry, Translated):
+            rejoin = depth
         elif isinstance(self.carry, Preserved) and self.carry.before == "last block" and len(exits) > 0:
             rejoin = depth - 1
         taps, merges = frozenset(taps), {merge.after: merge for merge in self.merges}
@@ -560,7 +562,9 @@ def truncated(*, after: int) -> Schedule:
     return Schedule((Exit(after, always()),))
 
 
-def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_masks: bool) -> None:
+def require_fits(
+    plan: Schedule, /, *, depth: int, after: Sequence[int], gives_masks: bool, translates: Collection[int] = ()
+) -> None:
     """Raise a `TokenExitError` unless a model can follow a plan: what every adapter asks of the plans it is given.
 
     Args:
@@ -568,10 +572,11 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
         depth: How many blocks the model has.
         after: Its blocks with an exit head.
         gives_masks: Whether its heads are mask heads.
+        translates: Those of the blocks whose exit head translates.
 
     Raises:
-        TokenExitError: If it is no schedule, needs gates, or masks of heads that give none, compares scores that mask
-            heads do not have, or has exits beyond the blocks, or without a head.
+        TokenExitError: If it is no schedule, needs gates, or masks or translations of heads that give none, compares
+            scores that mask heads do not have, or has exits beyond the blocks, or without a head.
     """
     _require_schedule(plan)
     needs = _needs(plan)
@@ -596,6 +601,9 @@ def require_fits(plan: Schedule, /, *, depth: int, after: Sequence[int], gives_m
     headless = [merge.after for merge in plan.merges if merge.agreed is not None and merge.after not in after]
     rule = f"ask for agreement only after blocks with an exit head, {list(after)}"
     require(not headless, "schedule", rule, headless)
+    scored = [block for block in plan.read_after if block not in translates]
+    rule = "carry Translated only with exit heads that translate: wrap(..., exit_heads=heads.Translator())"
+    require(not isinstance(plan.carry, Translated) or not scored, "schedule", rule, f"others after the blocks {scored}")
 
 
 def require_gates_fit(

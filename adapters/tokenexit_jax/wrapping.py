@@ -68,6 +68,8 @@ def wrap(
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
+    rule = "give class scores: what PyTorch fits to translate runs in PyTorch alone"
+    require(not exit_heads.translates, "exit_heads", rule, repr(exit_heads))
     require_count(classes, "classes")
     # The softmax of one logit is 1, whatever it is: every token would leave at once, and sure of itself.
     several = classes >= exit_heads.least_classes
@@ -124,7 +126,7 @@ def wrap_gates(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     plan = published_gate(network.width) if gates is None else gates
-    each = isinstance(plan, HeadPlan) and plan.reads == "tokens"
+    each = isinstance(plan, HeadPlan) and plan.reads == "tokens" and not plan.translates
     require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
     depth, after = network.depth, schedule.after
     require(taps is None or isinstance(taps, Iterable), "taps", "be several blocks, as (6, 12)", repr(taps))

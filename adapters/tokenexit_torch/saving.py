@@ -235,8 +235,9 @@ def _planned(saved: HeadManifest | SemanticManifest, kind: Kind) -> dict[str, Sp
             return specs(together(*_new_layers(saved)).state_dict())
         if saved.head_plan is None:
             return None
-        one = build(saved.head_plan, width=saved.width, classes=saved.classes)
-    return manifest.head_specs(saved, kind, specs(one.state_dict()))
+        plans = saved.head_plan, saved.head_plan.final
+        one, final = (build(plan, width=saved.width, classes=saved.classes) for plan in plans)
+    return manifest.head_specs(saved, kind, specs(one.state_dict()), specs(final.state_dict()))
 
 
 def _new_layers(saved: SemanticManifest) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
-from tokenexit_torch.heads.reading import reads_of
+from tokenexit_torch.heads.reading import reads_of, translates
 from tokenexit_torch.hosts.decoding import DecodingHost
 from tokenexit_torch.hosts.given import Features, GivenDecoder, Reads
 from tokenexit_torch.hosts.protocol import Host, embedded_by
@@ -86,7 +86,8 @@ def wrap(
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
         num_classes: Builds a final head for so many classes, instead of `head`; under a decoder, how many classes exit
             heads tell apart, if there are any.
-        exit_heads: A plan for the exit heads, or the heads themselves by the block they follow.
+        exit_heads: A plan for the exit heads, or the heads themselves by the block they follow; some of these may be a
+            `heads.TokenTranslator`, whose tokens the final head reads.
         decoder: Instead of a head, a module that reads feature maps: from `(images, width, grid_height, grid_width)`,
             or a list of such for several `taps`, to whatever it likes. Merged tokens are spread to all their places,
             and tokens that have left are there with the features that they left with. The result is in
@@ -102,8 +103,9 @@ def wrap(
     Raises:
         TokenExitError: If the model is not supported or already wrapped, an exit lies outside of it, a head does not
             work on each token by itself, or a mask head on each image, some heads are mask heads and others not, or the
-            self-check finds that running all tokens packed is not the dense model; or if a head is given beside a
-            decoder, or what belongs to a decoder without one.
+            self-check finds that running all tokens packed is not the dense model; if a head is given beside a
+            decoder, or what belongs to a decoder without one; or if a head translates for a final head that does not
+            treat each token by itself, for a decoder, or not where the plan carries translations.
     """
     if decoder is not None:
         require(head is None, "head", "be left out beside a decoder", type(head).__name__)
@@ -129,7 +131,7 @@ def wrap(
     require(known, "exit_heads", "be a plan of tokenexit.heads, or modules by block", repr(plan))
     if head is None:
         _require_count(num_classes, least=2 if plan is None else plan.least_classes)
-        final = _built(plan or MLP(), host.width, int(num_classes or 0), like, mode)
+        final = _built((plan or MLP()).final, host.width, int(num_classes or 0), like, mode)
     else:
         require(isinstance(head, nn.Module), "head", "be a torch.nn.Module", repr(head))
         final = head
@@ -144,6 +146,9 @@ def wrap(
         alike = (reads_of(one) == "images") == (reads_of(final) == "images")
         rule = "be a mask head exactly if the final head is, for the scores of one image must compare"
         require(alike, argument, rule, f"{type(one).__name__} beside {type(final).__name__}")
+        read = not translates(one) or (one is not final and reads_of(final) == "tokens")
+        rule = "translate for a final head that treats each token by itself"
+        require(read, argument, rule, f"{type(one).__name__} beside {type(final).__name__}")
     _require_apart(named, host.module)
     wrapped = ExitingModel(host, schedule, final, chosen, classes, plan, built_head=head is None)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
@@ -170,8 +175,8 @@ def wrap_decoder(
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
         schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
             `schedule.dovit()` and `schedule.paumer()` do. Each of its exits gets a head.
-        exit_heads: A plan for the exit heads (all but `heads.ATM`), or the heads themselves by the block they follow,
-            from `(tokens, width)` to `(tokens, classes)`, each token by itself.
+        exit_heads: A plan for the exit heads (all but `heads.ATM` and `heads.Translator`), or the heads themselves by
+            the block they follow, from `(tokens, width)` to `(tokens, classes)`, each token by itself.
         num_classes: How many classes the exit heads tell apart; those of the model if left out. A model without
             classes, as of depth, needs it: bins of depth, for example.
 
@@ -205,10 +210,14 @@ def _with_decoder(
     if isinstance(exit_heads, Mapping):
         each = all(reads_of(head) != "images" for head in exit_heads.values())
         require(each, "exit_heads", "treat each token by itself", "a mask head")
+        scored = not any(map(translates, exit_heads.values()))
+        require(scored, "exit_heads", "give class scores under a decoder, which reads no single token", "a translator")
         chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, "classes", host.width, like)
     else:
         each = isinstance(plan, HeadPlan) and not plan.gives_masks
         require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(plan))
+        rule = "give class scores under a decoder, which reads no single token"
+        require(not plan.translates, "exit_heads", rule, repr(plan))
         chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.read_after}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
     wrapped = DecodingModel(host, schedule, chosen, classes, plan)
@@ -256,11 +265,11 @@ def wrap_gates(
     like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
     plan = published_gate(host.width) if gates is None else gates
     if isinstance(plan, Mapping):
-        each = all(reads_of(gate) != "neighbourhoods" for gate in plan.values())
-        require(each, "gates", "treat each token by itself", "a head that looks around tokens")
+        each = all(reads_of(gate) != "neighbourhoods" and not translates(gate) for gate in plan.values())
+        require(each, "gates", "treat each token by itself", "a head that looks around tokens, or translates")
         chosen, plan = _given_heads(plan, "gates", depth, 2, "logits, keep and skip", host.width, like), None
     else:
-        each = isinstance(plan, HeadPlan) and plan.reads == "tokens"
+        each = isinstance(plan, HeadPlan) and plan.reads == "tokens" and not plan.translates
         require(each, "gates", "be a plan of tokenexit.heads that treats each token by itself", repr(plan))
         chosen = {after: _new_gate(plan, host.width, like, mode) for after in schedule.after}
     if head is not None:
@@ -382,8 +391,8 @@ def _given_heads(
     for after, head in heads.items():
         one = f"{argument}[{after}]"
         require(isinstance(head, nn.Module), one, "be a torch.nn.Module", repr(head))
-        found = classes_of(head, width, like, one, least=1)
-        require(found == classes, one, f"give {classes} {alike}", found)
+        found, wanted = classes_of(head, width, like, one, least=1), width if translates(head) else classes
+        require(found == wanted, one, f"give {wanted} {'channels' if translates(head) else alike}", found)
     return dict(heads)
 
 

@@ -46,6 +46,27 @@ WINDOWS, PREDICTION = ("test_windows",), ("test_prediction",)
 
 MUTANTS = (
     Mutant(
+        "leavers leave their own feature, where a translation is to rejoin",
+        "exits.py",
+        "    if isinstance(carry, Feature):\n        return tokens",
+        "    if isinstance(carry, Feature | Translated):\n        return tokens",
+        EXITS,
+    ),
+    Mutant(
+        "a translator is counted without the final head",
+        "cost.py",
+        "return own if final is None else own + final + HeadCost(norm * width)",
+        "return own if final is None else own + HeadCost(norm * width)",
+        COST,
+    ),
+    Mutant(
+        "translations do not rejoin",
+        "schedule.py",
+        "        elif isinstance(self.carry, Translated):\n            rejoin = depth\n",
+        "",
+        SCHEDULE,
+    ),
+    Mutant(
         "scores in the precision that comes in",
         "scores.py",
         "    logits = xp.astype(logits, xp.float32)\n    return logits - xp.max",

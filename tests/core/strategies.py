@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved, Translated
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -238,6 +238,7 @@ CARRY = (
     )
     | st.just(MaskPrediction())
     | st.builds(Feature, st.sampled_from(["decoder", "last block"]), st.none() | st.floats(0, 1))
+    | st.builds(Translated, st.none() | st.floats(0, 1))
 )
 EXITS = st.dictionaries(st.integers(1, 40), policies(), max_size=5).map(
     lambda exits: tuple(Exit(after, exits[after]) for after in sorted(exits))

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from tests.core import strategies
 from tokenexit import TokenExitError, carries
-from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved, Translated
 
 
 @given(carry=strategies.CARRY)
@@ -22,6 +22,7 @@ def test_what_is_written():
     assert carries.to_dict(Preserved()) == preserved
     assert carries.to_dict(Feature()) == {"kind": "feature", "before": "decoder", "fold_above": None}
     assert carries.to_dict(MaskPrediction()) == {"kind": "mask_prediction"}
+    assert carries.to_dict(Translated()) == {"kind": "translated", "fold_above": None}
     assert Prediction() != Preserved()
     assert Prediction() != MaskPrediction()
 
@@ -41,12 +42,16 @@ def test_what_is_written():
         (lambda: Feature(fold_above=float("nan")), r"`fold_above` must be None or in \[0, 1\], got nan"),
         (lambda: Feature(fold_above=True), r"`fold_above` must be None or in \[0, 1\], got True"),
         (lambda: Feature(fold_above="0.1"), r"`fold_above` must be None or in \[0, 1\], got '0.1'"),
-        (lambda: carries.to_dict(None), "`carry` must be one of prediction, feature, preserved, mask_prediction to be"),
+        (lambda: Translated(fold_above=1.1), r"`fold_above` must be None or in \[0, 1\], got 1.1"),
+        (
+            lambda: carries.to_dict(None),
+            "`carry` must be one of prediction, feature, preserved, mask_prediction, translated to be",
+        ),
         (lambda: carries.to_dict(Feature), "`carry` must be one of prediction, .*got <class"),
         (lambda: carries.from_dict(None), "`carry` must be a mapping, got None"),
         (
             lambda: carries.from_dict({}),
-            "`kind` must be one of prediction, feature, preserved, mask_prediction, got None",
+            "`kind` must be one of prediction, feature, preserved, mask_prediction, translated, got None",
         ),
         (lambda: carries.from_dict({"kind": "Feature"}), "`kind` must be one of .*got 'Feature'"),
         (lambda: carries.from_dict({"kind": {}}), "`kind` must be one of .*got {}"),

@@ -170,6 +170,20 @@ def test_a_head_that_looks_around_reads_twice_the_channels():
     assert cost.of_head(heads.Neighbourhood(), width=4, classes=7) == cost.HeadCost(2 * 4 * 4 + 4 * 7)
 
 
+@pytest.mark.parametrize("norm", [0, 5])
+def test_a_translator_costs_itself_and_the_final_norm_and_head_on_what_it_gives(norm):
+    count, hidden = Counter(norm), 6
+    x = count.linear((3, 4), 4)
+    x = count.linear(count.linear(count.norm(x), hidden), 4)
+    final = cost.of_head(heads.MLP(5), width=4, classes=7, norm=norm)
+    x = count.norm(x)
+    count.linear(count.linear(count.norm(x), 5), 7)
+    found = cost.of_head(heads.Translator(hidden), width=4, classes=7, norm=norm, final=final)
+    assert found.multiply_adds(np.array([3])).tolist() == [count.total]
+    every = cost.of_head(heads.Translator(), width=4, classes=7, final=cost.HeadCost(2, 3))
+    assert every == cost.HeadCost(5 * 4 * 4 + 2, 3)
+
+
 def test_upsampling_is_counted_by_what_comes_out():
     assert cost.upsampling(channels=3, size=(5, 7), per_element=4) == 3 * 5 * 7 * 4
     parts = cost.plain_vit(width=4, depth=1, patch=2, decoder=11)
@@ -376,6 +390,9 @@ def test_a_bad_question_about_repacking_is_named(change, message):
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, decoder=-1), "`decoder` must be 0 or more, got -1"),
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, norm=-1), "`norm` must be 0 or more, got -1"),
     (lambda: cost.of_head("mlp", width=1, classes=1), "`plan` must be a plan of tokenexit.heads, got 'mlp'"),
+    (lambda: cost.of_head(heads.Translator(), width=1, classes=1),
+     r"`final` must be given exactly for a plan that translates, .*got None for Translator\(hidden=None\)"),
+    (lambda: cost.of_head(heads.MLP(), width=1, classes=1, final=cost.HeadCost(1)), "`final` must be given exactly"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=0), "`classes` must be at least 1, got 0"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=1, norm=-1), "`norm` must be 0 or more, got -1"),
     (lambda: cost.atm_head(width=3, classes=1), "`width` must be even, got 3"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.core import oracles, strategies
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, cells, exits, ledger, policies, replay, schedule, scores, tokens
-from tokenexit.carries import Feature, Preserved
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved, Translated
 from tokenexit.exits import HeadOutput
 from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience, always, never
 from tokenexit.schedule import Exit, Schedule, Stage
@@ -186,6 +186,56 @@ def test_presence_is_that_of_the_last_head_that_read_any_token_of_the_image(back
     kept = backend.numpy(settled.mask_logits)
     np.testing.assert_array_equal(kept[:2].reshape(4, 2), backend.numpy(masks).reshape(-1, 2)[:4])
     assert not kept[2].any()
+
+
+@each_layout
+@each_backend
+@strategies.fewer(4)
+@given(mask=strategies.running(st.integers(1, 3), st.integers(1, 6)), seed=st.integers(0, 99))
+def test_what_leaves_rejoins_as_it_was_or_with_what_its_last_head_has_made_of_it(backend, layout, mask, seed):
+    rng, array = np.random.default_rng(seed), backend.array
+    nothing = array(np.zeros(mask.shape, dtype=np.float32))
+
+    def receipt_of(running):
+        return (
+            tokens.pack(running) if layout == "packed" else tokens.select(running, nothing, capacity=mask.shape[1])[0]
+        )
+
+    def drawn(*size):
+        return rng.normal(size=(*mask.shape, *size)).astype(np.float32)
+
+    steps = [(drawn(3), drawn(2), drawn(2), rng.random(mask.shape) < 0.4) for _ in range(2)]
+    last = drawn(2)
+    for carry, which in ((Feature(), 0), (Translated(), 1), (Prediction(), None), (MaskPrediction(), None)):
+        receipt, book, wanted_ = receipt_of(array(mask)), None, np.where(mask[..., None], last, 0)
+        running = mask
+        for depth, (scored, own, translated, leave) in enumerate(steps, 1):
+            logits, raw, made = (tokens.gather(array(one), receipt) for one in (scored, own, translated))
+            output = HeadOutput(logits, features=made)
+            kept = exits.carried(carry, output, raw)
+            book = exits.begin(output, receipt, features=kept) if book is None else book
+            book = exits.update(book, receipt, output, features=kept)
+            book = ledger.freeze(book, receipt.running & array(leave), depth=depth)
+            if which is not None:
+                wanted_ = np.where((running & leave)[..., None], (own, translated)[which], wanted_)
+            running = running & ~leave
+            receipt = receipt_of(array(running))
+        assert (book.features is None) == (which is None)
+        if which is not None:
+            present = tokens.gather(array(last), receipt)
+            every = ledger.rejoin(book, receipt, present)
+            np.testing.assert_array_equal(backend.numpy(every), backend.held(wanted_.astype(np.float32)))
+            again = tokens.scatter(tokens.gather(every, receipt), receipt, into=every)
+            np.testing.assert_array_equal(backend.numpy(again), backend.numpy(every))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_class_scores_are_no_translation():
+    row = np.zeros((2, 3), np.float32)
+    with pytest.raises(
+        TokenExitError, match="`output` must be of a head that translates, for a carry that is, got class"
+    ):
+        exits.carried(Translated(), HeadOutput(row), row)
 
 
 @each_backend

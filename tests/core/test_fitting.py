@@ -71,6 +71,12 @@ class Toy:
             for after, head in self.model.items()
         }
 
+    def measure(self, chunks, /):
+        pass
+
+    def errors(self, rows, /):
+        return {}
+
     def state(self):
         state = {f"heads.{after}": head for after, head in self.heads.items()}
         state |= {f"best.{after}": head for after, head in (self.kept or {}).items()}
@@ -82,6 +88,19 @@ class Toy:
         self.heads = {after: state[f"heads.{after}"] for after in self.exits}
         self.kept = {after: state[f"best.{after}"] for after in self.exits} if kept else None
         self.draws.bit_generator.state = json.loads(state["draws"].tobytes())
+
+
+class Imitating(Toy):
+    """The same; the second of its heads translates, and misses as much as the first number of a row."""
+
+    measured = 0
+
+    def measure(self, chunks, /):
+        assert self.taken == 0
+        self.measured = sum(len(rows[TARGET]) for rows in chunks)
+
+    def errors(self, rows, /):
+        return {2: float(np.abs(rows["1"][:, 0]).sum())}
 
 
 class Noise(Table):
@@ -269,6 +288,18 @@ def test_a_recipe_out_of_range_is_refused(change, message):
         replace(RECIPE, **change)
 
 
+@pytest.mark.parametrize("cache", ["memory", None])
+def test_translators_see_all_rows_before_and_the_report_has_what_they_miss_of_them(cache):
+    toy, report = fitted(HELD, toy=Imitating(), cache=cache)
+    rows = np.concatenate([Table().rows(batch)[0]["1"] for batch in BATCHES])
+    assert toy.measured == report.patches
+    assert report.error == {2: pytest.approx(np.abs(rows[: report.patches, 0]).mean())}
+    assert report.held_out.error == {2: pytest.approx(np.abs(rows[report.patches :, 0]).mean())}
+    _, plain = fitted(HELD, cache=cache)
+    assert (plain.error, plain.held_out.error) == ({}, {})
+    assert plain.agreement == report.agreement
+
+
 def test_a_report_is_read_in_words():
     report = FitReport({3: 0.9, 6: 0.954}, 2400, 100, 350, 100, True, HeldOut({3: 0.5, 6: 0.75}, 240, 10))
     assert str(report) == (
@@ -277,6 +308,11 @@ def test_a_report_is_read_in_words():
         "They predict what the final head, or the decoder, predicts:\n"
         "  after block 3: on 90.0% of the patches fitted, 50.0% of those held out\n"
         "  after block 6: on 95.4% of the patches fitted, 75.0% of those held out"
+    )
+    error = replace(report, error={6: 0.0814}, held_out=replace(report.held_out, error={6: 0.2}))
+    assert str(error) == str(report) + (
+        "\nOf the variance of the last block's tokens, translators miss:\n"
+        "  after block 6: 0.081 of the patches fitted, 0.200 of those held out"
     )
     plain = str(FitReport({3: 0.9}, 2400, 100, 350, 350, False, None))
     assert "held out: none." in plain

@@ -16,6 +16,7 @@ from tokenexit.weights import Spec
 SIZE = st.none() | st.integers(1, 9)
 PLAN = st.none() | st.just(heads.Linear()) | st.builds(heads.MLP, SIZE) | st.builds(heads.FCN)
 PLAN = PLAN | st.builds(heads.Neighbourhood, SIZE, st.integers(1, 16))
+PLAN = PLAN | st.builds(heads.Translator, SIZE)
 PLAN = PLAN | st.builds(heads.ATM, st.integers(1, 64), SIZE)
 
 
@@ -76,7 +77,10 @@ def deep(levels):
         (written(fitted=["0" * 31]), "`fitted` must be a list of different digests"),
         (written(fitted=["1" * 32, "0" * 32]), "`fitted` must be a list of different digests"),
         (written(fitted=["0" * 32] * 2), "`fitted` must be a list of different digests"),
-        (written(plan={"kind": "conv"}), "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'conv'"),
+        (
+            written(plan={"kind": "conv"}),
+            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, translator, got 'conv'",
+        ),
         (written(schedule={"schema": 1, "exits": []}), "`schema` must be 3, got 1"),
         (written(schedule=None), "`schedule` must be a mapping, got None"),
         (
@@ -282,6 +286,10 @@ def test_every_head_has_its_weights_in_the_file(whole, kind):
     wanted = {f"{part}.{after}.{name}": spec for after in whole.after for name, spec in one.items()}
     wanted |= {f"head.{name}": spec for name, spec in one.items() if whole.built_head}
     assert manifest.head_specs(whole, kind, one) == wanted
+    final = {"weight": Spec((4,), "float16")}
+    wanted = {name: spec for name, spec in wanted.items() if not name.startswith("head.")}
+    wanted |= {"head.weight": final["weight"]} if whole.built_head else {}
+    assert manifest.head_specs(whole, kind, one, final) == wanted
 
 
 def test_the_rule_for_weights_names_the_file():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.core.backends import each_backend
 from tests.core.strategies import PLAIN, SCHEDULE
 from tokenexit import TokenExitError, policies, schedule
-from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved
+from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved, Translated
 from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
@@ -259,6 +259,22 @@ def test_a_plan_that_a_model_cannot_follow_is_named(plan, message):
         schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=False)
 
 
+def test_translations_are_carried_where_every_head_translates():
+    plan = Schedule((Exit(2, never()), Exit(3, ConfidenceAbove(0.5))), Translated())
+    schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=False, translates=(2, 3))
+    schedule.require_fits(Schedule(plan.exits), depth=5, after=(2, 3), gives_masks=False, translates=(2, 3))
+    schedule.require_fits(Schedule((), Translated()), depth=5, after=(2, 3), gives_masks=False)
+    rule = r"`schedule` must carry Translated only with exit heads that translate: wrap\(..., exit_heads=heads.Translator\(\)\)"
+    for translates, scored in ((), [2, 3]), ((2,), [3]):
+        with pytest.raises(TokenExitError, match=rf"{rule}, got others after the blocks \{scored}"):
+            schedule.require_fits(plan, depth=5, after=(2, 3), gives_masks=False, translates=translates)
+    agreed = Schedule((), Translated(), merges=(Merge(2, agreed=ConfidenceAbove(0.5)),))
+    with pytest.raises(TokenExitError, match=r"got others after the blocks \[2\]"):
+        schedule.require_fits(agreed, depth=5, after=(2, 3), gives_masks=False, translates=(3,))
+    assert [stage.rejoin for stage in plan.stages(5)] == [False, True]
+    assert not any(stage.rejoin for stage in Schedule(plan.exits).stages(5))
+
+
 @pytest.mark.parametrize("policy", [EntropyBelow(0.5), MarginAbove(0.5)])
 def test_scores_that_mask_heads_lack_are_named(policy):
     plan = Schedule((Exit(2, policy),))
@@ -309,7 +325,7 @@ def written(**changes):
         (written(carry="prediction"), "`carry` must be a mapping, got 'prediction'"),
         (
             written(carry={"kind": "never"}),
-            "`kind` must be one of prediction, feature, preserved, mask_prediction, got 'never'",
+            "`kind` must be one of prediction, feature, preserved, mask_prediction, translated, got 'never'",
         ),
         (written(carry={"kind": "feature", "before": "head", "fold_above": None}), "`before` must be 'decoder' or"),
     ],

@@ -19,6 +19,7 @@ from tests.jax.parity import exact
 from tests.saved import edit, plan_in, put, weights_in
 from tests.torch import models
 from tokenexit import TokenExitError, heads, schedule
+from tokenexit.carries import Translated
 from tokenexit.guarantees import certificate, ladders
 
 PLAN = schedule.neighbours(radius={2: 1, 4: 0}, threshold=0.4, per_class=1)
@@ -108,15 +109,29 @@ def saved(tmp_path):
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_a_plan_that_carries_translations_is_refused(saved):
+    with pytest.raises(TokenExitError, match="`schedule` must carry Translated only with exit heads that translate"):
+        tej.wrap(networks.timm_network(), schedule.Schedule(PLAN.exits, Translated()), classes=5)
+    written = schedule.Schedule(PLAN.exits, Translated()).to_dict()
+    edit(saved, schedule=written)
+    with pytest.raises(TokenExitError, match="`schedule` must carry Translated only with exit heads that translate"):
+        tej.load(networks.timm_network(), saved)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"schema": 99}, "`schema` must be 2, got 99"),
         (
             {"plan": {"kind": "os.system"}},
-            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'",
+            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, translator, got 'os.system'",
         ),
         ({"plan": None}, "`folder` must hold heads built from a plan"),
+        (
+            {"plan": {"kind": "translator", "hidden": None}},
+            r"`exit_heads` must give class scores: what PyTorch fits to translate runs in PyTorch alone, got Translator\(",
+        ),
         ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),
         ({"width": 47}, "`network` must have width 47, as the saved exits, got 48"),
         ({"depth": 12}, "`network` must have depth 12, as the saved exits, got 5"),

@@ -15,7 +15,8 @@ from tests.benchmarks import contenders
 from tests.torch import models
 from tests.torch.hosts import FOREIGN, SIZE
 from tokenexit import TokenExitError, policies, schedule
-from tokenexit.carries import Feature
+from tokenexit.carries import Feature, Translated
+from tokenexit.heads import Translator
 from tokenexit.schedule import Exit, Merge, Schedule
 
 pytestmark = [
@@ -132,6 +133,19 @@ def test_a_static_pass_that_merges_is_one_program_with_its_decoder():
         ran.add(tuple(wanted.tokens_per_block.flatten().tolist()))
     assert len(ran) == 3
     assert programs.frame_count == 1
+
+
+@torch.no_grad()
+def test_passes_in_which_translations_rejoin_compile():
+    plan = Schedule((Exit(1, policies.ConfidenceAbove(0.5)),), Translated(fold_above=0.1))
+    model = tet.wrap(models.timm_vit(depth=2), plan, num_classes=5, exit_heads=Translator(8)).eval()
+    model.head[-1].weight.mul_(12)
+    model.exit_heads["1"].mlp[3].weight.normal_(std=0.3)
+    images, static = models.images(2), tet.StaticModel(model, capacities=0.8)
+    one = torch.compile(static, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(one.logits, static(images).logits, rtol=1e-5, atol=1e-5)
+    packed = torch.compile(model, dynamic=True, backend="eager")(images)
+    torch.testing.assert_close(packed.logits, model(images).logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import tokenexit_torch as tet
 from tests.torch import models
+from tests.torch.fits import Again, same, stopping, weights_of
 from tokenexit import TokenExitError, heads, schedule
 from tokenexit_torch import _files
 from tokenexit_torch.training._teacher import Teacher, label_share
@@ -82,37 +83,6 @@ def test_batch_norm_heads_are_fitted_in_training_mode_and_put_back():
     tet.fit_exits(model, models.images(), steps=5, progress=iter)
     assert not torch.equal(model.exit_heads["2"][1].running_mean, before)
     assert not any(part.training for part in model.modules())
-
-
-class Again:
-    """Batches that can be gone through again, with or without labels; it counts how often they were."""
-
-    def __init__(self, *batches):
-        self.batches, self.passes = batches, 0
-
-    def __iter__(self):
-        self.passes += 1
-        return iter(self.batches)
-
-
-def stopping(at):
-    """A progress wrapper that interrupts the loop of steps, which alone has a length, before its item `at`."""
-
-    def progress(loop):
-        for turn, item in enumerate(loop):
-            if isinstance(loop, range) and turn == at:
-                raise KeyboardInterrupt
-            yield item
-
-    return progress
-
-
-def weights_of(model):
-    return {name: value.clone() for name, value in model.exit_heads.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk", None])

@@ -72,7 +72,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"built_head": "yes"}, "`built_head` must be true or false, got 'yes'"),
         (
             {"plan": {"kind": "os.system"}},
-            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, got 'os.system'",
+            "`kind` must be one of linear, mlp, fcn, neighbourhood, atm, translator, got 'os.system'",
         ),
         ({"plan": {"kind": "mlp", "hidden": "9"}}, "`hidden` must be a whole number from 1 to 1,000,000, got '9'"),
         (
@@ -82,7 +82,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"schedule": {"schema": 1, "exits": []}}, "`schema` must be 3, got 1"),
         (
             {"schedule": {"schema": 3, "exits": [], "carry": {"kind": "os.system"}, "cell": None}},
-            "`kind` must be one of prediction, feature, preserved, mask_prediction, got 'os.system'",
+            "`kind` must be one of prediction, feature, preserved, mask_prediction, translated, got 'os.system'",
         ),
         ({"classes": 10**30}, "`classes` must be a whole number from 1 to 1000000"),
         ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from tokenexit import TokenExitError
 from tokenexit.cost import HeadCost, of_head
 from tokenexit.errors import require
-from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood, Translator
 from tokenexit_jax._given import new_keys, require_count
 from tokenexit_jax._layers import (
     Weights,
@@ -68,6 +68,8 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
             return {**between, **new_linear(last, "2", hidden, classes)}
         case ATM():
             return new_masks(plan, first, width, classes)
+        case Translator():
+            raise TokenExitError(f"`plan` must give class scores, for this adapter has no translators, got {plan!r}")
     raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
 
 

@@ -14,6 +14,7 @@ from tokenexit.schedule import Schedule
 from tokenexit_torch._counting import head_cost, network_cost, weight_of
 from tokenexit_torch._modules import AroundHost
 from tokenexit_torch.exits.outputs import DecodedOutput, Output
+from tokenexit_torch.heads.reading import Final, translates
 from tokenexit_torch.hosts.protocol import Host
 
 __all__ = ["Planned", "WithExits"]
@@ -92,10 +93,22 @@ class WithExits(Planned, Generic[AnyHost]):
         """Whether the heads are mask heads."""
         return False
 
+    @property
+    def translated_after(self) -> tuple[int, ...]:
+        """The blocks whose exit head translates."""
+        return tuple(int(after) for after, head in self.exit_heads.items() if translates(head))
+
+    @property
+    def final(self) -> Final | None:
+        """Final norm and head, which read what translators give; None without a head. Not public."""
+        return None
+
     def checked(self, schedule: Schedule, /) -> Schedule:
         """The plan, after a check that the model can follow it."""
         after = [int(block) for block in self.exit_heads]
-        require_fits(schedule, depth=self.depth, after=after, gives_masks=self.gives_masks)
+        require_fits(
+            schedule, depth=self.depth, after=after, gives_masks=self.gives_masks, translates=self.translated_after
+        )
         return schedule
 
     def _cost(self, output: Output | DecodedOutput) -> Cost:
@@ -107,9 +120,13 @@ class WithExits(Planned, Generic[AnyHost]):
             network_cost(self.host, self.counted),
             prefix=slots - height * width,
             exit_heads={
-                int(after): self._head_cost(head, f"exit_heads[{after}]") for after, head in self.exit_heads.items()
+                int(after): self._exit_cost(head, f"exit_heads[{after}]") for after, head in self.exit_heads.items()
             },
         )
+
+    def _exit_cost(self, head: nn.Module, name: str) -> HeadCost:
+        """Cost of all that runs at an exit."""
+        return self._head_cost(head, name)
 
     def _head_cost(self, head: nn.Module, name: str) -> HeadCost:
         return head_cost(head, self.counted, name, width=self.host.width, like=weight_of(self.host.module))

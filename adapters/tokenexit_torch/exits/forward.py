@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenexit import cells, exits, ledger, merging, tokens
 from tokenexit.area import Area
-from tokenexit.carries import Feature, MaskPrediction
+from tokenexit.carries import Feature, MaskPrediction, Translated
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
 from tokenexit.ledger import Ledger
@@ -86,9 +86,9 @@ class Fixed:
     masks: bool
 
     @property
-    def feature(self) -> Feature | None:
+    def feature(self) -> Feature | Translated | None:
         """The carry, if features rejoin."""
-        return self.plan.carry if isinstance(self.plan.carry, Feature) else None
+        return self.plan.carry if isinstance(self.plan.carry, Feature | Translated) else None
 
     @property
     def reweighs(self) -> bool:
@@ -216,7 +216,6 @@ def exit_point(state: State, stage: Stage, /) -> State:
     assert stage.index is not None
     receipt, embedded = row.receipt, fixed.embedded
     state, flat = read_exit(state, stage.stop), state.tokens[0]
-    features = None if fixed.feature is None else flat.unflatten(0, receipt.layout)
     book = state.ledger
     assert book is not None
     with torch.no_grad():
@@ -232,9 +231,9 @@ def exit_point(state: State, stage: Stage, /) -> State:
         )
         moved = fixed.layout.compact(receipt, decision, stage, embedded.prefix)
     left = receipt.running ^ moved.receipt.running
-    if fixed.feature is not None and fixed.feature.fold_above is not None and features is not None:
-        leave = tokens.gather(left, receipt)
-        flat = ledger.fold_leavers(features, receipt, leave, above=fixed.feature.fold_above).flatten(0, -2)
+    if fixed.feature is not None and fixed.feature.fold_above is not None:
+        laid, leave = flat.unflatten(0, receipt.layout), tokens.gather(left, receipt)
+        flat = ledger.fold_leavers(laid, receipt, leave, above=fixed.feature.fold_above).flatten(0, -2)
     size, merged = None, state.merged
     if fixed.plan.cell is not None:
         size = cells.token_size(moved.receipt, grid=embedded.grid, side=fixed.plan.cell).flatten()
@@ -269,8 +268,8 @@ def read_exit(state: State, after: int, /) -> State:
     assert row is not None
     receipt, embedded, flat = row.receipt, fixed.embedded, state.tokens[0]
     head, options = fixed.model.exit_heads[str(after)], {"grid": embedded.grid, "prefix": embedded.prefix}
-    output = apply_head(head, flat, receipt, lengths=row.lengths, **options)
-    features = None if fixed.feature is None else flat.unflatten(0, receipt.layout)
+    output = apply_head(head, flat, receipt, lengths=row.lengths, final=fixed.model.final, **options)
+    features = exits.carried(fixed.plan.carry, output, flat.unflatten(0, receipt.layout))
     if book is None:
         presence = output.presence_logits if fixed.masks else None
         book = exits.begin(output, receipt, features=features, presence_logits=presence)
@@ -351,7 +350,7 @@ def _without_room(state: State, joined: Joined, moved: Compaction, after: int) -
         return state, merged
     left = merged.running ^ moved.receipt.running
     book = ledger.freeze(book, left, depth=after)
-    if book.features is not None:  # it rejoins as it is now
+    if book.features is not None and isinstance(state.fixed.feature, Feature):  # it rejoins as it is now
         present = joined.features().to(book.features.dtype)
         book = replace(book, features=torch.where(left[..., None], present, book.features))
     return replace(state, ledger=book), replace(merged, running=moved.receipt.running)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenexit.area import Area
+from tokenexit.cost import HeadCost
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
 from tokenexit.heads import HeadPlan
@@ -32,7 +33,7 @@ from tokenexit_torch.exits.forward import (
 from tokenexit_torch.exits.mixed import run_mixed
 from tokenexit_torch.exits.outputs import Output
 from tokenexit_torch.heads.masks import MaskMaps, as_maps, log_scores
-from tokenexit_torch.heads.reading import apply_head_dense, head_input, reads_of
+from tokenexit_torch.heads.reading import Final, apply_head_dense, head_input, reads_of, translates
 from tokenexit_torch.hosts.protocol import Embedded, Host, area_of, embedded_by, require_covered
 
 __all__ = ["ExitingModel"]
@@ -73,6 +74,11 @@ class ExitingModel(WithExits[Host]):
     def gives_masks(self) -> bool:
         """Whether the heads are mask heads: `wrap` sees to it that all are, or none."""
         return reads_of(self.head) == "images"
+
+    @property
+    def final(self) -> Final:
+        """See `WithExits.final`."""
+        return self.host.finish, self.head
 
     def forward(
         self, images: Float[Tensor, "images channels height width"], *, schedule: Schedule | None = None
@@ -179,7 +185,8 @@ class ExitingModel(WithExits[Host]):
         Raises:
             TokenExitError: If the images do not fit the model.
         """
-        return self._trace(images)[1]
+        _, patches, _ = self._trace(images)
+        return patches
 
     def patches_and_output(
         self, images: Float[Tensor, "images channels height width"]
@@ -191,13 +198,15 @@ class ExitingModel(WithExits[Host]):
     ]:
         """What exit heads read, the final head's class scores, area and grid, in one run in which nothing leaves.
 
-        It is no part of the public API.
+        It is no part of the public API. With translators among the heads, patches as the last block leaves them come
+        with what exit heads read, by its number.
 
         It is not for mask heads, which read images.
         """
-        embedded, patches = self._trace(images)
+        embedded, patches, last = self._trace(images)
         finished, grid = patches.pop(self.depth), embedded.grid
         read = {after: head_input(self.exit_heads[str(after)], rows, grid=grid) for after, rows in patches.items()}
+        read |= {self.depth: last} if self.translated_after else {}
         return read, apply_head_dense(self.head, finished, grid=grid).logits, area_of(embedded, images), grid
 
     def multiply_adds(self, output: Output) -> Int[Tensor, "images"]:
@@ -225,15 +234,16 @@ class ExitingModel(WithExits[Host]):
 
     def read_all(self, images: Tensor) -> tuple[dict[int, HeadOutput], Area | None, tuple[int, int]]:
         """What every head predicts for all tokens, area and grid, in one dense run. It is no part of the public API."""
-        embedded, patches = self._trace(images)
+        embedded, patches, _ = self._trace(images)
         heads, grid = [*self.exit_heads.values(), self.head], embedded.grid
         outputs = {
-            after: apply_head_dense(head, rows, grid=grid)
+            after: apply_head_dense(head, rows, grid=grid, final=self.final)
             for (after, rows), head in zip(patches.items(), heads, strict=True)
         }
         return outputs, area_of(embedded, images), grid
 
-    def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor]]:
+    def _trace(self, images: Tensor) -> tuple[Embedded, dict[int, Tensor], Tensor]:
+        """The images as tokens, patches as every head would read them, and as the last block leaves them."""
         embedded = embedded_by(self.host, images, patch=self.patch)
         running, patches = embedded.tokens, {}
         for block in range(self.depth):
@@ -241,7 +251,11 @@ class ExitingModel(WithExits[Host]):
             if str(block + 1) in self.exit_heads:
                 patches[block + 1] = running[:, embedded.prefix :]
         patches[self.depth] = self.host.finish(running)[:, embedded.prefix :]
-        return embedded, patches
+        return embedded, patches, running[:, embedded.prefix :]
+
+    def _exit_cost(self, head: nn.Module, name: str) -> HeadCost:
+        own = super()._exit_cost(head, name)
+        return own + self._head_cost(self.head, "head") if translates(head) else own
 
 
 def final_output(state: State, /) -> tuple[Output, State]:

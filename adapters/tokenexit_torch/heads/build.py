@@ -1,13 +1,14 @@
 """Heads in PyTorch, built from the plans of `tokenexit.heads`."""
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit import TokenExitError
-from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood
+from tokenexit.heads import ATM, FCN, MLP, HeadPlan, Linear, Neighbourhood, Translator
 from tokenexit_torch.heads.masks import AttentionToMask
 
-__all__ = ["NeighbourhoodHead", "build"]
+__all__ = ["NeighbourhoodHead", "TokenTranslator", "build"]
 
 
 def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
@@ -20,7 +21,7 @@ def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
 
     Returns:
         A module from `(..., width)` to `(..., classes)`; for `ATM`, an `AttentionToMask`; for `Neighbourhood` one from
-        twice the channels, a `NeighbourhoodHead`.
+        twice the channels, a `NeighbourhoodHead`; for `Translator` one to tokens, a `TokenTranslator`.
 
     Raises:
         TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
@@ -38,6 +39,8 @@ def build(plan: HeadPlan, /, *, width: int, classes: int) -> nn.Module:
             return NeighbourhoodHead(width, plan.hidden or width, classes, radius=plan.radius)
         case ATM():
             return AttentionToMask(width, classes, layers=plan.layers, attention_heads=plan.attention_heads)
+        case Translator():
+            return TokenTranslator(width, plan.hidden or 2 * width)
     raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
 
 
@@ -57,6 +60,27 @@ class NeighbourhoodHead(nn.Sequential):
     def __init__(self, width: int, hidden: int, classes: int, /, *, radius: int) -> None:
         super().__init__(nn.Linear(2 * width, hidden), nn.GELU(), nn.Linear(hidden, classes))
         self.radius = radius
+
+
+class TokenTranslator(nn.Module):
+    """A linear layer on tokens, plus an MLP of them; a new one gives them back as they are.
+
+    Args:
+        width: Channels of a token.
+        hidden: Channels between the layers of the MLP.
+    """
+
+    def __init__(self, width: int, hidden: int, /) -> None:
+        super().__init__()
+        self.skip = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        nn.init.eye_(self.skip.weight)
+        for constant in (self.skip.bias, self.mlp[3].weight, self.mlp[3].bias):
+            nn.init.zeros_(constant)
+
+    def forward(self, tokens: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """The tokens as the last block would leave them."""
+        return self.skip(tokens) + self.mlp(tokens)
 
 
 class _TokenBatchNorm(nn.BatchNorm1d):

@@ -1,6 +1,7 @@
 """Application of heads: to the tokens that run, in either layout, and to all patches of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from einops import rearrange
 from jaxtyping import Float
@@ -12,10 +13,23 @@ from tokenexit.exits import HeadOutput
 from tokenexit.heads import Reads
 from tokenexit.tokens import Receipt, Selection
 from tokenexit_torch._modules import counts_batches, is_training
-from tokenexit_torch.heads.build import NeighbourhoodHead
+from tokenexit_torch.heads.build import NeighbourhoodHead, TokenTranslator
 from tokenexit_torch.heads.masks import MaskHead, Masks, log_scores, patch_rows, widened
 
-__all__ = ["apply_head", "apply_head_dense", "detached", "dim_in", "head_input", "radius_of", "reads_of"]
+__all__ = [
+    "Final",
+    "apply_head",
+    "apply_head_dense",
+    "detached",
+    "dim_in",
+    "head_input",
+    "radius_of",
+    "reads_of",
+    "translates",
+]
+
+Final = tuple[Callable[[Tensor], Tensor], nn.Module]
+"""The final norm and the final head of a network, which read what a translator gives."""
 
 
 def reads_of(head: nn.Module, /) -> Reads:
@@ -35,6 +49,11 @@ def dim_in(head: nn.Module, dim: int, /) -> int:
     return 2 * dim if reads_of(head) == "neighbourhoods" else dim
 
 
+def translates(head: nn.Module, /) -> bool:
+    """Whether a head gives tokens, which the final head reads."""
+    return isinstance(head, TokenTranslator)
+
+
 def apply_head(
     head: nn.Module,
     row: Float[Tensor, "entries dim"],
@@ -44,6 +63,7 @@ def apply_head(
     lengths: Sequence[int],
     grid: tuple[int, int],
     prefix: int,
+    final: Final | None = None,
 ) -> HeadOutput:
     """Output of a head for the tokens that run.
 
@@ -54,6 +74,7 @@ def apply_head(
         lengths: Entries of each image in the row.
         grid: Height and width of the patch grid.
         prefix: Tokens of an image that come before its patches. A mask head does not read them.
+        final: What reads what a translator gives.
 
     Returns:
         The output, in the layout of the receipt.
@@ -64,6 +85,12 @@ def apply_head(
     """
     if isinstance(head, MaskHead):
         return _masks(head, row, receipt, lengths, prefix)
+    if isinstance(head, TokenTranslator):
+        assert final is not None
+        finish, last = final
+        translated = head(row).to(row.dtype)
+        output = apply_head(last, finish(translated), receipt, lengths=lengths, grid=grid, prefix=prefix)
+        return replace(output, features=translated.unflatten(0, receipt.layout))
     if isinstance(head, NeighbourhoodHead):
         laid = row.reshape(*receipt.layout, row.shape[-1])
         row = surroundings.beside_running(laid, receipt, grid=grid, radius=head.radius).flatten(0, -2)
@@ -101,9 +128,19 @@ def _masks(head: MaskHead, row: Tensor, receipt: Receipt, lengths: Sequence[int]
 
 
 def apply_head_dense(
-    head: nn.Module, patches: Float[Tensor, "images patches dim"], /, *, grid: tuple[int, int]
+    head: nn.Module,
+    patches: Float[Tensor, "images patches dim"],
+    /,
+    *,
+    grid: tuple[int, int],
+    final: Final | None = None,
 ) -> HeadOutput:
     """Output of a head for all patches of a batch."""
+    if isinstance(head, TokenTranslator):
+        assert final is not None
+        finish, last = final
+        translated = head(patches).to(patches.dtype)
+        return replace(apply_head_dense(last, finish(translated), grid=grid), features=translated)
     if not isinstance(head, MaskHead):
         return HeadOutput(head(head_input(head, patches, grid=grid)))
     images, places, _ = patches.shape
@@ -125,4 +162,5 @@ def head_input(
 def detached(output: HeadOutput, /) -> HeadOutput:
     """The same output as constants."""
     masks = (None if part is None else part.detach() for part in (output.mask_logits, output.presence_logits))
-    return HeadOutput(output.logits.detach(), output.class_scores, *masks)
+    features = None if output.features is None else output.features.detach()
+    return HeadOutput(output.logits.detach(), output.class_scores, *masks, features)

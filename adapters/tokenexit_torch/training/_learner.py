@@ -2,17 +2,20 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit.errors import require
-from tokenexit.features import FINAL, TARGET, Rows
+from tokenexit.features import FINAL, LAST, TARGET, Rows
 from tokenexit_torch._files import fingerprint, require_weights, specs
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.heads.reading import translates
+from tokenexit_torch.training._imitation import Imitation
 
 __all__ = ["Learner"]
 
@@ -38,6 +41,8 @@ class Learner:
         self._heads = nn.ModuleDict(copy.deepcopy(self._own)).float().requires_grad_().train()
         self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=weight_decay)
         self._kept: dict[str, Tensor] | None = None
+        final, translating = model.final, any(map(translates, self._own.values()))
+        self._imitation = None if final is None or not translating else Imitation(model.host, final)
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -55,19 +60,24 @@ class Learner:
         """Places of rows, drawn with replacement."""
         return torch.randint(rows, (size,), generator=self._generator, device=self._generator.device)
 
+    def measure(self, chunks: Iterable[Rows], /) -> None:
+        """Measure the variance of the tokens that translators are fitted to, if any are."""
+        if self._imitation is not None:
+            self._imitation.measure(rows[LAST] for rows in chunks)
+
     def step(self, rows: Rows, rate: float, /) -> None:
         """Take a step."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
-        self._losses(rows, "mean").sum().backward()
+        self._losses(rows).mean(dim=1).sum().backward()
         self._optimizer.step()
 
     @torch.no_grad()
     def loss(self, rows: Rows, /) -> float:
-        """The cross-entropy in evaluation mode, summed over rows and heads."""
+        """The loss in evaluation mode, summed over rows and heads."""
         with evaluating(self._heads):
-            return float(self._losses(rows, "sum").sum())
+            return float(self._losses(rows).sum())
 
     def keep(self) -> None:
         """Keep the weights as they are now."""
@@ -87,8 +97,22 @@ class Learner:
         heads = nn.ModuleDict(self._own)
         final = rows[FINAL].to(_device(heads))
         with evaluating(heads):
-            given = {int(after): head(rows[after].to(final.device)).argmax(dim=-1) for after, head in heads.items()}
-        return {after: int((classes == final).sum()) for after, classes in given.items()}
+            given = {int(after): self._scores(head, rows[after].to(final.device)) for after, head in heads.items()}
+        return {after: int((scores.argmax(dim=-1) == final).sum()) for after, scores in given.items()}
+
+    @torch.no_grad()
+    def errors(self, rows: Rows, /) -> dict[int, float]:
+        """The squared errors of the translators of the model, relative to each channel's variance, summed over rows."""
+        if self._imitation is None:
+            return {}
+        heads = nn.ModuleDict({after: head for after, head in self._own.items() if translates(head)})
+        device, found = _device(heads), {}
+        wish = self._imitation.wish(rows[LAST].to(device))
+        with evaluating(heads):
+            for after, head in heads.items():
+                finished, _ = self._imitation.read(head(rows[after].to(device)).float())
+                found[int(after)] = float(self._imitation.errors(finished, wish).double().sum())
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Weights, those that are kept, the moments of AdamW, and the generator."""
@@ -126,11 +150,24 @@ class Learner:
     def _drawn(self) -> dict[str, Tensor]:
         return {_GENERATOR: self._generator.get_state()}
 
-    def _losses(self, rows: Rows, reduction: str) -> Tensor:
+    def _losses(self, rows: Rows) -> Float[Tensor, "heads rows"]:
+        """The loss of each head on each row."""
         device = _device(self._heads)
         wish = rows[TARGET].to(device)
-        given = [head(rows[after].to(device).float()) for after, head in self._heads.items()]
-        return torch.stack([functional.cross_entropy(scores, wish, reduction=reduction) for scores in given])
+        last = None if self._imitation is None else self._imitation.wish(rows[LAST].to(device))
+        found = []
+        for after, head in self._heads.items():
+            given, error = head(rows[after].to(device).float()), 0.0
+            if self._imitation is not None and last is not None and translates(head):
+                finished, given = self._imitation.read(given)
+                error = self._imitation.errors(finished, last)
+            found.append(functional.cross_entropy(given, wish, reduction="none") + error)
+        return torch.stack(found)
+
+    def _scores(self, head: nn.Module, tokens: Tensor) -> Tensor:
+        """Class scores of a head of the model, those of the final head on what a translator gives."""
+        given = head(tokens)
+        return self._imitation.read(given.float())[1] if self._imitation is not None and translates(head) else given
 
 
 def _device(heads: nn.Module) -> torch.device:

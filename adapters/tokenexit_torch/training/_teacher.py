@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tokenexit.area import Area
 from tokenexit.errors import require
-from tokenexit.features import FINAL, TARGET, Rows, pixel_patches
+from tokenexit.features import FINAL, LAST, TARGET, Rows, pixel_patches
 from tokenexit.schedule import Merge
 from tokenexit_torch._files import digest, fingerprint
 from tokenexit_torch._images import Batch, parted
@@ -19,7 +19,8 @@ from tokenexit_torch.heads.reading import radius_of
 __all__ = ["Seen", "Teacher", "label_share"]
 
 Seen = Callable[[Tensor], tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]]
-"""From images: patches by exit, class scores `(images, patches, classes)`, the area that they cover, and the grid."""
+"""From images: patches by exit, and those of the last block by its number if translators are fitted to them; class
+scores `(images, patches, classes)`, the area that they cover, and the grid."""
 
 
 class Teacher:
@@ -48,6 +49,7 @@ class Teacher:
         frozen = [value for name, value in weights if not name.startswith("exit_heads.")]
         labels = {"label_weight": str(self._label_weight), "ignore": str(self._ignore)}
         read = [f"{after}: {radius_of(head)}" for after, head in self._model.exit_heads.items()]
+        read += ["last block"] if self._model.translated_after else []
         found = {"model": fingerprint(frozen), "exits": ", ".join(read)} | labels
         if self._merges:
             heads = [head for head in map(self._head_of, self._merges) if head is not None]
@@ -84,7 +86,8 @@ class Teacher:
             share = label_share(label.to(target.device), grid, area, **known)
             target = target + self._label_weight * (share - share.sum(dim=-1, keepdim=True) * target)
         finite = torch.stack([part.isfinite().all(dim=-1) for part in (scores, *exits.values())]).all(dim=0)
-        every = {str(after): patches for after, patches in exits.items()}
+        depth = self._model.depth
+        every = {LAST if after == depth else str(after): patches for after, patches in exits.items()}
         every |= {TARGET: target, FINAL: scores.argmax(dim=-1).int()}
         return {name: value[finite] for name, value in every.items()}, finite.sum(dim=1).tolist()
 

@@ -21,6 +21,7 @@ from tokenexit.fitting import FitReport, HeldOut, Recipe, fit
 from tokenexit.schedule import Merge, Schedule
 from tokenexit_torch import _files
 from tokenexit_torch._images import in_batches
+from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, require_placed
 from tokenexit_torch.exits.forward import taps_of
 from tokenexit_torch.exits.model import ExitingModel
@@ -61,12 +62,17 @@ def fit_exits(
     `(1 - w) * probabilities + w * shares`: `shares` of the classes among the labelled pixels of the patch, and
     `w = label_weight * the share of its pixels that have a label`. Patches with a NaN or an infinity are left out.
 
+    Translators (`heads.Translator`) are fitted to the last block's tokens, as they are if nothing leaves or merges. The
+    loss is the squared error behind the final norm, relative to each channel's variance over the patches fitted to,
+    plus the cross-entropy of the final head's scores with the target above; norm and head stay frozen. The variance
+    takes one more pass over what is fitted to.
+
     Where the model's plan merges tokens, heads are fitted to tokens as they merge before them, in order of depth: those
     that merges by agreement ask before those behind them, each time with a pass over the images.
 
     What the network predicts for the images is kept according to `cache`, in the dtype of the model. One patch takes
-    `exits * width` numbers in that dtype, twice as many for `heads.Neighbourhood`, and 4 bytes for each class and 4
-    more.
+    `exits * width` numbers in that dtype, twice as many for `heads.Neighbourhood`, `width` more where translators are
+    fitted, and 4 bytes for each class and 4 more.
 
     Args:
         model: The wrapped model; its exit heads are changed in place, at the end. It keeps the digests of the images
@@ -98,7 +104,7 @@ def fit_exits(
         progress: Wraps each of the two loops; `tqdm` shows a bar, `iter` shows nothing.
 
     Returns:
-        The agreement of each head with what it was fitted to.
+        The agreement of each head with what it was fitted to, and what translators miss.
 
     Raises:
         TokenExitError: If the model has no exit heads, or mask heads, which read whole images and not patches drawn
@@ -114,21 +120,22 @@ def fit_exits(
         again = len(phases) == 1 or not isinstance(batches, Iterator)
         rule = "be a tensor, or batches that can be gone through again, for a plan that merges by agreement"
         require(again, "images", rule, type(batches).__name__)
-        for after, merges in phases:
-            own, state = cache, resume
-            if len(phases) > 1:
-                own = cache / f"after-{max(after)}" if isinstance(cache, Path) else cache
-                state = None if resume is None else Path(resume) / f"after-{max(after)}"
-            teacher = Teacher(
-                model,
-                _before_heads(model, seen, after, merges),
-                label_weight=label_weight,
-                ignore=ignore,
-                merges=merges,
-            )
-            learner = Learner(model, generator, weight_decay=weight_decay, after=after)
-            options = {"store": _files, "progress": progress}
-            reports.append(fit(learner, batches, teacher, recipe, cache=own, resume=state, **options))
+        with evaluating(model):
+            for after, merges in phases:
+                own, state = cache, resume
+                if len(phases) > 1:
+                    own = cache / f"after-{max(after)}" if isinstance(cache, Path) else cache
+                    state = None if resume is None else Path(resume) / f"after-{max(after)}"
+                teacher = Teacher(
+                    model,
+                    _before_heads(model, seen, after, merges),
+                    label_weight=label_weight,
+                    ignore=ignore,
+                    merges=merges,
+                )
+                learner = Learner(model, generator, weight_decay=weight_decay, after=after)
+                options = {"store": _files, "progress": progress}
+                reports.append(fit(learner, batches, teacher, recipe, cache=own, resume=state, **options))
         return _together(reports)
 
 
@@ -154,12 +161,13 @@ def _before_heads(
 
     def read(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:
         exits, scores, area, grid = seen(images)
+        last = {model.depth: exits[model.depth]} if model.depth in exits else {}
         if not merges:
-            return {block: exits[block] for block in after}, scores, area, grid
+            return {block: exits[block] for block in after} | last, scores, area, grid
         tapped, prefix = taps_of(model, images, Schedule(merges=merges), after)
         heads = {block: model.exit_heads[str(block)] for block in after}
         patches = {block: head_input(head, tapped[block][:, prefix:], grid=grid) for block, head in heads.items()}
-        return patches, scores, area, grid
+        return patches | last, scores, area, grid
 
     return read
 
@@ -170,13 +178,15 @@ def _together(reports: Sequence[FitReport]) -> FitReport:
     held = last.held_out
     if held is not None:
         parts = [report.held_out for report in reports if report.held_out is not None]
-        held = replace(held, agreement=_union(part.agreement for part in parts))
+        agreement, error = _union(part.agreement for part in parts), _union(part.error for part in parts)
+        held = replace(held, agreement=agreement, error=error)
     return replace(
         last,
         agreement=_union(report.agreement for report in reports),
         steps=sum(report.steps for report in reports),
         stopped_early=any(report.stopped_early for report in reports),
         held_out=held,
+        error=_union(report.error for report in reports),
     )
 
 

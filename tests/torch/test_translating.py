@@ -1,0 +1,349 @@
+"""Translators: leavers leave what the last block would have made of them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tokenexit_torch as tet
+from tests.torch import models
+from tests.torch.fits import Again, same, stopping, weights_of
+from tokenexit import TokenExitError, cost, schedule
+from tokenexit.carries import Feature, Translated
+from tokenexit.heads import ATM, MLP, Neighbourhood, Translator
+from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree
+from tokenexit.schedule import Exit, Merge, Schedule
+from tokenexit_torch.heads import TokenTranslator, build
+
+EXITS = (Exit(2, ConfidenceAbove(0.5)), Exit(4, ConfidenceAbove(0.5)))
+PLAN = Schedule(EXITS, Translated())
+MERGING = Schedule(
+    (Exit(4, NeighboursAgree(0.4, radius=1)),),
+    Translated(),
+    merges=(Merge(1, 2, 0.9), Merge(2, 4, 0.2, NeighboursAgree(0.3, radius=1))),
+)
+PLANS = {
+    "translated": PLAN,
+    "folded": Schedule(EXITS, Translated(fold_above=0.1)),
+    "budgets": Schedule((Exit(2, Budget(0.6)), Exit(4, Budget(0.3))), Translated()),
+    "merging": MERGING,
+}
+each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+
+
+def translating(plan=PLAN, host="timm", *, random=True):
+    """A model with translators, random ones unless they are to give tokens back as they are."""
+    model = translating_once(host, random)
+    model.retune(plan)
+    return model
+
+
+@models.once
+def translating_once(host, random):
+    made = {"timm": models.timm_vit, "plain": models.plain_host}[host]()
+    torch.manual_seed(3)
+    model = tet.wrap(made, schedule.dense(after=(2, 4)), num_classes=models.CLASSES, exit_heads=Translator(24)).eval()
+    with torch.no_grad():
+        model.head[-1].weight.mul_(12)
+        for head in model.exit_heads.values() if random else ():
+            head.mlp[3].weight.normal_(std=0.3)
+            head.skip.weight.add_(0.1 * torch.randn_like(head.skip.weight))
+    return model
+
+
+def test_a_new_translator_gives_tokens_back_and_is_built_from_its_plan():
+    torch.manual_seed(0)
+    head, tokens = build(Translator(), width=8, classes=3), torch.randn(2, 5, 8)
+    assert isinstance(head, TokenTranslator)
+    assert torch.equal(head(tokens), tokens)
+    assert head.mlp[1].weight.shape == (16, 8)
+    head.mlp[3].weight.data.normal_()
+    wanted = head.skip(tokens) + head.mlp[3](nn.functional.gelu(head.mlp[1](head.mlp[0](tokens))))
+    torch.testing.assert_close(head(tokens), wanted)
+
+
+@pytest.mark.parametrize("fold", [None, 0.1])
+@torch.inference_mode()
+def test_identical_translators_leave_the_raw_features(fold):
+    model, images = translating(random=False), models.images(3)
+    translated = model(images, schedule=Schedule(PLAN.exits, Translated(fold)))
+    raw = model(images, schedule=Schedule(PLAN.exits, Feature(fold_above=fold)))
+    assert len(raw.exit_depth.unique()) == 3
+    assert torch.equal(translated.exit_depth, raw.exit_depth)
+    torch.testing.assert_close(translated.logits, raw.logits)
+
+
+@torch.inference_mode()
+def test_class_scores_are_the_final_heads_on_the_translation():
+    """Where a token leaves, and whenever every head is read; so frozen predictions are what the final head says again."""
+    model, images = translating(), models.images(3)
+    out, every, patches = model(images), model.every_exit(images), model.patches_after(images)
+    for after in (2, 4):
+        translation = model.exit_heads[str(after)](patches[after])
+        wanted = model.head(model.model.norm(translation)).mT.unflatten(2, (4, 6))
+        torch.testing.assert_close(every[after], wanted, rtol=1e-4, atol=1e-4)
+    first = out.exit_depth == 2
+    assert first.any()
+    torch.testing.assert_close(out.logits.movedim(1, -1)[first], every[2].movedim(1, -1)[first], rtol=1e-4, atol=1e-4)
+    frozen = model(images, schedule=Schedule(PLAN.exits))
+    assert (frozen.head_on, out.head_on) == ("running", "all")
+    assert torch.equal(frozen.exit_depth, out.exit_depth)
+    torch.testing.assert_close(frozen.logits, out.logits, rtol=1e-4, atol=1e-4)
+    cut = model(images, schedule=Schedule(schedule.truncated(after=4).exits, Translated()))
+    torch.testing.assert_close(cut.logits, every[4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(images, schedule=schedule.dense()).logits, every[6], rtol=1e-4, atol=1e-4)
+    traced = tet.trace(model, images, progress=iter).replay(Schedule(schedule.truncated(after=4).exits))
+    torch.testing.assert_close(traced.logits, every[4], rtol=1e-4, atol=1e-4)
+
+
+@each_plan
+@torch.inference_mode()
+def test_a_batch_is_each_image_alone_and_static_and_mixed_are_packed(plan):
+    model, images = translating(plan), models.pictures(3)
+    out = model(images)
+    assert len(out.exit_depth.unique()) > 1
+    for index in range(3):
+        alone = model(images[index : index + 1])
+        assert torch.equal(alone.exit_depth[0], out.exit_depth[index])
+        torch.testing.assert_close(alone.logits[0], out.logits[index], rtol=1e-4, atol=1e-4)
+    static = tet.StaticModel(model, capacities=1.0)(images)
+    assert torch.equal(static.exit_depth, out.exit_depth)
+    torch.testing.assert_close(static.logits, out.logits, rtol=1e-4, atol=1e-4)
+    if plan.carry == Translated():
+        plain = translating(plan, "plain")
+        sizes = [images[0], models.pictures(1, (40, 24))[0], images[1]]
+        for mixed, image in zip(plain.mixed(sizes), sizes, strict=True):
+            torch.testing.assert_close(mixed.logits, plain(image[None]).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_has_merged_shares_the_translation_of_its_owner():
+    model, images = translating(MERGING), torch.ones(1, 3, 32, 48)
+    model.model.pos_embed.mul_(0.0)
+    images[..., :16, :16] = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plan = Schedule((Exit(4, ConfidenceAbove(0.0)),), Translated(), merges=(Merge(1, 2, 0.99),))
+    out = model(images, schedule=plan)
+    assert (out.exit_depth == 4).all()
+    assert out.tokens_per_block[0, 1] == 1 + 4 + 5
+    cells = out.logits[0].unflatten(2, (3, 2)).unflatten(1, (2, 2))
+    assert (cells == cells[:, :, :1, :, :1])[:, 1].all()  # the lower row of cells has merged
+
+
+@torch.inference_mode()
+def test_for_lack_of_room_at_a_merge_tokens_leave_their_latest_translation():
+    plan = Schedule((Exit(2, ConfidenceAbove(0.9)),), Translated(), merges=(Merge(3, 2, 1.0),))
+    model, images = translating(plan), models.images(2)
+    static = tet.StaticModel(model, capacities={2: 1.0, 3: 0.12, 4: 1.0})(images)
+    assert (static.overflow > 0).all()
+    late = (static.exit_depth == 3)[:, None].expand_as(static.logits)
+    assert late.any()
+    first = model.every_exit(images)[2]
+    merged = static.exit_depth.flatten(1).eq(3).sum(1)
+    assert (merged > 0).all()
+    close = torch.isclose(static.logits, first, rtol=1e-3, atol=1e-3).all(dim=1)
+    assert (close & (static.exit_depth == 3)).any()
+
+
+@pytest.mark.usefixtures("unchecked")
+@torch.no_grad()
+def test_translations_rejoin_in_exported_programs():
+    plan = Schedule(EXITS[:1], Translated(fold_above=0.1))
+    made = tet.wrap(models.timm_vit(depth=3), plan, num_classes=models.CLASSES, exit_heads=Translator(8)).eval()
+    made.head[-1].weight.mul_(12)
+    made.exit_heads["2"].mlp[3].weight.normal_(std=0.3)
+    images, static = models.images(2), tet.StaticModel(made, capacities=0.8)
+    wanted = static(images)
+    assert (wanted.exit_depth == 2).any()
+    logits, *_ = tet.export_program(static, images).module()(images)
+    torch.testing.assert_close(logits, wanted.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_an_exit_costs_is_the_translator_and_the_final_head():
+    model, images = translating(), models.images(1)
+    with torch.inference_mode():
+        out = model(images)
+    ran = out.tokens_per_block[0] - 1
+    final = cost.of_head(MLP(), width=48, classes=5)
+    exit_head = cost.of_head(Translator(24), width=48, classes=5, final=final)
+    vit = cost.plain_vit(width=48, depth=6, patch=8, prefix=1, exit_heads={2: exit_head, 4: exit_head}, head=final)
+    wanted = vit.multiply_adds(out.tokens_per_block, patches=24, exits=out.exits, head_on="all")
+    assert model.multiply_adds(out).tolist() == wanted.tolist()
+    assert ran[1] > ran[2]
+
+
+def test_gradients_reach_translators_through_what_rejoins():
+    model, images = translating().train(), models.images(2)
+    stages = tet.Staged(model)(images)
+    assert sorted(stages.logits) == [2, 4, 6]
+    stages.logits[6].square().sum().backward()
+    assert all(head.skip.weight.grad.abs().sum() > 0 for head in model.exit_heads.values())
+
+
+def fitted(images, plan=None, **options):
+    model = translating(schedule.dense(after=(2, 4)) if plan is None else plan, random=False)
+    return model, tet.fit_exits(model, images, **{"steps": 150, "patches_per_step": 96, "progress": iter} | options)
+
+
+def missed(model, images):
+    """Squared errors behind the final norm, relative to each channel's variance, by exit; and the agreement."""
+    with torch.no_grad():
+        patches, every = model.patches_after(images), model.every_exit(images)
+    last = patches[6].flatten(0, 1)
+    variance = last.var(dim=0, correction=0)
+    error, agreement = {}, {}
+    for after in (2, 4):
+        with torch.no_grad():
+            found = model.model.norm(model.exit_heads[str(after)](patches[after].flatten(0, 1)))
+        error[after] = ((found - last).square() / variance).mean().item()
+        agreement[after] = (every[after].argmax(1) == every[6].argmax(1)).float().mean().item()
+    return error, agreement
+
+
+def test_translators_are_fitted_to_tokens_of_the_last_block_and_nothing_else_changes():
+    images = models.images(12)
+    model = translating(random=False)
+    before, _ = missed(model, images)
+    frozen = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("exit_heads")}
+    report = tet.fit_exits(model, images, steps=250, patches_per_step=96, progress=iter)
+    error, agreement = missed(model, images)
+    for after in (2, 4):
+        assert error[after] < 0.2 * before[after]
+        assert report.error[after] == pytest.approx(error[after], rel=1e-3)
+        assert report.agreement[after] == pytest.approx(agreement[after], abs=1e-6)
+        assert agreement[after] > 0.8
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(part.training for part in model.modules())
+
+
+def test_a_fit_leaves_images_held_out_alone_and_reports_what_is_missed_of_them():
+    images = models.images(12)
+    model, report = fitted(images, held_out=0.25, check_every=50)
+    error, _ = missed(model, images[:9])
+    assert report.error == {after: pytest.approx(value, rel=1e-3) for after, value in error.items()}
+    assert all(report.held_out.error[after] > value for after, value in report.error.items())
+    assert "translators miss" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_and_inference_mode_are_no_obstacle(dtype):
+    with torch.inference_mode():
+        vit = models.timm_vit()
+        model = tet.wrap(vit.to(dtype), schedule.dense(after=(2,)), num_classes=5, exit_heads=Translator()).eval()
+        report = tet.fit_exits(model, models.images(6).to(dtype), steps=60, patches_per_step=64, progress=iter)
+    assert all(p.dtype == dtype and p.isfinite().all() for p in model.exit_heads.parameters())
+    assert report.error[2] < 0.5
+
+
+@pytest.mark.parametrize("cache", ["disk", None])
+def test_an_interrupted_fit_ends_as_if_it_had_not_been(cache, tmp_path):
+    images = Again(models.images(4), models.images(3, seed=1), models.images(3, seed=2))
+    where = tmp_path / "tokens" if cache == "disk" else cache
+    options = {"held_out": 0.2, "check_every": 10, "steps": 20, "cache": where}
+    straight, report = fitted(images, **options)
+    model = translating(schedule.dense(after=(2, 4)), random=False)
+    options |= {"patches_per_step": 96, "resume": tmp_path / "fit"}
+    with pytest.raises(KeyboardInterrupt):
+        tet.fit_exits(model, images, progress=stopping(13), **options)
+    assert tet.fit_exits(model, images, progress=iter, **options) == report
+    assert same(weights_of(model), weights_of(straight))
+
+
+def test_rows_that_were_kept_without_the_last_block_are_refused(tmp_path):
+    def fit(plan):
+        model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), head=nn.Linear(48, 5), exit_heads=plan)
+        tet.fit_exits(model, models.images(2), steps=2, patches_per_step=8, cache=tmp_path, progress=iter)
+
+    torch.manual_seed(0)
+    fit(MLP())
+    torch.manual_seed(0)
+    with pytest.raises(TokenExitError, match="`cache` must be for the same exits"):
+        fit(Translator())
+
+
+def test_translators_are_fitted_to_the_dense_pass_on_tokens_as_they_merge():
+    images = models.pictures(12)
+    model, report = fitted(images, MERGING, steps=60)
+    assert list(report.error) == list(report.agreement) == [2, 4]
+    plain, _ = fitted(images, steps=60)
+    assert not torch.equal(plain.exit_heads["4"].skip.weight, model.exit_heads["4"].skip.weight)
+    with torch.inference_mode():
+        wanted = model(images, schedule=schedule.dense()).logits.argmax(1)
+        cut = Schedule(schedule.truncated(after=4).exits, merges=MERGING.merges)
+        merged, apart = model(images, schedule=cut), model(images, schedule=schedule.truncated(after=4))
+    assert merged.tokens_per_block[:, 3].sum() < apart.tokens_per_block[:, 3].sum()
+    agreement = (merged.logits.argmax(1) == wanted).float().mean().item()
+    assert report.agreement[4] == pytest.approx(agreement, abs=1e-6)
+    assert agreement != pytest.approx((apart.logits.argmax(1) == wanted).float().mean().item(), abs=1e-4)
+
+
+@torch.inference_mode()
+def test_translators_and_their_carry_are_saved_and_loaded(tmp_path):
+    model, images = translating(), models.images(2)
+    tet.save(model, tmp_path / "built")
+    plan = json.loads((tmp_path / "built" / "exits.json").read_text())
+    assert plan["plan"] == {"kind": "translator", "hidden": 24}
+    again = tet.load(models.timm_vit(), tmp_path / "built").eval()
+    assert again.schedule == PLAN
+    assert torch.equal(again(images).logits, model(images).logits)
+    head, own = nn.Linear(48, 5), {after: TokenTranslator(48, 8) for after in (2, 4)}
+    given = tet.wrap(models.timm_vit(), PLAN, head=head, exit_heads=own).eval()
+    own[2].mlp[3].weight.fill_(0.1)
+    tet.save(given, tmp_path / "given")
+    again = tet.load(
+        models.timm_vit(), tmp_path / "given", head=head, exit_heads={after: TokenTranslator(48, 8) for after in own}
+    ).eval()
+    assert torch.equal(again(images).logits, given(images).logits)
+
+
+def test_some_heads_may_translate_and_others_not():
+    own = {2: TokenTranslator(48, 8), 4: nn.Linear(48, 5)}
+    model = tet.wrap(models.timm_vit(), Schedule(EXITS), head=nn.Linear(48, 5), exit_heads=own).eval()
+    assert model.translated_after == (2,)
+    report = tet.fit_exits(model, models.images(4), steps=20, patches_per_step=32, progress=iter)
+    assert list(report.agreement) == [2, 4]
+    assert list(report.error) == [2]
+    with pytest.raises(
+        TokenExitError, match=r"carry Translated only with exit heads that .*others after the blocks \[4\]"
+    ):
+        model.retune(PLAN)
+    model.retune(Schedule(EXITS[:1], Translated()))
+    assert model(models.images(1)).head_on == "all"
+
+
+class Decoder(nn.Module):
+    def forward(self, maps):
+        return maps
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda v: tet.wrap(v, PLAN, num_classes=5), "`schedule` must carry Translated only with exit heads that translate"),
+    (lambda v: tet.wrap(v, PLAN, head=nn.Linear(48, 5), exit_heads={2: TokenTranslator(32, 5), 4: nn.Linear(48, 5)}),
+     r"`exit_heads\[2\]` must take tokens of shape \(tokens, 48\)"),
+    (lambda v: tet.wrap(v, PLAN, head=tet.heads.AttentionToMask(48, 5), exit_heads=Translator()),
+     r"`exit_heads\[2\]` must be a mask head exactly if"),
+    (lambda v: tet.wrap(v, PLAN, head=tet.heads.NeighbourhoodHead(48, 8, 5, radius=1), exit_heads=Translator()),
+     r"`exit_heads\[2\]` must translate for a final head that treats each token by itself, got TokenTranslator beside N"),
+    (lambda v: tet.wrap(v, PLAN, head=TokenTranslator(48, 8), exit_heads=Translator()), "`head` must translate for a final"),
+    (lambda v: tet.wrap(v, schedule.dense(after=(2,)), decoder=Decoder(), num_classes=3, exit_heads=Translator()),
+     r"`exit_heads` must give class scores under a decoder, which reads no single token, got Translator\(hidden=None\)"),
+    (lambda v: tet.wrap(v, schedule.dense(), decoder=Decoder(), num_classes=3, exit_heads={2: TokenTranslator(48, 8)}),
+     "`exit_heads` must give class scores under a decoder, which reads no single token, got a translator"),
+    (lambda v: tet.wrap(v, PLAN, decoder=Decoder(), num_classes=3), "`schedule` must carry Translated only with exit heads"),
+    (lambda v: tet.wrap_gates(v, gates=Translator()), "`gates` must be a plan of tokenexit.heads that treats each token by"),
+    (lambda v: tet.wrap_gates(v, schedule.svit(after=(2,)), gates={2: TokenTranslator(48, 8)}),
+     "`gates` must treat each token by itself, got a head that looks around tokens, or translates"),
+])  # fmt: skip
+def test_where_a_translation_makes_no_sense_it_is_refused(make, message):
+    with pytest.raises(TokenExitError, match=message):
+        make(models.timm_vit())
+
+
+@pytest.mark.parametrize("plan", [ATM(), Neighbourhood(), MLP()])
+def test_other_plans_build_final_heads_of_their_own_kind(plan):
+    assert plan.final is plan
+    assert Translator(7).final == MLP()
+    assert dataclasses.replace(Translator(7), hidden=None) == Translator()
