@@ -6,9 +6,9 @@ from dataclasses import replace
 from examples import shell
 from examples.camvid.contenders import Setting
 from tokenexit.policies import NeighboursAgree
-from tokenexit.schedule import Exit, Merge, Schedule
+from tokenexit.schedule import Exit, Merge, Schedule, merged
 
-__all__ = ["merging"]
+__all__ = ["alone", "merging"]
 
 
 def _exits(radius: Mapping[int, int], threshold: float) -> tuple[Exit, ...]:
@@ -52,3 +52,15 @@ def merging(heads: Collection[int]) -> tuple[Setting, ...]:
     if not set(needed) <= set(heads):
         raise shell.UsageError(f"`--merging` must come with heads after the blocks {needed}, got {sorted(heads)}")
     return tuple(Setting(name, "merging", plan) for name, plan in _PLANS.items())
+
+
+def alone(heads: Collection[int]) -> dict[str, Schedule]:
+    """Plans that merge and let nothing leave, for a decoder of any kind, by name.
+
+    Args:
+        heads: Blocks with an exit head.
+
+    Raises:
+        UsageError: If one that a plan reads is missing.
+    """
+    return {"merge after 1 > 0.9, 3 > 0.8 up to 4 x 4": merged(), "merge 1, 2, 3, 6": _PLANS["merge 1, 2, 3, 6"]}
