@@ -4,8 +4,9 @@
     python -m examples.camvid.decoders evaluate --data CAMVID --init camvid_vit_tiny_p8.npz --run RUN --decoder conv \
         --json conv.json
 
-The network stays as it is: labels teach the decoders alone, both in one pass. Exit heads are then fitted to each of them
-without labels, for plans that ask for agreement. Stop it at any time: the same command goes on.
+The network stays as it is: its features of a few augmented views of every image are kept on disk meanwhile, and labels
+teach the decoders alone, side by side. Exit heads are then fitted to each of them without labels, for plans that ask
+for agreement. Stop it at any time: the same command goes on.
 """
 
 import argparse
@@ -13,15 +14,18 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tokenexit_torch as tet
@@ -31,7 +35,8 @@ from examples.camvid.decoding import DECODERS
 from tokenexit import schedule
 from tokenexit.heads import MLP
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, FEATURES = "checkpoint.safetensors", "features"
+_COUNTS = ("epochs", "views", "batch", "fit_images", "fit_steps")
 _SUMMARY = (__doc__ or "").partition("\n")[0]
 
 
@@ -40,14 +45,17 @@ class Recipe:
     """Everything that decides the result, besides data and network; a run resumes only under its own recipe.
 
     Attributes:
+        epochs: Passes over all images, in one of their views each.
+        views: Augmented views of every image.
         rate: Of AdamW; falls to zero along a cosine.
         decay: Weight decay of matrices and kernels.
         average: Decay of the average of the weights over the steps.
         fit_images: Train images, spread evenly, to which exit heads are fitted without labels.
     """
 
-    epochs: int = 10
-    batch: int = 4
+    epochs: int = 12
+    views: int = 3
+    batch: int = 2
     seed: int = 0
     limit: int | None = None
     precision: str = "bf16"
@@ -66,7 +74,7 @@ def arguments() -> argparse.Namespace:
     does = parser.add_subparsers(dest="does", required=True)
     training = does.add_parser("train", description="Trains the decoders, and fits exit heads to each of them.")
     training.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
-    for name in ("epochs", "batch", "fit_images", "fit_steps"):
+    for name in _COUNTS:
         training.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Recipe, name))
     training.add_argument("--seed", type=int, default=Recipe.seed)
     training.add_argument("--limit", type=int, help="use only this many train and val images")
@@ -82,8 +90,7 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     shell.require_counts(threads=given.threads)
     if given.does == "train":
-        counts = {name: getattr(given, name) for name in ("epochs", "batch", "fit_images", "fit_steps")}
-        shell.require_counts(**counts)
+        shell.require_counts(**{name: getattr(given, name) for name in _COUNTS})
     else:
         under_decoders.check(given)
     return given
@@ -107,46 +114,77 @@ def rate_at(step: int, steps: int, warmup: float) -> float:
     )
 
 
+@torch.no_grad()
+def keep_features(
+    vit: nn.Module,
+    chosen: Sequence[data.Frame],
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    workers: int,
+) -> list[list[Path]]:
+    """Maps of a frozen network and labels of all views, in bfloat16: a file for each batch that is not there yet.
+
+    Returns:
+        The files of each view.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    taps = decoding.all_taps()
+    found: list[list[Path]] = []
+    for view in range(recipe.views):
+        files = [folder / f"{view}-{number}.safetensors" for number in range(math.ceil(len(chosen) / recipe.batch))]
+        found.append(files)
+        if all(file.is_file() for file in files):
+            continue
+        loader = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=view, workers=workers)
+        bar = shell.progress(loader, desc=f"features, view {view + 1}/{recipe.views}")
+        for file, (images, labels) in zip(files, bar, strict=True):
+            if file.is_file():
+                continue
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+                maps = decoding.maps_of(vit, images.to(device), taps)
+            content = {str(tap): map.to(torch.bfloat16).contiguous() for tap, map in zip(taps, maps, strict=True)}
+            with shell.replacing(file) as opened:
+                opened.write(to_bytes({**content, "labels": labels.to(torch.uint8)}))
+    return found
+
+
 def run_epoch(
     decoders: nn.ModuleDict,
     average: AveragedModel,
     optimizer: torch.optim.Optimizer,
-    vit: nn.Module,
-    batches: Iterable[Sequence[Tensor]],
+    files: Iterable[Path],
     recipe: Recipe,
     *,
     first: int,
     steps: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Pass over the batches once; return the mean loss of each decoder.
+    """Pass over batches of features once; return the mean loss of each decoder.
 
     Args:
         decoders: What is trained, by name.
         average: Their average over the steps.
         optimizer: Theirs.
-        vit: The frozen network.
-        batches: Images and labels.
+        files: As `keep_features` wrote them.
         recipe: How.
         first: Steps that have been done.
         steps: Steps of the whole run.
         device: Where to.
     """
     decoders.train()
-    taps = sorted(set[int]().union(*(DECODERS[name].taps for name in decoders)))
     losses = []
-    for step, (images, labels) in enumerate(batches, start=first):
+    for step, file in enumerate(files, start=first):
+        content = {name: tensor.to(device) for name, tensor in load_file(file).items()}
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate * rate_at(step, steps, recipe.warmup)
         optimizer.zero_grad(set_to_none=True)
         values = {}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            with torch.no_grad():
-                maps = dict(zip(taps, decoding.maps_of(vit, images.to(device), taps), strict=True))
-            aim = train.criterion(labels.to(device), None, train.Recipe())
+            aim = train.criterion(content["labels"].long(), None, train.Recipe())
             for name, decoder in decoders.items():
-                read = decoding.given([maps[tap] for tap in DECODERS[name].taps])
-                values[name] = aim(decoder(read).float())
+                maps = [content[str(tap)].float() for tap in DECODERS[name].taps]
+                values[name] = aim(decoder(decoding.given(maps)).float())
         for name, decoder in decoders.items():  # nothing is shared: as if each were trained by itself
             values[name].backward()
             nn.utils.clip_grad_norm_(decoder.parameters(), recipe.clip)
@@ -163,7 +201,7 @@ def validated(
     """Data-set mIoU of each decoder on the dense network, in float32, as a fraction."""
     classes = len(data.CLASSES)
     confusion = {name: torch.zeros(classes, classes, dtype=torch.int64) for name in decoders}
-    taps = sorted(set[int]().union(*(DECODERS[name].taps for name in decoders)))
+    taps = decoding.all_taps()
     for images, labels in shell.progress(batches, desc="val"):
         maps = dict(zip(taps, decoding.maps_of(vit, images.to(device), taps), strict=True))
         for name, decoder in decoders.items():
@@ -217,18 +255,20 @@ def run(
     done = checkpoints.resume(out / CHECKPOINT, identity, parts)
     if done:
         print(f"resuming {out} after epoch {done} of {recipe.epochs}", flush=True)
-    batches = math.ceil(len(chosen) / recipe.batch)
+    views = [] if done == recipe.epochs else keep_features(vit, chosen, recipe, out / FEATURES, device, workers)
     for epoch in range(done, recipe.epochs):
         started = time.perf_counter()
-        loader = data.training_batches(chosen, batch=recipe.batch, seed=recipe.seed, epoch=epoch, workers=workers)
-        bar = shell.progress(loader, desc=f"epoch {epoch + 1}/{recipe.epochs}")
+        files = views[epoch % recipe.views]
+        order = np.random.default_rng((recipe.seed, epoch)).permutation(len(files))
+        bar = shell.progress([files[at] for at in order], desc=f"epoch {epoch + 1}/{recipe.epochs}")
         losses = run_epoch(
-            decoders, average, optimizer, vit, bar, recipe,
-            first=epoch * batches, steps=recipe.epochs * batches, device=device,
+            decoders, average, optimizer, bar, recipe,
+            first=epoch * len(files), steps=recipe.epochs * len(files), device=device,
         )  # fmt: skip
         checkpoints.keep(out / CHECKPOINT, identity, parts, done=epoch + 1)
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         print(f"epoch {epoch + 1}/{recipe.epochs}  loss {shown}  {time.perf_counter() - started:.0f} s", flush=True)
+    shutil.rmtree(out / FEATURES, ignore_errors=True)
     trained = {name: copy.deepcopy(decoder).eval() for name, decoder in average.module.items()}
     found = validated(trained, vit, data.Batches(held_out, recipe.batch), device)
     print("dense val mIoU: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in found.items()), flush=True)
@@ -254,8 +294,8 @@ def main() -> None:
         under_decoders.show(given)
         return
     recipe = Recipe(
-        epochs=given.epochs, batch=given.batch, seed=given.seed, limit=given.limit, precision=given.precision,
-        fit_images=given.fit_images, fit_steps=given.fit_steps,
+        epochs=given.epochs, views=given.views, batch=given.batch, seed=given.seed, limit=given.limit,
+        precision=given.precision, fit_images=given.fit_images, fit_steps=given.fit_steps,
     )  # fmt: skip
     device = torch.device(given.device)
     run(recipe, folder=given.data, source=given.init, out=given.out, device=device, workers=given.workers)

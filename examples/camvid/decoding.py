@@ -19,7 +19,7 @@ from examples.camvid import data
 Map = Float[Tensor, "images width rows columns"]
 
 _STRIDE = 4  # pixels of an image for each place of the scores
-_STRIDES = (4, 8, 16, 32)  # of the maps that DPT makes of its taps
+_STRIDES = (4, 8, 16, 32)  # of the maps that DPT makes of its taps; here never coarser than patches
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class ConvDecoder(nn.Module):
 
 
 class DPTDecoder(nn.Module):
-    """Maps of four depths at four resolutions, fused from the deepest and coarsest to the finest, as in DPT.
+    """Maps of four depths, the shallower the finer, fused from the deepest on, as in DPT.
+
+    None is made coarser than it was: the network does not learn, and what it knows best is in its last map.
 
     Args:
         width: Channels of the maps.
@@ -75,7 +77,8 @@ class DPTDecoder(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(Norm(width) for _ in _STRIDES)
         self.projections = nn.ModuleList(nn.Conv2d(width, hidden, 1) for _ in _STRIDES)
-        self.resamplings = nn.ModuleList(_resampling(hidden, patch, stride) for stride in _STRIDES)
+        finer = [patch // min(stride, patch) for stride in _STRIDES]
+        self.resamplings = nn.ModuleList(nn.ConvTranspose2d(hidden, hidden, times, times) for times in finer)
         self.residuals = nn.ModuleList(Residual(hidden) for _ in _STRIDES)
         self.fusions = nn.ModuleList(Residual(hidden) for _ in _STRIDES)
         self.classify = nn.Sequential(_convolved(hidden, hidden), nn.Conv2d(hidden, classes, 1))
@@ -97,6 +100,11 @@ DECODERS: Mapping[str, Kind] = {
     "dpt": Kind((3, 6, 9, 12), DPTDecoder),
 }
 """By name."""
+
+
+def all_taps() -> tuple[int, ...]:
+    """After how many blocks any of them reads a map."""
+    return tuple(sorted(set[int]().union(*(kind.taps for kind in DECODERS.values()))))
 
 
 class Norm(nn.LayerNorm):
@@ -128,15 +136,6 @@ class Residual(nn.Module):
 
 def _convolved(before: int, after: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
-
-
-def _resampling(width: int, patch: int, stride: int) -> nn.Module:
-    """From places of a patch to places of a stride, in pixels."""
-    if stride < patch:
-        return nn.ConvTranspose2d(width, width, patch // stride, patch // stride)
-    if stride == patch:
-        return nn.Identity()
-    return nn.Conv2d(width, width, 3, stride // patch, padding=1)
 
 
 def _resized(map: Map, *, size: Sequence[int] | None = None, scale: int | None = None) -> Map:

@@ -1,4 +1,4 @@
-"""What is measured under a dense decoder: plans that merge, beside merging of others, smaller images and early exits."""
+"""What is measured under a dense decoder: plans that merge, beside merging of others, smaller images and exits."""
 
 import argparse
 from collections.abc import Collection
