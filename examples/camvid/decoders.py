@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -269,7 +269,7 @@ def run(
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         print(f"epoch {epoch + 1}/{recipe.epochs}  loss {shown}  {time.perf_counter() - started:.0f} s", flush=True)
     shutil.rmtree(out / FEATURES, ignore_errors=True)
-    trained = {name: copy.deepcopy(decoder).eval() for name, decoder in average.module.items()}
+    trained = dict(cast(nn.ModuleDict, copy.deepcopy(average.module)).eval().items())
     found = validated(trained, vit, data.Batches(held_out, recipe.batch), device)
     print("dense val mIoU: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in found.items()), flush=True)
     agreement = {}

@@ -145,7 +145,7 @@ def _resized(map: Map, *, size: Sequence[int] | None = None, scale: int | None =
 
 def parts_of(model: tet.DecodingModel) -> tuple[Any, nn.Module, tuple[int, ...]]:
     """The vision transformer, the decoder and the taps of a model that `wrap` has made of them."""
-    return model.model.get_submodule("vit"), model.model.get_submodule("decoder"), model.host.taps
+    return model.model.get_submodule("vit"), model.model.get_submodule("decoder"), tuple(model.host.taps)
 
 
 def bare(vit: Any, decoder: nn.Module, taps: Sequence[int]) -> Callable[[Tensor], Tensor]:
