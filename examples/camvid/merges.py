@@ -6,9 +6,9 @@ from dataclasses import replace
 from examples import shell
 from examples.camvid.contenders import Setting
 from tokenexit.policies import NeighboursAgree
-from tokenexit.schedule import Exit, Merge, Schedule, merged
+from tokenexit.schedule import Exit, Merge, Schedule
 
-__all__ = ["alone", "merging"]
+__all__ = ["merging"]
 
 
 def _exits(radius: Mapping[int, int], threshold: float) -> tuple[Exit, ...]:
@@ -24,12 +24,6 @@ _CAREFUL = (_ALIKE, _AGREED, Merge(3, 4, 0.3, NeighboursAgree(0.9, radius=2)))
 _LAX = (_ALIKE, replace(_AGREED, alike=0.5), Merge(3, 4, 0.3, NeighboursAgree(0.8, radius=1)))
 _LAXER = (_ALIKE, replace(_AGREED, alike=0.6), _LAX[2])
 _ALONE = (_ALIKE, _AGREED, Merge(3, 8, agreed=NeighboursAgree(0.9, radius=2)), Merge(6, 8, agreed=NeighboursAgree(0.9)))
-_SURE = (replace(_ALIKE, agreed=_AGREED.agreed), *_ALONE[1:])
-_BOLD = (
-    _ALIKE,
-    replace(_AGREED, alike=0.6),
-    *(Merge(block, side, agreed=NeighboursAgree(0.8)) for block, side in ((3, 8), (4, 8), (6, 16))),
-)
 _LATE = {6: 1, 8: 0}
 _PLANS = {
     "merge 2; exits 3, 6, 8 at 0.9": Schedule(
@@ -42,13 +36,6 @@ _PLANS = {
     "merge 1, 2, 3 (lax); exits 6, 8 at 0.8": Schedule(_exits(_LATE, 0.8), merges=_LAXER),
     "merge 1, 2, 3, 6": Schedule(merges=_ALONE),
     "merge 1, 2, 3, 6, keys once": Schedule(merges=_ALONE, keys="entries"),
-}
-_UNDER_DECODERS = {
-    "merge 1 > 0.9, 3 > 0.8": merged(),
-    "merge 2 > 0.8, 4 > 0.8": merged(alike={2: 0.8, 4: 0.8}),
-    "merge 1, 2, 3, 6": _PLANS["merge 1, 2, 3, 6"],
-    "merge 1 (agreed), 2, 3, 6": Schedule(merges=_SURE),
-    "merge 1, 2, 3, 4, 6 (bold)": Schedule(merges=_BOLD),
 }
 
 
@@ -65,18 +52,3 @@ def merging(heads: Collection[int]) -> tuple[Setting, ...]:
     if not set(needed) <= set(heads):
         raise shell.UsageError(f"`--merging` must come with heads after the blocks {needed}, got {sorted(heads)}")
     return tuple(Setting(name, "merging", plan) for name, plan in _PLANS.items())
-
-
-def alone(heads: Collection[int]) -> dict[str, Schedule]:
-    """Plans that merge and let nothing leave, for a decoder of any kind, by name: by similarity, then by agreement.
-
-    Args:
-        heads: Blocks with an exit head.
-
-    Raises:
-        UsageError: If one that a plan reads is missing.
-    """
-    needed = sorted({block for plan in _UNDER_DECODERS.values() for block in plan.read_after})
-    if not set(needed) <= set(heads):
-        raise shell.UsageError(f"`--run` must have exit heads after the blocks {needed}, got {sorted(heads)}")
-    return dict(_UNDER_DECODERS)

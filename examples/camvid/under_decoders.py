@@ -1,7 +1,6 @@
 """What is measured under a dense decoder: plans that merge, beside merging of others, smaller images and exits."""
 
 import argparse
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from torch.nn import functional
 
 import tokenexit_torch as tet
 from examples import merging, shell
-from examples.camvid import baselines, common, data, decoding, evaluate, merges, report
+from examples.camvid import baselines, common, data, decoding, evaluate, report
 from examples.camvid.contenders import Runner, Scored, Way
 from examples.camvid.decoding import DECODERS
 from tokenexit import schedule
 from tokenexit.carries import Feature
-from tokenexit.schedule import Schedule
+from tokenexit.policies import NeighboursAgree
+from tokenexit.schedule import Merge, Schedule
 from tokenexit_torch.hosts.registry import host_of
 
 AFTER, HIDDEN = (1, 2, 3, 4, 6, 8), 384
@@ -28,6 +28,36 @@ _TOME = (160, 200)
 _GLOBAL = (0.9, 0.85)
 _SCALES = (0.87, 0.75)
 _EXITS = {3: 2, 6: 1, 8: 0}
+
+
+def _agreed(after: int, side: int, threshold: float, *, radius: int = 1, alike: float | None = None) -> Merge:
+    return Merge(after, side, alike, NeighboursAgree(threshold, radius=radius))
+
+
+_MERGING = {
+    "merge 1 > 0.9, 3 > 0.8": schedule.merged(),
+    "merge 2 > 0.8, 4 > 0.8": schedule.merged(alike={2: 0.8, 4: 0.8}),
+    "merge 2, 3, 4, 6": Schedule(
+        merges=(_agreed(2, 4, 0.5, alike=0.8), _agreed(3, 8, 0.9), _agreed(4, 8, 0.9), _agreed(6, 16, 0.8))
+    ),
+    "merge 1, 2, 3, 6": Schedule(
+        merges=(
+            Merge(1, 2, 0.9),
+            _agreed(2, 2, 0.5, alike=0.7),
+            _agreed(3, 8, 0.9, radius=2),
+            _agreed(6, 8, 0.9),
+        )
+    ),
+    "merge 1, 2, 3, 4, 6": Schedule(
+        merges=(
+            Merge(1, 2, 0.9),
+            _agreed(2, 2, 0.5, alike=0.6),
+            _agreed(3, 8, 0.8),
+            _agreed(4, 8, 0.8),
+            _agreed(6, 16, 0.8),
+        )
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -142,18 +172,13 @@ def _blank(model: tet.DecodingModel, size: tuple[int, int]) -> Tensor:
     return next(model.parameters()).new_zeros(1, 3, *size)
 
 
-def contenders(heads: Collection[int], patches: int) -> tuple[Way[tet.DecodingModel], ...]:
-    """Everything that is measured, dense first.
-
-    Args:
-        heads: Blocks with an exit head.
-        patches: Of an image.
-    """
+def contenders(patches: int) -> tuple[Way[tet.DecodingModel], ...]:
+    """Everything that is measured, dense first, for so many patches of an image."""
     counts = dict.fromkeys(baselines.per_block(count, patches) for count in _TOME)
     raw = replace(schedule.neighbours(radius=_EXITS, threshold=0.9, per_class=5), carry=Feature())
     return (
         Planned("dense", "dense", schedule.dense()),
-        *(Planned(name, "merging", plan) for name, plan in merges.alone(heads).items()),
+        *(Planned(name, "merging", plan) for name, plan in _MERGING.items()),
         Planned("exits 3, 6, 8 at 0.9, raw features", "exits, raw features", raw),
         *(Unmerged(f"ToMe, {count} a block", "ToMe", merging.ToMe(count)) for count in counts),
         *(
@@ -239,7 +264,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     patches = evaluate.patch_tokens(model)
     found = (Planned(one.name, one.kind, one.plan) for one in map(evaluate.read_plan, given.plans))
-    dense, *others = (*contenders([int(block) for block in model.exit_heads], patches), *found)
+    dense, *others = (*contenders(patches), *found)
     chosen = [dense, *(one for one in others if given.only is None or one.name.startswith(tuple(given.only)))]
     results["about"] = evaluate.environment(device) | {"patch_tokens": patches, "blocks": model.depth}
     evaluate.measure_accuracy(model, chosen, frames, results, given)
