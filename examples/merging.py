@@ -7,7 +7,7 @@ papers, need no training, and give every patch what the token says that it has b
 itself, whatever else is in its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -164,11 +164,18 @@ class Pass(NamedTuple):
         logits: Class scores of patches: those of the tokens that they have become part of.
         blocks: What each block has run on.
         read: Tokens of each image that the head has read.
+        maps: What the head says after blocks that are tapped, in the same way.
     """
 
     logits: Float[Tensor, "images classes rows columns"]
     blocks: tuple[Work, ...]
     read: tuple[int, ...]
+    maps: Mapping[int, Float[Tensor, "images classes rows columns"]]
+
+    @property
+    def tokens_per_block(self) -> Float[Tensor, "images blocks"]:
+        """Tokens of each image in each block, the mean of its two halves."""
+        return torch.tensor([[work.attention, work.mlp] for work in self.blocks]).double().mean(dim=1).T
 
 
 class Network:
@@ -177,19 +184,20 @@ class Network:
     Args:
         host: The vision transformer.
         head: Reads each token by itself.
+        taps: After how many blocks it is to be read, besides the end.
 
     Raises:
         TokenExitError: If it is no `VisionTransformer` of timm with plain blocks.
     """
 
-    def __init__(self, host: tet.Host, head: nn.Module, /) -> None:
+    def __init__(self, host: tet.Host, head: nn.Module, /, *, taps: Collection[int] = ()) -> None:
         parts = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
         plain = isinstance(host, tet.hosts.TimmViT) and all(
             isinstance(getattr(block, part, None), nn.Module) for block in host.blocks for part in parts
         )
         if not plain:
             raise TokenExitError(f"`host` must be a timm VisionTransformer with plain blocks, got {host.module}")
-        self.host, self.head = host, head
+        self.host, self.head, self.taps = host, head, taps
         self.blocks: Sequence[Any] = host.blocks
 
     def attended(
@@ -255,7 +263,7 @@ class ToMe:
     def __call__(self, network: Network, images: Float[Tensor, "images channels height width"], /) -> Pass:
         """Class scores of images."""
         embedded = network.host.embed(images)
-        row, ran = Row.of(embedded.tokens), []
+        row, ran, maps = Row.of(embedded.tokens), [], {}
         for block in range(len(network.blocks)):
             before = row.lengths
             batch, keys = network.attended(block, row.tokens.unflatten(0, (len(images), -1)))
@@ -270,7 +278,9 @@ class ToMe:
             row = replace(row, tokens=network.fed(block, row.tokens))
             matching = _compared(patches) * keys.shape[-1] if count else 0
             ran.append(Work(before, row.lengths, (matching,) * len(images)))
-        return Pass(network.read(row, embedded), tuple(ran), row.lengths)
+            if block + 1 in network.taps:
+                maps[block + 1] = network.read(row, embedded)
+        return Pass(network.read(row, embedded), tuple(ran), row.lengths, maps)
 
 
 @dataclass(frozen=True)
@@ -295,16 +305,14 @@ class Local:
     def __call__(self, network: Network, images: Float[Tensor, "images channels height width"], /) -> Pass:
         """Class scores of images. The tokens that are left run in one packed row."""
         embedded = network.host.embed(images)
-        row, ran = Row.of(embedded.tokens), []
+        row, ran, maps = Row.of(embedded.tokens), [], {}
         for block in range(1, len(network.blocks) + 1):
             before, nothing = row.lengths, (0,) * len(images)
-            if block < self.block:
-                row = replace(row, tokens=network.host.run(block - 1, self._batch(row), None).flatten(0, 1))
-                ran.append(Work(before, before, nothing))
-                continue
-            if block == self.block:
+            if block <= self.block:
                 batch, _ = network.attended(block - 1, self._batch(row))
-                row, matching = self._windows(replace(row, tokens=batch.flatten(0, 1)), embedded), nothing
+                row, matching = replace(row, tokens=batch.flatten(0, 1)), nothing
+                if block == self.block:
+                    row = self._windows(row, embedded)
             else:
                 with attending_per_image(before):
                     tokens, _ = network.attended(block - 1, row.tokens[None])
@@ -313,7 +321,9 @@ class Local:
                     row, matching = self._anywhere(row, embedded.prefix)
             row = replace(row, tokens=network.fed(block - 1, row.tokens))
             ran.append(Work(before, row.lengths, matching))
-        return Pass(network.read(row, embedded), tuple(ran), row.lengths)
+            if block in network.taps:
+                maps[block] = network.read(row, embedded)
+        return Pass(network.read(row, embedded), tuple(ran), row.lengths, maps)
 
     def _batch(self, row: Row) -> Tensor:
         return row.tokens.unflatten(0, (len(row.lengths), -1))

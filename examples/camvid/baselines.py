@@ -24,7 +24,8 @@ _PATCHES = 2640
 _TOME = (80, 120, 160, 200, 240)  # tokens that merge in a block, of so many patches
 _LOCAL = (0.97, 0.95, 0.9, 0.85, 0.8)
 _GLOBAL = (0.9, 0.85, 0.8, 0.7)
-_GLOBAL_BLOCKS = {"block": 2, "then": 5}  # the paper's are 1 and 5, which lost more at the same cost
+GLOBAL_BLOCKS = {"block": 2, "then": 5}
+"""Where local, then global merging merges."""  # the paper's are 1 and 5, which lost more at the same cost
 _SCALES = (0.87, 0.75, 0.66, 0.5)
 _COMPILE_MODES = ("default", "max-autotune")
 
@@ -35,20 +36,44 @@ def baselines(patches: int, /) -> tuple[Contender, ...]:
     Args:
         patches: Of an image: how many tokens merge in a block is a share of them.
     """
-    counts = dict.fromkeys(max(1, round(count * patches / _PATCHES)) for count in _TOME)
+    counts = dict.fromkeys(per_block(count, patches) for count in _TOME)
     return (
         *(Merging(f"ToMe, {count} a block", "ToMe", merging.ToMe(count)) for count in counts),
         *(Merging(f"local merging above {above}", "local merging", merging.Local(above)) for above in _LOCAL),
         *(
             Merging(
                 f"local, then global merging above {above}", "local, then global merging",
-                merging.Local(above, **_GLOBAL_BLOCKS),
+                merging.Local(above, **GLOBAL_BLOCKS),
             )
             for above in _GLOBAL
         ),
         *(Smaller(scale) for scale in _SCALES),
         *(Compiled(mode) for mode in _COMPILE_MODES),
     )  # fmt: skip
+
+
+def per_block(count: int, patches: int) -> int:
+    """How many tokens merge in a block, where of 2,640 patches `count` would."""
+    return max(1, round(count * patches / _PATCHES))
+
+
+def smaller(vit: Any, grid: tuple[int, int], scale: float) -> tuple[Any, tuple[int, int]]:
+    """A network for smaller images, its position embeddings resampled as timm does it.
+
+    Args:
+        vit: A vision transformer of timm, which stays as it is.
+        grid: Its grid of patches for images of CamVid.
+        scale: Length of a side as a fraction of what it was, before it is rounded to whole patches.
+
+    Returns:
+        The network, and height and width of its images.
+    """
+    height, width = (
+        max(1, round(scale * places)) * (side // places) for side, places in zip(data.SIZE, grid, strict=True)
+    )
+    made = copy.deepcopy(vit)
+    made.set_input_size((height, width))
+    return made, (height, width)
 
 
 @dataclass(frozen=True)
@@ -82,9 +107,7 @@ class Merging:
         network = merging.Network(model.host, model.head)
 
         def read(made: merging.Pass) -> Scored:
-            halves = torch.tensor([[work.attention, work.mlp] for work in made.blocks])
-            tokens = halves.double().mean(dim=1).T
-            return Scored(_of_pixels(made.logits), tokens, network.multiply_adds(made))
+            return Scored(_of_pixels(made.logits), made.tokens_per_block, network.multiply_adds(made))
 
         return Runner(lambda images: self.rule(network, images), read)
 
@@ -124,15 +147,11 @@ class Smaller:
         if not isinstance(model.host, tet.hosts.TimmViT):
             raise shell.UsageError(f"`--baselines` must be of a timm VisionTransformer, got {model.host.module}")
         grid = model.host.embed(_blank(model, data.SIZE)).grid
-        height, width = (
-            max(1, round(self.scale * places)) * (side // places) for side, places in zip(data.SIZE, grid, strict=True)
-        )
-        vit: Any = copy.deepcopy(model.host.module)
-        vit.set_input_size((height, width))
-        dense = _Dense.of(tet.wrap(vit, schedule.dense(), head=model.head).eval(), (height, width))
+        vit, size = smaller(model.host.module, grid, self.scale)
+        dense = _Dense.of(tet.wrap(vit, schedule.dense(), head=model.head).eval(), size)
 
         def run(images: Tensor) -> Tensor:
-            resized = functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
+            resized = functional.interpolate(images, size, mode="bilinear", antialias=True)
             return dense.run(resized)
 
         return Runner(run, dense.read)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jaxtyping import Float, Int, Real
 from torch import Tensor
@@ -40,7 +40,11 @@ class Runner:
     read: Callable[[Any], Scored]
 
 
-class Contender(Protocol):
+Measured = TypeVar("Measured", bound=tet.ExitingModel | tet.GatedModel | tet.DecodingModel, contravariant=True)
+"""What is measured: a network under a final head, or under a decoder."""
+
+
+class Way(Protocol[Measured]):
     """One way to run a network."""
 
     @property
@@ -58,9 +62,13 @@ class Contender(Protocol):
         """A schedule, or the rule of a baseline, as JSON holds it."""
         ...
 
-    def on(self, model: tet.ExitingModel | tet.GatedModel, /) -> Runner:
+    def on(self, model: Measured, /) -> Runner:
         """A network run in this way."""
         ...
+
+
+Contender = Way[tet.ExitingModel | tet.GatedModel]
+"""One way to run a network under a final head."""
 
 
 @dataclass(frozen=True)

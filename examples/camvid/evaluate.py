@@ -27,7 +27,7 @@ import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
 from examples.camvid import common, data, gated, report
 from examples.camvid.baselines import baselines
-from examples.camvid.contenders import Contender, Runner, Setting
+from examples.camvid.contenders import Contender, Measured, Runner, Setting, Way
 from examples.camvid.merges import KINDS, merging
 from tokenexit import TokenExitError, schedule
 from tokenexit.heads import MLP
@@ -278,16 +278,13 @@ def _numbers(values: Float[Tensor, " count"]) -> list[float | None]:
 
 @torch.inference_mode()
 def timed(
-    model: tet.ExitingModel | tet.GatedModel,
-    chosen: Sequence[Contender],
+    candidates: Mapping[str, Callable[[Tensor], object]],
     images: Float[Tensor, "images 3 height width"],
     *,
     batch: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Time every contender at one batch size; what does not fill a batch is left out."""
-    candidates: dict[str, Callable[[Tensor], object]] = {one.name: one.on(model).run for one in chosen}
-    candidates["dense"] = runs.bare_dense(model, images[:1])
+    """Time every candidate at one batch size; what does not fill a batch is left out."""
     batches = [part for part in images.split(batch) if len(part) == batch]
     seconds = timing.interleaved(candidates, batches, rounds=rounds, wait=runs.waiting_for(images.device))
     return timing.summary(seconds, images=batch * len(batches), baseline="dense")
@@ -425,24 +422,25 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results["about"] = environment(torch.device(given.device)) | {"patch_tokens": patches, "blocks": model.depth}
     measure_accuracy(model, chosen, frames, results, given)
     if given.rounds > 0:
-        measure_time(model, chosen, results, given)
+        blank = next(model.parameters()).new_zeros(1, 3, *data.SIZE)
+        measure_time(model, chosen, results, given, bare=runs.bare_dense(model, blank))
     return results
 
 
-def patch_tokens(model: tet.ExitingModel | tet.GatedModel) -> int:
+def patch_tokens(model: tet.ExitingModel | tet.GatedModel | tet.DecodingModel) -> int:
     """Patches of a CamVid image."""
     embedded = _embedded(model)
     return embedded.grid[0] * embedded.grid[1]
 
 
 @torch.inference_mode()
-def _embedded(model: tet.ExitingModel | tet.GatedModel) -> tet.Embedded:
+def _embedded(model: tet.ExitingModel | tet.GatedModel | tet.DecodingModel) -> tet.Embedded:
     return model.host.embed(next(model.parameters()).new_zeros(1, 3, *data.SIZE))
 
 
 def measure_accuracy(
-    model: tet.ExitingModel | tet.GatedModel,
-    chosen: Sequence[Contender],
+    model: Measured,
+    chosen: Sequence[Way[Measured]],
     frames: Sequence[data.Frame],
     results: dict[str, Any],
     given: argparse.Namespace,
@@ -463,18 +461,23 @@ def measure_accuracy(
         _keep(results, one, figures, given.json)
 
 
-def _keep(results: dict[str, Any], one: Contender, figures: Mapping[str, Any], path: Path) -> None:
+def _keep(results: dict[str, Any], one: Way[Any], figures: Mapping[str, Any], path: Path) -> None:
     results["settings"][one.name] = {"kind": one.kind, "schedule": one.how, **figures}
     write_results(path, results)
 
 
 def measure_time(
-    model: tet.ExitingModel | tet.GatedModel,
-    chosen: Sequence[Contender],
+    model: Measured,
+    chosen: Sequence[Way[Measured]],
     results: dict[str, Any],
     given: argparse.Namespace,
+    *,
+    bare: Callable[[Tensor], object],
 ) -> None:
-    """Add to `results["timing"]`, and to the file, every batch size that is not there yet for the same settings."""
+    """Add to `results["timing"]`, and to the file, every batch size that is not there yet for the same settings.
+
+    The dense network is timed as `bare`, without the library.
+    """
     frames = data.frames(given.data, given.split, given.timing_images)
     device = torch.device(given.device)
     images = torch.cat(list(data.Images(data.Batches(frames, 1), device)))
@@ -485,7 +488,8 @@ def measure_time(
     for batch in given.batches:
         if results["timing"].get(str(batch), {}).get("conditions") == conditions:
             continue
-        measured = timed(model, chosen, images, batch=batch, rounds=given.rounds)
+        candidates = {one.name: one.on(model).run for one in chosen} | {"dense": bare}
+        measured = timed(candidates, images, batch=batch, rounds=given.rounds)
         results["timing"][str(batch)] = {"conditions": conditions, "settings": measured}
         write_results(given.json, results)
 
