@@ -316,7 +316,8 @@ def biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Ten
     parts = functional.pad(torch.stack([high, low], dim=1), (0, _SIZE_CHANNELS - 2))
     more = parts.expand(*key.shape[:2], *parts.shape)
     ones = torch.ones_like(more)
-    return tuple(torch.cat(pair, dim=-1) for pair in ((query, ones), (key, more), (value, torch.zeros_like(more))))
+    nothing = torch.zeros_like(more)
+    return torch.cat([query, ones], dim=-1), torch.cat([key, more], dim=-1), torch.cat([value, nothing], dim=-1)
 
 
 @torch.library.custom_op("tokenexit::per_image", mutates_args=())
