@@ -22,9 +22,21 @@ from types import MappingProxyType
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit._array import Array, array_namespace, counting, filled, take
+from tokenexit._plain import is_number
 from tokenexit.errors import require
 
-__all__ = ["SIDES", "Joined", "Merged", "alone", "merge", "spread", "turned", "whole_entries"]
+__all__ = [
+    "SIDES",
+    "Joined",
+    "Merged",
+    "alike_for",
+    "alone",
+    "merge",
+    "similarities",
+    "spread",
+    "turned",
+    "whole_entries",
+]
 
 SIDES: Mapping[int, int] = MappingProxyType({2: 1, 4: 2, 8: 3, 16: 4})
 """Sides of the cells that can merge, in patches, and how often tokens then merge four to one."""
@@ -207,15 +219,9 @@ def merge(
             break
         quarters = _by_four(entries)
         mean = _mean(quarters)
-        whole = merged.running & (merged.size == (level // 2) ** 2)
-        ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))
+        ready = _ready(merged, level, agreed, label)
         if alike is not None:
             ready = ready & (_similarity(quarters) > alike)
-        if agreed is not None:
-            ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))
-        if label is not None:
-            labels = _by_cell(label, level, merged)
-            ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
         entries = xp.where(ready[..., None], mean, quarters[0])
         merged, leads = _with_cells(merged, ready, level)
         count = math.prod(ready.shape)
@@ -223,6 +229,74 @@ def merge(
         source = xp.where(leads, _everywhere(number, level, merged), source)
         bank.append(xp.reshape(entries, (count, features.shape[2])))
     return Joined(merged, bank[0] if len(bank) == 1 else xp.concat(bank, axis=0), source)
+
+
+def similarities(
+    features: Float[Array, "images slots dim"],
+    merged: Merged,
+    /,
+    *,
+    agreed: Bool[Array, "images slots"] | None = None,
+    label: Int[Array, "images slots"] | None = None,
+) -> Float[Array, "images rows columns"]:
+    """How alike the tokens of each cell of 2 x 2 are: what `merge` compares with `alike`.
+
+    Args:
+        features: See `merge`.
+        merged: Which tokens have merged so far.
+        agreed: See `merge`.
+        label: See `merge`.
+
+    Returns:
+        The mean cosine similarity of every whole cell, in float32; NaN of a cell that could not merge, because a token
+        of it does not run by itself, is not marked, or has another class; or because one has no direction.
+    """
+    xp, (height, width) = array_namespace(features), merged.grid
+    entries = xp.reshape(features[:, merged.prefix :, :], (features.shape[0], height, width, features.shape[2]))
+    return xp.where(_ready(merged, 2, agreed, label), _similarity(_by_four(entries)), xp.nan)
+
+
+def alike_for(similarity: Float[Array, "*any"], /, *, share: float) -> float:
+    """The similarity that a share of cells exceeds: a threshold for `merge`, measured on images.
+
+    It lies between the last cell that is to merge and the next, halfway, so that rounding moves neither over it. Of
+    cells that are equally alike all merge or none: none, where all would be more than the share.
+
+    Args:
+        similarity: Similarities of cells (`similarities`), of all images; NaN of cells that cannot merge.
+        share: Share of the cells that can merge which is to merge, above 0 and at most 1; to the nearest cell.
+
+    Returns:
+        The threshold, a number in [-1, 1].
+
+    Raises:
+        TokenExitError: If the share is out of range, or no cell can merge.
+    """
+    require(is_number(share) and 0 < share <= 1, "share", "be a number above 0 and at most 1", repr(share))
+    xp = array_namespace(similarity)
+    flat = xp.astype(xp.reshape(similarity, (-1,)), xp.float32)
+    known = ~xp.isnan(flat)
+    count, total = int(xp.sum(xp.astype(known, xp.int32))), flat.shape[0]
+    require(count > 0, "similarity", "be of cells of which some can merge", f"none among {total}")
+    wanted = math.floor(share * count + 0.5)
+    ranked = xp.sort(xp.where(known, flat, -2.0))  # ascending; what cannot merge comes first
+    last = float(ranked[total - wanted]) if wanted > 0 else 1.0
+    following = float(ranked[total - wanted - 1]) if wanted < count else -1.0
+    between = float(xp.asarray((last + following) / 2, dtype=xp.float32))
+    return min(1.0, between if between < last else following)
+
+
+def _ready(merged: Merged, side: int, agreed: Array | None, label: Array | None) -> Bool[Array, "images rows columns"]:
+    """Which cells can merge, alike or not: their quarters run, each whole, and all tokens are agreed upon."""
+    xp = array_namespace(merged.running)
+    whole = merged.running & (merged.size == (side // 2) ** 2)
+    ready = xp.all(_first_of_quarters(whole, side, merged), axis=(2, 4))
+    if agreed is not None:
+        ready = ready & xp.all(_by_cell(agreed, side, merged), axis=(2, 4))
+    if label is not None:
+        labels = _by_cell(label, side, merged)
+        ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
+    return ready
 
 
 Quarters = tuple[Float[Array, "images down across dim"], ...]
