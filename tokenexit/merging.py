@@ -24,16 +24,19 @@ from types import MappingProxyType
 from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit._array import Array, array_namespace, counting, filled, take
+from tokenexit._plain import is_number
 from tokenexit.errors import require
 
 __all__ = [
     "SIDES",
     "Joined",
     "Merged",
+    "alike_for",
     "alone",
     "fewest",
     "merge",
     "merge_to_fit",
+    "similarities",
     "spread",
     "turned",
     "whole_entries",
@@ -210,17 +213,10 @@ def merge(
         if array is not None:
             got = f"shape {tuple(array.shape)}"
             require(tuple(array.shape[:2]) == shape, name, f"have the images and slots {shape}", got)
-    xp = array_namespace(features)
 
-    def passing(level: int, quarters: Quarters, ready: Array, merged: Merged) -> Array:
-        if alike is not None:
-            ready = ready & (_similarity(quarters) > alike)
-        if agreed is not None:
-            ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))
-        if label is not None:
-            labels = _by_cell(label, level, merged)
-            ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
-        return ready
+    def passing(level: int, quarters: Quarters, merged: Merged) -> Array:
+        ready = _ready(merged, level, agreed, label)
+        return ready if alike is None else ready & (_similarity(quarters) > alike)
 
     return _merge_cells(features, merged, side, passing)
 
@@ -247,7 +243,8 @@ def merge_to_fit(joined: Joined, /, *, side: int, capacity: int) -> tuple[Joined
     require(capacity >= 0, "capacity", "be a number of entries from 0 up", capacity)
     xp = array_namespace(joined.bank)
 
-    def most_alike(_level: int, quarters: Quarters, ready: Array, merged: Merged) -> Array:
+    def most_alike(level: int, quarters: Quarters, merged: Merged) -> Array:
+        ready = _ready(merged, level)
         images, rows, columns = ready.shape
         alike = _similarity(quarters)  # from -1/3 to 1
         distance = xp.where(ready, xp.where(xp.isnan(alike), 2.0, -alike), 3.0)
@@ -288,12 +285,12 @@ def _entries(merged: Merged) -> Int[Array, "images"]:
 Quarters = tuple[Float[Array, "images down across dim"], ...]
 """The four entries of each cell."""
 
-Choice = Callable[[int, Quarters, Bool[Array, "images down across"], Merged], Bool[Array, "images down across"]]
-"""From the side of cells, their quarters, which of them are whole, and what has merged, to those that merge."""
+Choice = Callable[[int, Quarters, Merged], Bool[Array, "images down across"]]
+"""From the side of cells, their quarters, and what has merged, to those that merge."""
 
 
 def _merge_cells(features: Array, merged: Merged, side: int, choice: Choice) -> Joined:
-    """Merge the whole cells that are chosen, the smallest first."""
+    """Merge the cells that are chosen, the smallest first."""
     xp, (images, slots) = array_namespace(features), tuple(merged.running.shape)
     bank = [xp.reshape(features, (images * slots, features.shape[2]))]
     source = xp.reshape(counting(images * slots, merged.owner), (images, slots))
@@ -304,9 +301,7 @@ def _merge_cells(features: Array, merged: Merged, side: int, choice: Choice) -> 
             break
         quarters = _by_four(entries)
         mean = _mean(quarters)
-        whole = merged.running & (merged.size == (level // 2) ** 2)
-        ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))
-        ready = choice(level, quarters, ready, merged)
+        ready = choice(level, quarters, merged)
         entries = xp.where(ready[..., None], mean, quarters[0])
         merged, leads = _with_cells(merged, ready, level)
         count = math.prod(ready.shape)
@@ -314,6 +309,76 @@ def _merge_cells(features: Array, merged: Merged, side: int, choice: Choice) -> 
         source = xp.where(leads, _everywhere(number, level, merged), source)
         bank.append(xp.reshape(entries, (count, features.shape[2])))
     return Joined(merged, bank[0] if len(bank) == 1 else xp.concat(bank, axis=0), source)
+
+
+def similarities(
+    features: Float[Array, "images slots dim"],
+    merged: Merged,
+    /,
+    *,
+    agreed: Bool[Array, "images slots"] | None = None,
+    label: Int[Array, "images slots"] | None = None,
+) -> Float[Array, "images rows columns"]:
+    """How alike the tokens of each cell of 2 x 2 are: what `merge` compares with `alike`.
+
+    Args:
+        features: See `merge`.
+        merged: Which tokens have merged so far.
+        agreed: See `merge`.
+        label: See `merge`.
+
+    Returns:
+        The mean cosine similarity of every whole cell, in float32; NaN of a cell that could not merge, because a token
+        of it does not run by itself, is not marked, or has another class; or because one has no direction.
+    """
+    xp, (height, width) = array_namespace(features), merged.grid
+    entries = xp.reshape(features[:, merged.prefix :, :], (features.shape[0], height, width, features.shape[2]))
+    return xp.where(_ready(merged, 2, agreed, label), _similarity(_by_four(entries)), xp.nan)
+
+
+def alike_for(similarity: Float[Array, "*any"], /, *, share: float) -> float:
+    """The similarity that a share of cells exceeds: a threshold for `merge`, measured on images.
+
+    It lies between the last cell that is to merge and the next, halfway, so that rounding moves neither over it. Of
+    cells that are equally alike all merge or none: none, where all would be more than the share.
+
+    Args:
+        similarity: Similarities of cells (`similarities`), of all images; NaN of cells that cannot merge.
+        share: Share of the cells that can merge which is to merge, above 0 and at most 1; to the nearest cell.
+
+    Returns:
+        The threshold, a number in [-1, 1].
+
+    Raises:
+        TokenExitError: If the share is out of range, or no cell can merge.
+    """
+    require(is_number(share) and 0 < share <= 1, "share", "be a number above 0 and at most 1", repr(share))
+    xp = array_namespace(similarity)
+    flat = xp.astype(xp.reshape(similarity, (-1,)), xp.float32)
+    known = ~xp.isnan(flat)
+    count, total = int(xp.sum(xp.astype(known, xp.int32))), flat.shape[0]
+    require(count > 0, "similarity", "be of cells of which some can merge", f"none among {total}")
+    wanted = math.floor(share * count + 0.5)
+    ranked = xp.sort(xp.where(known, flat, -2.0))  # ascending; what cannot merge comes first
+    last = float(ranked[total - wanted]) if wanted > 0 else 1.0
+    following = float(ranked[total - wanted - 1]) if wanted < count else -1.0
+    between = float(xp.asarray((last + following) / 2, dtype=xp.float32))
+    return min(1.0, between if between < last else following)
+
+
+def _ready(
+    merged: Merged, side: int, agreed: Array | None = None, label: Array | None = None
+) -> Bool[Array, "images rows columns"]:
+    """Which cells can merge, alike or not: their quarters run, each whole, and all tokens are agreed upon."""
+    xp = array_namespace(merged.running)
+    whole = merged.running & (merged.size == (side // 2) ** 2)
+    ready = xp.all(_first_of_quarters(whole, side, merged), axis=(2, 4))
+    if agreed is not None:
+        ready = ready & xp.all(_by_cell(agreed, side, merged), axis=(2, 4))
+    if label is not None:
+        labels = _by_cell(label, side, merged)
+        ready = ready & (xp.min(labels, axis=(2, 4)) == xp.max(labels, axis=(2, 4)))
+    return ready
 
 
 def _by_four(entries: Float[Array, "images rows columns dim"]) -> Quarters:

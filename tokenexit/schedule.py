@@ -5,15 +5,18 @@ A schedule is plain frozen data. It holds no weight, prints as it reads, and is 
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxtyping import Float
+
 from tokenexit import carries, policies, scores
+from tokenexit._array import Array
 from tokenexit._plain import is_number, is_whole, require_keys
 from tokenexit.carries import Carry, Feature, MaskPrediction, Prediction, Preserved, Translated
 from tokenexit.errors import TokenExitError, require
-from tokenexit.merging import SIDES
+from tokenexit.merging import SIDES, alike_for
 from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
@@ -34,11 +37,13 @@ __all__ = [
     "dense",
     "dovit",
     "dtop",
+    "measured",
     "merged",
     "neighbours",
     "paumer",
     "require_fits",
     "require_gates_fit",
+    "require_measured",
     "svit",
     "truncated",
 ]
@@ -79,19 +84,24 @@ class Merge:
         alike: What the mean cosine similarity of a cell's four tokens must exceed; None: it is not asked for.
         agreed: A policy that would let all tokens of the cell leave here, read by the exit head after this block; None:
             it is not asked for, and there need be no head. They do not leave.
+        share: Instead of `alike`, which differs from network to network: of the cells of 2 x 2 that could merge here,
+            the share that is to. It is measured on images and becomes an `alike`, for larger cells too, before a
+            forward pass can follow the plan (`fit_merges` in PyTorch). None: `alike` is as it is.
     """
 
     after: int
     side: int = 2
     alike: float | None = None
     agreed: Policy | None = None
+    share: float | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
 
         Raises:
-            TokenExitError: If `after` is not a whole number from 1 up, `side` none of these, `alike` not in [-1, 1], or
-                `agreed` no policy that looks at each image by itself; or if neither criterion is given.
+            TokenExitError: If `after` is not a whole number from 1 up, `side` none of these, `alike` not in [-1, 1],
+                `share` not above 0 and at most 1, or `agreed` no policy that looks at each image by itself; or if no
+                criterion is given, or a share beside a similarity.
         """
         _require_block(self.after)
         known = is_whole(self.side) and self.side in SIDES
@@ -100,8 +110,11 @@ class Merge:
         require(ok, "alike", "be None or a number in [-1, 1]", repr(self.alike))
         ok = self.agreed is None or (isinstance(self.agreed, Policy) and not self.agreed.mixes_images)
         require(ok, "agreed", "be None or a policy that looks at each image by itself", repr(self.agreed))
-        given = self.alike is not None or self.agreed is not None
-        require(given, "alike", "be given if `agreed` is not", self.alike)
+        ok = self.share is None or (is_number(self.share) and 0 < self.share <= 1)
+        require(ok, "share", "be None or a number above 0 and at most 1", repr(self.share))
+        require(self.alike is None or self.share is None, "share", "be left out beside `alike`", self.share)
+        given = self.alike is not None or self.agreed is not None or self.share is not None
+        require(given, "alike", "be given if neither `agreed` nor `share` is", self.alike)
 
 
 @dataclass(frozen=True)
@@ -214,8 +227,9 @@ class Schedule:
             The stages, in order; together they run every block once.
 
         Raises:
-            TokenExitError: If an exit point or a tap is beyond the blocks.
+            TokenExitError: If an exit point or a tap is beyond the blocks, or shares are still to be measured.
         """
+        require_measured(self)
         exits = {exit.after: exit for exit in (self.active if heads == "active" else self.exits)}
         rejoin = None
         if isinstance(self.carry, Feature):
@@ -358,13 +372,15 @@ class Schedule:
 
 def _merge_to_dict(merge: Merge) -> dict[str, Any]:
     agreed = None if merge.agreed is None else policies.to_dict(merge.agreed)
-    return {"after": merge.after, "side": merge.side, "alike": merge.alike, "agreed": agreed}
+    found = {"after": merge.after, "side": merge.side, "alike": merge.alike, "agreed": agreed}
+    return found if merge.share is None else found | {"share": merge.share}  # what knows of none reads all others
 
 
 def _merge_from_dict(data: Any) -> Merge:
-    require_keys(data, "merges", {"after", "side", "alike", "agreed"})
+    shared = isinstance(data, Mapping) and "share" in data
+    require_keys(data, "merges", {"after", "side", "alike", "agreed"} | ({"share"} if shared else set()))
     agreed = None if data["agreed"] is None else policies.from_dict(data["agreed"])
-    return Merge(data["after"], data["side"], data["alike"], agreed)
+    return Merge(data["after"], data["side"], data["alike"], agreed, data.get("share"))
 
 
 def neighbours(
@@ -400,27 +416,37 @@ def neighbours(
     return plan.with_threshold(threshold)
 
 
-def merged(*, alike: Mapping[int, float] | None = None, side: Mapping[int, int] | None = None) -> Schedule:
+def merged(
+    *,
+    alike: Mapping[int, float] | None = None,
+    share: Mapping[int, float] | None = None,
+    side: Mapping[int, int] | None = None,
+) -> Schedule:
     """Tokens that are alike merge, and none leaves: for any decoder, with nothing fitted.
 
     Args:
         alike: For each block with a merge, what the mean cosine similarity of a cell's tokens must exceed;
             `{1: 0.9, 3: 0.8}` if left out, for twelve blocks. Networks differ: look at what it costs on your images.
+        share: Instead, for each block with a merge, the share of the cells of 2 x 2 that is to merge of those that
+            could, from which similarities are measured on images first (`Merge`).
         side: Side of the largest cells that merge there, in patches; 2, and 4 at later ones, if left out.
 
     Returns:
         The schedule.
 
     Raises:
-        TokenExitError: If a block, a similarity or a side is out of range, or no block is named.
+        TokenExitError: If a block, a similarity, a share or a side is out of range, no block is named, or both
+            similarities and shares are given.
     """
-    alike = {1: 0.9, 3: 0.8} if alike is None else alike
-    named = isinstance(alike, Mapping) and len(alike) > 0
-    require(named, "alike", "name at least one block", repr(alike))
-    first = min(alike)
-    sides = {after: 2 if after == first else 4 for after in alike} if side is None else side
-    require(set(sides) == set(alike), "side", f"name the blocks {sorted(alike)}", repr(side))
-    return Schedule(merges=tuple(Merge(after, sides[after], alike[after]) for after in sorted(alike)))
+    require(alike is None or share is None, "share", "be left out beside `alike`", repr(share))
+    name, given = ("alike", alike) if share is None else ("share", share)
+    given = {1: 0.9, 3: 0.8} if given is None else given
+    named = isinstance(given, Mapping) and len(given) > 0
+    require(named, name, "name at least one block", repr(given))
+    first = min(given)
+    sides = {after: 2 if after == first else 4 for after in given} if side is None else side
+    require(set(sides) == set(given), "side", f"name the blocks {sorted(given)}", repr(side))
+    return Schedule(merges=tuple(Merge(after, sides[after], **{name: given[after]}) for after in sorted(given)))
 
 
 def dtop(
@@ -604,6 +630,49 @@ def require_fits(
     scored = [block for block in plan.read_after if block not in translates]
     rule = "carry Translated only with exit heads that translate: wrap(..., exit_heads=heads.Translator())"
     require(not isinstance(plan.carry, Translated) or not scored, "schedule", rule, f"others after the blocks {scored}")
+
+
+def require_measured(plan: Schedule, /) -> None:
+    """Raise a `TokenExitError` if a plan has shares of which no similarities have been measured yet.
+
+    Args:
+        plan: The plan.
+
+    Raises:
+        TokenExitError: If a merge has a share.
+    """
+    shares = [merge.after for merge in plan.merges if merge.share is not None]
+    if shares:  # every pass asks this of its plan
+        rule = "have similarities in the place of shares, which `tokenexit_torch.fit_merges(model, images)` measures"
+        require(False, "schedule", rule, f"shares after blocks {shares}")
+
+
+def measured(
+    plan: Schedule, similarities: Callable[[Schedule], Float[Array, "cells"]], /, *, until: int | None = None
+) -> Schedule:
+    """A plan with similarities in the place of shares, measured in order of depth: what merges early changes the rest.
+
+    Args:
+        plan: The plan.
+        similarities: How alike the cells are that could merge at the last merge of a plan, over all images
+            (`tokenexit.merging.similarities`). It is given the exits of the plan, and its merges up to that one, at
+            which nothing merges.
+        until: Only merges before this block are looked at; all if left out.
+
+    Returns:
+        The plan; the same if it has no shares.
+
+    Raises:
+        TokenExitError: If no cell could merge.
+    """
+    done: tuple[Merge, ...] = ()
+    for merge in plan.merges:
+        if merge.share is not None and (until is None or merge.after < until):
+            bare = dataclasses.replace(merge, share=None, alike=1.0)
+            found = similarities(dataclasses.replace(plan, merges=(*done, bare)))
+            merge = dataclasses.replace(bare, alike=alike_for(found, share=merge.share))
+        done = (*done, merge)
+    return dataclasses.replace(plan, merges=done)
 
 
 def require_gates_fit(

@@ -36,6 +36,7 @@ from tokenexit_torch.inference.windows import WindowedOutput, sliding
 from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic.model import SemanticModel, SemanticOutput
 from tokenexit_torch.training.fitting import fit_exits
+from tokenexit_torch.training.merges import fit_merges
 from tokenexit_torch.training.stages import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semantic
 
@@ -68,6 +69,7 @@ __all__ = [
     "export_program",
     "fingerprints",
     "fit_exits",
+    "fit_merges",
     "gate_thresholds",
     "load",
     "load_certificate",

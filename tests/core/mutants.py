@@ -174,14 +174,14 @@ MUTANTS = (
     Mutant(
         "cells merge where a quarter is gone",
         "merging.py",
-        "ready = xp.all(_first_of_quarters(whole, level, merged), axis=(2, 4))",
-        "ready = xp.any(_first_of_quarters(whole, level, merged), axis=(2, 4))",
+        "ready = xp.all(_first_of_quarters(whole, side, merged), axis=(2, 4))",
+        "ready = xp.any(_first_of_quarters(whole, side, merged), axis=(2, 4))",
         MERGING,
     ),
     Mutant(
         "quarters of any size merge",
         "merging.py",
-        "whole = merged.running & (merged.size == (level // 2) ** 2)",
+        "whole = merged.running & (merged.size == (side // 2) ** 2)",
         "whole = merged.running",
         MERGING,
     ),
@@ -209,8 +209,8 @@ MUTANTS = (
     Mutant(
         "one agreed token speaks for its cell",
         "merging.py",
-        "ready = ready & xp.all(_by_cell(agreed, level, merged), axis=(2, 4))",
-        "ready = ready & xp.any(_by_cell(agreed, level, merged), axis=(2, 4))",
+        "ready = ready & xp.all(_by_cell(agreed, side, merged), axis=(2, 4))",
+        "ready = ready & xp.any(_by_cell(agreed, side, merged), axis=(2, 4))",
         MERGING,
     ),
     Mutant(
@@ -253,6 +253,20 @@ MUTANTS = (
         "merging.py",
         "owner=xp.where(joins, first, merged.owner),",
         "owner=merged.owner,",
+        MERGING,
+    ),
+    Mutant(
+        "a share is one of all cells",
+        "merging.py",
+        "wanted = math.floor(share * count + 0.5)",
+        "wanted = math.floor(share * total + 0.5)",
+        MERGING,
+    ),
+    Mutant(
+        "cells at the threshold of a share merge with those above",
+        "merging.py",
+        "return min(1.0, between if between < last else following)",
+        "return min(1.0, between)",
         MERGING,
     ),
     Mutant(
@@ -636,8 +650,8 @@ MUTANTS = (
     Mutant(
         "the final head's weights need not be in the file",
         "manifest.py",
-        '(["head"] if manifest.built_head else [])',
-        "[]",
+        '{"head": one if final is None else final} if manifest.built_head else {}',
+        "{}",
         ("test_manifest",),
     ),
     Mutant(
@@ -785,6 +799,20 @@ MUTANTS = (
         "guarantees/calibrate.py",
         'if kept and (name == "dense" or self.loss.size is None):',
         'if not kept and (name == "dense" or self.loss.size is None):',
+        CALIBRATE,
+    ),
+    Mutant(
+        "the dense network is compared with itself",
+        "guarantees/calibrate.py",
+        "lambda: out if plan == dense() else run(dense()))",
+        "lambda: out if plan == dense() else out)",
+        CALIBRATE,
+    ),
+    Mutant(
+        "losses of a user's own may be anything",
+        "guarantees/calibrate.py",
+        "strange = [one for one in losses if not 0 <= one <= 1]",
+        "strange = [one for one in losses if one < 0 or one > 1]",
         CALIBRATE,
     ),
     Mutant(

@@ -351,7 +351,7 @@ def test_images_that_fitted_the_heads_are_refused_unless_there_is_a_reason():
     with pytest.raises(TokenExitError, match="`images` must be others than .*, got 2 of 24 that were fitted to"):
         calibrated(model)
     found = calibrated(model, allow_fitted="there are no others")
-    words = "The exit heads were fitted to 2 of these 24 images, for this reason: there are no others"
+    words = "Exit heads or merges were fitted to 2 of these 24 images, for this reason: there are no others"
     assert found.report.notes == found.certificate.notes == (words,)
     assert calibrated(model, batches(IMAGES[7:])).report.notes == ()
 

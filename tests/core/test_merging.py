@@ -77,6 +77,49 @@ def test_merges_are_those_of_cells_one_at_a_time_and_again(backend, scene, side,
 
 @each_backend
 @strategies.fewer(3)
+@given(scene=scenes(), share=st.sampled_from([0.01, 0.3, 0.5, 0.6, 1.0]), earlier=st.sampled_from([None, 0.9]))
+def test_a_share_of_the_cells_that_could_merge_does(backend, scene, share, earlier):
+    grid, _, features, running, rng = scene
+    agreed = rng.random(running.shape) < 0.9
+    label = (rng.random(running.shape) < 0.05).astype(np.int64)
+    state, values = merging.alone(backend.array(running), grid=grid), backend.array(features)
+    with np.errstate(all="ignore"):
+        if earlier is not None:  # what has merged by then is no cell that could
+            joined = merging.merge(values, state, side=2, alike=earlier)
+            state, values = joined.merged, joined.features()
+        marks = {"agreed": backend.array(agreed), "label": backend.array(label)}
+        found = merging.similarities(values, state, **marks)
+        known = backend.numpy(found)[~np.isnan(backend.numpy(found))]
+        if len(known) == 0:
+            with pytest.raises(TokenExitError, match="`similarity` must be of cells of which some can merge"):
+                merging.alike_for(found, share=share)
+            return
+        alike = merging.alike_for(found, share=share)
+        every = merging.merge(values, state, side=2, alike=-1.0, **marks).merged
+        after = merging.merge(values, state, side=2, alike=alike, **marks).merged
+    before, largest, now = (int(held(backend, one)["running"].sum()) for one in (state, every, after))
+    assert -1 <= alike <= 1
+    assert (before - largest) // 3 == len(known)  # those that could, and no others
+    wanted = int(np.floor(share * len(known) + 0.5))
+    ranked = np.sort(known)[::-1]
+    tied = 0 < wanted < len(known) and ranked[wanted - 1] == ranked[wanted]
+    merges = (known > ranked[wanted]).sum() if tied else wanted  # of equals none, rather than too many
+    rounding = wanted > 0 and ranked[0] >= 1  # of tokens that are the same
+    assert (before - now) // 3 == merges or rounding
+
+
+@each_backend
+def test_the_threshold_lies_halfway_and_none_among_equals_is_taken(backend):
+    row = np.asarray([[0.5, np.nan, 0.9], [0.7, 0.7, np.nan]], np.float32)
+    for share, wanted in ((0.05, 0.95), (0.25, 0.8), (0.5, 0.7), (0.75, 0.6), (1.0, -0.25)):
+        assert merging.alike_for(backend.array(row), share=share) == pytest.approx(wanted, abs=1e-2)
+    close = np.nextafter(np.float32(0.7), np.float32(1))
+    between = merging.alike_for(np.asarray([close, 0.7], np.float32), share=0.5)
+    assert (np.asarray([close, 0.7], np.float32) > between).tolist() == [True, False]
+
+
+@each_backend
+@strategies.fewer(3)
 @given(scene=scenes())
 def test_nothing_merges_and_nothing_changes(backend, scene):
     grid, _, features, running, _ = scene
@@ -291,6 +334,8 @@ def test_a_merged_token_is_turned_by_the_angle_of_its_centroid(backend, seed, af
     ("call", "message"),
     [
         (lambda x, m: merging.merge(x, m, side=3, alike=0.5), r"`side` must be one of \[2, 4, 8, 16\], got 3"),
+        (lambda x, m: merging.alike_for(x, share=0.0), "`share` must be a number above 0 and at most 1, got 0.0"),
+        (lambda x, m: merging.alike_for(x, share=1.5), "`share` must be a number above 0 and at most 1, got 1.5"),
         (lambda x, m: merging.merge(x, m, side=2), "`alike` must be given if `agreed` is not, got None"),
         (
             lambda x, m: merging.merge(x[:, :3], m, side=2, alike=0.5),

@@ -358,3 +358,66 @@ def test_one_threshold_is_for_the_exits_that_have_any():
     plan = Schedule((Exit(3, policies.never()), Exit(6, policies.ConfidenceAbove(0.9)), Exit(8, policies.Patience(1))))
     assert plan.with_threshold(0.8).exits[1].policy == policies.ConfidenceAbove(0.8)
     assert plan.with_threshold(0.8).exits[::2] == plan.exits[::2]
+
+
+SHARES = Schedule(
+    (Exit(2, ConfidenceAbove(0.9)),), merges=(Merge(1, 2, share=0.6), Merge(3, 4, 0.8), Merge(5, 2, share=0.5))
+)
+
+
+def test_a_plan_with_shares_survives_json_and_other_plans_know_nothing_of_it():
+    assert Schedule.from_dict(json.loads(json.dumps(SHARES.to_dict()))) == SHARES
+    assert [sorted(one) for one in SHARES.to_dict()["merges"]] == [
+        ["after", "agreed", "alike", "share", "side"],
+        ["after", "agreed", "alike", "side"],
+        ["after", "agreed", "alike", "share", "side"],
+    ]
+    assert schedule.merged(share={1: 0.6, 3: 0.5}).merges == (Merge(1, 2, share=0.6), Merge(3, 4, share=0.5))
+
+
+def test_shares_are_measured_in_order_of_depth_each_under_the_plan_so_far():
+    asked = []
+
+    def similarities(part):
+        asked.append(part)
+        return np.asarray([0.9, 0.5, 0.7, 0.1], np.float32)
+
+    found = schedule.measured(SHARES, similarities)
+    first, last = 0.6, 0.6  # between 0.7 and 0.5, of two of four
+    assert [merge.alike for merge in found.merges] == pytest.approx([first, 0.8, last])
+    assert [merge.share for merge in found.merges] == [None] * 3
+    assert [part.merges for part in asked] == [(Merge(1, 2, 1.0),), (*found.merges[:2], Merge(5, 2, 1.0))]
+    assert all(part.exits == SHARES.exits for part in asked)
+    part = schedule.measured(SHARES, similarities, until=5)
+    assert part.merges == (*found.merges[:2], SHARES.merges[2])
+    assert schedule.measured(part, similarities) == found
+    assert schedule.measured(found, similarities) == found
+    assert len(asked) == 4
+
+
+def test_no_pass_follows_shares_that_were_not_measured():
+    with pytest.raises(TokenExitError) as found:
+        SHARES.stages(8)
+    assert str(found.value) == (
+        "`schedule` must have similarities in the place of shares, which `tokenexit_torch.fit_merges(model, images)` "
+        "measures, got shares after blocks [1, 5]"
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Merge(1, share=0.0), "`share` must be None or a number above 0 and at most 1, got 0.0"),
+        (lambda: Merge(1, share=1.1), "`share` must be None or a number above 0 and at most 1, got 1.1"),
+        (lambda: Merge(1, share=True), "`share` must be None or a number above 0 and at most 1, got True"),
+        (lambda: Merge(1, alike=0.9, share=0.5), "`share` must be left out beside `alike`, got 0.5"),
+        (lambda: Merge(1), "`alike` must be given if neither `agreed` nor `share` is, got None"),
+        (lambda: schedule.merged(alike={1: 0.9}, share={1: 0.9}), "`share` must be left out beside `alike`, got {1: 0.9}"),
+        (lambda: schedule.merged(share={}), "`share` must name at least one block, got {}"),
+    ],
+)  # fmt: skip
+def test_shares_that_cannot_be_are_named(make, message):
+    with pytest.raises(TokenExitError) as found:
+        make()
+    assert str(found.value) == message

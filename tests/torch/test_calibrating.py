@@ -471,7 +471,7 @@ def test_images_that_fitted_the_heads_are_refused_unless_the_caller_says_why(tmp
         with pytest.raises(TokenExitError, match="`images` must be others than those that `fit_exits` .*2 of 24 that"):
             calibrated(one)
     found = calibrated(loaded, allow_fitted="there are no others", at_most=0.9)
-    words = "The exit heads were fitted to 2 of these 24 images, for this reason: there are no others"
+    words = "Exit heads or merges were fitted to 2 of these 24 images, for this reason: there are no others"
     assert found.report.notes == found.certificate.notes == (words,)
     assert f"Note: {words}" in str(found)
     assert f"Note: {words}" in str(found.certificate)

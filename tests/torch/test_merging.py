@@ -1,5 +1,7 @@
 """Merging in PyTorch: packed rows against each image by itself, entry by entry; and under decoders."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from tests.torch import hosts, models
 from tests.torch.models import Convolving, pictures
 from tests.torch.plans import MERGING, SIMILAR
 from tokenexit import TokenExitError, schedule
-from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience, always
+from tokenexit.guarantees.calibrate import Risk
+from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree, Patience, always
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.attention import attending_per_image
 
@@ -286,6 +289,81 @@ def test_heads_are_fitted_in_the_order_of_depth_to_tokens_as_they_merge():
     assert (found == targets.flatten(1)).float().mean() == pytest.approx(report.agreement[2], abs=1e-6)
     with pytest.raises(TokenExitError, match="`images` must be a tensor, or batches that can be gone through again"):
         tet.fit_exits(model, iter([images]), steps=2, progress=iter)
+
+
+SHARES = Schedule(
+    (Exit(3, ConfidenceAbove(0.5)),),
+    merges=(Merge(1, 2, share=0.6), Merge(2, 4, share=0.5, agreed=ConfidenceAbove(0.2))),
+)
+
+
+def counted(model, images, plan):
+    """Cells of 2 x 2 that merge at the last merge of a plan, and those that could."""
+    *before, last = plan.merges
+    everything = replace(last, side=2, alike=-1.0)
+    with torch.no_grad():
+        entries = [
+            model(images, schedule=replace(plan, exits=(), merges=tuple(merges))).tokens_per_block[:, -1].sum()
+            for merges in (before, (*before, replace(last, side=2)), (*before, everything))
+        ]
+    return [int(entries[0] - other) // 3 for other in entries[1:]]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_share_of_the_cells_that_could_merge_does(host):
+    model, images = models.wrapped(HOSTS[host](), schedule.dense(after=(2, 3))), pictures(6)
+    model.retune(SHARES)
+    with pytest.raises(TokenExitError, match=r"`schedule` must have similarities in the place of shares, .*fit_merges"):
+        model(images)
+    plan = tet.fit_merges(model, images.split(2), progress=iter)
+    assert plan == model.schedule
+    assert plan.exits == SHARES.exits
+    for count in (1, 2):
+        merges, could = counted(model, images, replace(plan, merges=plan.merges[:count]))
+        assert could > (30 if count == 1 else 1)
+        assert abs(merges - SHARES.merges[count - 1].share * could) <= 1
+    assert plan.merges == tet.fit_merges(model, [], progress=iter).merges  # nothing is left to be measured
+    assert len(model.fitted) == 6
+
+
+def test_exits_before_a_merge_are_at_work_when_it_is_measured():
+    model, images = models.wrapped(models.timm_vit(), schedule.dense(after=(2,))), pictures(6)
+    plan = Schedule((Exit(2, Budget(0.9)),), merges=(Merge(3, 2, share=0.5),))
+    model.retune(plan)
+    (merge,) = tet.fit_merges(model, images, progress=iter).merges
+    with torch.no_grad():
+        ran = [
+            model(images, schedule=replace(plan, merges=merges)).tokens_per_block[:, -1].sum()
+            for merges in ((), (merge,), (replace(merge, alike=-1.0),))
+        ]
+    merges, could = (int(ran[0] - other) // 3 for other in ran[1:])
+    assert 1 < could < 6 * 6
+    assert abs(merges - 0.5 * could) <= 1
+
+
+def test_shares_are_measured_before_heads_are_fitted_to_what_merges():
+    model, images = models.wrapped(models.timm_vit(), schedule.dense(after=(2, 3))), pictures(6)
+    model.retune(SHARES)
+    tet.fit_exits(model, images, steps=4, patches_per_step=64, progress=iter)
+    assert all(merge.share is None for merge in model.schedule.merges)
+    merges, could = counted(model, images, model.schedule)
+    assert abs(merges - 0.5 * could) <= 1
+    model.retune(SHARES)
+    with pytest.raises(TokenExitError, match="`images` must be a tensor, or batches that can be gone through again"):
+        tet.fit_merges(model, iter([images]), progress=iter)
+    with pytest.raises(TokenExitError, match="`images` must have cells that could merge after block 1, where a share"):
+        tet.fit_merges(model, [], progress=iter)
+    assert model.schedule == SHARES
+
+
+def test_images_that_merges_were_measured_on_are_not_calibrated_with():
+    vit, images = models.timm_vit(), pictures(20)
+    model = tet.wrap(vit, schedule.merged(share={1: 0.5}), decoder=nn.Conv2d(48, 1, 1)).eval()
+    tet.fit_merges(model, images, progress=iter)
+    risk = Risk("nothing", lambda out, _: torch.zeros(len(out.decoded)))
+    options = {"at_most": 0.5, "preprocessing": "as drawn", "risk": risk, "progress": iter}
+    with pytest.raises(TokenExitError, match="`images` must be others than those that .*fit_merges"):
+        tet.calibrate(model, images, **options)
 
 
 def test_training_reads_every_patch_of_merged_tokens():

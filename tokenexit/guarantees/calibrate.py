@@ -30,7 +30,7 @@ from tokenexit.guarantees.calibration import Report, certify_in_turn
 from tokenexit.guarantees.certificate import Certificate, Fingerprints
 from tokenexit.guarantees.drift import Sample
 from tokenexit.guarantees.plot import draw
-from tokenexit.schedule import Schedule, dense, truncated
+from tokenexit.schedule import Schedule, dense, require_measured, truncated
 
 __all__ = [
     "AdaptedModel",
@@ -114,7 +114,7 @@ class AdaptedModel:
         fingerprints: Fingerprints of the model, from the height and width of its images.
         store: How arrays become bytes.
         classes: Number of classes; fewer than two for a model that is calibrated by a loss of the user's own alone.
-        fitted: Digests of the images that the exit heads were fitted to.
+        fitted: Digests of the images that exit heads or merges were fitted to.
     """
 
     run: Run
@@ -448,11 +448,13 @@ def _notes(model: AdaptedModel, seen: _Images, allow_fitted: str | None) -> tupl
     if known == 0:
         return ()
     rule = (
-        "be others than those that `fit_exits` has shown to the exit heads, for which alone their losses would hold: "
+        "be others than those that `fit_exits` or `fit_merges` has seen, for which alone their losses would hold: "
         "calibrate on other images, or give a reason as `allow_fitted`"
     )
     require(allow_fitted is not None, "images", rule, f"{known} of {len(seen)} that were fitted to")
-    return (f"The exit heads were fitted to {known} of these {len(seen)} images, for this reason: {allow_fitted}",)
+    return (
+        f"Exit heads or merges were fitted to {known} of these {len(seen)} images, for this reason: {allow_fitted}",
+    )
 
 
 def _note_of_one_class(maps: Array) -> tuple[str, ...]:
@@ -504,6 +506,7 @@ def _planned(
         settings, chains = model.settings()
     for plan in settings:
         model.check(plan)
+        require_measured(plan)
         mixed = any(exit.policy.mixes_images for exit in plan.exits)
         rule = "hold no BatchBudget, under which the images of a batch are not independent"
         require(not mixed, "settings", rule, repr(plan))

@@ -68,8 +68,8 @@ class WithExits(Planned, Generic[AnyHost]):
         exit_heads: The exit heads, by the block they follow, as a string.
         classes: Class count.
         head_plan: The plan that built the exit heads; None if they were given as modules.
-        fitted: Digests of the images that `fit_exits` has shown to the exit heads, ascending. They are saved with the
-            exits, and `calibrate` refuses these images.
+        fitted: Digests of the images that `fit_exits` has shown to the exit heads, and `fit_merges` has measured, in
+            ascending order. They are saved with the exits, and `calibrate` refuses these images.
     """
 
     host: AnyHost

@@ -52,6 +52,7 @@ __all__ = [
     "packed_start",
     "read_running",
     "run_pass",
+    "similarities_of",
     "taps_of",
     "worked",
 ]
@@ -279,6 +280,25 @@ def read_exit(state: State, after: int, /) -> State:
     return replace(state, ledger=book, exits=(*state.exits, after))
 
 
+def agreement(state: State, stage: Stage, /) -> tuple[State, Tensor | None, Tensor | None]:
+    """Which tokens of the row are agreed upon at a merge, and their classes; None, where it does not ask for that."""
+    row, merge = state.row, stage.merge
+    assert row is not None
+    assert merge is not None
+    if merge.agreed is None:
+        return state, None, None
+    labels = state.labels
+    if stage.exit is None:
+        state = read_exit(state, stage.stop)
+    else:  # the exit has read the head, and its own prediction is no earlier one
+        labels = labels[:-1]
+    book, grid = state.ledger, state.fixed.embedded.grid
+    assert book is not None
+    options: Any = {"grid": grid, "exit": len(labels), "merged": state.merged}
+    with torch.no_grad():
+        return state, *exits.agree(merge.agreed, book, row.receipt.running, labels, **options)
+
+
 def merge_point(state: State, stage: Stage, /) -> State:
     """Tokens of the row that are alike, or agreed upon, run on as one, and the row closes up: one gather."""
     fixed, row, merge = state.fixed, state.row, stage.merge
@@ -286,25 +306,7 @@ def merge_point(state: State, stage: Stage, /) -> State:
     assert merge is not None
     embedded, receipt, flat = fixed.embedded, row.receipt, state.tokens[0]
     merged = state.merged or merging.alone(receipt.running, grid=embedded.grid)
-    agreed = label = None
-    if merge.agreed is not None:
-        labels = state.labels
-        if stage.exit is None:
-            state = read_exit(state, stage.stop)
-        else:  # the exit has read the head, and its own prediction is no earlier one
-            labels = labels[:-1]
-        book = state.ledger
-        assert book is not None
-        with torch.no_grad():
-            agreed, label = exits.agree(
-                merge.agreed,
-                book,
-                receipt.running,
-                labels,
-                grid=embedded.grid,
-                exit=len(labels),
-                merged=state.merged,
-            )
+    state, agreed, label = agreement(state, stage)
     laid = flat.unflatten(0, receipt.layout)
     by_slot = tokens.scatter(laid, receipt, into=fixed.layout.blank(receipt, laid))
     joined = merging.merge(by_slot, merged, side=merge.side, alike=merge.alike, agreed=agreed, label=label)
@@ -496,6 +498,31 @@ def taps_of(
         if stage.start < max(after):
             state = packed_finish_stage(state, stage, run_stage(state, stage))
     return state.tapped, state.fixed.embedded.prefix
+
+
+def similarities_of(
+    model: WithExits[Any], images: Tensor, plan: Schedule, /
+) -> Float[Tensor, "images rows columns"] | None:
+    """How alike the cells are that could merge at the last merge of a plan; None if no token runs there.
+
+    Raises:
+        TokenExitError: If the images or the plan do not fit the model.
+    """
+    after = plan.merges[-1].after
+    state = packed_start(model, images, plan)
+    for stage in (stage for stage in state.fixed.stages if stage.stop < after):
+        state = packed_finish_stage(state, stage, run_stage(state, stage))
+    (last,) = (stage for stage in state.fixed.stages if stage.stop == after)
+    bare = replace(last, merge=None, rejoin=False)
+    state = packed_finish_stage(state, bare, run_stage(state, last))
+    if not state.runs:
+        return None
+    state, agreed, label = agreement(as_row(state), last)
+    assert state.row is not None
+    receipt, every = state.row.receipt, state.fixed.embedded.tokens
+    by_slot = tokens.scatter(state.tokens[0].unflatten(0, receipt.layout), receipt, into=torch.zeros_like(every))
+    merged = state.merged or merging.alone(receipt.running, grid=state.fixed.embedded.grid)
+    return merging.similarities(by_slot, merged, agreed=agreed, label=label)
 
 
 packed_start = kept_eager(start)

@@ -1,6 +1,7 @@
 """Training with exits, and fitting of exit heads on frozen networks."""
 
 from tokenexit_torch.training.fitting import FitReport, HeldOut, fit_exits
+from tokenexit_torch.training.merges import fit_merges
 from tokenexit_torch.training.stages import Staged, Stages, distillation, mask_loss, pixel_cross_entropy
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Stages",
     "distillation",
     "fit_exits",
+    "fit_merges",
     "mask_loss",
     "pixel_cross_entropy",
 ]

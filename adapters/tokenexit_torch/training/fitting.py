@@ -3,7 +3,7 @@
 The predictions of the final head are the targets, or those of the model's own decoder; labels may be mixed in.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from tokenexit.adapting import Progress
 from tokenexit.area import Area
+from tokenexit.carries import Prediction
 from tokenexit.errors import require
 from tokenexit.fitting import FitReport, HeldOut, Recipe, fit
-from tokenexit.schedule import Merge, Schedule
+from tokenexit.schedule import Merge, Schedule, measured
 from tokenexit_torch import _files
 from tokenexit_torch._images import in_batches
 from tokenexit_torch._modules import evaluating
@@ -28,6 +29,7 @@ from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.heads.reading import head_input
 from tokenexit_torch.training._learner import Learner
 from tokenexit_torch.training._teacher import Seen, Teacher
+from tokenexit_torch.training.merges import require_again, similarities_over
 
 __all__ = ["FitReport", "HeldOut", "fit_exits"]
 
@@ -66,6 +68,10 @@ def fit_exits(
     loss is the squared error behind the final norm, relative to each channel's variance over the patches fitted to,
     plus the cross-entropy of the final head's scores with the target above; norm and head stay frozen. The variance
     takes one more pass over what is fitted to.
+
+    Shares of its merges are measured on the way, as by `fit_merges`, but with no token leaving, since the heads of
+    exits are still to be fitted: where tokens leave before a merge, retune the model to the plan with shares
+    afterwards, and call `fit_merges`.
 
     Where the model's plan merges tokens, heads are fitted to tokens as they merge before them, in order of depth: those
     that merges by agreement ask before those behind them, each time with a pass over the images.
@@ -116,12 +122,17 @@ def fit_exits(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.inference_mode(False), torch.enable_grad():
         seen, batches, reports = _seen(model, targets), in_batches(images), []
-        phases = _phases(model)
-        again = len(phases) == 1 or not isinstance(batches, Iterator)
-        rule = "be a tensor, or batches that can be gone through again, for a plan that merges by agreement"
-        require(again, "images", rule, type(batches).__name__)
+        phases, plan, shown = _phases(model), model.schedule, set[str]()
+        require_again(batches, len(phases) + sum(merge.share is not None for merge in plan.merges))
+        similarities = similarities_over(model, batches, shown, progress=progress)
+
+        def staying(part: Schedule) -> Tensor:  # the heads of exits are still to be fitted
+            return similarities(replace(part, exits=(), carry=Prediction()))
+
         with evaluating(model):
-            for after, merges in phases:
+            for after in phases:
+                plan = measured(plan, staying, until=max(after))
+                merges = tuple(merge for merge in plan.merges if merge.after < max(after))
                 own, state = cache, resume
                 if len(phases) > 1:
                     own = cache / f"after-{max(after)}" if isinstance(cache, Path) else cache
@@ -136,11 +147,14 @@ def fit_exits(
                 learner = Learner(model, generator, weight_decay=weight_decay, after=after)
                 options = {"store": _files, "progress": progress}
                 reports.append(fit(learner, batches, teacher, recipe, cache=own, resume=state, **options))
+        if plan.merges:
+            model.retune(measured(plan, staying))
+            model.fitted = tuple(sorted(shown.union(model.fitted)))
         return _together(reports)
 
 
-def _phases(model: ExitingModel | DecodingModel) -> list[tuple[list[int], tuple[Merge, ...]]]:
-    """Heads that are fitted together, in order of depth, and the merges before them.
+def _phases(model: ExitingModel | DecodingModel) -> list[list[int]]:
+    """Heads that are fitted together, in order of depth.
 
     Where tokens merge by agreement, the head that says what is agreed upon is fitted before those behind it.
     """
@@ -149,8 +163,7 @@ def _phases(model: ExitingModel | DecodingModel) -> list[tuple[list[int], tuple[
     phases = []
     for low, high in zip([0, *bounds], [*bounds, model.depth], strict=True):
         after = [block for block in heads if low < block <= high]
-        if after:
-            phases.append((after, tuple(merge for merge in merges if merge.after < max(after))))
+        phases += [after] if after else []
     return phases
 
 
