@@ -312,7 +312,8 @@ class Schedule:
         """The same plan with other similarities at its merges.
 
         Args:
-            alike: One for every merge that asks for a similarity, or one for each of some blocks.
+            alike: One for every merge that asks for a similarity, or one for each of some blocks; there instead of a
+                share.
 
         Returns:
             A new schedule.
@@ -327,8 +328,11 @@ class Schedule:
         blocks = [merge.after for merge in self.merges]
         unknown = sorted(set(alike) - set(blocks), key=str)
         require(not unknown, "alike", f"name blocks with a merge, {blocks}", unknown)
-        changed = (dataclasses.replace(one, alike=alike.get(one.after, one.alike)) for one in self.merges)
-        return dataclasses.replace(self, merges=tuple(changed))
+        changed = tuple(
+            dataclasses.replace(one, alike=alike[one.after], share=None) if one.after in alike else one
+            for one in self.merges
+        )
+        return dataclasses.replace(self, merges=changed)
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain data, for JSON.
@@ -446,7 +450,11 @@ def merged(
     first = min(given)
     sides = {after: 2 if after == first else 4 for after in given} if side is None else side
     require(set(sides) == set(given), "side", f"name the blocks {sorted(given)}", repr(side))
-    return Schedule(merges=tuple(Merge(after, sides[after], **{name: given[after]}) for after in sorted(given)))
+    merges = (
+        Merge(after, sides[after], given[after]) if share is None else Merge(after, sides[after], share=given[after])
+        for after in sorted(given)
+    )
+    return Schedule(merges=tuple(merges))
 
 
 def dtop(

@@ -126,6 +126,7 @@ def test_merges_are_given_other_similarities():
     assert plan.with_alike(0.7).merges == (Merge(1, 2, 0.7), Merge(2, 2, 0.7), agreed)
     asking = replace(agreed, alike=0.3)
     assert plan.with_alike({1: 0.5, 3: 0.3}).merges == (Merge(1, 2, 0.5), Merge(2, 2, 0.8), asking)
+    assert Schedule(merges=(Merge(1, 2, share=0.5),)).with_alike({1: 0.7}).merges == (Merge(1, 2, 0.7),)
     assert plan.retuned(alike=0.7) == schedule.dense().retuned(plan, alike=0.7) == plan.with_alike(0.7)
     with pytest.raises(TokenExitError, match=r"`alike` must name blocks with a merge, \[1, 2, 3\], got \[4\]"):
         plan.with_alike({4: 0.5})
