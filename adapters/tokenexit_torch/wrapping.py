@@ -217,7 +217,7 @@ def _with_decoder(
         each = isinstance(plan, HeadPlan) and not plan.gives_masks
         require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(plan))
         rule = "give class scores under a decoder, which reads no single token"
-        require(not plan.translates, "exit_heads", rule, repr(plan))
+        require(not exit_heads.translates, "exit_heads", rule, repr(plan))
         chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.read_after}
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
     wrapped = DecodingModel(host, schedule, chosen, classes, plan)

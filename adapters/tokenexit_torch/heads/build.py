@@ -73,9 +73,10 @@ class TokenTranslator(nn.Module):
     def __init__(self, width: int, hidden: int, /) -> None:
         super().__init__()
         self.skip = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        last = nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         nn.init.eye_(self.skip.weight)
-        for constant in (self.skip.bias, self.mlp[3].weight, self.mlp[3].bias):
+        for constant in (self.skip.bias, last.weight, last.bias):
             nn.init.zeros_(constant)
 
     def forward(self, tokens: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:

@@ -163,4 +163,4 @@ def detached(output: HeadOutput, /) -> HeadOutput:
     """The same output as constants."""
     masks = (None if part is None else part.detach() for part in (output.mask_logits, output.presence_logits))
     features = None if output.features is None else output.features.detach()
-    return HeadOutput(output.logits.detach(), output.class_scores, *masks, features)
+    return HeadOutput(output.logits.detach(), output.class_scores, *masks, features=features)
