@@ -242,6 +242,9 @@ def main() -> None:
             f"mIoU {100 * one.quality:.2f}{replayed[0]}  "
             f"{given.cost} {one.cost:.3f}{replayed[1]}  {described(one.schedule)}"
         )
+    if not exact:
+        print("None of them is cheaper than dense.")
+        return
     wanted = results["dense"] - given.drop / 100
     if all(one.quality < wanted for one in exact):
         lost = min(100 * (results["dense"] - one.quality) for one in exact)

@@ -22,6 +22,7 @@ from tests.examples import narrow as of_narrow
 from tests.examples import strips as of_camvid
 from tests.examples.strips import CAMVID, DEIT, READY, needs_data
 from tokenexit import heads, schedule
+from tokenexit.latency import Latency
 from tokenexit.schedule import Schedule
 from tokenexit.search import Found
 
@@ -477,18 +478,25 @@ def test_a_search_that_is_stopped_goes_on_and_its_best_can_be_measured(
 
 @needs_data
 def test_a_search_with_merges_runs_its_plans_and_can_go_by_the_clock(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    table = Latency(1, (1, 1000), (0.001, 1.0), rest=0.0, exit=0.0, merge=0.0)
+    monkeypatch.setattr(tet, "measure_latency", lambda *_, **__: table)
     command = f"search --data {CAMVID} --run {trained('dense')} --json {tmp_path / 'found.json'} --limit 1 --drop 100"
     command += " --exits 3 --merge-after 1 --evaluations 13 --exact 3 --cost seconds"
     monkeypatch.setattr(sys, "argv", command.split())
     search.main()
     results = json.loads((tmp_path / "found.json").read_text())
-    assert results["latency"]["batch"] == 1
+    assert results["latency"] == table.to_dict()
     assert len(results["found"]) == 13
     merging = [Schedule.from_dict(one["schedule"]) for one in results["found"] if "merges" in one["schedule"]]
     assert search.described(merging[0]) == "merge after 1 up to 2: alike > 0.93"
     assert [one["replayed"] for one in results["exact"]] == [[one["quality"], one["cost"]] for one in results["exact"]]
+    slow = dataclasses.replace(table, merge=1e3, exit=1e3, block=(0.0, 0.0), rest=1.0)  # nothing saves
+    monkeypatch.setattr(tet, "measure_latency", lambda *_, **__: slow)
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(tmp_path / "slow.json")])
+    search.main()
+    assert capsys.readouterr().out.endswith("None of them is cheaper than dense.\n")
     monkeypatch.setattr(sys, "argv", [*command.split(), "--cell", "3"])
     with pytest.raises(shell.UsageError, match="`--cell` must be 0 with --merge-after, got 3"):
         search.main()

@@ -72,7 +72,8 @@ class TokenTranslator(nn.Module):
 
     def __init__(self, width: int, hidden: int, /) -> None:
         super().__init__()
-        self.skip, last = nn.Linear(width, width), nn.Linear(hidden, width)
+        self.skip = nn.Linear(width, width)
+        last = nn.Linear(hidden, width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         nn.init.eye_(self.skip.weight)
         for constant in (self.skip.bias, last.weight, last.bias):

@@ -161,6 +161,6 @@ def head_input(
 
 def detached(output: HeadOutput, /) -> HeadOutput:
     """The same output as constants."""
-    others = (output.mask_logits, output.presence_logits, output.features)
-    masks, presence, features = (None if part is None else part.detach() for part in others)
-    return HeadOutput(output.logits.detach(), output.class_scores, masks, presence, features)
+    masks = (None if part is None else part.detach() for part in (output.mask_logits, output.presence_logits))
+    features = None if output.features is None else output.features.detach()
+    return HeadOutput(output.logits.detach(), output.class_scores, *masks, features=features)
