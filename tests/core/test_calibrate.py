@@ -431,6 +431,7 @@ def test_bad_input_is_named(options, message):
     [
         (lambda: Level(0.0), "`at_most` must lie between 0 and 1, got 0.0"),
         (lambda: Level(0.3, 1.0), "`confidence` must lie between 0 and 1, got 1.0"),
+        (lambda: default_settings(schedule.merged(share={1: 0.5}), after=()), "`schedule` must have similarities in the place of shares, which `tokenexit_torch.fit_merges(model, images)` measures, got shares after blocks [1]"),
         (lambda: Risk("luck"), "`risk` must be one of disagreement, error increase, IoU loss, or words for a `loss` of your own, got 'luck'"),
         (lambda: Risk(" ", OWN.loss), "`risk` must be what the `loss` is in your own words, and none of disagreement, error increase, IoU loss, got ' '"),
         (lambda: Risk("IoU loss", OWN.loss), "`risk` must be what the `loss` is in your own words, and none of disagreement, error increase, IoU loss, got 'IoU loss'"),

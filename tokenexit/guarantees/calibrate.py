@@ -336,8 +336,10 @@ def default_settings(plan: Schedule, /, *, after: Iterable[int], carry: Carry | 
         what exits and merges have to beat.
 
     Raises:
-        TokenExitError: If the plan has no thresholds of confidence, nor merges by similarity alone.
+        TokenExitError: If the plan has no thresholds of confidence, nor merges by similarity alone, or has shares that
+            are still to be measured.
     """
+    require_measured(plan)
     compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
     if not plan.active and any(merge.alike is not None for merge in plan.merges):
         ladder = ladders.by_distance(plan, factors=_DISTANCES)
