@@ -48,13 +48,12 @@ _MERGING = {
             _agreed(6, 8, 0.9),
         )
     ),
-    "merge 1, 2, 3, 4, 6": Schedule(
+    "merge 2, 3, 4, 6 (bold)": Schedule(
         merges=(
-            Merge(1, 2, 0.9),
-            _agreed(2, 2, 0.5, alike=0.6),
+            _agreed(2, 4, 0.5, alike=0.8),
             _agreed(3, 8, 0.8),
-            _agreed(4, 8, 0.8),
-            _agreed(6, 16, 0.8),
+            _agreed(4, 8, 0.8, radius=0),
+            _agreed(6, 16, 0.8, radius=0),
         )
     ),
 }
