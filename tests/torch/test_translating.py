@@ -20,7 +20,7 @@ from tokenexit_torch.heads import TokenTranslator, build
 EXITS = (Exit(2, ConfidenceAbove(0.5)), Exit(4, ConfidenceAbove(0.5)))
 PLAN = Schedule(EXITS, Translated())
 MERGING = Schedule(
-    (Exit(4, NeighboursAgree(0.4, radius=1)),),
+    (Exit(4, ConfidenceAbove(0.5)),),
     Translated(),
     merges=(Merge(1, 2, 0.9), Merge(2, 4, 0.2, NeighboursAgree(0.3, radius=1))),
 )
