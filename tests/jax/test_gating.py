@@ -376,9 +376,7 @@ def test_what_does_not_fit_the_model_is_named(tmp_path):
         TokenExitError, match=r"`schedule` must decide only after blocks with a gate, \[1, 2, 3\], got \[4\]"
     ):
         dataclasses.replace(model, network=networks.timm_network()).retuned(schedule.svit(after=(4,)))
-    with pytest.raises(
-        TokenExitError, match="`schedule` must be given if neither `threshold` nor `alike` is, got None"
-    ):
+    with pytest.raises(TokenExitError, match="`schedule` must be given if `threshold` is not, got None"):
         model.retuned()
     with pytest.raises(TokenExitError, match=r"`model` must be transformed as `model.compiled`, got the model itself"):
         jax.jit(model)(params, gates, ours)
