@@ -413,7 +413,17 @@ def merged(
     first = min(given)
     sides = {after: 2 if after == first else 4 for after in given} if side is None else side
     require(set(sides) == set(given), "side", f"name the blocks {sorted(given)}", repr(side))
-    return Schedule(merges=tuple(Merge(after, sides[after], **{name: given[after]}) for after in sorted(given)))
+    return Schedule(
+        merges=tuple(
+            Merge(
+                after,
+                sides[after],
+                alike=given[after] if share is None else None,
+                share=None if share is None else share[after],
+            )
+            for after in sorted(given)
+        )
+    )
 
 
 def dtop(

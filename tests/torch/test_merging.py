@@ -245,7 +245,7 @@ REFUSED = [
         Schedule(merges=(Merge(5, 2, agreed=ConfidenceAbove(0.5)),))),
      r"`schedule` must ask for agreement only after blocks with an exit head, \[2, 3, 4\]" r""),
     (lambda _: Merge(1, 3, 0.9), r"`side` must be one of \[2, 4, 8, 16\], got 3"),
-    (lambda _: Merge(1, 2), "`alike` must be given if `agreed` is not, got None"),
+    (lambda _: Merge(1, 2), "`alike` must be given if neither `agreed` nor `share` is, got None"),
     (lambda _: Merge(1, 2, 1.5), r"`alike` must be None or a number in \[-1, 1\], got 1.5"),
     (lambda _: Merge(0, 2, 0.5), "`after` must be a whole number of blocks from 1 up, got 0"),
     (lambda _: Schedule(merges=(Merge(2, 2, 0.5), Merge(1, 2, 0.5))), "`merges` must come in strictly ascending order"),
