@@ -113,8 +113,8 @@ class Merging:
 
 
 @dataclass(frozen=True)
-class Smaller:
-    """The dense network on smaller images, its position embeddings resampled as timm does it.
+class Scaled:
+    """What is the same of all that run on smaller images.
 
     Attributes:
         scale: Length of a side as a fraction of what it was, before it is rounded to whole patches.
@@ -136,6 +136,10 @@ class Smaller:
     def how(self) -> dict[str, Any]:
         """See `Contender.how`."""
         return {"baseline": "Smaller", "scale": self.scale}
+
+
+class Smaller(Scaled):
+    """The dense network on smaller images, its position embeddings resampled as timm does it."""
 
     @torch.inference_mode()
     def on(self, model: tet.ExitingModel | tet.GatedModel, /) -> Runner:

@@ -125,30 +125,8 @@ class Unmerged:
         return Runner(run, read)
 
 
-@dataclass(frozen=True)
-class Smaller:
-    """The dense network and its decoder on smaller images.
-
-    Attributes:
-        scale: Length of a side as a fraction of what it was, before it is rounded to whole patches.
-    """
-
-    scale: float
-
-    @property
-    def name(self) -> str:
-        """See `Way.name`."""
-        return f"smaller input, {self.scale} of each side"
-
-    @property
-    def kind(self) -> str:
-        """See `Way.kind`."""
-        return "smaller input"
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """See `Way.how`."""
-        return {"baseline": "Smaller", "scale": self.scale}
+class Smaller(baselines.Scaled):
+    """The dense network and its decoder on smaller images."""
 
     @torch.inference_mode()
     def on(self, model: tet.DecodingModel, /) -> Runner:
