@@ -8,6 +8,7 @@ Both layouts of `tokenexit.tokens` are taken; a decision is made on all slots of
 it is one program. Blocks, heads and the gather of those that stay are the adapter's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,19 +32,23 @@ class HeadOutput:
     """Output of a head for the tokens that run, in the layout of their receipt; or for all slots of a batch.
 
     Attributes:
-        logits: Class scores before softmax.
+        logits: Class scores before softmax; of no classes, by a head that gives none.
         class_scores: Scores of a mask head, which are not a softmax's (`scores.mask_scores`), for a policy.
         mask_logits: Masks of a mask head.
         presence_logits: Presence of every class in every image, by a mask head; of an image without tokens finite, and
             of no meaning.
-        features: The tokens as the last block would leave them, by a head that translates.
+        features: The tokens as later blocks would leave them, by a head that translates: one after the other along the
+            channels, for each block at which the tokens are read.
+        error: Error that a head which translates foretells for them, relative to each channel's variance; of several
+            blocks the greatest.
     """
 
     logits: Float[Array, "*layout classes"]
     class_scores: Float[Array, "*layout classes"] | None = None
     mask_logits: Float[Array, "*layout classes"] | None = None
     presence_logits: Float[Array, "images classes"] | None = None
-    features: Float[Array, "*layout dim"] | None = None
+    features: Float[Array, "*layout channels"] | None = None
+    error: Float[Array, "*layout"] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Decision:
 
     Attributes:
         stay: Which slots run on; none that does not run.
-        confidence: Confidence of every patch, as it was last read.
-        label: Predicted class of every patch, likewise.
+        confidence: Confidence of every patch, as it was last read; without classes, the foretold error times minus one.
+        label: Predicted class of every patch, likewise; without classes, -1.
         centre: Which places of the grid are cell centres; None without cells.
     """
 
@@ -128,8 +133,8 @@ def decide(
             stay = stay | (centre[None, :] & runs & running[:, prefix:])
         if prefix:
             stay = xp.concat([xp.broadcast_to(runs, (shape[0], prefix)), stay], axis=1)
-    confidence, label = (xp.reshape(one, shape) for one in (evidence.confidence, evidence.label))
-    return Decision(stay, confidence, label, centre)
+    certain, label = _outcome(evidence)
+    return Decision(stay, xp.reshape(certain, shape), xp.reshape(label, shape), centre)
 
 
 def agree(
@@ -155,19 +160,31 @@ def agree(
         merged: Which tokens have merged, if any have.
 
     Returns:
-        The marks, at all tokens of an entry, and the predicted classes, -1 for prefix tokens.
+        The marks, at all tokens of an entry, and the predicted classes, -1 for prefix tokens; -1 for all, if the policy
+        asks for no classes.
 
     Raises:
         TokenExitError: As `decide`.
     """
     evidence, prefix = _evidence(book, running, previous, grid=grid, exit=exit, merged=merged)
     xp, shape = array_namespace(running), (running.shape[0], grid[0] * grid[1])
-    marks, label = (xp.reshape(one, shape) for one in (policy(evidence), evidence.label))
+    marks, label = policy(evidence), _outcome(evidence)[1]
+    label = label if policy.asks_classes else xp.zeros_like(label) - 1
+    marks, label = xp.reshape(marks, shape), xp.reshape(label, shape)
     if prefix:
         unmarked = xp.zeros_like(running[:, :prefix])
         marks = xp.concat([unmarked, marks], axis=1)
         label = xp.concat([xp.astype(unmarked, label.dtype) - 1, label], axis=1)
     return (marks if merged is None else spread(marks, merged.owner)), label
+
+
+def _outcome(evidence: Evidence) -> tuple[Array, Array]:
+    """How certain the outcome of every patch is, and its class; -1 without classes."""
+    if evidence.has_classes:
+        return evidence.confidence, evidence.label
+    error = evidence.score("error")
+    xp = array_namespace(error)
+    return -error, xp.zeros_like(error, dtype=xp.int32) - 1
 
 
 def _evidence(
@@ -187,8 +204,10 @@ def _evidence(
     require_marks(running, "running")
     prefix = slots - places
     require(prefix >= 0, "grid", f"have at most {slots} places", grid)
+    error = book.error
     if merged is not None:
         given = spread(given, merged.owner)
+        error = None if error is None else spread(error, merged.owner)
     xp, entries = array_namespace(running), images * places
     table = xp.reshape(given[:, prefix:, :], (entries, classes))
     place = counting(entries, running)
@@ -197,8 +216,9 @@ def _evidence(
     else:  # no rows, of integers
         labels = xp.reshape(book.depth, (1, images * slots))[:0, :entries]
     evidence = Evidence(
-        table if book.class_scores is None else None,
+        table if book.class_scores is None and classes > 0 else None,
         class_scores=None if book.class_scores is None else table,
+        error=None if error is None else xp.reshape(error[:, prefix:], (entries,)),
         image=place // max(places, 1),
         images=images,
         grid=grid,
@@ -214,7 +234,7 @@ def _evidence(
 
 def carried(
     carry: Carry, output: HeadOutput, tokens: Float[Array, "*layout dim"], /
-) -> Float[Array, "*layout dim"] | None:
+) -> Float[Array, "*layout channels"] | None:
     """Features that tokens which leave at an exit leave behind, by a carry: for `begin` and `update`.
 
     Args:
@@ -237,7 +257,7 @@ def carried(
 
 
 def update(
-    book: Ledger, receipt: Receipt, output: HeadOutput, /, *, features: Float[Array, "*layout dim"] | None = None
+    book: Ledger, receipt: Receipt, output: HeadOutput, /, *, features: Float[Array, "*layout channels"] | None = None
 ) -> Ledger:
     """Outcome of the tokens that run, by a head that reads them, over their earlier ones.
 
@@ -255,6 +275,11 @@ def update(
     """
     scored = None if book.class_scores is None else output.class_scores
     found = ledger.update(book, receipt, output.logits, class_scores=scored, features=features)
+    if output.error is not None:
+        before, shape = book.error, (receipt.images, receipt.slots)
+        if before is None:
+            before = filled(shape, math.nan, output.error, dtype=output.error.dtype)
+        found = replace(found, error=tokens.scatter(output.error, receipt, into=before))
     if book.mask_logits is None:
         return found
     require(output.mask_logits is not None, "output", "have masks for a ledger that keeps them", "none")
@@ -272,7 +297,7 @@ def begin(
     receipt: Receipt,
     /,
     *,
-    features: Float[Array, "*layout dim"] | None = None,
+    features: Float[Array, "*layout channels"] | None = None,
     presence_logits: Float[Array, "images classes"] | None = None,
 ) -> Ledger:
     """An empty ledger for outputs like this one.
@@ -290,5 +315,9 @@ def begin(
         TokenExitError: As `ledger.open_ledger`.
     """
     return ledger.open_ledger(
-        output.logits, receipt, class_scores=output.class_scores, features=features, presence_logits=presence_logits
+        output.logits,
+        receipt,
+        class_scores=output.class_scores,
+        features=features,
+        presence_logits=presence_logits,
     )

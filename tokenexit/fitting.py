@@ -20,7 +20,7 @@ from tokenexit.errors import TokenExitError, require
 from tokenexit.features import TARGET, Cached, FitData, Rows, Teacher, gathered
 from tokenexit.folders import Store, require_metadata
 
-__all__ = ["FitReport", "HeldOut", "Learner", "Recipe", "Standing", "fit"]
+__all__ = ["FitReport", "HeldOut", "Learner", "Missed", "Recipe", "Standing", "fit"]
 
 _STATE = "fit.safetensors"
 _WHERE = "where"
@@ -133,6 +133,20 @@ class Standing:
         return Standing(data["step"], data["checks_since"], (best[0], best[1]))
 
 
+@dataclass(frozen=True)
+class Missed:
+    """What a translator misses of the tokens at one tap, as they are read there: behind the final norm, if they are.
+
+    Attributes:
+        error: The mean squared error that is left, as a fraction of each channel's variance, the mean over channels: 0
+            for what later blocks make of a token, 1 for the mean of all tokens.
+        variance: The variance that translations have, as a fraction of that of the tokens: regression shrinks it.
+    """
+
+    error: float
+    variance: float
+
+
 @runtime_checkable
 class Learner(Protocol):
     """Copies of exit heads that are being fitted, with their optimiser; an adapter supplies it."""
@@ -177,7 +191,8 @@ class Learner(Protocol):
     def loss(self, rows: Rows, /) -> float:
         """The loss in evaluation mode, summed over rows and heads.
 
-        That of class scores is the cross-entropy; that of a translator has the squared error of its tokens as well.
+        That of class scores is the cross-entropy; that of a translator has the squared error of its tokens as well, and
+        of the logarithm of that, which it foretells.
 
         Args:
             rows: The rows.
@@ -199,20 +214,29 @@ class Learner(Protocol):
     def agreed(self, rows: Rows, /) -> dict[int, int]:
         """How many rows the heads of the model give the class of the final head, by the block that they follow.
 
+        Heads without class scores are left out.
+
         Args:
             rows: The rows.
         """
         ...
 
-    def errors(self, rows: Rows, /) -> dict[int, float]:
-        """The squared errors of the translators of the model, by the block that they follow; of other heads none.
+    def foretold(self, chunks: Iterable[Rows], /) -> None:
+        """Correct the errors that the translators of the model foretell: they are too small for what they have seen.
+
+        Args:
+            chunks: All rows of images held out, in pieces.
+        """
+        ...
+
+    def missed(self, rows: Rows, /) -> dict[int, dict[int, Missed]]:
+        """What the translators of the model miss, by the block that they follow, and by tap; of other heads nothing.
 
         Args:
             rows: The rows.
 
         Returns:
-            Behind the final norm, relative to each channel's variance over the rows fitted to, the mean over channels,
-            summed over rows.
+            Summed over rows.
         """
         ...
 
@@ -239,16 +263,16 @@ class HeldOut:
 
     Attributes:
         agreement: Fraction of their patches on which the exit head and the final head, or the decoder, predict the
-            same class, by the block that the exit head follows.
+            same class, by the block that the exit head follows; of heads with class scores.
         patches: How many patches these are.
         images: Of how many images.
-        error: As in `FitReport`.
+        missed: As in `FitReport`.
     """
 
     agreement: dict[int, float]
     patches: int
     images: int
-    error: dict[int, float] = field(default_factory=dict)
+    missed: dict[int, dict[int, Missed]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,15 +281,15 @@ class FitReport:
 
     Attributes:
         agreement: Fraction of the patches fitted to on which the exit head and the final head, or the decoder, predict
-            the same class, by the block that the exit head follows.
+            the same class, by the block that the exit head follows; of heads with class scores.
         patches: How many patches these are.
         images: Of how many images.
         steps: How many steps were taken.
         kept_step: After which of them the heads were as they now are: the last, unless images were held out.
         stopped_early: Whether the held-out loss ended the fit before its last step.
         held_out: The same for images held out; None if there were none.
-        error: Of each translator the mean squared error that is left, behind the final norm, as a fraction of each
-            channel's variance: 0 for what the last block makes of a token, 1 for the mean of all. Empty without any.
+        missed: What each translator misses, by the block that it follows, and by the tap that it translates for: the
+            last block, if a final head reads the tokens. Empty without any.
     """
 
     agreement: dict[int, float]
@@ -275,7 +299,7 @@ class FitReport:
     kept_step: int
     stopped_early: bool
     held_out: HeldOut | None
-    error: dict[int, float] = field(default_factory=dict)
+    missed: dict[int, dict[int, Missed]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         stopped = ", stopped early" if self.stopped_early else ""
@@ -283,16 +307,19 @@ class FitReport:
             f"Fitted to {self.patches} patches of {self.images} images; held out: "
             + ("none." if self.held_out is None else f"{self.held_out.patches} patches of {self.held_out.images}."),
             f"{self.steps} steps{stopped}; the heads are those after step {self.kept_step}.",
-            "They predict what the final head, or the decoder, predicts:",
         ]
+        if self.agreement:
+            lines.append("They predict what the final head, or the decoder, predicts:")
         for after, agreement in self.agreement.items():
             held = "" if self.held_out is None else f", {self.held_out.agreement[after]:.1%} of those held out"
             lines.append(f"  after block {after}: on {agreement:.1%} of the patches fitted{held}")
-        if self.error:
-            lines.append("Of the variance of the last block's tokens, translators miss:")
-        for after, error in self.error.items():
-            held = "" if self.held_out is None else f", {self.held_out.error[after]:.3f} of those held out"
-            lines.append(f"  after block {after}: {error:.3f} of the patches fitted{held}")
+        if self.missed:
+            lines.append("Of the variance of the tokens that are read later, translators miss:")
+        for after, taps in self.missed.items():
+            for tap, one in taps.items():
+                held = "" if self.held_out is None else f", {self.held_out.missed[after][tap].error:.3f} held out"
+                kept = f"they have {one.variance:.2f} of their variance"
+                lines.append(f"  after block {after}, of those of block {tap}: {one.error:.3f}{held}; {kept}")
         return "\n".join(lines)
 
 
@@ -340,6 +367,8 @@ def fit(
     first = Standing() if saved is None else saved.restored(learner, recipe)
     last = _run(learner, data, recipe, first, saved, progress)
     learner.finish(data.digests)
+    if data.held_out is not None:
+        learner.foretold(data.held_out.chunks())
     report = _report(learner, data, recipe, last)
     if saved is not None:
         with suppress(OSError):  # a later call goes on from the last step, to the same end
@@ -432,18 +461,25 @@ def _report(learner: Learner, data: FitData, recipe: Recipe, last: Standing) -> 
     held_out = None if data.held_out is None else _measured(learner, data.held_out.chunks(), held)
     stopped_early = last.step < recipe.steps
     ran = last.step, last.kept_step, stopped_early
-    return FitReport(own.agreement, own.patches, own.images, *ran, held_out, own.error)
+    return FitReport(own.agreement, own.patches, own.images, *ran, held_out, own.missed)
 
 
 def _measured(learner: Learner, chunks: Iterable[Rows], images: int) -> HeldOut:
     """On which share of the patches each head predicts the class of the final head, and what translators miss."""
-    agreed, errors, patches = dict.fromkeys(learner.exits, 0), dict[int, float](), 0
+    agreed, missed, patches = dict[int, int](), dict[int, dict[int, Missed]](), 0
     for rows in chunks:
         patches += rows[TARGET].shape[0]
         for after, count in learner.agreed(rows).items():
-            agreed[after] += count
-        for after, error in learner.errors(rows).items():
-            errors[after] = errors.get(after, 0.0) + error
+            agreed[after] = agreed.get(after, 0) + count
+        for after, taps in learner.missed(rows).items():
+            held = missed.setdefault(after, {})
+            for tap, one in taps.items():
+                so_far = held.get(tap, Missed(0.0, 0.0))
+                held[tap] = Missed(so_far.error + one.error, so_far.variance + one.variance)
     require(patches > 0, "images", "give finite tokens", "NaN or infinity for every patch")
-    agreement, error = ({after: total / patches for after, total in one.items()} for one in (agreed, errors))
-    return HeldOut(agreement, patches, images, error)
+    agreement = {after: total / patches for after, total in agreed.items()}
+    mean = {
+        after: {tap: Missed(one.error / patches, one.variance / patches) for tap, one in taps.items()}
+        for after, taps in missed.items()
+    }
+    return HeldOut(agreement, patches, images, mean)

@@ -198,7 +198,11 @@ class Translator(HeadPlan):
     As the affine translators of the tuned lens (Belrose et al., 2023), which begin as the identity too, with an MLP
     beside them and for networks of vision. It gives a token `(..., width)` as the last block would leave it. Class
     scores at its exit are those of the network's own final head on that token, behind the final norm, so that there is
-    one set of weights for each exit; under `carries.Translated` the token is what leavers leave behind.
+    one set of weights for each exit; under `carries.Translated` the token is what leavers leave behind. Under a decoder
+    it gives a token for each of the taps behind it, and no class scores.
+
+    A second output is the logarithm of the squared error that it foretells for itself, relative to each channel's
+    variance: what `policies.ErrorBelow` compares, which asks for no class.
 
     Attributes:
         hidden: Channels between the layers of the MLP; twice those of the tokens if None.
@@ -223,7 +227,7 @@ class Translator(HeadPlan):
 
     def cost(self, *, width: int, classes: int, norm: int = 0) -> HeadCost:  # noqa: ARG002
         """See `HeadPlan.cost`; `cost.of_head` adds the final head."""
-        return HeadCost(norm * width + width * width + 2 * width * (self.hidden or 2 * width))
+        return HeadCost(norm * width + width * width + (2 * width + 1) * (self.hidden or 2 * width))
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,14 @@ class Ledger:
     """The latest outcome of every slot of a batch: frozen where the token has left.
 
     Attributes:
-        logits: Class scores before softmax; NaN where no head has read the token yet.
+        logits: Class scores before softmax; NaN where no head has read the token yet. Of no classes, where heads give
+            none.
         depth: How many blocks the token has run through; zero while it runs.
         class_scores: Class scores that are not a softmax's, for heads that give such; NaN likewise.
         features: Features at the latest exit point, for a schedule that carries them; zero before the first.
         mask_logits: Mask logits, if masks are kept.
         presence_logits: Presence of classes by image, if masks are kept.
+        error: Error that a translator foretells for its token, if such are kept; NaN where none has read it yet.
     """
 
     logits: Float[Array, "images slots classes"]
@@ -40,6 +42,7 @@ class Ledger:
     features: Float[Array, "images slots dim"] | None = None
     mask_logits: Float[Array, "images slots classes"] | None = None
     presence_logits: Float[Array, "images classes"] | None = None
+    error: Float[Array, "images slots"] | None = None
 
     def exit_depth(self, depth: int, /) -> Int[Array, "images slots"]:
         """Blocks that every token has run through.
@@ -112,7 +115,7 @@ def update(
         receipt: The receipt of the tokens that run: `(tokens,)` or `(images, capacity)` is the layout of the others.
         logits: Their class scores, with one more axis.
         class_scores: Their scores that are not a softmax's, if the ledger keeps such.
-        features: Their features, if the ledger keeps these.
+        features: Their features, if the ledger keeps these. Of fewer channels than these, they are the last.
 
     Returns:
         The ledger with their latest outcome.
@@ -131,8 +134,12 @@ def update(
         if values is None or held is None:
             return None
         _require_layout(values, receipt, name)
+        xp = array_namespace(values)
         if values.dtype != held.dtype:
-            values = array_namespace(values).astype(values, held.dtype)
+            values = xp.astype(values, held.dtype)
+        if name == "features" and values.shape[-1] < held.shape[-1]:  # the first are read no more
+            read = filled((*receipt.layout, held.shape[-1] - values.shape[-1]), 0, values, dtype=held.dtype)
+            values = xp.concat([read, values], axis=-1)
         return scatter(values, receipt, into=held)
 
     return replace(

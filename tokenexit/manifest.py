@@ -9,7 +9,7 @@ files; `tokenexit.weights` has the names, shapes and dtypes of the weights besid
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -60,11 +60,12 @@ class HeadManifest:
         after: The blocks that have an exit head, or a gate.
         head_plan: How the heads were built; None if they were given as modules.
         built_head: Whether the final head was built along with them, and is saved with them.
-        classes: Class count; 2 for gates.
+        classes: Class count; 2 for gates; 0 for exit heads that translate under a decoder, or if there is none.
         width: Channels of a token.
         depth: How many blocks the network has.
         fitted: Digests of the images that the heads were fitted to, ascending, as `certificate.digest` makes them: a
             calibration on these would certify nothing.
+        taps: After how many blocks a decoder reads the tokens, if exit heads translate for it.
     """
 
     schedule: Schedule
@@ -75,6 +76,15 @@ class HeadManifest:
     width: int
     depth: int
     fitted: tuple[str, ...] = ()
+    taps: tuple[int, ...] = ()
+
+    def targets(self, after: int, /) -> int:
+        """Of how many later blocks a head that translates gives the token.
+
+        Args:
+            after: The block that the head follows.
+        """
+        return max(sum(tap > after for tap in self.taps), 1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ def to_dict(manifest: HeadManifest | SemanticManifest, /) -> dict[str, Any]:
             "width": manifest.width,
             "depth": manifest.depth,
         }
-    return {
+    found = {
         "schema": SCHEMA,
         "schedule": manifest.schedule.to_dict(),
         "after": list(manifest.after),
@@ -137,6 +147,8 @@ def to_dict(manifest: HeadManifest | SemanticManifest, /) -> dict[str, Any]:
         "depth": manifest.depth,
         "fitted": list(manifest.fitted),
     }
+    # What knows of no taps reads all others.
+    return found | {"taps": list(manifest.taps)} if manifest.taps else found
 
 
 @overload
@@ -296,21 +308,26 @@ def choose_heads(
 
 
 def head_specs(
-    manifest: HeadManifest, kind: Kind, one: Mapping[str, Spec], final: Mapping[str, Spec] | None = None, /
+    manifest: HeadManifest,
+    kind: Kind,
+    one: Callable[[int], Mapping[str, Spec]],
+    final: Mapping[str, Spec] | None = None,
+    /,
 ) -> dict[str, Spec]:
     """Specs of all weights in the file, under the names that they have there.
 
     Args:
         manifest: What is saved; its heads are built from a plan.
         kind: Its kind.
-        one: Specs of the weights of one head of that plan, for the width and the classes of the manifest.
-        final: Those of the final head, of the plan `head_plan.final`; as `one` if left out.
+        one: From `HeadManifest.targets` to specs of the weights of one head of that plan, for the width and the classes
+            of the manifest.
+        final: Those of the final head, of the plan `head_plan.final`; as of one head if left out.
 
     Returns:
         The specs, as `exit_heads.6.0.weight`; of the final head as `head.0.weight`, if it is saved.
     """
-    parts = {f"{_PART[kind]}.{after}": one for after in manifest.after}
-    parts |= {"head": one if final is None else final} if manifest.built_head else {}
+    parts = {f"{_PART[kind]}.{after}": one(manifest.targets(after)) for after in manifest.after}
+    parts |= {"head": one(1) if final is None else final} if manifest.built_head else {}
     return {f"{name}.{key}": spec for name, part in parts.items() for key, spec in part.items()}
 
 
@@ -327,12 +344,19 @@ def weights_rule(kind: Kind, /) -> str:
 
 
 def _head_manifest(data: Mapping[str, Any]) -> HeadManifest:
-    _require_keys(data, _HEAD_KEYS)
-    _require_counts(data, "classes", "width", "depth")
+    tapped = isinstance(data, Mapping) and "taps" in data
+    _require_keys(data, _HEAD_KEYS | ({"taps"} if tapped else set()))
+    _require_counts(data, "width", "depth")
+    classless = data["classes"] == 0 and not isinstance(data["classes"], bool) and data["built_head"] is False
+    if not classless:
+        _require_counts(data, "classes")
     after: Any = data["after"]
     ok = isinstance(after, list) and all(_is_count(block) and block < data["depth"] for block in after)
     require(ok, "after", f"be a list of blocks from 1 to {data['depth'] - 1}", repr(after))
     require(after == sorted(set(after)), "after", "ascend", after)
+    taps: Any = data.get("taps", [])
+    ok = isinstance(taps, list) and all(_is_count(tap) and tap <= data["depth"] for tap in taps)
+    require(ok and taps == sorted(set(taps)), "taps", f"be blocks from 1 to {data['depth']} that ascend", repr(taps))
     require(isinstance(data["built_head"], bool), "built_head", "be true or false", repr(data["built_head"]))
     fitted: Any = data["fitted"]
     digests = isinstance(fitted, list) and all(map(_is_digest, fitted)) and fitted == sorted(set(fitted))
@@ -352,6 +376,7 @@ def _head_manifest(data: Mapping[str, Any]) -> HeadManifest:
         width=data["width"],
         depth=data["depth"],
         fitted=tuple(fitted),
+        taps=tuple(taps),
     )
 
 

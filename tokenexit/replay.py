@@ -43,6 +43,7 @@ def replay(
     *,
     grid: tuple[int, int],
     prefix: int = 0,
+    error: Mapping[int, Float[Array, "images patches"]] | None = None,
 ) -> Replayed:
     """Replay a schedule on recorded class scores.
 
@@ -51,6 +52,7 @@ def replay(
         plan: The schedule. Its active exits are among the heads, and it carries predictions.
         grid: Height and width of the patch grid.
         prefix: Prefix tokens of an image, which run with its patches.
+        error: Errors that translators foretell for all patches, by the blocks before them; for plans that compare such.
 
     Returns:
         The outcome.
@@ -78,7 +80,8 @@ def replay(
         counts += [xp.where(held > 0, held + prefix, held)] * (stage.stop - stage.start)
         if stage.exit is None or stage.index is None:
             continue
-        book = exits.update(book, receipt, HeadOutput(tokens.gather(logits[stage.stop], receipt)))
+        told = None if error is None or stage.stop not in error else tokens.gather(error[stage.stop], receipt)
+        book = exits.update(book, receipt, HeadOutput(tokens.gather(logits[stage.stop], receipt), error=told))
         decision = exits.decide(
             stage.exit.policy, book, receipt.running, labels, grid=grid, exit=stage.index, cell=plan.cell
         )

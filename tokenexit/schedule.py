@@ -21,6 +21,7 @@ from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
     EntropyBelow,
+    ErrorBelow,
     GateBelow,
     NeighboursAgree,
     Policy,
@@ -37,6 +38,7 @@ __all__ = [
     "dense",
     "dovit",
     "dtop",
+    "foretold",
     "measured",
     "merged",
     "neighbours",
@@ -457,6 +459,37 @@ def merged(
     return Schedule(merges=tuple(merges))
 
 
+def foretold(
+    *,
+    radius: Mapping[int, int] | None = None,
+    threshold: Threshold | Mapping[int, Threshold] = 0.1,
+) -> Schedule:
+    """A token leaves when its translator foretells a small error, for its neighbourhood too: a rule without classes.
+
+    For any task, and under any decoder; exit heads are to translate (`heads.Translator`), and are fitted without
+    labels. What leaves leaves a translation (`carries.Translated`).
+
+    Args:
+        radius: Radius of the neighbourhood for each block with an exit; `{3: 1, 6: 1, 8: 0}` if left out, which suits
+            twelve blocks.
+        threshold: Squared error relative to each channel's variance, in [0, 1], that the token and its neighbours must
+            be below; one for all exits or one for each.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        TokenExitError: If a radius or a threshold is out of range, or no block is named.
+    """
+    radius = {3: 1, 6: 1, 8: 0} if radius is None else radius
+    named = isinstance(radius, Mapping) and len(radius) > 0
+    require(named, "radius", "name at least one block", repr(radius))
+    for block in radius:
+        _require_block(block)
+    exits = tuple(Exit(after, ErrorBelow(0.0, radius=radius[after])) for after in sorted(radius))
+    return Schedule(exits, Translated()).with_threshold(threshold)
+
+
 def dtop(
     *,
     after: Iterable[int] = (6, 8),
@@ -597,7 +630,14 @@ def truncated(*, after: int) -> Schedule:
 
 
 def require_fits(
-    plan: Schedule, /, *, depth: int, after: Sequence[int], gives_masks: bool, translates: Collection[int] = ()
+    plan: Schedule,
+    /,
+    *,
+    depth: int,
+    after: Sequence[int],
+    gives_masks: bool,
+    translates: Collection[int] = (),
+    classes: int | None = None,
 ) -> None:
     """Raise a `TokenExitError` unless a model can follow a plan: what every adapter asks of the plans it is given.
 
@@ -607,10 +647,12 @@ def require_fits(
         after: Its blocks with an exit head.
         gives_masks: Whether its heads are mask heads.
         translates: Those of the blocks whose exit head translates.
+        classes: How many classes the heads tell apart; 0 for translators under a decoder, which read none. None: some.
 
     Raises:
-        TokenExitError: If it is no schedule, needs gates, or masks or translations of heads that give none, compares
-            scores that mask heads do not have, or has exits beyond the blocks, or without a head.
+        TokenExitError: If it is no schedule, needs gates, or masks, translations, foretold errors or classes of heads
+            that give none, compares scores that mask heads do not have, or has exits beyond the blocks, or without a
+            head.
     """
     _require_schedule(plan)
     needs = _needs(plan)
@@ -635,6 +677,16 @@ def require_fits(
     headless = [merge.after for merge in plan.merges if merge.agreed is not None and merge.after not in after]
     rule = f"ask for agreement only after blocks with an exit head, {list(after)}"
     require(not headless, "schedule", rule, headless)
+    read = {exit.after: exit.policy for exit in plan.exits}
+    merged = {merge.after: merge.agreed for merge in plan.merges if merge.agreed is not None}
+    asked = [(block, policy) for one in (read, merged) for block, policy in one.items()]
+    untold = sorted(block for block, policy in asked if "error" in policy.needs and block not in translates)
+    rule = "compare foretold errors only at exit heads that translate: wrap(..., exit_heads=heads.Translator())"
+    require(not untold, "schedule", rule, f"others after the blocks {untold}")
+    classed = sorted({block for block, policy in asked if classes == 0 and policy.asks_classes})
+    rule = "ask for no classes, where translators give none: compare foretold errors (policies.ErrorBelow), or give"
+    rule += " `exit_heads` with classes"
+    require(not classed, "schedule", rule, f"policies that do after the blocks {classed}")
     scored = [block for block in plan.read_after if block not in translates]
     rule = "carry Translated only with exit heads that translate: wrap(..., exit_heads=heads.Translator())"
     require(not isinstance(plan.carry, Translated) or not scored, "schedule", rule, f"others after the blocks {scored}")

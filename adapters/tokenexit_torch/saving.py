@@ -26,6 +26,7 @@ from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.gates.model import GatedModel
 from tokenexit_torch.heads import build
+from tokenexit_torch.hosts.given import Features, Reads
 from tokenexit_torch.hosts.protocol import Host
 from tokenexit_torch.hosts.registry import decoding_host_of, host_of
 from tokenexit_torch.semantic.model import SemanticModel, new_layers, together
@@ -65,7 +66,16 @@ def load(
 ) -> ExitingModel: ...
 @overload
 def load(
-    model: Any, folder: str | Path, /, *, kind: Literal["decoder"], exit_heads: Modules = None
+    model: Any,
+    folder: str | Path,
+    /,
+    *,
+    kind: Literal["decoder"],
+    exit_heads: Modules = None,
+    taps: Blocks = None,
+    decoder: nn.Module | None = None,
+    features: Features | None = None,
+    reads: Reads | None = None,
 ) -> DecodingModel: ...
 @overload
 def load(
@@ -102,19 +112,26 @@ def load(
     exit_heads: Modules = None,
     gates: Modules = None,
     taps: Blocks = None,
+    decoder: nn.Module | None = None,
+    features: Features | None = None,
+    reads: Reads | None = None,
 ) -> ExitingModel | DecodingModel | GatedModel | SemanticModel:
     """Wrap a model with exits, gates or semantic layers that were saved, here or by the JAX adapter.
 
     Args:
         model: The model to wrap, as for the `wrap*` that made what was saved.
         folder: Where `save` wrote it.
-        kind: What to load: `exits`, as by `wrap`; `decoder`, exits as by `wrap_decoder`; `gates`; or `semantic`. If
-            left out, what the folder holds, exits as by `wrap`. Named, a type checker also infers what is returned.
+        kind: What to load: `exits`, as by `wrap` with a head; `decoder`, exits as by `wrap_decoder`, or by `wrap` with
+            a decoder; `gates`; or `semantic`. If left out, what the folder holds, exits as by `wrap` with a head.
+            Named, a type checker also infers what is returned.
         head: Your final head, if you gave one when exits were saved, or if there is one beside gates.
         exit_heads: Modules for the exit heads, if you gave modules when they were saved; their weights are loaded into
             them.
         gates: Modules for the gates, likewise.
-        taps: With gates: after how many blocks maps are handed out; the last if left out.
+        taps: With gates, or a decoder of yours: after how many blocks maps are handed out; the last if left out.
+        decoder: Your decoder, if you gave one to `wrap`.
+        features: What it reads, as for `wrap`.
+        reads: Likewise.
 
     Returns:
         The wrapped model; heads, gates and layers that are built anew are in the dtype and on the device of `model`.
@@ -124,6 +141,7 @@ def load(
             folder holds several kinds and none is named, or an option is given that is for another kind.
     """
     options = {"head": head, "exit_heads": exit_heads, "gates": gates, "taps": taps}
+    options |= {"decoder": decoder, "features": features, "reads": reads}
     return folders.load_by_kind(_LOADERS, model, folder, kind, options)
 
 
@@ -137,12 +155,30 @@ def _load_exits(model: Any, folder: str | Path, /, *, head: Head = None, exit_he
     return _with_saved(wrapped, saved, file)
 
 
-def _load_decoder(model: Any, folder: str | Path, /, *, exit_heads: Modules = None) -> DecodingModel:
+def _load_decoder(
+    model: Any,
+    folder: str | Path,
+    /,
+    *,
+    exit_heads: Modules = None,
+    taps: Blocks = None,
+    decoder: nn.Module | None = None,
+    features: Features = "normalised",
+    reads: Reads = "patches",
+) -> DecodingModel:
     saved, file = manifest.read(folder, "exits")
     rule = "hold exits of a model with a decoder of its own"
     require(not saved.built_head, "folder", rule, "a final head as well, for kind='exits'")
-    chosen = _chosen(saved, file, "exits", decoding_host_of(model), exit_heads, "exit_heads")
-    wrapped = wrap_decoder(model, dense(after=saved.after), exit_heads=chosen, num_classes=saved.classes)
+    host = decoding_host_of(model) if decoder is None else host_of(model)
+    chosen = _chosen(saved, file, "exits", host, exit_heads, "exit_heads")
+    plan, options = dense(after=saved.after), {"exit_heads": chosen, "num_classes": saved.classes or None}
+    if decoder is None:
+        wrapped = wrap_decoder(model, plan, **options)
+    else:
+        tapped = None if taps is None else tuple(taps)
+        wrapped = wrap(model, plan, decoder=decoder, taps=tapped, features=features, reads=reads, **options)
+    rule = f"be the taps of the saved translators, {saved.taps}"
+    require(saved.taps in ((), wrapped.taps), "taps", rule, wrapped.taps)
     return _with_saved(wrapped, saved, file)
 
 
@@ -181,7 +217,8 @@ def _described(model: Any) -> tuple[Kind, HeadManifest | SemanticManifest, nn.Mo
             built = isinstance(model, ExitingModel) and model.built_head
             after = tuple(int(block) for block in model.exit_heads)
             sizes = model.classes, model.host.width, model.depth
-            saved = HeadManifest(model.schedule, after, model.head_plan, built, *sizes, model.fitted)
+            taps = model.taps if isinstance(model, DecodingModel) and model.translated_after else ()
+            saved = HeadManifest(model.schedule, after, model.head_plan, built, *sizes, model.fitted, taps)
             return "exits", saved, _exit_modules(model)
         case GatedModel():
             after, width, depth = tuple(int(block) for block in model.gates), model.host.width, model.depth
@@ -230,14 +267,19 @@ def _require_saved(saved: HeadManifest | SemanticManifest, file: Path, kind: Kin
 
 def _planned(saved: HeadManifest | SemanticManifest, kind: Kind) -> dict[str, Spec] | None:
     """Specs of the weights that a manifest describes, with no memory for them; None for the user's own modules."""
-    with torch.device("meta"):
-        if isinstance(saved, SemanticManifest):
+    if isinstance(saved, SemanticManifest):
+        with torch.device("meta"):
             return specs(together(*_new_layers(saved)).state_dict())
-        if saved.head_plan is None:
-            return None
-        plans = saved.head_plan, saved.head_plan.final
-        one, final = (build(plan, width=saved.width, classes=saved.classes) for plan in plans)
-    return manifest.head_specs(saved, kind, specs(one.state_dict()), specs(final.state_dict()))
+    plan, sizes = saved.head_plan, {"width": saved.width, "classes": saved.classes}
+    if plan is None:
+        return None
+
+    def described(plan: HeadPlan, targets: int = 1) -> dict[str, Spec]:
+        with torch.device("meta"):
+            return specs(build(plan, targets=targets, **sizes).state_dict())
+
+    final = described(plan.final) if saved.built_head else None
+    return manifest.head_specs(saved, kind, lambda targets: described(plan, targets), final)
 
 
 def _new_layers(saved: SemanticManifest) -> tuple[Any, Any]:

@@ -85,12 +85,13 @@ def wrap(
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
         num_classes: Builds a final head for so many classes, instead of `head`; under a decoder, how many classes exit
-            heads tell apart, if there are any.
+            heads tell apart, if there are any. Left out for translators under a decoder, which give none.
         exit_heads: A plan for the exit heads, or the heads themselves by the block they follow; some of these may be a
-            `heads.TokenTranslator`, whose tokens the final head reads.
+            `heads.TokenTranslator`, whose tokens the final head reads. Under a decoder all translate, or none; a plan
+            `heads.Translator` then gives a token for each tap behind the exit, and no class scores.
         decoder: Instead of a head, a module that reads feature maps: from `(images, width, grid_height, grid_width)`,
             or a list of such for several `taps`, to whatever it likes. Merged tokens are spread to all their places,
-            and tokens that have left are there with the features that they left with. The result is in
+            and tokens that have left are there with the features that they left with, or translations. The result is in
             `output.decoded`.
         taps: After how many blocks the decoder is given maps, ascending, the last after all; that alone if left out.
         features: Whether the decoder reads tokens behind the final norm, `normalised`, or as blocks leave them, `raw`.
@@ -105,7 +106,7 @@ def wrap(
             work on each token by itself, or a mask head on each image, some heads are mask heads and others not, or the
             self-check finds that running all tokens packed is not the dense model; if a head is given beside a
             decoder, or what belongs to a decoder without one; or if a head translates for a final head that does not
-            treat each token by itself, for a decoder, or not where the plan carries translations.
+            treat each token by itself, or not where the plan carries translations.
     """
     if decoder is not None:
         require(head is None, "head", "be left out beside a decoder", type(head).__name__)
@@ -174,9 +175,10 @@ def wrap_decoder(
     Args:
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
         schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
-            `schedule.dovit()` and `schedule.paumer()` do. Each of its exits gets a head.
-        exit_heads: A plan for the exit heads (all but `heads.ATM` and `heads.Translator`), or the heads themselves by
-            the block they follow, from `(tokens, width)` to `(tokens, classes)`, each token by itself.
+            `schedule.dovit()` and `schedule.paumer()` do, or `carries.Translated`, as `schedule.foretold()` does. Each
+            of its exits gets a head.
+        exit_heads: A plan for the exit heads (all but `heads.ATM`), or the heads themselves by the block they follow,
+            from `(tokens, width)` to `(tokens, classes)`, each token by itself; or all of them translators.
         num_classes: How many classes the exit heads tell apart; those of the model if left out. A model without
             classes, as of depth, needs it: bins of depth, for example.
 
@@ -202,7 +204,13 @@ def _with_decoder(
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     like, mode = next(host.module.parameters()), host.module.training
     asked: Any = host.classes if num_classes is None else num_classes
-    if asked is not None or schedule.read_after or isinstance(exit_heads, Mapping):
+    given = exit_heads.values() if isinstance(exit_heads, Mapping) else ()
+    translating = any(map(translates, given)) or (isinstance(exit_heads, HeadPlan) and exit_heads.translates)
+    if translating:
+        rule = "be left out for translators, which give no class scores under a decoder"
+        require(num_classes is None, "num_classes", rule, repr(num_classes))
+        asked = None
+    elif asked is not None or schedule.read_after or isinstance(exit_heads, Mapping):
         why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
         _require_count(asked, least=2, why=why)
     classes: int = asked or 0
@@ -210,15 +218,18 @@ def _with_decoder(
     if isinstance(exit_heads, Mapping):
         each = all(reads_of(head) != "images" for head in exit_heads.values())
         require(each, "exit_heads", "treat each token by itself", "a mask head")
-        scored = not any(map(translates, exit_heads.values()))
-        require(scored, "exit_heads", "give class scores under a decoder, which reads no single token", "a translator")
-        chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, "classes", host.width, like)
+        mixed = translating and not all(map(translates, exit_heads.values()))
+        require(not mixed, "exit_heads", "all translate under a decoder, or none", "some of each")
+        taps = host.taps
+        chosen = _given_heads(exit_heads, "exit_heads", len(host.blocks), classes, "classes", host.width, like, taps)
     else:
         each = isinstance(exit_heads, HeadPlan) and not exit_heads.gives_masks
         require(each, "exit_heads", "be a plan of tokenexit.heads that gives no masks", repr(exit_heads))
-        rule = "give class scores under a decoder, which reads no single token"
-        require(not exit_heads.translates, "exit_heads", rule, repr(exit_heads))
-        chosen = {after: _built(exit_heads, host.width, classes, like, mode) for after in schedule.read_after}
+        behind = {after: max(sum(tap > after for tap in host.taps), 1) for after in schedule.read_after}
+        chosen = {
+            after: _built(exit_heads, host.width, classes, like, mode, targets=targets)
+            for after, targets in behind.items()
+        }
     _require_apart({f"exit_heads[{after}]": one for after, one in chosen.items()}, host.module)
     wrapped = DecodingModel(host, schedule, chosen, classes, plan)
     # Not `train(mode)`, which would reach into the model and the heads that were given.
@@ -360,10 +371,12 @@ def ready(wrapped: SemanticModel, /) -> SemanticModel:
     return wrapped
 
 
-def _built(plan: HeadPlan, width: int, classes: int, like: Tensor, mode: bool) -> nn.Module:
+def _built(
+    plan: HeadPlan, width: int, classes: int, like: Tensor, mode: bool, *, targets: int = 1
+) -> nn.Module:
     """A new head in a training mode, beside the weights of the model; its own are drawn where they always are."""
     with torch.device("cpu"):
-        head = build(plan, width=width, classes=classes)
+        head = build(plan, width=width, classes=classes, targets=targets)
     return head.to(like).train(mode)
 
 
@@ -384,15 +397,25 @@ def _require_count(classes: Any, *, least: int, why: str = "") -> None:
 
 
 def _given_heads(
-    heads: Any, argument: str, depth: int, classes: int, alike: str, width: int, like: Tensor
+    heads: Any,
+    argument: str,
+    depth: int,
+    classes: int,
+    alike: str,
+    width: int,
+    like: Tensor,
+    taps: Sequence[int] = (),
 ) -> dict[int, nn.Module]:
     blocks = all(is_whole(after, least=1) and after < depth for after in heads)
     require(blocks, argument, f"have blocks from 1 to {depth - 1} as keys, for {depth} blocks", list(heads))
     for after, head in heads.items():
         one = f"{argument}[{after}]"
         require(isinstance(head, nn.Module), one, "be a torch.nn.Module", repr(head))
-        found, wanted = classes_of(head, width, like, one, least=1), width if translates(head) else classes
-        require(found == wanted, one, f"give {wanted} {'channels' if translates(head) else alike}", found)
+        found, wanted, what = classes_of(head, width, like, one, least=1), classes, alike
+        if translates(head):
+            behind = max(sum(tap > after for tap in taps), 1)
+            wanted, what = width * behind, "channels" if behind == 1 else f"channels, for the {behind} taps behind it"
+        require(found == wanted, one, f"give {wanted} {what}", found)
     return dict(heads)
 
 

@@ -174,14 +174,16 @@ def test_a_head_that_looks_around_reads_twice_the_channels():
 def test_a_translator_costs_itself_and_the_final_norm_and_head_on_what_it_gives(norm):
     count, hidden = Counter(norm), 6
     x = count.linear((3, 4), 4)
-    x = count.linear(count.linear(count.norm(x), hidden), 4)
+    inside = count.linear(count.norm(x), hidden)
+    x = count.linear(inside, 4)
+    count.linear(inside, 1)
     final = cost.of_head(heads.MLP(5), width=4, classes=7, norm=norm)
     x = count.norm(x)
     count.linear(count.linear(count.norm(x), 5), 7)
     found = cost.of_head(heads.Translator(hidden), width=4, classes=7, norm=norm, final=final)
     assert found.multiply_adds(np.array([3])).tolist() == [count.total]
     every = cost.of_head(heads.Translator(), width=4, classes=7, final=cost.HeadCost(2, 3))
-    assert every == cost.HeadCost(5 * 4 * 4 + 2, 3)
+    assert every == cost.HeadCost(5 * 4 * 4 + 2 * 4 + 2, 3)
 
 
 def test_upsampling_is_counted_by_what_comes_out():

@@ -13,7 +13,7 @@ from tests.core.files import Files
 from tests.core.tables import CLASSES, Table, tables
 from tokenexit import TokenExitError
 from tokenexit.features import FINAL, TARGET
-from tokenexit.fitting import FitReport, HeldOut, Recipe, Standing, fit
+from tokenexit.fitting import FitReport, HeldOut, Missed, Recipe, Standing, fit
 
 RECIPE = Recipe(20, 6, 0.2, 0.0, 0.0, 5, 3)
 HELD = replace(RECIPE, held_out=0.4)
@@ -74,7 +74,10 @@ class Toy:
     def measure(self, chunks, /):
         pass
 
-    def errors(self, rows, /):
+    def foretold(self, chunks, /):
+        pass
+
+    def missed(self, rows, /):
         return {}
 
     def state(self):
@@ -93,14 +96,19 @@ class Toy:
 class Imitating(Toy):
     """The same; the second of its heads translates, and misses as much as the first number of a row."""
 
-    measured = 0
+    measured = corrected = 0
 
     def measure(self, chunks, /):
         assert self.taken == 0
         self.measured = sum(len(rows[TARGET]) for rows in chunks)
 
-    def errors(self, rows, /):
-        return {2: float(np.abs(rows["1"][:, 0]).sum())}
+    def foretold(self, chunks, /):
+        assert self.model is not None
+        self.corrected = sum(len(rows[TARGET]) for rows in chunks)
+
+    def missed(self, rows, /):
+        far = np.abs(rows["1"][:, :2]).sum(axis=0).tolist()
+        return {2: {3: Missed(far[0], far[1]), 4: Missed(far[1], 2 * far[1])}}
 
 
 class Noise(Table):
@@ -293,10 +301,17 @@ def test_translators_see_all_rows_before_and_the_report_has_what_they_miss_of_th
     toy, report = fitted(HELD, toy=Imitating(), cache=cache)
     rows = np.concatenate([Table().rows(batch)[0]["1"] for batch in BATCHES])
     assert toy.measured == report.patches
-    assert report.error == {2: pytest.approx(np.abs(rows[: report.patches, 0]).mean())}
-    assert report.held_out.error == {2: pytest.approx(np.abs(rows[report.patches :, 0]).mean())}
+    assert toy.corrected == report.held_out.patches
+    for found, part in ((report, rows[: report.patches]), (report.held_out, rows[report.patches :])):
+        far = np.abs(part[:, :2]).mean(axis=0)
+        one, other = found.missed[2].values()
+        assert list(found.missed[2]) == [3, 4]
+        assert (one.error, one.variance) == (pytest.approx(far[0]), pytest.approx(far[1]))
+        assert (other.error, other.variance) == (pytest.approx(far[1]), pytest.approx(2 * far[1]))
     _, plain = fitted(HELD, cache=cache)
-    assert (plain.error, plain.held_out.error) == ({}, {})
+    assert (plain.missed, plain.held_out.missed) == ({}, {})
+    toy, _ = fitted(replace(HELD, held_out=0.0), toy=Imitating(), cache=cache)
+    assert toy.corrected == 0
     assert plain.agreement == report.agreement
 
 
@@ -309,11 +324,15 @@ def test_a_report_is_read_in_words():
         "  after block 3: on 90.0% of the patches fitted, 50.0% of those held out\n"
         "  after block 6: on 95.4% of the patches fitted, 75.0% of those held out"
     )
-    error = replace(report, error={6: 0.0814}, held_out=replace(report.held_out, error={6: 0.2}))
-    assert str(error) == str(report) + (
-        "\nOf the variance of the last block's tokens, translators miss:\n"
-        "  after block 6: 0.081 of the patches fitted, 0.200 of those held out"
+    held = replace(report.held_out, missed={6: {12: Missed(0.2, 0.7)}})
+    translating = replace(report, missed={6: {12: Missed(0.0814, 0.913)}}, held_out=held)
+    missed = (
+        "\nOf the variance of the tokens that are read later, translators miss:\n"
+        "  after block 6, of those of block 12: 0.081, 0.200 held out; they have 0.91 of their variance"
     )
+    assert str(translating) == str(report) + missed
+    alone = replace(translating, agreement={}, held_out=None)
+    assert str(alone).splitlines()[2:] == [line.replace(", 0.200 held out", "") for line in missed.splitlines()[1:]]
     plain = str(FitReport({3: 0.9}, 2400, 100, 350, 350, False, None))
     assert "held out: none." in plain
     assert plain.endswith("after block 3: on 90.0% of the patches fitted")

@@ -57,7 +57,7 @@ price.repacking(blocks[:, 5], 1, after=6, per_moved_element=0.5).batch_pays
 cost.token_blocks(blocks, slots=3)
 plan = manifest.HeadManifest(schedule.dovit(), (2, 5, 8), heads.MLP(), True, 3, 8, 12)
 assert manifest.from_dict(manifest.to_dict(plan), "exits") == plan
-specs = manifest.head_specs(plan, "exits", {"0.bias": weights.Spec((3,), "float32")})
+specs = manifest.head_specs(plan, "exits", lambda _: {"0.bias": weights.Spec((3,), "float32")})
 weights.require_specs("folder", manifest.weights_rule("exits"), specs, specs)
 assert adapting.is_whole(3)
 assert sealed.unseal(sealed.seal(manifest.to_dict(plan))) == manifest.to_dict(plan)

@@ -282,7 +282,7 @@ def test_exits_gates_and_semantic_tokens_lie_side_by_side_and_kind_chooses(saved
     with pytest.raises(TokenExitError, match="`kind` must be given for a folder that .* exits and gates and semantic"):
         tet.load(vit, saved)
     with pytest.raises(
-        TokenExitError, match="`taps` must be left out for kind='exits': it is for kind='gates', got tu"
+        TokenExitError, match="`taps` must be left out for kind='exits': it is for kind='decoder' or 'gates', got tu"
     ):
         tet.load(vit, saved, kind="exits", taps=(2,))
 

@@ -210,7 +210,8 @@ def test_translators_are_fitted_to_tokens_of_the_last_block_and_nothing_else_cha
     error, agreement = missed(model, images)
     for after in (2, 4):
         assert error[after] < 0.2 * before[after]
-        assert report.error[after] == pytest.approx(error[after], rel=1e-3)
+        assert report.missed[after][6].error == pytest.approx(error[after], rel=1e-3)
+        assert 0.5 < report.missed[after][6].variance < 1.05
         assert report.agreement[after] == pytest.approx(agreement[after], abs=1e-6)
         assert agreement[after] > 0.8
     assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
@@ -222,8 +223,8 @@ def test_a_fit_leaves_images_held_out_alone_and_reports_what_is_missed_of_them()
     images = models.images(12)
     model, report = fitted(images, held_out=0.25, check_every=50)
     error, _ = missed(model, images[:9])
-    assert report.error == {after: pytest.approx(value, rel=1e-3) for after, value in error.items()}
-    assert all(report.held_out.error[after] > value for after, value in report.error.items())
+    assert {after: taps[6].error for after, taps in report.missed.items()} == pytest.approx(error, rel=1e-3)
+    assert all(report.held_out.missed[after][6].error > taps[6].error for after, taps in report.missed.items())
     assert "translators miss" in str(report)
 
 
@@ -235,7 +236,7 @@ def test_half_precision_and_inference_mode_are_no_obstacle(dtype):
         model = tet.wrap(vit.to(dtype), schedule.dense(after=(2,)), num_classes=5, exit_heads=Translator()).eval()
         report = tet.fit_exits(model, models.images(6).to(dtype), steps=60, patches_per_step=64, progress=iter)
     assert all(p.dtype == dtype and p.isfinite().all() for p in model.exit_heads.parameters())
-    assert report.error[2] < 0.5
+    assert report.missed[2][6].error < 0.5
 
 
 @pytest.mark.parametrize("cache", ["disk", None])
@@ -267,7 +268,7 @@ def test_rows_that_were_kept_without_the_last_block_are_refused(tmp_path):
 def test_translators_are_fitted_to_the_dense_pass_on_tokens_as_they_merge():
     images = models.pictures(12)
     model, report = fitted(images, MERGING, steps=60)
-    assert list(report.error) == list(report.agreement) == [2, 4]
+    assert list(report.missed) == list(report.agreement) == [2, 4]
     plain, _ = fitted(images, steps=60)
     assert not torch.equal(plain.exit_heads["4"].skip.weight, model.exit_heads["4"].skip.weight)
     with torch.inference_mode():
@@ -305,7 +306,7 @@ def test_some_heads_may_translate_and_others_not():
     assert model.translated_after == (2,)
     report = tet.fit_exits(model, models.images(4), steps=20, patches_per_step=32, progress=iter)
     assert list(report.agreement) == [2, 4]
-    assert list(report.error) == [2]
+    assert list(report.missed) == [2]
     with pytest.raises(
         TokenExitError, match=r"carry Translated only with exit heads that .*others after the blocks \[4\]"
     ):
@@ -329,9 +330,16 @@ class Decoder(nn.Module):
      r"`exit_heads\[2\]` must translate for a final head that treats each token by itself, got TokenTranslator beside N"),
     (lambda v: tet.wrap(v, PLAN, head=TokenTranslator(48, 8), exit_heads=Translator()), "`head` must translate for a final"),
     (lambda v: tet.wrap(v, schedule.dense(after=(2,)), decoder=Decoder(), num_classes=3, exit_heads=Translator()),
-     r"`exit_heads` must give class scores under a decoder, which reads no single token, got Translator\(hidden=None\)"),
-    (lambda v: tet.wrap(v, schedule.dense(), decoder=Decoder(), num_classes=3, exit_heads={2: TokenTranslator(48, 8)}),
-     "`exit_heads` must give class scores under a decoder, which reads no single token, got a translator"),
+     "`num_classes` must be left out for translators, which give no class scores under a decoder, got 3"),
+    (lambda v: tet.wrap(v, schedule.dense(), decoder=Decoder(),
+                        exit_heads={2: TokenTranslator(48, 8), 4: nn.Linear(48, 3)}),
+     "`exit_heads` must all translate under a decoder, or none, got some of each"),
+    (lambda v: tet.wrap(v, schedule.dense(), decoder=Decoder(), taps=(3, 6), exit_heads={2: TokenTranslator(48, 8)}),
+     r"`exit_heads\[2\]` must give 96 channels, for the 2 taps behind it, got 48"),
+    (lambda v: tet.wrap(v, PLAN, decoder=Decoder(), exit_heads=Translator()),
+     r"`schedule` must ask for no classes, .*policies that do after the blocks \[2, 4\]"),
+    (lambda v: tet.wrap(v, schedule.foretold(radius={2: 1}), num_classes=5),
+     r"`schedule` must compare foretold errors only at exit heads that translate: .*got others after the blocks \[2\]"),
     (lambda v: tet.wrap(v, PLAN, decoder=Decoder(), num_classes=3), "`schedule` must carry Translated only with exit heads"),
     (lambda v: tet.wrap_gates(v, gates=Translator()), "`gates` must be a plan of tokenexit.heads that treats each token by"),
     (lambda v: tet.wrap_gates(v, schedule.svit(after=(2,)), gates={2: TokenTranslator(48, 8)}),

@@ -13,7 +13,7 @@ from tokenexit.merging import Merged
 
 __all__ = ["DIRECTIONS", "Evidence"]
 
-DIRECTIONS = {name: score.direction for name, score in scores.SCORES.items()} | {"gate": "below"}
+DIRECTIONS = {name: score.direction for name, score in scores.SCORES.items()} | {"gate": "below", "error": "below"}
 """For every score by its name, on which side of a threshold a token is easy: `above` or `below`."""
 
 
@@ -29,10 +29,12 @@ class Evidence:
         class_scores: Instead of logits, scores of every class that are not a softmax's, the greatest of which is the
             confidence: those of an ATM head (`scores.mask_scores`).
         gate: Learned probability that the token is kept; with it alone, there need be no class scores.
+        error: Error that a translator foretells for itself (`heads.Translator`), relative to each channel's variance;
+            with it alone, there need be no class scores.
         image: Image of every token; left out, all tokens are of one image.
         images: How many images the batch has; needed with `image`, and 1 without it.
-        grid: Height and width of the patch grid; needed by `NeighboursAgree` and `Budget`.
-        position: Place of every token in the grid, row by row; needed by `NeighboursAgree`.
+        grid: Height and width of the patch grid; needed by `NeighboursAgree`, `ErrorBelow` and `Budget`.
+        position: Place of every token in the grid, row by row; needed by `NeighboursAgree` and `ErrorBelow`.
         valid: Which entries hold a token that runs; given, every image has the same number of entries.
         layout: How the entries lie. `grid`: they are all places of the grid, image after image, and what does not run
             has the class scores that it left with, NaN if it was never read. `row`: any others, in any order.
@@ -44,12 +46,15 @@ class Evidence:
         settled_label: For the layout `row`, predicted class of the tokens that have left, at their place in the grid;
             -1 for the others.
         settled_score: The confidence that they left with.
+        settled_error: For the layout `row`, the error that was foretold of the tokens that have left, at their place in
+            the grid; NaN for the others.
     """
 
     logits: Float[Array, "tokens classes"] | None = None
     _: KW_ONLY
     class_scores: Float[Array, "tokens classes"] | None = None
     gate: Float[Array, "tokens"] | None = None
+    error: Float[Array, "tokens"] | None = None
     image: Int[Array, "tokens"] | None = None
     images: int | None = None
     grid: tuple[int, int] | None = None
@@ -62,6 +67,7 @@ class Evidence:
     previous: Int[Array, "exits tokens"] | None = None
     settled_label: Int[Array, "images positions"] | None = None
     settled_score: Float[Array, "images positions"] | None = None
+    settled_error: Float[Array, "images positions"] | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes.
@@ -73,12 +79,12 @@ class Evidence:
         require(
             self.logits is None or self.class_scores is None, "class_scores", "be given instead of `logits`", "both"
         )
-        require(self.any_scores is not None, "logits", "be given, or `class_scores` or `gate` instead", "nothing")
+        require(self.any_scores is not None, "logits", "be given, or `class_scores`, `gate` or `error`", "nothing")
         _require_classes(self.logits, "logits", 2, f"two classes ({scores.ONE})")
         _require_classes(self.class_scores, "class_scores", 1, "one class")
         tokens, images = self.tokens, self.images or 1
         row = f"have one entry for each of the {tokens} tokens"
-        for name in ("gate", "image", "position", "valid", "protected"):
+        for name in ("gate", "error", "image", "position", "valid", "protected"):
             _require_shape(getattr(self, name), name, (tokens,), row)
         require(self.image is None or self.images is not None, "images", "be given with `image`", self.images)
         seen = None if self.previous is None else self.previous.shape[0]
@@ -90,19 +96,26 @@ class Evidence:
         require(both, "settled_score", "be given exactly if `settled_label` is", "one without the other")
         places = None if self.grid is None else self.grid[0] * self.grid[1]
         rule = f"have shape (images, positions) for images={self.images} and grid={self.grid}"
-        for name in ("settled_label", "settled_score"):
+        for name in ("settled_label", "settled_score", "settled_error"):
             _require_shape(getattr(self, name), name, (self.images, places), rule)
         require(self.layout in ("row", "grid"), "layout", "be `row` or `grid`", repr(self.layout))
         require(self.merged is None or self.layout == "grid", "merged", "be given in the layout `grid` alone", "`row`")
         if self.layout == "grid":
             rule = f"be `row` for {tokens} entries, images={self.images} and grid={self.grid}"
             require(self.images is not None and tokens == self.images * (places or 0), "layout", rule, "`grid`")
-            require(self.settled_label is None, "settled_label", "be left out in the layout `grid`", "some")
+            for name in ("settled_label", "settled_error"):
+                require(getattr(self, name) is None, name, "be left out in the layout `grid`", "some")
 
     @property
     def any_scores(self) -> Array | None:
-        """Logits, class scores or gate: the first of them that is given."""
-        return next((one for one in (self.logits, self.class_scores, self.gate) if one is not None), None)
+        """Logits, class scores, gate or error: the first of them that is given."""
+        given = (self.logits, self.class_scores, self.gate, self.error)
+        return next((one for one in given if one is not None), None)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there are class scores."""
+        return self.logits is not None or self.class_scores is not None
 
     @property
     def tokens(self) -> int:
@@ -122,7 +135,8 @@ class Evidence:
     def _table(self) -> Array:
         table = self.logits if self.class_scores is None else self.class_scores
         if table is None:
-            raise TokenExitError("`evidence` must have logits or class_scores for this policy, got a gate alone")
+            given = " and ".join(name for name in ("gate", "error") if getattr(self, name) is not None)
+            raise TokenExitError(f"`evidence` must have logits or class_scores for this policy, got {given} alone")
         return table
 
     @lazy
@@ -182,32 +196,34 @@ class Evidence:
 
     @lazy
     def known(self) -> Bool[Array, "tokens"]:
-        """Mask of tokens for which the confidence, and the gate if there is one, is not NaN."""
+        """Mask of tokens for which what is given of confidence, gate and error is not NaN."""
         xp = array_namespace(self.any_scores)
-        known = [self.confidence] if self.logits is not None or self.class_scores is not None else []
-        known += [] if self.gate is None else [self.gate]
-        able = ~xp.isnan(known[0])
-        return able if len(known) == 1 else able & ~xp.isnan(known[1])
+        given = [self.confidence] if self.has_classes else []
+        given += [one for one in (self.gate, self.error) if one is not None]
+        first, *others = (~xp.isnan(one) for one in given)
+        for one in others:
+            first = first & one
+        return first
 
     def score(self, name: str, /) -> Float[Array, "tokens"]:
         """A score of every token, by its name.
 
         Args:
-            name: One of `DIRECTIONS`: `confidence`, `entropy`, `margin` or `gate`.
+            name: One of `DIRECTIONS`: `confidence`, `entropy`, `margin`, `gate` or `error`.
 
         Raises:
             TokenExitError: If the evidence does not have what the score is computed from.
         """
         known = {"confidence": lambda: self.confidence, "entropy": lambda: self.entropy, "margin": lambda: self.margin}
-        if name == "gate":
-            return self._gate
+        if name in ("gate", "error"):
+            return self._given(name)
         return known[name]() if name in known else scores.SCORES[name].of(self._logits(name))
 
     def hardness(self, score: str, /) -> Float[Array, "tokens"]:
         """Hardness of every token by one of the scores: the harder, the greater; NaN is the hardest of all.
 
         Args:
-            score: One of `DIRECTIONS`: `confidence`, `entropy`, `margin` or `gate`.
+            score: One of `DIRECTIONS`: `confidence`, `entropy`, `margin`, `gate` or `error`.
 
         Raises:
             TokenExitError: If the evidence does not have what the score is computed from.
@@ -217,12 +233,12 @@ class Evidence:
         xp = array_namespace(value)
         return xp.where(xp.isnan(value), xp.inf, value)
 
-    @property
-    def _gate(self) -> Array:
-        if self.gate is None:
-            raise TokenExitError("`evidence` must have gate for a policy that looks at it, got none")
-        xp = array_namespace(self.gate)
-        return xp.astype(self.gate, xp.float32)
+    def _given(self, name: str) -> Array:
+        found: Array | None = getattr(self, name)
+        if found is None:
+            raise TokenExitError(f"`evidence` must have {name} for a policy that looks at it, got none")
+        xp = array_namespace(found)
+        return xp.astype(found, xp.float32)
 
 
 def _require_classes(table: Array | None, name: str, least: int, many: str) -> None:

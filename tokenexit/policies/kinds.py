@@ -1,5 +1,6 @@
 """Kinds of exit policies: thresholds of scores, budgets, patience, and neighbourhoods that agree."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ from tokenexit._array import Array, array_namespace, comparable, filled, is_arra
 from tokenexit._grid import lay_out, uniform
 from tokenexit._plain import is_whole
 from tokenexit.errors import TokenExitError, require
-from tokenexit.merging import whole_entries
+from tokenexit.merging import spread, whole_entries
 from tokenexit.policies.evidence import DIRECTIONS, Evidence
 from tokenexit.policies.policy import COMPOSED, PerClass, Policy, ThresholdPolicy, contest, is_numeric
 from tokenexit.retention import rank_in_group
@@ -21,6 +22,7 @@ __all__ = [
     "Budget",
     "ConfidenceAbove",
     "EntropyBelow",
+    "ErrorBelow",
     "GateBelow",
     "MarginAbove",
     "NeighboursAgree",
@@ -94,7 +96,7 @@ class Budget(Policy):
     Attributes:
         keep: What may stay of the patches that an image had at first: a float, or an array without axes of that kind,
             is a fraction in [0, 1], rounded to the nearest number of tokens; an int is that number.
-        by: By what the easiest are known: `confidence`, `entropy`, `margin` or `gate`.
+        by: By what the easiest are known: `confidence`, `entropy`, `margin`, `gate` or `error`.
     """
 
     ranks: ClassVar[bool] = True
@@ -189,7 +191,70 @@ class Patience(Policy):
 
 
 @dataclass(frozen=True, repr=False)
-class NeighboursAgree(_OfScore):
+class _OfSquares(_OfScore):
+    """A threshold that the square of places around a token must pass with it: a vote for each place, one for all."""
+
+    radius: int = 1
+
+    def _reads(self) -> frozenset[str]:
+        return super()._reads() | {"images", "grid", "position"}
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
+        """
+        super().__post_init__()
+        require(is_whole(self.radius), "radius", "be a whole number from 0 to 2147483647", repr(self.radius))
+
+    @abstractmethod
+    def votes(self, evidence: Evidence, passing: Bool[Array, "tokens"], /) -> Int[Array, "tokens"]:
+        """What every token votes for, and, in the layout `grid`, those that have left; -1 is no vote."""
+
+    @abstractmethod
+    def settled_votes(self, evidence: Evidence, /) -> Int[Array, "images positions"] | None:
+        """In the layout `row`, what the tokens that have left vote for; -1 elsewhere; None if none is known."""
+
+    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
+        """See `Policy.leaves`."""
+        passing = super().leaves(evidence)
+        if self.radius == 0:
+            return passing
+        if evidence.grid is None or evidence.images is None or evidence.position is None:
+            lacking = [name for name in ("images", "grid", "position") if getattr(evidence, name) is None]
+            kind, lacking = type(self).__name__, ", ".join(lacking)
+            raise TokenExitError(f"`evidence` must have images, grid and position for {kind}, got none of {lacking}")
+        votes = self.votes(evidence, passing)
+        xp = array_namespace(passing)
+        if evidence.layout == "grid":
+            votes = votes if evidence.protected is None else xp.where(evidence.protected, -1, votes)
+            return passing & self._agreed(votes, evidence)
+        height, width = evidence.grid
+        places = evidence.images * height * width
+        inside = (evidence.position >= 0) & (evidence.position < height * width)
+        inside = inside & evidence.eligible
+        place = evidence.position if evidence.image is None else evidence.image * height * width + evidence.position
+        place = xp.where(inside, place, places)
+        settled = self.settled_votes(evidence)
+        if settled is None:
+            settled = filled((places,), -1, votes, dtype=votes.dtype)
+        settled = xp.reshape(xp.astype(settled, votes.dtype), (places,))
+        agreed = self._agreed(lay_out(votes, place, settled), evidence)
+        return passing & take_or(agreed, place, inside, xp.zeros_like(passing))
+
+    def _agreed(self, votes: Array, evidence: Evidence) -> Array:
+        """Whether the square around every place of the grid votes for one thing."""
+        xp = array_namespace(votes)
+        maps = xp.reshape(votes, (evidence.images, *(evidence.grid or ())))
+        agreed = uniform(maps, radius=self.radius)
+        if evidence.merged is not None:  # an entry leaves only if all its tokens would
+            agreed = whole_entries(xp.reshape(agreed, evidence.merged.running.shape), evidence.merged)
+        return xp.reshape(agreed, votes.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class NeighboursAgree(_OfSquares):
     """A token leaves if the grid around it predicts the same class, and is confident too.
 
     New in this library. Early exits hurt at the boundaries of things; this rule lets only their interior go. Tokens
@@ -204,68 +269,69 @@ class NeighboursAgree(_OfScore):
 
     score: ClassVar[str | None] = "confidence"
     direction: ClassVar[Literal["above", "below"] | None] = "above"
-    radius: int = 1
 
-    def _reads(self) -> frozenset[str]:
-        return frozenset({"confidence", "images", "grid", "position"})
+    def votes(self, evidence: Evidence, passing: Bool[Array, "tokens"], /) -> Int[Array, "tokens"]:
+        """The predicted class of what is confident."""
+        return _voting(evidence.label, passing)
 
-    def __post_init__(self) -> None:
-        """Check the fields.
+    def settled_votes(self, evidence: Evidence, /) -> Int[Array, "images positions"] | None:
+        """The predicted class of what has left confident."""
+        if evidence.settled_label is None or evidence.settled_score is None:
+            return None
+        limit = self.limit(evidence, label=evidence.settled_label)
+        return _voting(evidence.settled_label, evidence.settled_score > limit)
 
-        Raises:
-            TokenExitError: If the threshold is not in [0, 1] or the radius is not a whole number from 0 up.
-        """
-        super().__post_init__()
-        require(is_whole(self.radius), "radius", "be a whole number from 0 to 2147483647", repr(self.radius))
 
-    def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
-        """See `Policy.leaves`."""
-        confident = super().leaves(evidence)
-        if self.radius == 0:
-            return confident
-        if evidence.grid is None or evidence.images is None or evidence.position is None:
-            lacking = [name for name in ("images", "grid", "position") if getattr(evidence, name) is None]
-            raise TokenExitError(
-                f"`evidence` must have images, grid and position for NeighboursAgree, got none of {', '.join(lacking)}"
-            )
-        votes = self._votes(evidence.label, confident)
-        xp = array_namespace(confident)
-        if evidence.layout == "grid":
-            votes = votes if evidence.protected is None else xp.where(evidence.protected, -1, votes)
-            return confident & self._agreed(votes, evidence)
-        height, width = evidence.grid
-        places = evidence.images * height * width
-        inside = (evidence.position >= 0) & (evidence.position < height * width)
-        inside = inside & evidence.eligible
-        place = evidence.position if evidence.image is None else evidence.image * height * width + evidence.position
-        place = xp.where(inside, place, places)
-        absent = filled((places,), -1, votes, dtype=votes.dtype)
-        if evidence.settled_label is not None and evidence.settled_score is not None:
-            settled = evidence.settled_label
-            limit = self.limit(evidence, label=settled)
-            absent = xp.astype(self._votes(settled, evidence.settled_score > limit), votes.dtype)
-        agreed = self._agreed(lay_out(votes, place, xp.reshape(absent, (places,))), evidence)
-        return confident & take_or(agreed, place, inside, xp.zeros_like(confident))
+@dataclass(frozen=True, repr=False)
+class ErrorBelow(_OfSquares):
+    """A token leaves if its translator foretells a small error, and for the grid around it too.
 
-    def _agreed(self, votes: Array, evidence: Evidence) -> Array:
-        """Whether the square around every place of the grid votes for one class."""
-        xp = array_namespace(votes)
-        maps = xp.reshape(votes, (evidence.images, *(evidence.grid or ())))
-        agreed = uniform(maps, radius=self.radius)
-        if evidence.merged is not None:  # an entry leaves only if all its tokens would
-            agreed = whole_entries(xp.reshape(agreed, evidence.merged.running.shape), evidence.merged)
-        return xp.reshape(agreed, votes.shape)
+    New in this library: it asks for no class, so that it serves any task. Exit heads are to translate
+    (`heads.Translator`). Tokens that have left hold no neighbour back: their error was small enough for their own exit,
+    and thresholds commonly fall from exit to exit. A place of the grid about which nothing is known does; what lies
+    beyond the edge of the grid does not.
 
-    @staticmethod
-    def _votes(label: Array, confident: Array) -> Array:
-        """The class of what is confident, and -1 for the rest, which matches no class."""
-        xp = array_namespace(label)
-        return xp.where(confident, label, -1)
+    Related: Co-Me (CVPR 2026) distils a confidence for merging in networks of geometry.
+
+    Attributes:
+        threshold: Squared error relative to the variance of each channel, in [0, 1], below which the token and all its
+            neighbours must be: 0 for what later blocks make of a token, 1 for the mean of all tokens.
+        radius: The neighbourhood is the square of 2 radius + 1 places around the token; 0 is the token alone.
+    """
+
+    score: ClassVar[str | None] = "error"
+    direction: ClassVar[Literal["above", "below"] | None] = "below"
+
+    def votes(self, evidence: Evidence, passing: Bool[Array, "tokens"], /) -> Int[Array, "tokens"]:
+        """Zero for what passes, and for what has left."""
+        xp = array_namespace(passing)
+        if evidence.layout == "grid" and evidence.valid is not None:
+            runs, merged = evidence.valid, evidence.merged
+            if merged is not None:  # a token that belongs to an entry runs as long as that does
+                shape = merged.running.shape
+                runs = xp.reshape(spread(xp.reshape(runs, shape), merged.owner), (runs.shape[0],))
+            passing = passing | (~runs & ~xp.isnan(evidence.score("error")))
+        return xp.astype(passing, xp.int32) - 1
+
+    def settled_votes(self, evidence: Evidence, /) -> Int[Array, "images positions"] | None:
+        """Zero for what has left."""
+        settled = evidence.settled_error
+        if settled is None:
+            return None
+        xp = array_namespace(settled)
+        return xp.astype(~xp.isnan(settled), xp.int32) - 1
+
+
+def _voting(label: Array, confident: Array) -> Array:
+    """The class of what is confident, and -1 for the rest, which matches no class."""
+    xp = array_namespace(label)
+    return xp.where(confident, label, -1)
 
 
 KINDS: Mapping[str, type[Policy] | type[PerClass]] = {
     "ConfidenceAbove": ConfidenceAbove,
     "EntropyBelow": EntropyBelow,
+    "ErrorBelow": ErrorBelow,
     "MarginAbove": MarginAbove,
     "GateBelow": GateBelow,
     "NeighboursAgree": NeighboursAgree,

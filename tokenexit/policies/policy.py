@@ -14,6 +14,7 @@ from tokenexit._plain import is_whole
 from tokenexit.errors import require
 from tokenexit.policies.evidence import Evidence
 from tokenexit.retention import rank_in_group, top_k_per_group
+from tokenexit.scores import SCORES
 
 __all__ = ["COMPOSED", "PerClass", "Policy", "Threshold", "ThresholdPolicy", "always", "contest", "is_numeric", "never"]
 
@@ -200,6 +201,11 @@ class Policy(ABC):
         return frozenset(own.union(*(one.directions for one in self._inside)))
 
     @property
+    def asks_classes(self) -> bool:
+        """Whether this policy, or one inside it, reads class scores."""
+        return not self.needs.isdisjoint(SCORES)
+
+    @property
     def needs(self) -> frozenset[str]:
         """The scores, and other fields of `Evidence`, that this policy and those inside it read."""
         return frozenset(self._reads().union(*(one.needs for one in self._inside)))
@@ -239,6 +245,10 @@ class ThresholdPolicy(Policy, ABC):
             scalar = is_array(threshold) and tuple(cast(Array, threshold).shape) == () and is_numeric(threshold)
             ok = scalar or isinstance(threshold, PerClass)
             require(ok, "threshold", "be a number in [0, 1], an array without axes or PerClass", threshold)
+
+    def _reads(self) -> frozenset[str]:
+        # The predicted class says which threshold is a token's.
+        return super()._reads() | (frozenset({"confidence"}) if isinstance(self.threshold, PerClass) else frozenset())
 
     @abstractmethod
     def value(self, evidence: Evidence, /) -> Float[Array, "tokens"]:
@@ -382,8 +392,8 @@ class _Minimum(Policy):
     def leaves(self, evidence: Evidence, /) -> Bool[Array, "tokens"]:
         leave = self.policy(evidence)
         xp = array_namespace(leave)
-        by = "gate" if evidence.logits is None and evidence.class_scores is None else "confidence"
-        hardness = evidence.hardness(by)
+        others = [name for name in ("gate", "error") if getattr(evidence, name) is not None]
+        hardness = evidence.hardness("confidence" if evidence.has_classes else others[0])
         # First those that stay anyhow, then the hardest of the others: of these, none is as hard.
         most = xp.finfo(hardness.dtype).max
         order = xp.where(leave, xp.where(hardness > most, most, hardness), xp.inf)

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from tokenexit.adapting import require_fits
 from tokenexit.cost import Cost, HeadCost
@@ -103,12 +104,20 @@ class WithExits(Planned, Generic[AnyHost]):
         """Final norm and head, which read what translators give; None without a head. Not public."""
         return None
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """After how many blocks the tokens of all images are read."""
+        return (self.depth,)
+
+    def finished(self, tokens: Float[Tensor, "*tokens dim"], /) -> Float[Tensor, "*tokens dim_out"]:
+        """Tokens as what reads them does: behind the final norm, if it does. Not public."""
+        return self.host.finish(tokens)
+
     def checked(self, schedule: Schedule, /) -> Schedule:
         """The plan, after a check that the model can follow it."""
         after = [int(block) for block in self.exit_heads]
-        require_fits(
-            schedule, depth=self.depth, after=after, gives_masks=self.gives_masks, translates=self.translated_after
-        )
+        options = {"gives_masks": self.gives_masks, "translates": self.translated_after, "classes": self.classes}
+        require_fits(schedule, depth=self.depth, after=after, **options)
         return schedule
 
     def _cost(self, output: Output | DecodedOutput) -> Cost:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenexit.area import Area
-from tokenexit.carries import Feature
+from tokenexit.carries import Feature, Translated
 from tokenexit.errors import require
 from tokenexit.heads import HeadPlan
 from tokenexit.schedule import Schedule
@@ -24,6 +24,7 @@ from tokenexit_torch.exits.forward import State, exit_depth, merged_size, on_gri
 from tokenexit_torch.exits.outputs import DecodedOutput
 from tokenexit_torch.heads.reading import head_input
 from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.given import GivenDecoder
 from tokenexit_torch.hosts.protocol import Embedded, area_of, embedded_by, require_covered
 
 __all__ = ["DecodingModel"]
@@ -36,7 +37,7 @@ class DecodingModel(WithExits[DecodingHost]):
         host: The host of the wrapped model.
         model: The wrapped model itself, its weights shared.
         exit_heads: The exit heads, by the block they follow, as a string.
-        classes: How many classes the exit heads tell apart.
+        classes: How many classes the exit heads tell apart; 0 if they translate, or there are none.
         head_plan: The plan that built the exit heads; None if they were given as modules.
     """
 
@@ -54,10 +55,20 @@ class DecodingModel(WithExits[DecodingHost]):
     def checked(self, schedule: Schedule, /) -> Schedule:
         """A plan, after a check that the model can follow it: leavers carry features. Not public."""
         super().checked(schedule)
-        rejoin = not schedule.active or isinstance(schedule.carry, Feature)
-        rule = "carry features, which rejoin for the decoder: dataclasses.replace(schedule, carry=carries.Feature())"
+        rejoin = not schedule.active or isinstance(schedule.carry, Feature | Translated)
+        carry = "Translated" if self.translated_after else "Feature"
+        rule = f"carry features, which rejoin for the decoder: dataclasses.replace(schedule, carry=carries.{carry}())"
         require(rejoin, "schedule", rule, repr(schedule.carry))
         return schedule
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """See `WithExits.taps`."""
+        return tuple(self.host.taps)
+
+    def finished(self, tokens: Float[Tensor, "*tokens dim"], /) -> Float[Tensor, "*tokens dim_out"]:
+        """See `WithExits.finished`; a model's own decoder reads tokens as blocks leave them."""
+        return self.host.finished(tokens) if isinstance(self.host, GivenDecoder) else tokens
 
     def forward(
         self,
@@ -79,7 +90,7 @@ class DecodingModel(WithExits[DecodingHost]):
         Raises:
             TokenExitError: If the images do not fit the model, or the plan does not.
         """
-        return _packed_output(run_pass(self, images, schedule, taps=self.host.taps), images, inputs)
+        return _packed_output(run_pass(self, images, schedule, taps=self.taps), images, inputs)
 
     def every_exit(
         self, images: Float[Tensor, "images channels height width"]
@@ -94,8 +105,10 @@ class DecodingModel(WithExits[DecodingHost]):
 
         Raises:
             TokenExitError: If the images do not fit the model, or patches do not cover them exactly, which losses on
-                the logits of patches take for granted.
+                the logits of patches take for granted; or if exit heads translate, and give no class scores.
         """
+        rule = "have exit heads that give class scores"
+        require(not self.translated_after, "model", rule, f"translators after the blocks {list(self.translated_after)}")
         embedded = embedded_by(self.host, images, patch=self.patch)
         require_covered(area_of(embedded, images))
         patches, _ = self._trace(embedded)
@@ -108,6 +121,24 @@ class DecodingModel(WithExits[DecodingHost]):
         embedded = embedded_by(self.host, images, patch=self.patch)
         patches, taken = self._trace(embedded)
         return patches, self.host.decode(taken, embedded, images), area_of(embedded, images), embedded.grid
+
+    def patches_at_taps(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> tuple[
+        dict[int, Float[Tensor, "images patches channels_out"]],
+        Float[Tensor, "images patches classes"],
+        Area | None,
+        tuple[int, int],
+    ]:
+        """What translators read, scores of no class, area and grid, if nothing leaves, without a decoder. Not public.
+
+        Patches at all taps come with what exit heads read, side by side, by the number of the last block.
+        """
+        embedded = embedded_by(self.host, images, patch=self.patch)
+        patches, taken = self._trace(embedded)
+        every = torch.cat([taken[tap][:, embedded.prefix :] for tap in self.taps], dim=-1)
+        area = area_of(embedded, images)
+        return patches | {self.depth: every}, every.new_zeros(*every.shape[:2], 0), area, embedded.grid
 
     def multiply_adds(self, output: DecodedOutput) -> Int[Tensor, "images"]:
         """Multiply-adds that a call has executed before the decoder, exit heads and patch embedding included.

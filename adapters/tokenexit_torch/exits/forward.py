@@ -75,6 +75,7 @@ class Fixed:
         embedded: The images as tokens.
         area: The area of the images that the grid covers; None if it is the whole of them.
         masks: Whether the ledger keeps masks.
+        taps: After how many blocks something reads the tokens of all images, ascending.
     """
 
     model: WithExits[Any]
@@ -85,6 +86,7 @@ class Fixed:
     embedded: Embedded
     area: Area | None
     masks: bool
+    taps: tuple[int, ...]
 
     @property
     def feature(self) -> Feature | Translated | None:
@@ -168,6 +170,7 @@ def start(
         TokenExitError: If the images or the plan do not fit the model.
     """
     plan = model.schedule if schedule is None else model.checked(schedule)
+    taps = tuple(taps)
     stages = plan.stages(model.depth, taps=taps, heads=heads)
     after = [stage.stop for stage in stages if stage.exit is not None or stage.merge is not None]
     layout.require_room(after)
@@ -175,7 +178,7 @@ def start(
         require_not_traced(type(model).__name__)
     embedded = embedded_by(model.host, images, patch=model.patch)
     masks = isinstance(plan.carry, MaskPrediction) or (heads == "all" and model.gives_masks)
-    fixed = Fixed(model, plan, stages, layout, heads, embedded, area_of(embedded, images), masks)
+    fixed = Fixed(model, plan, stages, layout, heads, embedded, area_of(embedded, images), masks, taps)
     folds = fixed.feature is not None and fixed.feature.fold_above is not None
     rule = "have fold_above=None for a model without prefix tokens"
     require(not folds or embedded.prefix > 0, "schedule", rule, plan.carry)
@@ -200,13 +203,13 @@ def finish_stage(state: State, stage: Stage, ran: Tensor, /) -> State:
     receipt = None if state.row is None else state.row.receipt
     held = receipt.lengths if isinstance(receipt, Selection) else None
     state = replace(state, tokens=ran, counts=(*state.counts, Counts(stage.stop - stage.start, lengths, held)))
+    if stage.tap:  # what leaves or merges here is still there
+        state = replace(state, tapped={**state.tapped, stage.stop: restored(state, stage.stop)})
     if stage.exit is not None and state.runs:
         state = exit_point(as_row(state), stage)
-    if stage.tap:  # what merges here is still apart
-        state = replace(state, tapped={**state.tapped, stage.stop: restored(state)})
     if stage.merge is not None and state.runs:
         state = merge_point(as_row(state), stage)
-    return rejoin(state) if stage.rejoin else state
+    return rejoin(state, stage.stop) if stage.rejoin else state
 
 
 def exit_point(state: State, stage: Stage, /) -> State:
@@ -416,22 +419,32 @@ def _batch(state: State, every: Tensor) -> State:
     return replace(state, merged=None, rejoined=state.merged or state.rejoined)
 
 
-def restored(state: State, /) -> Float[Tensor, "images slots dim"]:
-    """All tokens of all images, exited ones with the features they left with."""
+def restored(state: State, at: int, /) -> Float[Tensor, "images slots dim"]:
+    """All tokens of all images after a block, exited ones with the features they left with, or for it."""
     if state.row is None:
         return state.tokens
     rows, receipt = state.tokens[0].unflatten(0, state.row.receipt.layout), state.row.receipt
     if state.ledger is not None and state.ledger.features is not None:
-        every = ledger.rejoin(state.ledger, receipt, rows)
+        every = ledger.rejoin(_for_tap(state.ledger, state.fixed.taps, rows.shape[-1], at), receipt, rows)
     else:  # nothing could leave
         count, slots, dim = state.fixed.embedded.tokens.shape
         every = tokens.scatter(rows, receipt, into=rows.new_zeros(count, slots, dim))
     return every if state.merged is None else merging.spread(every, state.merged.owner)
 
 
-def rejoin(state: State, /) -> State:
-    """All tokens of all images run on, as a plain batch."""
-    return state if state.row is None else _batch(state, restored(state))
+def _for_tap(book: Ledger, taps: Sequence[int], dim: int, at: int) -> Ledger:
+    """A ledger with the features that tokens left for a tap, of those for all taps after the first exit."""
+    assert book.features is not None
+    if book.features.shape[-1] == dim:
+        return book
+    behind = sum(tap > at for tap in taps)
+    stop = book.features.shape[-1] - behind * dim
+    return replace(book, features=book.features[..., stop - dim : stop])
+
+
+def rejoin(state: State, at: int, /) -> State:
+    """All tokens of all images run on after a block, as a plain batch."""
+    return state if state.row is None else _batch(state, restored(state, at))
 
 
 def read_running(state: State, head: Any, /) -> tuple[State, Ledger]:

@@ -74,7 +74,7 @@ def apply_head(
         lengths: Entries of each image in the row.
         grid: Height and width of the patch grid.
         prefix: Tokens of an image that come before its patches. A mask head does not read them.
-        final: What reads what a translator gives.
+        final: What reads what a translator gives; None under a decoder: then there are no class scores.
 
     Returns:
         The output, in the layout of the receipt.
@@ -86,11 +86,15 @@ def apply_head(
     if isinstance(head, MaskHead):
         return _masks(head, row, receipt, lengths, prefix)
     if isinstance(head, TokenTranslator):
-        assert final is not None
-        finish, last = final
-        translated = head(row).to(row.dtype)
-        output = apply_head(last, finish(translated), receipt, lengths=lengths, grid=grid, prefix=prefix)
-        return replace(output, features=translated.unflatten(0, receipt.layout))
+        translated, log_error = head.foretell(row)
+        translated = translated.to(row.dtype)
+        if final is None:
+            output = HeadOutput(row.new_zeros(*receipt.layout, 0))
+        else:
+            finish, last = final
+            output = apply_head(last, finish(translated), receipt, lengths=lengths, grid=grid, prefix=prefix)
+        features, error = (one.unflatten(0, receipt.layout) for one in (translated, log_error.exp()))
+        return replace(output, features=features, error=error)
     if isinstance(head, NeighbourhoodHead):
         laid = row.reshape(*receipt.layout, row.shape[-1])
         row = surroundings.beside_running(laid, receipt, grid=grid, radius=head.radius).flatten(0, -2)
@@ -137,10 +141,14 @@ def apply_head_dense(
 ) -> HeadOutput:
     """Output of a head for all patches of a batch."""
     if isinstance(head, TokenTranslator):
-        assert final is not None
-        finish, last = final
-        translated = head(patches).to(patches.dtype)
-        return replace(apply_head_dense(last, finish(translated), grid=grid), features=translated)
+        translated, log_error = head.foretell(patches)
+        translated = translated.to(patches.dtype)
+        if final is None:
+            output = HeadOutput(patches.new_zeros(*patches.shape[:2], 0))
+        else:
+            finish, last = final
+            output = apply_head_dense(last, finish(translated), grid=grid)
+        return replace(output, features=translated, error=log_error.exp())
     if not isinstance(head, MaskHead):
         return HeadOutput(head(head_input(head, patches, grid=grid)))
     images, places, _ = patches.shape
@@ -162,5 +170,5 @@ def head_input(
 def detached(output: HeadOutput, /) -> HeadOutput:
     """The same output as constants."""
     masks = (None if part is None else part.detach() for part in (output.mask_logits, output.presence_logits))
-    features = None if output.features is None else output.features.detach()
-    return HeadOutput(output.logits.detach(), output.class_scores, *masks, features=features)
+    features, error = (None if part is None else part.detach() for part in (output.features, output.error))
+    return HeadOutput(output.logits.detach(), output.class_scores, *masks, features=features, error=error)

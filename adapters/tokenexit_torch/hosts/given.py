@@ -88,6 +88,14 @@ class GivenDecoder:
         """See `DecodingHost`: the final norm is the decoder's part."""
         return tokens
 
+    def finished(self, tokens: Float[Tensor, "*tokens width"], /) -> Float[Tensor, "*tokens width"]:
+        """Tokens as the decoder reads them.
+
+        Args:
+            tokens: The tokens, as a block leaves them.
+        """
+        return self._host.finish(tokens) if self._features == "normalised" else tokens
+
     def dense(
         self, images: Float[Tensor, "images channels height width"], /
     ) -> Float[Tensor, "images slots channels_out"]:
@@ -118,10 +126,7 @@ class GivenDecoder:
         **inputs: Any,
     ) -> Any:
         """See `DecodingHost`: the decoder is handed the other inputs by name."""
-        maps = [taken[tap] for tap in self.taps]
-        if self._features == "normalised":
-            maps = [self._host.finish(one) for one in maps]
-        return self._read(maps, embedded, inputs)
+        return self._read([self.finished(taken[tap]) for tap in self.taps], embedded, inputs)
 
     def _read(self, maps: Sequence[Tensor], embedded: Embedded, inputs: Mapping[str, Any]) -> Any:
         (height, width), prefix = embedded.grid, embedded.prefix

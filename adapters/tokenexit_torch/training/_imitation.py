@@ -1,52 +1,56 @@
-"""What translators are fitted to: tokens of the last block, as the final norm and the final head read them."""
+"""What translators are fitted to: tokens of later blocks, as what reads them does."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenexit_torch.heads.reading import Final
-from tokenexit_torch.hosts.protocol import Host
+from tokenexit_torch.exits.base import WithExits
 
-__all__ = ["Imitation"]
+__all__ = ["Imitation", "log_worst"]
+
+FLOOR = 1e-6
+"""Least error whose logarithm is foretold: a translation that is right to the last bit has none."""
 
 
 class Imitation:
-    """The final norm and head of a network in float32, and the variance of each channel between them.
+    """The final norm of a network, and its head if there is one, in float32, and the variance of each channel.
 
-    The network itself is left alone: its weights get no gradients, and may have been made in inference mode.
+    The network itself is left alone: its weights get no gradients, and may have been made in inference mode. Tokens of
+    several taps lie side by side along the channels.
 
     Args:
-        host: The network.
-        final: Its final norm and head.
+        model: The network.
     """
 
-    def __init__(self, host: Host, final: Final) -> None:
-        blocks = {id(weight) for block in host.blocks for weight in block.parameters()}
-        self._reader = _Reader(host.module, final)
+    def __init__(self, model: WithExits) -> None:
+        blocks = {id(weight) for block in model.host.blocks for weight in block.parameters()}
+        self.taps, self._dim = model.taps, model.host.width
+        self._reader = _Reader(model.host.module, model.finished, None if model.final is None else model.final[1])
         self._weights = {
             name: weight.detach().clone().float()
             for name, weight in self._reader.named_parameters(remove_duplicate=False)
             if id(weight) not in blocks
         }
-        self._variance: Tensor | None = None
+        self._mean = self._variance = torch.zeros(())
 
     def read(
-        self, tokens: Float[Tensor, "rows dim"], /
-    ) -> tuple[Float[Tensor, "rows dim_out"], Float[Tensor, "rows classes"]]:
-        """Tokens behind the final norm, and the class scores of the final head on them."""
+        self, tokens: Float[Tensor, "rows channels"], /
+    ) -> tuple[Float[Tensor, "rows taps dim_out"], Float[Tensor, "rows classes"] | None]:
+        """Tokens by tap as they are read, and the class scores of the final head on the last of them."""
+        tokens = tokens.unflatten(-1, (-1, self._dim))
         # Each name of a tied weight is there, so that they need not be looked for, which takes longer than the call.
         return torch.func.functional_call(self._reader, self._weights, (tokens,), tie_weights=False)
 
     @torch.no_grad()
-    def wish(self, last: Float[Tensor, "rows dim"], /) -> Float[Tensor, "rows dim_out"]:
-        """Tokens of the last block behind the final norm."""
+    def wish(self, last: Float[Tensor, "rows channels"], /) -> Float[Tensor, "rows taps dim_out"]:
+        """Tokens of all taps as they are read."""
         return self.read(last.float())[0]
 
     @torch.no_grad()
-    def measure(self, chunks: Iterable[Float[Tensor, "rows dim"]], /) -> None:
+    def measure(self, chunks: Iterable[Float[Tensor, "rows channels"]], /) -> None:
         """The variance of each channel over all rows, from pieces of them, one after the other (Chan et al., 1979)."""
         count = 0
         mean = squares = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -58,28 +62,45 @@ class Imitation:
             mean, count = mean + gap * (rows / total), total
         variance = squares / max(count, 1)
         # A channel that never changes must not weigh without bound.
-        self._variance = variance.clamp(min=1e-6 * float(variance.mean())).float().to(self._device)
+        least = 1e-6 * variance.mean(dim=-1, keepdim=True)
+        self._variance = variance.clamp(min=least).float().to(self._device)
+        self._mean = mean.float().to(self._device)
 
     def errors(
-        self, finished: Float[Tensor, "rows dim_out"], wish: Float[Tensor, "rows dim_out"], /
-    ) -> Float[Tensor, "rows"]:
-        """Squared errors behind the final norm, relative to each channel's variance, the mean over channels."""
-        assert self._variance is not None
-        return ((finished - wish).square() / self._variance).mean(dim=-1)
+        self, finished: Float[Tensor, "rows taps dim_out"], wish: Float[Tensor, "rows all_taps dim_out"], /
+    ) -> Float[Tensor, "rows taps"]:
+        """Squared errors as tokens are read, relative to each channel's variance, the mean over channels.
+
+        Args:
+            finished: Translations for the last of the taps.
+            wish: Tokens of all taps.
+        """
+        taps = finished.shape[1]
+        return ((finished - wish[:, -taps:]).square() / self._variance[-taps:]).mean(dim=-1)
+
+    def variance(self, finished: Float[Tensor, "rows taps dim_out"], /) -> Float[Tensor, "rows taps"]:
+        """Squared distances from the mean of what is wished for, relative to its variance, the mean over channels."""
+        taps = finished.shape[1]
+        return ((finished - self._mean[-taps:]).square() / self._variance[-taps:]).mean(dim=-1)
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._weights.values())).device
+        return next(self._reader.parameters()).device
+
+
+def log_worst(errors: Float[Tensor, "rows taps"], /) -> Float[Tensor, "rows"]:
+    """Logarithm of the greatest error of each row: what a translator foretells."""
+    return errors.detach().amax(dim=-1).clamp(min=FLOOR).log()
 
 
 class _Reader(nn.Module):
     """Final norm and head, as a module whose weights can be others for a call."""
 
-    def __init__(self, network: nn.Module, final: Final) -> None:
+    def __init__(self, network: nn.Module, finish: Callable[[Tensor], Tensor], head: nn.Module | None) -> None:
         super().__init__()
-        self._finish, head = final
-        self.network, self.head = network, copy.deepcopy(head).float().eval()
+        self._finish, self.network = finish, network
+        self.head = None if head is None else copy.deepcopy(head).float().eval()
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         finished = self._finish(tokens)
-        return finished, self.head(finished)
+        return finished, None if self.head is None else self.head(finished[:, -1])

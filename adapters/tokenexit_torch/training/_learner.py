@@ -11,16 +11,20 @@ from torch.nn import functional
 
 from tokenexit.errors import require
 from tokenexit.features import FINAL, LAST, TARGET, Rows
+from tokenexit.fitting import Missed
 from tokenexit_torch._files import fingerprint, require_weights, specs
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.heads.reading import translates
-from tokenexit_torch.training._imitation import Imitation
+from tokenexit_torch.training._imitation import Imitation, log_worst
 
 __all__ = ["Learner"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _GENERATOR = "generator"
+
+FORETELLING = 0.1
+"""Weight of the squared error of foretold logarithms: they must not cost the translations that they are about."""
 
 
 class Learner:
@@ -41,8 +45,7 @@ class Learner:
         self._heads = nn.ModuleDict(copy.deepcopy(self._own)).float().requires_grad_().train()
         self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=weight_decay)
         self._kept: dict[str, Tensor] | None = None
-        final, translating = model.final, any(map(translates, self._own.values()))
-        self._imitation = None if final is None or not translating else Imitation(model.host, final)
+        self._imitation = Imitation(model) if any(map(translates, self._own.values())) else None
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -83,6 +86,29 @@ class Learner:
         """Keep the weights as they are now."""
         self._kept = {name: value.clone() for name, value in self._heads.state_dict().items()}
 
+    @torch.no_grad()
+    def foretold(self, chunks: Iterable[Rows], /) -> None:
+        """Errors that translators foretell are those of images that they were not fitted to: a line through both."""
+        translators = {after: head for after, head in self._own.items() if translates(head)}
+        if self._imitation is None or not translators:
+            return
+        heads = nn.ModuleDict(translators)
+        told, found = {after: [] for after in translators}, {after: [] for after in translators}
+        with evaluating(heads):
+            for rows in chunks:
+                device = _device(heads)
+                wish = self._imitation.wish(rows[LAST].to(device))
+                for after, head in translators.items():
+                    translated, log_error = head.foretell(rows[after].to(device))
+                    finished, _ = self._imitation.read(translated.float())
+                    told[after].append(log_error.double())
+                    found[after].append(log_worst(self._imitation.errors(finished, wish)).double())
+        with torch.inference_mode(next(heads.parameters()).is_inference()), torch.no_grad():
+            for after, head in translators.items():
+                slope, offset = _line(torch.cat(told[after]), torch.cat(found[after]))
+                head.log_error.weight.mul_(slope)
+                head.log_error.bias.mul_(slope).add_(offset)
+
     def finish(self, digests: frozenset[str], /) -> None:
         """Put the weights that are kept, or the last ones, into the model."""
         heads, weights = nn.ModuleDict(self._own), self._heads.state_dict() if self._kept is None else self._kept
@@ -98,11 +124,12 @@ class Learner:
         final = rows[FINAL].to(_device(heads))
         with evaluating(heads):
             given = {int(after): self._scores(head, rows[after].to(final.device)) for after, head in heads.items()}
-        return {after: int((scores.argmax(dim=-1) == final).sum()) for after, scores in given.items()}
+        scored = {after: scores for after, scores in given.items() if scores is not None}
+        return {after: int((scores.argmax(dim=-1) == final).sum()) for after, scores in scored.items()}
 
     @torch.no_grad()
-    def errors(self, rows: Rows, /) -> dict[int, float]:
-        """The squared errors of the translators of the model, relative to each channel's variance, summed over rows."""
+    def missed(self, rows: Rows, /) -> dict[int, dict[int, Missed]]:
+        """What the translators of the model miss, by tap, summed over rows."""
         if self._imitation is None:
             return {}
         heads = nn.ModuleDict({after: head for after, head in self._own.items() if translates(head)})
@@ -111,7 +138,10 @@ class Learner:
         with evaluating(heads):
             for after, head in heads.items():
                 finished, _ = self._imitation.read(head(rows[after].to(device)).float())
-                found[int(after)] = float(self._imitation.errors(finished, wish).double().sum())
+                each = (self._imitation.errors(finished, wish), self._imitation.variance(finished))
+                sums = (one.double().sum(dim=0).tolist() for one in each)
+                taps = self._imitation.taps[-finished.shape[1] :]
+                found[int(after)] = {tap: Missed(*both) for tap, *both in zip(taps, *sums, strict=True)}
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -157,17 +187,29 @@ class Learner:
         last = None if self._imitation is None else self._imitation.wish(rows[LAST].to(device))
         found = []
         for after, head in self._heads.items():
-            given, error = head(rows[after].to(device).float()), 0.0
+            own = rows[after].to(device).float()
             if self._imitation is not None and last is not None and translates(head):
-                finished, given = self._imitation.read(given)
-                error = self._imitation.errors(finished, last)
-            found.append(functional.cross_entropy(given, wish, reduction="none") + error)
+                translated, log_error = head.foretell(own)
+                finished, given = self._imitation.read(translated)
+                errors = self._imitation.errors(finished, last)
+                loss = errors.mean(dim=-1) + FORETELLING * (log_error - log_worst(errors)).square()
+            else:
+                given, loss = head(own), 0.0
+            found.append(loss if given is None else loss + functional.cross_entropy(given, wish, reduction="none"))
         return torch.stack(found)
 
-    def _scores(self, head: nn.Module, tokens: Tensor) -> Tensor:
-        """Class scores of a head of the model, those of the final head on what a translator gives."""
+    def _scores(self, head: nn.Module, tokens: Tensor) -> Tensor | None:
+        """Class scores of a head of the model, those of the final head on what a translator gives; None without any."""
         given = head(tokens)
         return self._imitation.read(given.float())[1] if self._imitation is not None and translates(head) else given
+
+
+def _line(told: Float[Tensor, "rows"], found: Float[Tensor, "rows"]) -> tuple[float, float]:
+    """Slope and offset of the line of least squares; of a slope that is not negative, for larger is to mean larger."""
+    spread = told - told.mean()
+    squares = float(spread.square().sum())
+    slope = max(float((spread * found).sum()) / squares, 0.0) if squares > 0 else 1.0
+    return slope, float(found.mean()) - slope * float(told.mean())
 
 
 def _device(heads: nn.Module) -> torch.device:

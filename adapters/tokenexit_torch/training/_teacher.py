@@ -32,12 +32,13 @@ class Teacher:
         label_weight: What labels weigh in the target of a patch with a label on every pixel.
         ignore: Label of pixels that do not count.
         merges: How tokens merge before the heads, if they do.
+        keys: As what merged tokens are keys of attention (`Schedule.keys`).
     """
 
     def __init__(
-        self, model: WithExits, seen: Seen, *, label_weight: float, ignore: int, merges: Sequence[Merge] = ()
+        self, model: WithExits, seen: Seen, *, label_weight: float, ignore: int, merges: Sequence[Merge] = (), keys: str = "tokens"
     ) -> None:
-        self._merges = tuple(merges)
+        self._merges, self._keys = tuple(merges), keys
         require(0 <= label_weight <= 1, "label_weight", "be between 0 and 1", label_weight)
         self._model, self._seen = model, seen
         self._label_weight, self._ignore = label_weight, ignore
@@ -55,6 +56,7 @@ class Teacher:
             heads = [head for head in map(self._head_of, self._merges) if head is not None]
             weights = [value for head in heads for value in head.state_dict().values()]
             found["merges"] = f"{self._merges}, {fingerprint(weights)}"
+            found |= {} if self._keys == "tokens" else {"keys": self._keys}
         return found
 
     def _head_of(self, merge: Merge) -> nn.Module | None:
@@ -81,14 +83,17 @@ class Teacher:
             exits, scores, area, grid = self._seen(images)
         scores = scores.float()
         target = scores.softmax(dim=-1)
+        classes = target.shape[-1]
         if label is not None:
-            known = {"classes": target.shape[-1], "ignore": self._ignore}
+            require(classes > 0, "images", "come without labels for translators that give no class scores", "labels")
+            known = {"classes": classes, "ignore": self._ignore}
             share = label_share(label.to(target.device), grid, area, **known)
             target = target + self._label_weight * (share - share.sum(dim=-1, keepdim=True) * target)
         finite = torch.stack([part.isfinite().all(dim=-1) for part in (scores, *exits.values())]).all(dim=0)
         depth = self._model.depth
         every = {LAST if after == depth else str(after): patches for after, patches in exits.items()}
-        every |= {TARGET: target, FINAL: scores.argmax(dim=-1).int()}
+        final = scores.argmax(dim=-1).int() if classes else torch.zeros_like(finite, dtype=torch.int32)
+        every |= {TARGET: target, FINAL: final}
         return {name: value[finite] for name, value in every.items()}, finite.sum(dim=1).tolist()
 
 

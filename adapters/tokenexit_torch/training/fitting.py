@@ -6,7 +6,7 @@ The predictions of the final head are the targets, or those of the model's own d
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
@@ -19,7 +19,7 @@ from tokenexit.area import Area
 from tokenexit.carries import Prediction
 from tokenexit.errors import require
 from tokenexit.fitting import FitReport, HeldOut, Recipe, fit
-from tokenexit.schedule import Merge, Schedule, measured
+from tokenexit.schedule import Schedule, measured
 from tokenexit_torch import _files
 from tokenexit_torch._images import in_batches
 from tokenexit_torch._modules import evaluating
@@ -36,6 +36,7 @@ __all__ = ["FitReport", "HeldOut", "fit_exits"]
 Targets = Callable[[Any], Float[Tensor, "images classes height width"]]
 Images = Float[Tensor, "_ channels _ _"]
 Labels = Integer[Tensor, "_ _ _"]
+Value = TypeVar("Value")
 
 
 def fit_exits(
@@ -139,10 +140,11 @@ def fit_exits(
                     state = None if resume is None else Path(resume) / f"after-{max(after)}"
                 teacher = Teacher(
                     model,
-                    _before_heads(model, seen, after, merges),
+                    _before_heads(model, seen, after, Schedule(merges=merges, keys=plan.keys)),
                     label_weight=label_weight,
                     ignore=ignore,
                     merges=merges,
+                    keys=plan.keys,
                 )
                 learner = Learner(model, generator, weight_decay=weight_decay, after=after)
                 options = {"store": _files, "progress": progress}
@@ -168,16 +170,16 @@ def _phases(model: ExitingModel | DecodingModel) -> list[list[int]]:
 
 
 def _before_heads(
-    model: ExitingModel | DecodingModel, seen: Seen, after: Sequence[int], merges: tuple[Merge, ...]
+    model: ExitingModel | DecodingModel, seen: Seen, after: Sequence[int], merging: Schedule
 ) -> Seen:
     """What heads read where tokens have merged before them; the targets are those of a pass without merges."""
 
     def read(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:
         exits, scores, area, grid = seen(images)
         last = {model.depth: exits[model.depth]} if model.depth in exits else {}
-        if not merges:
+        if not merging.merges:
             return {block: exits[block] for block in after} | last, scores, area, grid
-        tapped, prefix = taps_of(model, images, Schedule(merges=merges), after)
+        tapped, prefix = taps_of(model, images, merging, after)
         heads = {block: model.exit_heads[str(block)] for block in after}
         patches = {block: head_input(head, tapped[block][:, prefix:], grid=grid) for block, head in heads.items()}
         return patches | last, scores, area, grid
@@ -191,19 +193,19 @@ def _together(reports: Sequence[FitReport]) -> FitReport:
     held = last.held_out
     if held is not None:
         parts = [report.held_out for report in reports if report.held_out is not None]
-        agreement, error = _union(part.agreement for part in parts), _union(part.error for part in parts)
-        held = replace(held, agreement=agreement, error=error)
+        agreement, missed = _union(part.agreement for part in parts), _union(part.missed for part in parts)
+        held = replace(held, agreement=agreement, missed=missed)
     return replace(
         last,
         agreement=_union(report.agreement for report in reports),
         steps=sum(report.steps for report in reports),
         stopped_early=any(report.stopped_early for report in reports),
         held_out=held,
-        error=_union(report.error for report in reports),
+        missed=_union(report.missed for report in reports),
     )
 
 
-def _union(parts: Iterable[dict[int, float]]) -> dict[int, float]:
+def _union(parts: Iterable[dict[int, Value]]) -> dict[int, Value]:
     return {block: value for part in parts for block, value in part.items()}
 
 
@@ -222,6 +224,9 @@ def _seen(model: ExitingModel | DecodingModel, targets: Targets | None) -> Seen:
 
 def _of_decoder(model: DecodingModel, targets: Targets | None) -> Seen:
     """Patches before every exit head of some images, and what the decoder predicts for them."""
+    if model.translated_after:  # nothing is asked of the decoder
+        require(targets is None, "targets", "be left out for translators, which give no class scores", repr(targets))
+        return model.patches_at_taps
     read = class_scores(model, targets, argument="targets")
 
     def seen(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:
