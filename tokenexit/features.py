@@ -23,6 +23,7 @@ __all__ = [
     "FINAL",
     "LAST",
     "TARGET",
+    "Batches",
     "Cached",
     "Draw",
     "FitData",
@@ -232,6 +233,68 @@ class Streamed:
 
 
 @dataclass(frozen=True, eq=False)
+class Batches:
+    """Images in small batches, in the order in which they come.
+
+    Attributes:
+        images: The batches that were given, the same ones every time.
+        teacher: The network.
+        sizes: How many images each of them holds.
+        fitted: How many images, from the first on, heads are fitted to.
+    """
+
+    images: Iterable[Any]
+    teacher: Teacher
+    sizes: Sequence[int]
+    fitted: int
+
+    def steps(self, size: int, since: int, /) -> Iterator[Any]:
+        """Batches of at most `size` images that heads are fitted to, one for each step, without end.
+
+        Args:
+            size: Images of a batch.
+            since: The step that the first batch is for.
+        """
+        turn = sum(1 for _ in self._cuts(size, 0, self.fitted))
+        found = islice(self._parts(size, 0, self.fitted), since % turn, None)
+        while True:
+            yield from found
+            found = self._parts(size, 0, self.fitted)
+
+    def fitted_to(self, size: int, /) -> Iterator[Any]:
+        """Batches of at most `size` images that heads are fitted to, once.
+
+        Args:
+            size: Images of a batch.
+        """
+        return self._parts(size, 0, self.fitted)
+
+    def held_out(self, size: int, /) -> Iterator[Any]:
+        """Batches of at most `size` images that are held out.
+
+        Args:
+            size: Images of a batch.
+        """
+        return self._parts(size, self.fitted, sum(self.sizes))
+
+    def _cuts(self, size: int, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """Which part of which batch comes next."""
+        first = 0
+        for number, count in enumerate(self.sizes):
+            low, high = max(start - first, 0), min(stop - first, count)
+            yield from ((number, slice(at, min(at + size, high))) for at in range(low, high, size))
+            first += count
+
+    def _parts(self, size: int, start: int, stop: int) -> Iterator[Any]:
+        batches, at, batch = iter(self.images), -1, None
+        for number, part in self._cuts(size, start, stop):
+            while at < number:
+                batch, at = next(batches, None), at + 1
+            require(batch is not None, "images", "give the same batches every time", f"{at} of {len(self.sizes)}")
+            yield self.teacher.part(batch, part)
+
+
+@dataclass(frozen=True, eq=False)
 class FitData:
     """Rows to fit heads to.
 
@@ -241,6 +304,7 @@ class FitData:
         images: How many images the heads are fitted to, and how many are held out.
         fingerprint: That of all images, and labels, in their batches.
         digests: Those of the images, held out or not: no certificate is to rest on these.
+        batches: The images themselves, for steps through a decoder.
     """
 
     fitted: Source
@@ -248,6 +312,7 @@ class FitData:
     images: tuple[int, int]
     fingerprint: str
     digests: frozenset[str]
+    batches: Batches
 
 
 def gathered(
@@ -303,7 +368,8 @@ def gathered(
         kept.clear()  # so that joining needs little more memory than the rows
         source = Cached(parts if isinstance(cache, Path) or not parts else [_joined(parts)])
     every = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    return FitData(source, Cached(others) if held > 0 else None, (fitted, held), every, frozenset(digests))
+    held_out, again = Cached(others) if held > 0 else None, Batches(batches, teacher, sizes, fitted)
+    return FitData(source, held_out, (fitted, held), every, frozenset(digests), again)
 
 
 def pixel_patches(

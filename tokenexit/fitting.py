@@ -38,6 +38,8 @@ class Recipe:
         held_out: Share of the images, the last ones, that heads are not fitted to: at least one, unless it is 0.
         check_every: After how many steps the loss on images held out is looked at, and the state written.
         patience: How many checks in a row without a lower loss end the fit.
+        decoder_steps: Steps after these, through the decoder, that are the last word: on what it makes of the tokens.
+        decoder_images: Images of each of them.
     """
 
     steps: int
@@ -47,6 +49,8 @@ class Recipe:
     held_out: float
     check_every: int
     patience: int
+    decoder_steps: int = 0
+    decoder_images: int = 2
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -54,7 +58,8 @@ class Recipe:
         Raises:
             TokenExitError: If a number is out of range.
         """
-        for name, least in (("steps", 1), ("patches_per_step", 2), ("check_every", 1), ("patience", 1)):
+        counts = (("steps", 1), ("patches_per_step", 2), ("check_every", 1), ("patience", 1))
+        for name, least in (*counts, ("decoder_steps", 0), ("decoder_images", 1)):
             value = getattr(self, name)
             require(is_whole(value, least=least), name, f"be at least {least}", value)
         require(0 <= self.held_out < 1, "held_out", "be at least 0 and less than 1", self.held_out)
@@ -66,6 +71,14 @@ class Recipe:
             step: How many steps are done.
         """
         return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    def decoder_rate_at(self, step: int, /) -> float:
+        """The learning rate of a step through the decoder: a tenth of that at first, falling in the same way.
+
+        Args:
+            step: How many of these steps are done.
+        """
+        return 0.1 * self.learning_rate * (1 + math.cos(math.pi * step / self.decoder_steps)) / 2
 
     def is_due(self, step: int, /) -> bool:
         """Whether it is time for a check.
@@ -84,11 +97,20 @@ class Standing:
         step: How many steps are done.
         checks_since: How many checks in a row found no lower loss.
         best: The lowest mean loss on images held out, and the step after which it was found; None before any check.
+        decoded: How many steps through the decoder are done.
+        before: The change of the decoder's output before the first of them.
     """
 
     step: int = 0
     checks_since: int = 0
     best: tuple[float, int] | None = None
+    decoded: int = 0
+    before: float = 0.0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights are kept beside the last ones."""
+        return self.best is not None and self.decoded == 0
 
     @property
     def kept_step(self) -> int:
@@ -119,18 +141,23 @@ class Standing:
         Raises:
             TokenExitError: If a field is missing, of another type, or out of range.
         """
-        names = {"step", "checks_since", "best"}
+        names = {"step", "checks_since", "best", "decoded", "before"}
         require(isinstance(data, dict) and set(data) == names, "where", f"have the keys {sorted(names)}", repr(data))
-        for name, most in (("step", recipe.steps), ("checks_since", recipe.patience)):
+        bounds = (("step", recipe.steps), ("checks_since", recipe.patience), ("decoded", recipe.decoder_steps))
+        for name, most in bounds:
             inside = is_whole(data[name]) and data[name] <= most
             require(inside, name, f"be a whole number from 0 to {most}", repr(data[name]))
+        before = data["before"]
+        number = isinstance(before, float) and math.isfinite(before)
+        require(number, "before", "be a finite number", repr(before))
+        ran = {"decoded": data["decoded"], "before": before}
         best = data["best"]
         if best is None:
-            return Standing(data["step"], data["checks_since"])
+            return Standing(data["step"], data["checks_since"], **ran)
         pair = isinstance(best, list) and len(best) == 2 and isinstance(best[0], float) and math.isfinite(best[0])
         pair = pair and is_whole(best[1]) and best[1] <= data["step"]
         require(pair, "best", f"be a loss and a step from 0 to {data['step']}", repr(best))
-        return Standing(data["step"], data["checks_since"], (best[0], best[1]))
+        return Standing(data["step"], data["checks_since"], (best[0], best[1]), **ran)
 
 
 @dataclass(frozen=True)
@@ -185,6 +212,28 @@ class Learner(Protocol):
         Args:
             rows: At least one row.
             rate: The learning rate.
+        """
+        ...
+
+    def step_decoded(self, rows: Rows, batch: Any, rate: float, /) -> None:
+        """Take a step on the change of the decoder's output for some images, beside the loss of rows.
+
+        Args:
+            rows: As for `step`.
+            batch: The images.
+            rate: The learning rate.
+        """
+        ...
+
+    def revert(self) -> None:
+        """Go on from the weights that are kept, if any are, which are kept no longer; the optimiser starts anew."""
+        ...
+
+    def changed(self, batch: Any, /) -> float:
+        """The change of the decoder's output for some images, by the loss of `step_decoded`, with the latest weights.
+
+        Args:
+            batch: The images.
         """
         ...
 
@@ -290,6 +339,8 @@ class FitReport:
         held_out: The same for images held out; None if there were none.
         missed: What each translator misses, by the block that it follows, and by the tap that it translates for: the
             last block, if a final head reads the tokens. Empty without any.
+        decoded: The mean loss of the decoder's output, beside that of the dense network, before and after the steps
+            through it: on images held out, or else on those fitted to. None without such steps.
     """
 
     agreement: dict[int, float]
@@ -300,6 +351,7 @@ class FitReport:
     stopped_early: bool
     held_out: HeldOut | None
     missed: dict[int, dict[int, Missed]] = field(default_factory=dict)
+    decoded: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         stopped = ", stopped early" if self.stopped_early else ""
@@ -320,6 +372,11 @@ class FitReport:
                 held = "" if self.held_out is None else f", {self.held_out.missed[after][tap].error:.3f} held out"
                 kept = f"they have {one.variance:.2f} of their variance"
                 lines.append(f"  after block {after}, of those of block {tap}: {one.error:.3f}{held}; {kept}")
+        if self.decoded is not None:
+            before, after = self.decoded
+            lines.append(
+                f"The decoder's output changes by {before:.4g} before the steps through it, {after:.4g} after."
+            )
         return "\n".join(lines)
 
 
@@ -366,10 +423,13 @@ def fit(
     learner.measure(data.fitted.chunks())
     first = Standing() if saved is None else saved.restored(learner, recipe)
     last = _run(learner, data, recipe, first, saved, progress)
+    decoded = None
+    if recipe.decoder_steps > 0:
+        last, decoded = _run_decoded(learner, data, recipe, last, saved, progress)
     learner.finish(data.digests)
     if data.held_out is not None:
         learner.foretold(data.held_out.chunks())
-    report = _report(learner, data, recipe, last)
+    report = replace(_report(learner, data, recipe, last), decoded=decoded)
     if saved is not None:
         with suppress(OSError):  # a later call goes on from the last step, to the same end
             saved.file.unlink(missing_ok=True)
@@ -404,7 +464,7 @@ class _Saved:
         require_metadata("resume", self.file, self.marks, found)
         try:
             standing = Standing.from_dict(json.loads(found.get(_WHERE, "")), recipe)
-            learner.restore(arrays, kept=standing.best is not None)
+            learner.restore(arrays, kept=standing.keeps)
         except (ValueError, RecursionError) as error:
             name = self.file.name
             raise TokenExitError(f"`resume` must hold a valid {name}, got {self.file}: {error}") from error
@@ -442,6 +502,45 @@ def _run(
             saved.write(learner, standing)
         raise
     return standing
+
+
+def _run_decoded(
+    learner: Learner,
+    data: FitData,
+    recipe: Recipe,
+    standing: Standing,
+    saved: _Saved | None,
+    progress: Progress,
+) -> tuple[Standing, tuple[float, float]]:
+    """Fit through the decoder, from the best weights so far, and write the state from time to time."""
+    if standing.decoded == 0:
+        learner.revert()
+    whole, size, done = True, recipe.decoder_images, standing.step + standing.decoded
+    draws = data.fitted.draws(recipe.patches_per_step, learner.draw, done)
+    batches = data.batches.steps(size, standing.decoded)
+    before = _changed(learner, data, size) if standing.decoded == 0 else standing.before
+    try:
+        for _ in progress(range(standing.decoded, recipe.decoder_steps)):
+            whole = False
+            rows, batch = next(draws), next(batches)
+            if rows[TARGET].shape[0] > 0:
+                learner.step_decoded(rows, batch, recipe.decoder_rate_at(standing.decoded))
+            standing = replace(standing, decoded=standing.decoded + 1, before=before)
+            whole = True
+            if saved is not None and standing.decoded % recipe.check_every == 0:
+                saved.write(learner, standing)
+    except (KeyboardInterrupt, SystemExit):
+        if whole and saved is not None and standing.decoded > 0:
+            saved.write(learner, standing)
+        raise
+    return standing, (before, _changed(learner, data, size))
+
+
+def _changed(learner: Learner, data: FitData, size: int) -> float:
+    """The mean change of the decoder's output, on images held out, or else on those fitted to."""
+    batches = data.batches.held_out(size) if data.images[1] else data.batches.fitted_to(size)
+    changes = [learner.changed(batch) for batch in batches]
+    return sum(changes) / len(changes)
 
 
 def _checked(learner: Learner, held_out: Cached, standing: Standing) -> Standing:

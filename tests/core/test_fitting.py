@@ -32,7 +32,7 @@ class Toy:
         self.heads = dict.fromkeys(exits, np.zeros((5, CLASSES)))
         self.kept, self.model, self.fitted = None, None, frozenset()
         self.draws, self.taken, self.fails_at, self.rates = np.random.default_rng(seed), 0, fails_at, []
-        self.after_step = {}
+        self.after_step, self.seen = {}, []
 
     def draw(self, rows, size, /):
         return self.draws.integers(0, rows, size)
@@ -55,6 +55,18 @@ class Toy:
     @staticmethod
     def wish(rows):
         return np.eye(CLASSES)[rows[FINAL]]
+
+    def step_decoded(self, rows, batch, rate, /):
+        assert self.kept is None
+        self.seen.append(float(np.nansum(batch)))
+        self.step({**rows, FINAL: (rows[FINAL] + len(batch)) % CLASSES}, rate)
+
+    def revert(self):
+        self.heads, self.kept = self.kept or self.heads, None
+
+    def changed(self, batch, /):
+        assert self.kept is None
+        return float(sum(np.abs(head).sum() for head in self.heads.values()) * len(batch))
 
     def loss(self, rows, /):
         return sum(-(self.wish(rows) * np.log(self.given(after, rows))).sum() for after in self.exits)
@@ -172,6 +184,54 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(recipe, cache, at, tmp_pa
     assert not (tmp_path / "fit" / "fit.safetensors").exists()
 
 
+DECODED = replace(HELD, decoder_steps=7, decoder_images=2)
+
+
+@pytest.mark.parametrize("recipe", [DECODED, replace(DECODED, held_out=0.0), replace(DECODED, patience=1)], ids=repr)
+@pytest.mark.parametrize("cache", ["memory", None])
+def test_steps_through_a_decoder_come_last_and_are_resumed(recipe, cache, tmp_path):
+    toy, report = fitted(recipe, cache=cache)
+    fitted_to, held = report.images, 8 - report.images
+    images = np.nan_to_num(np.concatenate(BATCHES))
+    sizes = [len(batch) for batch in BATCHES]
+    starts = [sum(sizes[:at]) + low for at, size in enumerate(sizes) for low in range(0, size, 2)]
+    stops = [min([s for s in starts if s > start] + [8]) for start in starts]
+    turn = [float(images[a : min(b, fitted_to)].sum()) for a, b in zip(starts, stops, strict=True) if a < fitted_to]
+    assert toy.seen == pytest.approx((turn * 7)[:7])
+    assert report.decoded is not None
+    assert report.decoded[1] > 0
+    assert "The decoder's output changes by" in str(report)
+    assert len(toy.rates) == report.steps + 7
+    last = toy.rates[-7:]
+    assert last[0] == pytest.approx(0.1 * recipe.learning_rate)
+    assert last == sorted(last, reverse=True)
+    plain, _ = fitted(replace(recipe, decoder_steps=0), cache=cache)
+    assert not same(toy, plain)
+    assert held == (3 if recipe.held_out else 0)
+
+    def stopped(loops):
+        seen = 0
+
+        def progress(loop):
+            nonlocal seen
+            seen += isinstance(loop, range)
+            for turn, item in enumerate(loop):
+                if isinstance(loop, range) and seen == 2 and turn == loops:
+                    raise Interrupted
+                yield item
+
+        return progress
+
+    options = {"cache": cache, "resume": tmp_path}
+    for at in (0, 3, 2):
+        with pytest.raises(Interrupted):
+            fitted(recipe, **options, progress=stopped(at))
+    again, resumed = fitted(recipe, **options)
+    assert len(again.rates) == 2
+    assert resumed == report
+    assert same(again, toy)
+
+
 def test_an_interrupt_within_a_step_costs_what_came_after_the_last_check(tmp_path):
     straight, report = fitted(HELD)
     with pytest.raises(Interrupted):
@@ -271,19 +331,23 @@ def test_the_best_check_is_the_first_of_the_lowest_loss(losses, every):
         ({"checks_since": 4}, "`checks_since` must be a whole number from 0 to 3, got 4"),
         ({"best": [math.nan, 1]}, "`best` must be a loss and a step from 0 to 5"),
         ({"best": [1.0, 6]}, "`best` must be a loss and a step from 0 to 5"),
+        ({"decoded": 1}, "`decoded` must be a whole number from 0 to 0, got 1"),
+        ({"before": math.nan}, "`before` must be a finite number, got nan"),
         ({"best": [1.0]}, "`best` must be a loss and a step from 0 to 5"),
         ({"more": 1}, "`where` must have the keys"),
     ],
 )
 def test_a_standing_that_cannot_be_is_refused(change, message):
     with pytest.raises(TokenExitError, match=message):
-        Standing.from_dict({"step": 5, "checks_since": 0, "best": None} | change, RECIPE)
+        Standing.from_dict({"step": 5, "checks_since": 0, "best": None, "decoded": 0, "before": 0.0} | change, RECIPE)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"decoder_steps": -1}, "`decoder_steps` must be at least 0, got -1"),
+        ({"decoder_images": 0}, "`decoder_images` must be at least 1, got 0"),
         ({"patches_per_step": 1}, "`patches_per_step` must be at least 2, got 1"),
         ({"check_every": 0}, "`check_every` must be at least 1, got 0"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),

@@ -210,7 +210,7 @@ def test_translators_are_fitted_to_tokens_of_the_last_block_and_nothing_else_cha
     report = tet.fit_exits(model, images, steps=250, patches_per_step=96, progress=iter)
     error, agreement = missed(model, images)
     for after in (2, 4):
-        assert error[after] < 0.2 * before[after]
+        assert error[after] < 0.25 * before[after]
         assert report.missed[after][6].error == pytest.approx(error[after], rel=1e-3)
         assert 0.5 < report.missed[after][6].variance < 1.05
         assert report.agreement[after] == pytest.approx(agreement[after], abs=1e-6)
@@ -529,3 +529,82 @@ def test_translations_for_a_decoder_are_exported(tmp_path):
     found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     for one, other in zip(found, wanted.decoded, strict=False):
         torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-4)
+
+
+class Blurred(nn.Module):
+    """A decoder that minds a few directions of its features alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.read = nn.Conv2d(48, 2, 3, padding=1)
+
+    def forward(self, maps):
+        return {"scores": 9 * self.read(maps).tanh(), "size": maps.shape[-1]}
+
+
+def blurred(loss=None, steps=0, **options):
+    torch.manual_seed(3)
+    plan = Schedule((Exit(2, Budget(0.4, by="error")),), Translated())
+    model = tet.wrap(models.timm_vit(), plan, decoder=Blurred(), exit_heads=Translator(24)).eval()
+    options = {"steps": 40, "patches_per_step": 96, "decoder_steps": steps, "decoder_loss": loss} | options
+    return model, tet.fit_exits(model, models.pictures(8), progress=iter, **options)
+
+
+def test_steps_through_the_decoder_change_its_output_less_and_the_network_not_at_all():
+    model, report = blurred(steps=30)
+    before, after = report.decoded
+    assert after < 0.9 * before
+    with torch.inference_mode():
+        images = models.pictures(8)
+        found, dense = (model(images, schedule=plan).decoded["scores"] for plan in (None, Schedule()))
+        pairs = zip(found.split(2), dense.split(2), strict=True)
+        wanted = [(one - other).square().mean() / other.var() for one, other in pairs]
+    assert after == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-3)
+    plain, _ = blurred()
+    own, other = (
+        {name: value for name, value in one.state_dict().items() if not name.startswith("exit_heads")}
+        for one in (model, plain)
+    )
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
+    assert all(one.grad is None and one.requires_grad for one in model.parameters())
+    _, by_mine = blurred(lambda found, dense: (found["scores"] - dense["scores"]).abs().mean(), steps=2)
+    assert by_mine.decoded[0] != pytest.approx(before)
+    for message, options in (
+        ("`decoder_loss` must give a tensor without axes", {"loss": lambda found, dense: 1.0, "steps": 1}),
+        ("`decoder_loss` must be given with `decoder_steps`, got 0", {"loss": lambda found, dense: 1.0}),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            blurred(**options)
+
+
+def test_an_interrupted_fit_through_the_decoder_ends_as_if_it_had_not_been(tmp_path):
+    def stopping_in_the_second(loop):
+        for turn, item in enumerate(loop):
+            if isinstance(loop, range) and len(loop) == 5 and turn == 3:
+                raise KeyboardInterrupt
+            yield item
+
+    def fit(progress, **options):
+        torch.manual_seed(3)
+        plan = Schedule((Exit(2, Budget(0.4, by="error")),), Translated())
+        model = tet.wrap(models.timm_vit(), plan, decoder=Blurred(), exit_heads=Translator(24)).eval()
+        recipe = {"steps": 6, "check_every": 3, "patches_per_step": 32, "decoder_steps": 5, "held_out": 0.25}
+        return model, tet.fit_exits(model, models.pictures(8), progress=progress, **recipe, **options)
+
+    straight, report = fit(iter)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopping_in_the_second, resume=tmp_path)
+    model, resumed = fit(iter, resume=tmp_path)
+    assert resumed == report
+    assert same(weights_of(model), weights_of(straight))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: translating(), "`decoder_steps` must be 0 without translators under a decoder, got ExitingModel"),
+    (lambda: under_decoder(schedule.dense(after=(2,))), "`decoder_steps` must be 0 for a plan in which no token leaves"),
+    (lambda: under_decoder().half(), "`decoder_steps` must be 0 for weights in half precision"),
+])  # fmt: skip
+def test_a_decoder_that_nothing_can_be_fitted_through_is_refused(make, message):
+    with pytest.raises(TokenExitError, match=message):
+        tet.fit_exits(make(), models.images(2), decoder_steps=2, progress=iter)

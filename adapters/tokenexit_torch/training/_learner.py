@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,11 +14,15 @@ from torch.nn import functional
 from tokenexit.errors import require
 from tokenexit.features import FINAL, LAST, TARGET, Rows
 from tokenexit.fitting import Missed
+from tokenexit.schedule import Schedule
 from tokenexit_torch._files import fingerprint, require_weights, specs
+from tokenexit_torch._images import Batch, parted
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.base import WithExits
+from tokenexit_torch.exits.decoder import DecodingModel
 from tokenexit_torch.heads.reading import translates
 from tokenexit_torch.training._imitation import Imitation, log_worst
+from tokenexit_torch.training._through import DecoderLoss, change_of
 
 __all__ = ["Learner"]
 
@@ -35,15 +41,23 @@ class Learner:
         generator: Draws the patches.
         weight_decay: Of AdamW.
         after: The blocks whose heads are fitted.
+        decoder_loss: From the decoder's output and that of the dense network to a loss, for steps through the decoder.
     """
 
     def __init__(
-        self, model: WithExits, generator: torch.Generator, *, weight_decay: float, after: Sequence[int]
+        self,
+        model: WithExits,
+        generator: torch.Generator,
+        *,
+        weight_decay: float,
+        after: Sequence[int],
+        decoder_loss: DecoderLoss | None = None,
     ) -> None:
-        self._model, self._generator = model, generator
+        self._model, self._generator, self._decoder_loss = model, generator, decoder_loss
         self._own = {str(block): model.exit_heads[str(block)] for block in after}
         self._heads = nn.ModuleDict(copy.deepcopy(self._own)).float().requires_grad_().train()
-        self._optimizer = torch.optim.AdamW(self._heads.parameters(), weight_decay=weight_decay)
+        self._weight_decay = weight_decay
+        self._optimizer = self._new_optimizer()
         self._kept: dict[str, Tensor] | None = None
         self._imitation = Imitation(model) if any(map(translates, self._own.values())) else None
 
@@ -75,6 +89,36 @@ class Learner:
         self._optimizer.zero_grad()
         self._losses(rows).mean(dim=1).sum().backward()
         self._optimizer.step()
+
+    def step_decoded(self, rows: Rows, batch: Batch, rate: float, /) -> None:
+        """Take a step through the decoder."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        images = parted(batch)[0]
+        dense = self._dense(images)
+        with _exchanged(self._model, self._heads):
+            change = self._change(self._model(images).decoded, dense)
+        loss = self._losses(rows).mean(dim=1).sum() + change
+        parameters = list(self._heads.parameters())
+        # What no token has left for at this step has no gradient.
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+
+    def revert(self) -> None:
+        """Go on from the weights that are kept, if any are, with a new optimiser."""
+        if self._kept is not None:
+            self._heads.load_state_dict(self._kept)
+            self._kept = None
+        self._optimizer = self._new_optimizer()
+
+    @torch.no_grad()
+    def changed(self, batch: Batch, /) -> float:
+        """The change of the decoder's output for some images."""
+        images = parted(batch)[0]
+        with _exchanged(self._model, self._heads), evaluating(self._heads):
+            return float(self._change(self._model(images).decoded, self._dense(images)))
 
     @torch.no_grad()
     def loss(self, rows: Rows, /) -> float:
@@ -177,6 +221,22 @@ class Learner:
         self._kept = {name: found[f"best.{name}"].to(value.device) for name, value in weights.items()} if kept else None
         self._generator.set_state(found[_GENERATOR])
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self._heads.parameters(), weight_decay=self._weight_decay)
+
+    @torch.no_grad()
+    def _dense(self, images: Tensor) -> Any:
+        return self._model(images, schedule=Schedule()).decoded
+
+    def _change(self, found: Any, dense: Any) -> Tensor:
+        if self._decoder_loss is not None:
+            loss = self._decoder_loss(found, dense)
+            scalar = isinstance(loss, Tensor) and loss.ndim == 0
+            require(scalar, "decoder_loss", "give a tensor without axes", loss)
+            return loss
+        assert isinstance(self._model, DecodingModel)
+        return change_of(self._model, found, dense)
+
     def _drawn(self) -> dict[str, Tensor]:
         return {_GENERATOR: self._generator.get_state()}
 
@@ -202,6 +262,21 @@ class Learner:
         """Class scores of a head of the model, those of the final head on what a translator gives; None without any."""
         given = head(tokens)
         return self._imitation.read(given.float())[1] if self._imitation is not None and translates(head) else given
+
+
+@contextmanager
+def _exchanged(model: WithExits, heads: nn.ModuleDict) -> Iterator[None]:
+    """Run a model with other exit heads, and with no gradients for its own weights."""
+    own, asking = dict(model.exit_heads.items()), [one for one in model.parameters() if one.requires_grad]
+    try:
+        for one in asking:
+            one.requires_grad_(False)
+        model.exit_heads.update(heads)
+        yield
+    finally:
+        model.exit_heads.update(own)
+        for one in asking:
+            one.requires_grad_()
 
 
 def _line(told: Float[Tensor, "rows"], found: Float[Tensor, "rows"]) -> tuple[float, float]:

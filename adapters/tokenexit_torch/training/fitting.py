@@ -29,6 +29,7 @@ from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.heads.reading import head_input
 from tokenexit_torch.training._learner import Learner
 from tokenexit_torch.training._teacher import Seen, Teacher
+from tokenexit_torch.training._through import DecoderLoss
 from tokenexit_torch.training.merges import require_again, similarities_over
 
 __all__ = ["FitReport", "HeldOut", "fit_exits"]
@@ -53,6 +54,9 @@ def fit_exits(
     cache: Literal["memory"] | Path | None = "memory",
     resume: str | Path | None = None,
     steps: int = 1200,
+    decoder_steps: int = 0,
+    decoder_images: int = 2,
+    decoder_loss: DecoderLoss | None = None,
     patches_per_step: int = 4096,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.01,
@@ -69,6 +73,11 @@ def fit_exits(
     loss is the squared error behind the final norm, relative to each channel's variance over the patches fitted to,
     plus the cross-entropy of the final head's scores with the target above; norm and head stay frozen. The variance
     takes one more pass over what is fitted to.
+
+    Under a decoder translators can be fitted through it as well (`decoder_steps`): images run by the model's plan as it
+    is, with its merges and its exits, and the loss is the change of the decoder's output beside that of the dense
+    network, plus the loss above. It is worth trying where the squared errors of all channels are not what the decoder
+    minds.
 
     Shares of its merges are measured on the way, as by `fit_merges`, but with no token leaving, since the heads of
     exits are still to be fitted: where tokens leave before a merge, retune the model to the plan with shares
@@ -104,6 +113,12 @@ def fit_exits(
             interrupt, and removed at the end. Another `targets` function is not noticed, and the random numbers of
             heads with dropout are not kept.
         steps: Optimiser steps, shared by all heads.
+        decoder_steps: Steps after these, through the decoder; for translators, and a plan in which tokens leave. Heads
+            that merges ask before others are not among those fitted by them.
+        decoder_images: Images of each of them, one batch after the other.
+        decoder_loss: Their loss, from the decoder's output and that of the dense network to a tensor without axes. If
+            left out: where the model's output has classes the divergence of their probabilities, elsewhere the squared
+            error of each tensor relative to its variance.
         patches_per_step: Patches drawn for each step.
         learning_rate: Of AdamW; falls to zero along a cosine.
         weight_decay: Of AdamW.
@@ -119,12 +134,19 @@ def fit_exits(
             are not classes; `cache` or `resume` hold what is of another model, of other images or options; or a number
             is out of range.
     """
-    recipe = Recipe(steps, patches_per_step, learning_rate, weight_decay, held_out, check_every, patience)
+    recipe = Recipe(
+        steps, patches_per_step, learning_rate, weight_decay, held_out, check_every, patience,
+        decoder_steps=decoder_steps, decoder_images=decoder_images,
+    )  # fmt: skip
+    require(decoder_loss is None or decoder_steps > 0, "decoder_loss", "be given with `decoder_steps`", decoder_steps)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.inference_mode(False), torch.enable_grad():
         seen, batches, reports = _seen(model, targets), in_batches(images), []
         phases, plan, shown = _phases(model), model.schedule, set[str]()
-        require_again(batches, len(phases) + sum(merge.share is not None for merge in plan.merges))
+        if decoder_steps > 0:
+            _require_through(model)
+        passes = len(phases) + sum(merge.share is not None for merge in plan.merges) + 2 * (decoder_steps > 0)
+        require_again(batches, passes)
         similarities = similarities_over(model, batches, shown, progress=progress)
 
         def staying(part: Schedule) -> Tensor:  # the heads of exits are still to be fitted
@@ -146,13 +168,28 @@ def fit_exits(
                     merges=merges,
                     keys=plan.keys,
                 )
-                learner = Learner(model, generator, weight_decay=weight_decay, after=after)
-                options = {"store": _files, "progress": progress}
-                reports.append(fit(learner, batches, teacher, recipe, cache=own, resume=state, **options))
+                options = {"weight_decay": weight_decay, "after": after, "decoder_loss": decoder_loss}
+                learner = Learner(model, generator, **options)
+                options = {"cache": own, "resume": state, "store": _files, "progress": progress}
+                last = after is phases[-1]
+                part = recipe if last else replace(recipe, decoder_steps=0)
+                reports.append(fit(learner, batches, teacher, part, **options))
         if plan.merges:
             model.retune(measured(plan, staying))
             model.fitted = tuple(sorted(shown.union(model.fitted)))
         return _together(reports)
+
+
+def _require_through(model: ExitingModel | DecodingModel) -> None:
+    """Raise unless heads can be fitted through a decoder."""
+    known = isinstance(model, DecodingModel) and len(model.translated_after) > 0
+    require(known, "decoder_steps", "be 0 without translators under a decoder", type(model).__name__)
+    rule = "be 0 for a plan in which no token leaves: `retune` the model to the plan that it is to run by"
+    require(len(model.schedule.active) > 0, "decoder_steps", rule, repr(model.schedule))
+    weights = list(model.parameters())
+    wide = all(one.dtype == torch.float32 and not one.is_inference() for one in weights)
+    rule = "be 0 for weights in half precision, or made in inference mode: fit a float32 model, and convert it"
+    require(wide, "decoder_steps", rule, sorted({str(one.dtype) for one in weights}))
 
 
 def _phases(model: ExitingModel | DecodingModel) -> list[list[int]]:
