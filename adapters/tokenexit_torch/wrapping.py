@@ -371,9 +371,7 @@ def ready(wrapped: SemanticModel, /) -> SemanticModel:
     return wrapped
 
 
-def _built(
-    plan: HeadPlan, width: int, classes: int, like: Tensor, mode: bool, *, targets: int = 1
-) -> nn.Module:
+def _built(plan: HeadPlan, width: int, classes: int, like: Tensor, mode: bool, *, targets: int = 1) -> nn.Module:
     """A new head in a training mode, beside the weights of the model; its own are drawn where they always are."""
     with torch.device("cpu"):
         head = build(plan, width=width, classes=classes, targets=targets)

@@ -103,16 +103,18 @@ class Facts:
     previous: np.ndarray
     settled_label: np.ndarray
     settled_score: np.ndarray
+    error: np.ndarray
+    settled_error: np.ndarray
     entropy: np.ndarray | None = None
     margin: np.ndarray | None = None
 
     @property
     def known(self) -> np.ndarray:
-        return ~np.isnan(self.confidence) & ~np.isnan(self.gate)
+        return ~np.isnan(self.confidence) & ~np.isnan(self.gate) & ~np.isnan(self.error)
 
     def hardness(self, by: str) -> np.ndarray:
         value = getattr(self, by).astype(np.float64)
-        return np.where(np.isnan(value), np.inf, value if by in ("entropy", "gate") else -value)
+        return np.where(np.isnan(value), np.inf, value if by in ("entropy", "gate", "error") else -value)
 
 
 def leaves(plan: dict[str, Any], facts: Facts) -> np.ndarray:
@@ -125,6 +127,8 @@ def leaves(plan: dict[str, Any], facts: Facts) -> np.ndarray:
         left = [bool(value[i] > limit[i] if above else value[i] < limit[i]) for i in tokens]
     elif kind == "NeighboursAgree":
         left = _neighbours_agree(plan, facts)
+    elif kind == "ErrorBelow":
+        left = _errors_below(plan, facts)
     elif kind in ("never", "always"):
         left = [kind == "always"] * len(tokens)
     elif kind in ("both", "either"):
@@ -203,6 +207,22 @@ def _neighbours_agree(plan, facts) -> list[bool]:
     ]
 
 
+def _errors_below(plan, facts) -> list[bool]:
+    """Each error is below the token's own limit, and all places around it hold such tokens, or some that have left."""
+    low = [bool(facts.error[i] < _limit(plan, facts.label[i])) for i in range(len(facts.label))]
+    if plan["radius"] == 0:
+        return low
+    fine = ~np.isnan(facts.settled_error)
+    for i in np.flatnonzero(facts.able):
+        fine[facts.image[i], facts.position[i]] = low[i]
+    one = np.zeros(fine.shape, dtype=int)
+    return [
+        bool(facts.able[i])
+        and neighbours_agree(one, fine, facts.image[i], facts.position[i], facts.grid, plan["radius"])
+        for i in range(len(facts.label))
+    ]
+
+
 def gate_keeps(plan: dict[str, Any], probability: np.ndarray, before: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Which patches a gate keeps by a policy, given as `policies.to_dict` writes it down, of those that may be kept."""
     images, patches = probability.shape
@@ -219,6 +239,8 @@ def gate_keeps(plan: dict[str, Any], probability: np.ndarray, before: np.ndarray
         previous=np.zeros((0, images * patches), int),
         settled_label=np.full(probability.shape, -1),
         settled_score=np.zeros(probability.shape),
+        error=nothing,
+        settled_error=np.full(probability.shape, np.nan),
     )
     return before & ~leaves(plan, facts).reshape(probability.shape)
 
@@ -266,7 +288,7 @@ class Passed:
     tokens_per_block: np.ndarray
 
 
-def exit_pass(logits, plan, scores_of, *, grid, prefix, centres) -> Passed:
+def exit_pass(logits, plan, scores_of, *, grid, prefix, centres, error=None) -> Passed:
     """A pass through exits on recorded class scores, token by token.
 
     Args:
@@ -276,12 +298,14 @@ def exit_pass(logits, plan, scores_of, *, grid, prefix, centres) -> Passed:
         grid: Height and width of the grid.
         prefix: Prefix tokens.
         centres: Positions of cell centres.
+        error: Foretold errors of all patches by head; zero if left out.
     """
     depth = max(logits)
     images, places, _ = logits[depth].shape
     left = np.zeros((images, places), dtype=int)
     out = np.zeros_like(logits[depth])
     label_map, score_map = np.full((images, places), -1), np.zeros((images, places), np.float32)
+    error_map = np.full((images, places), np.nan, np.float32)
     earlier, counts = [], np.zeros((images, depth), dtype=int)
     policy_after = {exit.after: exit.policy for exit in plan.active}
     for block in range(1, depth + 1):
@@ -294,10 +318,11 @@ def exit_pass(logits, plan, scores_of, *, grid, prefix, centres) -> Passed:
         found = scores_of(rows)
         with np.errstate(invalid="ignore"):
             label = rows.argmax(axis=-1)
+        errors = np.zeros(len(rows)) if error is None else error[block][image, position]
         facts = Facts(
             images, grid, image, position, np.ones(len(rows), dtype=bool), label, found["confidence"],
             np.zeros(len(rows)), np.array([one[image, position] for one in earlier]).reshape(len(earlier), len(rows)),
-            label_map, score_map, found["entropy"], found["margin"],
+            label_map, score_map, errors, error_map, found["entropy"], found["margin"],
         )  # fmt: skip
         leave = leaves(to_dict(policy_after[block]), facts)
         for number in range(images):
@@ -308,6 +333,7 @@ def exit_pass(logits, plan, scores_of, *, grid, prefix, centres) -> Passed:
                     place = number, position[token]
                     left[place], out[place] = block, rows[token]
                     label_map[place], score_map[place] = label[token], found["confidence"][token]
+                    error_map[place] = errors[token]
         with np.errstate(invalid="ignore"):
             earlier.append(logits[block].argmax(axis=-1))
     rest = left == 0

@@ -13,6 +13,7 @@ from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
     EntropyBelow,
+    ErrorBelow,
     GateBelow,
     MarginAbove,
     NeighboursAgree,
@@ -77,6 +78,8 @@ class Scene:
     previous: np.ndarray
     settled_label: np.ndarray
     settled_score: np.ndarray
+    error: np.ndarray
+    settled_error: np.ndarray
 
     @property
     def classes(self) -> int:
@@ -96,6 +99,8 @@ class Scene:
             previous=self.previous[:, own],
             settled_label=self.settled_label[image : image + 1],
             settled_score=self.settled_score[image : image + 1],
+            error=self.error[own],
+            settled_error=self.settled_error[image : image + 1],
         )
 
 
@@ -104,6 +109,12 @@ def numbers(rng, shape, odd, scale):
     whole = rng.integers(-3, 4, shape).astype(np.float32)
     some = np.where(rng.random(shape) < 0.5, whole, rng.normal(scale=scale, size=shape).astype(np.float32))
     return np.where(rng.random(shape) < 0.04, rng.choice(np.array(ODD, np.float32), shape), some) if odd else some
+
+
+def errors(rng, shape, odd):
+    """Foretold errors: many small ones with ties, some above 1, and NaN if `odd`."""
+    found = np.where(rng.random(shape) < 0.5, rng.integers(0, 5, shape) / 4, rng.exponential(0.5, shape))
+    return np.where(rng.random(shape) < 0.1 * odd, np.nan, found).astype(np.float32)
 
 
 @st.composite
@@ -139,11 +150,13 @@ def scenes(draw, odd=st.booleans()):
         previous=np.where(same, label, rng.integers(0, classes, (exits, tokens))),
         settled_label=np.where(settled, rng.integers(0, classes, mask.shape), -1),
         settled_score=np.where(settled, rng.random(mask.shape), 0).astype(np.float32),
+        error=errors(rng, tokens, odd),
+        settled_error=np.where(settled, errors(rng, mask.shape, False), np.nan).astype(np.float32),
     )
 
 
 UNIT = st.floats(0, 1) | st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
-SCORE = st.sampled_from(["confidence", "entropy", "margin", "gate"])
+SCORE = st.sampled_from(["confidence", "entropy", "margin", "gate", "error"])
 
 
 def one_by_one(threshold=UNIT) -> st.SearchStrategy[Policy]:
@@ -154,6 +167,7 @@ def one_by_one(threshold=UNIT) -> st.SearchStrategy[Policy]:
         st.builds(MarginAbove, threshold),
         st.builds(GateBelow, threshold),
         st.builds(NeighboursAgree, threshold, radius=st.integers(0, 5)),
+        st.builds(ErrorBelow, threshold, radius=st.integers(0, 5)),
         st.builds(Patience, st.integers(1, 3)),
         st.sampled_from([never(), always()]),
     )

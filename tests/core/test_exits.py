@@ -33,24 +33,27 @@ def passes(draw):
     }
     drawn = strategies.policies(classes).filter(lambda policy: "gate" not in policy.needs)
     plan = Schedule(tuple(Exit(block, draw(drawn)) for block in after), cell=draw(st.sampled_from([None, None, 2, 3])))
-    return grid, logits, plan
+    error = {block: strategies.errors(rng, shape[:2], odd) for block in after}
+    return grid, logits, plan, error
 
 
 def scores_by(backend):
     return lambda rows: {name: backend.numpy(one.of(backend.array(rows))) for name, one in scores.SCORES.items()}
 
 
-def wanted(backend, grid, logits, plan, prefix):
+def wanted(backend, grid, logits, plan, prefix, error=None):
     places = np.arange(grid[0] * grid[1])
     centres = set()
     if plan.cell is not None:
         centres = set(places[cells.is_cell_centre(places, grid=grid, side=plan.cell)].tolist())
     held = {after: backend.held(table) for after, table in logits.items()}
+    told = None if error is None else {after: backend.held(table) for after, table in error.items()}
     with np.errstate(invalid="ignore"):
-        return oracles.exit_pass(held, plan, scores_by(backend), grid=grid, prefix=prefix, centres=centres)
+        options = {"grid": grid, "prefix": prefix, "centres": centres, "error": told}
+        return oracles.exit_pass(held, plan, scores_by(backend), **options)
 
 
-def run(backend, grid, logits, plan, prefix, layout):
+def run(backend, grid, logits, plan, prefix, layout, error=None):
     """A pass by `update`, `decide` and `freeze`, prefix tokens in the row, in either layout."""
     xp_array, images, places = backend.array, *logits[DEPTH].shape[:2]
     slots = prefix + places
@@ -65,7 +68,10 @@ def run(backend, grid, logits, plan, prefix, layout):
     for stage in plan.stages(DEPTH):
         if stage.exit is None:
             continue
-        output = HeadOutput(tokens.gather(xp_array(table[stage.stop]), receipt))
+        told = None
+        if error is not None:
+            told = tokens.gather(xp_array(np.pad(error[stage.stop], ((0, 0), (prefix, 0)))), receipt)
+        output = HeadOutput(tokens.gather(xp_array(table[stage.stop]), receipt), error=told)
         book = exits.begin(output, receipt) if book is None else book
         book = exits.update(book, receipt, output)
         options = {"grid": grid, "exit": stage.index, "cell": plan.cell}
@@ -81,10 +87,10 @@ def run(backend, grid, logits, plan, prefix, layout):
 @strategies.fewer(6)
 @given(drawn=passes(), prefix=st.integers(0, 2))
 def test_a_replay_is_a_pass_token_by_token(backend, drawn, prefix):
-    grid, logits, plan = drawn
-    expected = wanted(backend, grid, logits, plan, prefix)
-    given_ = {after: backend.array(table) for after, table in logits.items()}
-    found = replay.replay(given_, plan, grid=grid, prefix=prefix)
+    grid, logits, plan, error = drawn
+    expected = wanted(backend, grid, logits, plan, prefix, error)
+    given_, told = ({after: backend.array(table) for after, table in one.items()} for one in (logits, error))
+    found = replay.replay(given_, plan, grid=grid, prefix=prefix, error=told)
     np.testing.assert_array_equal(backend.numpy(found.exit_depth), expected.depth)
     np.testing.assert_array_equal(backend.numpy(found.logits), expected.logits)
     np.testing.assert_array_equal(backend.numpy(found.tokens_per_block), expected.tokens_per_block)
@@ -95,10 +101,11 @@ def test_a_replay_is_a_pass_token_by_token(backend, drawn, prefix):
 @strategies.fewer(6)
 @given(drawn=passes(), prefix=st.integers(0, 2))
 def test_prefix_tokens_run_as_long_as_any_patch_of_their_image(backend, layout, drawn, prefix):
-    grid, logits, plan = drawn
+    grid, logits, plan, error = drawn
+    error = error | {DEPTH: error[min(error)]}
     plan = Schedule((*plan.exits, Exit(DEPTH, never())), cell=plan.cell) if not plan.active else plan
-    expected = wanted(backend, grid, logits, plan, prefix)
-    receipt, book = run(backend, grid, logits, plan, prefix, layout)
+    expected = wanted(backend, grid, logits, plan, prefix, error)
+    receipt, book = run(backend, grid, logits, plan, prefix, layout, error)
     if book is None:
         return
     depth = backend.numpy(book.exit_depth(DEPTH))
@@ -302,17 +309,25 @@ def test_a_policy_needs_what_it_reads_and_nothing_else(policy):
     common = {"image": np.array([0, 0, 0, 1, 1, 1]), "images": 2, "grid": (1, 3), "position": np.arange(6) % 3}
     seen = {**common, "previous": np.zeros((3, 6), dtype=int)}
     gate = table[:, 0] > 0
-    whole = policies.Evidence(table, gate=gate.astype(np.float32), **seen)
+    given_ = {"gate": gate.astype(np.float32), "error": np.abs(table[:, 1])}
+    whole = policies.Evidence(table, **given_, **seen)
     policy(whole)
-    gated = "gate" in policy.needs
+    for name, other in (("gate", "error"), ("error", "gate")):
+        asked = name in policy.needs
+        try:
+            policy(policies.Evidence(table, **{other: given_[other]}, **seen))
+            assert not asked
+        except TokenExitError:
+            assert asked
+    told = policies.Evidence(**given_, **seen)
     try:
-        policy(policies.Evidence(table, **seen))
-        assert not gated
+        policy(told)
+        assert not policy.asks_classes
     except TokenExitError:
-        assert gated
+        assert policy.asks_classes
     spread = {"entropy", "margin"} & policy.needs
     try:
-        policy(policies.Evidence(class_scores=table, gate=whole.gate, **seen))
+        policy(policies.Evidence(class_scores=table, **given_, **seen))
         assert not spread
     except TokenExitError:
         assert spread

@@ -1,7 +1,9 @@
 import contextlib
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from tokenexit.policies import (
     Budget,
     ConfidenceAbove,
     EntropyBelow,
+    ErrorBelow,
     Evidence,
     GateBelow,
     MarginAbove,
@@ -29,8 +32,14 @@ from tokenexit.policies import (
 )
 from tokenexit.schedule import Exit, Schedule
 
-BY_SCORE = ("confidence", "entropy", "margin", "gate")
-COMPARED = {"confidence": ConfidenceAbove, "entropy": EntropyBelow, "margin": MarginAbove, "gate": GateBelow}
+BY_SCORE = ("confidence", "entropy", "margin", "gate", "error")
+COMPARED = {
+    "confidence": ConfidenceAbove,
+    "entropy": EntropyBelow,
+    "margin": MarginAbove,
+    "gate": GateBelow,
+    "error": partial(ErrorBelow, radius=0),
+}
 
 
 def every(classes):
@@ -47,6 +56,9 @@ def every(classes):
         NeighboursAgree(own),
         NeighboursAgree(0.3, radius=2).retaining(per_class=1),
         NeighboursAgree(0.5, radius=0),
+        ErrorBelow(0.5),
+        ErrorBelow(own, radius=2) & NeighboursAgree(0.2),
+        ~ErrorBelow(0.3, radius=0),
         Patience(),
         Patience(2) | GateBelow(0.2),
         never(),
@@ -64,7 +76,8 @@ def every(classes):
 
 def evidence(backend, scene, **changes):
     """What a policy sees of a scene, in the ragged layout."""
-    names = ("logits", "gate", "image", "position", "protected", "previous", "settled_label", "settled_score")
+    names = ("logits", "gate", "error", "image", "position", "protected", "previous")
+    names += ("settled_label", "settled_score", "settled_error")
     given_ = {name: getattr(scene, name) for name in names} | changes
     logits = given_.pop("logits")
     arrays = {name: None if x is None else backend.array(x) for name, x in given_.items()}
@@ -93,6 +106,7 @@ def static(backend, scene, seed):
     logits[entry] = scene.logits
     arrays = {
         "gate": spread(scene.gate, rng.choice(odd, size)),
+        "error": spread(scene.error, rng.choice(odd, size)),
         "position": spread(scene.position, rng.integers(-2, 15, size)),
         "protected": spread(scene.protected, rng.random(size) < 0.5),
         "previous": spread(scene.previous, rng.integers(-1, 5, (len(scene.previous), size))),
@@ -100,6 +114,7 @@ def static(backend, scene, seed):
         "image": np.repeat(np.arange(scene.images), capacity),
         "settled_label": scene.settled_label,
         "settled_score": scene.settled_score,
+        "settled_error": scene.settled_error,
     }
     arrays = {name: backend.array(x) for name, x in arrays.items()}
     return Evidence(backend.array(logits), **arrays, images=scene.images, grid=scene.grid), entry
@@ -131,6 +146,7 @@ def on_grid(backend, scene, seed):
     logits[place] = scene.logits
     arrays = {
         "gate": spread(scene.gate, rng.random(size)),
+        "error": spread(scene.error, scene.settled_error.reshape(size)),
         "protected": spread(scene.protected, False),
         "previous": spread(scene.previous, rng.integers(0, scene.classes, size)),
         "valid": spread(np.ones(len(place), bool), False),
@@ -157,6 +173,8 @@ def facts(backend, scene, given_evidence):
         previous=scene.previous,
         settled_label=scene.settled_label,
         settled_score=backend.held(scene.settled_score),
+        error=backend.held(scene.error),
+        settled_error=backend.held(scene.settled_error),
         **found,
     )
 
@@ -202,11 +220,11 @@ def test_a_threshold_is_strict_and_nan_never_passes(backend, name, scene, thresh
     got = decide(backend, COMPARED[name](threshold), given_evidence)
     with np.errstate(all="ignore"):
         score = (
-            backend.held(scene.gate)
-            if name == "gate"
+            backend.held(getattr(scene, name))
+            if name in ("gate", "error")
             else backend.numpy(getattr(scores, name)(backend.array(scene.logits)))
         )
-    passes = np.less if name in ("entropy", "gate") else np.greater
+    passes = np.less if name in ("entropy", "gate", "error") else np.greater
     np.testing.assert_array_equal(got, passes(score, np.float32(threshold)))
     assert not got[np.isnan(score)].any()
 
@@ -260,6 +278,39 @@ def test_a_neighbour_is_held_to_the_threshold_of_its_own_class(backend):
     assert run(NeighboursAgree(PerClass((0.5, 0.5))), 1) == [True, False]
     assert run(NeighboursAgree(PerClass((0.97, 0.0))), 0) == [False, False]
     assert run(NeighboursAgree(PerClass((0.97, 0.0)), radius=0), 0) == [True, False]
+
+
+@each_backend
+def test_what_has_left_holds_no_neighbour_back_and_what_is_unknown_does(backend):
+    """Five in a line: the first three run, then one that has left, or not, and one beside it that runs."""
+
+    def run(settled, error, policy=ErrorBelow(0.3)):
+        nothing = [math.nan] * 3
+        row = Evidence(
+            error=backend.array(np.array([0.125, 0.125, 0.25, error], np.float32)),
+            images=1,
+            grid=(1, 5),
+            position=backend.array(np.array([0, 1, 2, 4])),
+            settled_error=backend.array(np.array([[*nothing, settled, math.nan]], np.float32)),
+        )
+        on_grid = Evidence(
+            error=backend.array(np.array([0.125, 0.125, 0.25, settled, error], np.float32)),
+            valid=backend.array(np.array([True, True, True, False, True])),
+            images=1,
+            grid=(1, 5),
+            position=backend.array(np.arange(5)),
+            layout="grid",
+        )
+        found = decide(backend, policy, row).tolist()
+        assert found == decide(backend, policy, on_grid)[[0, 1, 2, 4]].tolist()
+        return found
+
+    assert run(0.9, 0.25) == [True] * 4
+    assert run(0.9, 0.35) == [True, True, True, False]
+    assert run(math.nan, 0.25) == [True, True, False, False]
+    assert run(0.9, math.nan) == [True, True, True, False]
+    assert run(0.9, 0.25, ErrorBelow(0.25, radius=0)) == [True, True, False, False]
+    assert run(0.9, 0.25, always().with_minimum(per_image=2)) == [True, True, False, False]
 
 
 @each_backend
@@ -427,7 +478,7 @@ def test_an_image_is_decided_alone_as_in_its_batch(backend, scene):
 
 
 @each_backend
-@pytest.mark.parametrize("kind", [*COMPARED.values(), NeighboursAgree])
+@pytest.mark.parametrize("kind", [*COMPARED.values(), ErrorBelow, NeighboursAgree])
 @strategies.fewer(3)
 @given(scene=strategies.scenes(), data=st.data())
 def test_a_stricter_threshold_lets_no_more_tokens_go(backend, kind, scene, data):
@@ -435,7 +486,7 @@ def test_a_stricter_threshold_lets_no_more_tokens_go(backend, kind, scene, data)
     low, high = (PerClass(tuple(pair[end] for pair in pairs)) for end in (0, 1))
     given_evidence = evidence(backend, scene)
     for less, more in ((low, high), (pairs[0][0], pairs[0][1])):
-        strict, lax = (less, more) if kind in (EntropyBelow, GateBelow) else (more, less)
+        strict, lax = (less, more) if kind(0.5).direction == "below" else (more, less)
         few = decide(backend, kind(strict), given_evidence)
         assert not (few & ~decide(backend, kind(lax), given_evidence)).any()
 
@@ -494,6 +545,7 @@ def test_no_tokens_and_no_images_are_decided_too(backend):
         given_evidence = Evidence(
             backend.array(np.zeros((0, 3), np.float32)),
             gate=backend.array(np.zeros(0, np.float32)),
+            error=backend.array(np.zeros(0, np.float32)),
             image=backend.array(empty),
             images=images,
             grid=(2, 3),
@@ -514,7 +566,7 @@ def test_an_array_as_a_threshold_is_as_good_as_a_number(backend, scene, threshol
     given_evidence = evidence(backend, scene)
     value = np.asarray(threshold, np.float32)
     table = np.linspace(threshold, 1, scene.classes, dtype=np.float32)
-    for kind in [*COMPARED.values(), NeighboursAgree]:
+    for kind in [*COMPARED.values(), ErrorBelow, NeighboursAgree]:
         for number, array in (
             (float(backend.held(value)), backend.array(value)),
             (PerClass(tuple(backend.held(table).tolist())), PerClass(backend.array(table))),
@@ -734,6 +786,7 @@ def zeros(*shape, kind=np.float32):
 SETTLED = {"settled_label": zeros(1, 3, kind=np.int64), "settled_score": zeros(1, 3)}
 ROW = Evidence(zeros(2, 3))
 GATE = Evidence(gate=zeros(2))
+TOLD = Evidence(error=zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -777,7 +830,10 @@ GATE = Evidence(gate=zeros(2))
             lambda: Budget(np.array([2])),
             r"`keep` must be a number or an array without axes, got an array of shape \(1,\)",
         ),
-        (lambda: BatchBudget(2, by="label"), "`by` must be one of confidence, entropy, margin, gate, error, got 'label'"),
+        (
+            lambda: BatchBudget(2, by="label"),
+            "`by` must be one of confidence, entropy, margin, gate, error, got 'label'",
+        ),
         (lambda: ~Budget(2), "`policy` must neither take tokens back nor keep to a budget for `~`, got Budget"),
         (lambda: ~BatchBudget(2), "`policy` must neither take tokens back nor keep to a budget for `~`, got Batch"),
         (
@@ -785,7 +841,10 @@ GATE = Evidence(gate=zeros(2))
             r"`policy` must neither take tokens back .*got always\(\).retaining",
         ),
         (lambda: ~(never() | always().with_minimum(per_image=1)), "`policy` must neither take tokens back"),
-        (lambda: ConfidenceAbove(0.5)(GATE), "`evidence` must have logits or class_scores for this policy, got gate alone"),
+        (
+            lambda: ConfidenceAbove(0.5)(GATE),
+            "`evidence` must have logits or class_scores for this policy, got gate alone",
+        ),
         (lambda: MarginAbove(0.5)(GATE), "`evidence` must have logits for the margin, got none"),
         (lambda: EntropyBelow(0.5)(Evidence(class_scores=zeros(2, 3))), "must have logits for the entropy, got none"),
         (lambda: GateBelow(0.5)(ROW), "`evidence` must have gate for a policy that looks at it, got none"),
@@ -794,6 +853,13 @@ GATE = Evidence(gate=zeros(2))
         (lambda: BatchBudget(1)(ROW), "`evidence` must have images for BatchBudget, got none"),
         (lambda: Patience()(ROW), "`evidence` must have previous for Patience, got none"),
         (lambda: NeighboursAgree(0.5)(ROW), "`evidence` must have images, grid and position for NeighboursAgree"),
+        (lambda: ErrorBelow(0.5)(ROW), "`evidence` must have error for a policy that looks at it, got none"),
+        (lambda: ErrorBelow(0.5)(TOLD), "`evidence` must have images, grid and position for ErrorBelow"),
+        (
+            lambda: ConfidenceAbove(0.5)(TOLD),
+            "`evidence` must have logits or class_scores for this policy, got error alone",
+        ),
+        (lambda: ErrorBelow(1.5), r"`threshold` must be in \[0, 1\], got 1.5"),
         (lambda: Evidence(), "`logits` must be given, or `class_scores`, `gate` or `error`, got nothing"),
         (lambda: Evidence(zeros(2, 3), class_scores=zeros(2, 3)), "`class_scores` must be given instead of `logits`"),
         (lambda: Evidence(zeros(3)), r"`logits` must have shape \(tokens, classes\).*got shape \(3,\)"),

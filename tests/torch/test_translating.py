@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tests.torch.fits import Again, same, stopping, weights_of
 from tokenexit import TokenExitError, cost, schedule
 from tokenexit.carries import Feature, Translated
 from tokenexit.heads import ATM, MLP, Neighbourhood, Translator
-from tokenexit.policies import Budget, ConfidenceAbove, NeighboursAgree
+from tokenexit.policies import Budget, ConfidenceAbove, ErrorBelow, NeighboursAgree
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch.heads import TokenTranslator, build
 
@@ -355,3 +356,176 @@ def test_other_plans_build_final_heads_of_their_own_kind(plan):
     assert plan.final is plan
     assert Translator(7).final == MLP()
     assert dataclasses.replace(Translator(7), hidden=None) == Translator()
+
+
+# Foretold errors, and decoders.
+
+TAPS = (3, 6)
+FORETOLD = Schedule((Exit(2, ErrorBelow(0.5, radius=1)), Exit(4, ErrorBelow(0.45, radius=0))), Translated())
+FORETOLD_MERGING = Schedule(
+    (Exit(4, ErrorBelow(0.45, radius=1)),),
+    Translated(),
+    merges=(Merge(1, 2, 0.9), Merge(2, 4, 0.0, ErrorBelow(0.6, radius=0))),
+)
+
+
+class Maps(nn.Module):
+    """A decoder that hands on what it is given."""
+
+    def forward(self, maps, *prefix):
+        return (maps, *prefix) if prefix else maps
+
+
+@models.once
+def under_decoder(plan=FORETOLD, taps=TAPS, **options):
+    made = models.timm_vit()
+    torch.manual_seed(3)
+    model = tet.wrap(made, plan, decoder=Maps(), taps=taps, exit_heads=Translator(24), **options).eval()
+    with torch.no_grad():
+        for head in model.exit_heads.values():
+            head.mlp[3].weight.normal_(std=0.3)
+            head.log_error.weight.normal_(std=0.5)
+            head.log_error.bias.fill_(-0.7)
+    return model
+
+
+def by_token(maps):
+    return maps.flatten(2).mT
+
+
+@torch.inference_mode()
+def test_the_foretold_error_is_a_rule_and_is_read_where_it_stands():
+    model, images = translating(), models.images(3)
+    with torch.no_grad():
+        for head in model.exit_heads.values():
+            head.log_error.weight.normal_(std=0.5)
+            head.log_error.bias.fill_(-0.7)
+    tokens = model.patches_after(images)
+    told = {after: model.exit_heads[str(after)].foretell(tokens[after])[1].exp() for after in (2, 4)}
+    limit = told[2].median().item()
+    out = model(images, schedule=Schedule((Exit(2, ErrorBelow(limit, radius=0)),), Translated()))
+    assert torch.equal(out.exit_depth.flatten(1) == 2, told[2] < limit)
+    both = Schedule((Exit(2, ErrorBelow(limit, radius=0) & ConfidenceAbove(0.5)),), Translated())
+    sure = model(images, schedule=Schedule(EXITS[:1])).exit_depth == 2
+    assert torch.equal(model(images, schedule=both).exit_depth == 2, sure & (out.exit_depth == 2))
+    half = model(images, schedule=Schedule((Exit(2, Budget(0.5, by="error")),), Translated()))
+    assert (half.exit_depth == 2).flatten(1).sum(1).tolist() == [12] * 3
+    last = told[2].masked_fill(half.exit_depth.flatten(1) != 2, 0).amax(1)
+    assert (last <= told[2].masked_fill(half.exit_depth.flatten(1) == 2, 9).amin(1)).all()
+    replayed = tet.trace(model, images, progress=iter).replay(Schedule((Exit(2, ErrorBelow(limit)),)))
+    assert torch.equal(replayed.exit_depth, model(images, schedule=Schedule((Exit(2, ErrorBelow(limit)),))).exit_depth)
+
+
+@pytest.mark.parametrize("features", ["normalised", "raw"])
+@torch.inference_mode()
+def test_a_decoder_is_given_a_translation_for_each_tap_behind_the_exit(features):
+    model, images = under_decoder(features=features), models.images(2)
+    vit, dim = model.host.module.vit, model.host.width
+    assert [head.targets for head in model.exit_heads.values()] == [2, 1]
+    dense = model(images, schedule=schedule.dense()).decoded
+    cut = {after: Schedule(schedule.truncated(after=after).exits, Translated()) for after in (2, 4)}
+    read = vit.norm if features == "normalised" else nn.Identity()
+    early, late = (model(images, schedule=cut[after]).decoded for after in (2, 4))
+    blocks = model.patches_at_taps(images)[0]
+    for tap, found in enumerate(early):
+        wanted = read(model.exit_heads["2"](blocks[2])[..., tap * dim : (tap + 1) * dim])
+        torch.testing.assert_close(by_token(found), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(late[0], dense[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_token(late[1]), read(model.exit_heads["4"](blocks[4])), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", [FORETOLD, FORETOLD_MERGING], ids=["exits", "merging"])
+@torch.inference_mode()
+def test_under_a_decoder_a_batch_is_each_image_alone_and_static_is_packed(plan):
+    model, images = under_decoder(), models.pictures(3)
+    model.retune(plan)
+    out = model(images)
+    assert len(out.exit_depth.unique()) > 1
+    if plan.merges:
+        assert (out.merged_size > 1).any()
+    alone = [model(images[index : index + 1]) for index in range(3)]
+    assert torch.equal(torch.cat([one.exit_depth for one in alone]), out.exit_depth)
+    static = tet.StaticModel(model, capacities=1.0)(images)
+    assert torch.equal(static.exit_depth, out.exit_depth)
+    for tap, found in enumerate(out.decoded):
+        torch.testing.assert_close(torch.cat([one.decoded[tap] for one in alone]), found, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(static.decoded[tap], found, rtol=1e-4, atol=1e-4)
+    assert (model.multiply_adds(out) < model.multiply_adds(model(images, schedule=schedule.dense()))).all()
+
+
+@torch.inference_mode()
+def test_a_tap_at_an_exit_has_the_tokens_themselves_and_the_decoder_the_first_prefix_token():
+    model = under_decoder(FORETOLD, (4, 6), reads="patches and prefix")
+    images, cut = models.images(2), Schedule(schedule.truncated(after=4).exits, Translated())
+    (early, late), (first, last) = model(images, schedule=cut).decoded
+    (dense, _), (cls, _) = model(images, schedule=schedule.dense()).decoded
+    torch.testing.assert_close(early, dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first, cls, rtol=1e-4, atol=1e-4)
+    assert late.shape == early.shape
+    assert last.shape == cls.shape
+
+
+def test_translators_under_a_decoder_are_fitted_to_every_tap_and_foretell_their_errors():
+    images = models.pictures(12)
+    model = under_decoder()
+    with torch.no_grad():
+        for head in model.exit_heads.values():
+            head.mlp[3].weight.zero_()
+            head.log_error.weight.zero_()
+            head.log_error.bias.zero_()
+    options = {"patches_per_step": 96, "progress": iter}
+    report = tet.fit_exits(model, images, steps=150, held_out=0.25, check_every=150, **options)
+    assert {after: list(taps) for after, taps in report.missed.items()} == {2: [3, 6], 4: [6]}
+    assert report.agreement == report.held_out.agreement == {}
+    assert report.missed[2][3].error < report.missed[2][6].error < 0.6
+    assert "predict" not in str(report)
+    with torch.inference_mode():
+        patches = model.patches_at_taps(images[9:])[0]
+        norm, dim = model.host.module.vit.norm, model.host.width
+        fitted = norm(model.patches_at_taps(images[:9])[0][6].unflatten(-1, (2, dim))).flatten(0, 1)
+        wish, variance = norm(patches[6].unflatten(-1, (2, dim))), fitted.var(dim=0, correction=0)
+        translated, log_error = model.exit_heads["2"].foretell(patches[2])
+        error = ((norm(translated.unflatten(-1, (2, dim))) - wish).square() / variance).mean(-1).amax(-1).log()
+    assert log_error.mean().item() == pytest.approx(error.mean().item(), abs=1e-3)
+    assert torch.corrcoef(torch.stack([log_error.flatten(), error.flatten()]))[0, 1] > 0.3
+    with pytest.raises(TokenExitError, match="`targets` must be left out for translators, which give no class scores"):
+        tet.fit_exits(model, images, targets=lambda found: found, **options)
+    with pytest.raises(TokenExitError, match="`images` must come without labels for translators that give no class"):
+        tet.fit_exits(model, [(images, torch.zeros(12, 32, 48, dtype=torch.int64))], steps=1, **options)
+
+
+@torch.inference_mode()
+def test_translators_under_a_decoder_are_saved_and_loaded_with_their_taps(tmp_path):
+    model, images = under_decoder(), models.images(2)
+    tet.save(model, tmp_path)
+    again = tet.load(models.timm_vit(), tmp_path, kind="decoder", decoder=Maps(), taps=TAPS).eval()
+    assert again.schedule == FORETOLD
+    for found, wanted in zip(again(images).decoded, model(images).decoded, strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(
+        TokenExitError, match=r"`taps` must be the taps of the saved translators, \(3, 6\), got \(2, 6\)"
+    ):
+        tet.load(models.timm_vit(), tmp_path, kind="decoder", decoder=Maps(), taps=(2, 6))
+    with pytest.raises(TokenExitError, match="`decoder` must be left out for kind='exits': it is for kind='decoder'"):
+        tet.load(models.timm_vit(), tmp_path, decoder=Maps())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # of PyTorch's own exporter
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_translations_for_a_decoder_are_exported(tmp_path):
+    made = tet.wrap(
+        models.timm_vit(depth=3), schedule.foretold(radius={1: 1}, threshold=1.0), decoder=Maps(), taps=(2, 3),
+        exit_heads=Translator(8),
+    ).eval()  # fmt: skip
+    made.exit_heads["1"].log_error.weight.normal_(std=0.5)
+    made.exit_heads["1"].log_error.bias.fill_(-0.7)
+    images, static = models.images(2), tet.StaticModel(made, capacities=0.8)
+    wanted = static(images)
+    assert (wanted.exit_depth == 1).any()
+    tet.export_onnx(static, images, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    for one, other in zip(found, wanted.decoded, strict=False):
+        torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-4, atol=1e-4)

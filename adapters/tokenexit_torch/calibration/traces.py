@@ -6,8 +6,8 @@ and in heads that look around.
 `Trace.replay` shows in milliseconds what a schedule does; what it really does, a run of the model shows.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -39,12 +39,14 @@ class Trace:
         after: The blocks before each head; the last is the final head's.
         prefix: Prefix tokens of the model, which run with the patches.
         area: The area of the images that the grid covers; None if it is the whole of them.
+        error: Errors that translators foretell, `(images, patches)`, by the blocks before them.
     """
 
     logits: Float[Tensor, "images heads classes grid_height grid_width"]
     after: tuple[int, ...]
     prefix: int
     area: Area | None = None
+    error: Mapping[int, Float[Tensor, "images patches"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Image count."""
@@ -67,11 +69,17 @@ class Trace:
         require(isinstance(schedule.carry, Prediction), "schedule", "carry predictions", repr(schedule.carry))
         require(batch >= 1, "batch", "be at least 1", batch)
         grid, depth = (self.logits.shape[3], self.logits.shape[4]), self.after[-1]
-        require_fits(schedule, depth=depth, after=self.after[:-1], gives_masks=False)
+        require_fits(schedule, depth=depth, after=self.after[:-1], gives_masks=False, translates=self.error.keys())
         rows = rearrange(self.logits, "images heads classes height width -> heads images (height width) classes")
         parts = [
-            replay(dict(zip(self.after, part, strict=True)), schedule, grid=grid, prefix=self.prefix)
-            for part in rows.split(batch, dim=1)
+            replay(
+                dict(zip(self.after, part, strict=True)),
+                schedule,
+                grid=grid,
+                prefix=self.prefix,
+                error={after: told[start * batch : (start + 1) * batch] for after, told in self.error.items()},
+            )
+            for start, part in enumerate(rows.split(batch, dim=1))
         ]
         ran = torch.cat([part.tokens_per_block for part in parts])
         return Output(
@@ -110,10 +118,14 @@ def trace(
     require(isinstance(model, ExitingModel), "model", "be wrapped by `wrap`", type(model).__name__)
     batches = images.split(8) if isinstance(images, Tensor) else images
     parts, sizes, prefix = [], set(), 0
+    told: dict[int, list[Tensor]] = {after: [] for after in model.translated_after}
     with evaluating(model):
         for batch in progress(batches):
             outputs, area, grid = model.read_all(batch)
             parts.append(torch.stack([on_grid(one.logits, grid) for one in outputs.values()], dim=1))
+            for after, one in outputs.items():
+                if one.error is not None:
+                    told[after].append(one.error)
             sizes.add((area, grid))
             prefix = model.host.embed(batch[:1]).prefix
     require(sum(map(len, parts)) > 0, "images", "hold at least one image", "none")
@@ -121,4 +133,6 @@ def trace(
     require(len(grids) == 1, "images", "have patch grids of one size", grids)
     areas = [area for area, _ in sizes]
     require(len(areas) == 1, "images", "have patch grids that cover one area", areas)
-    return Trace(torch.cat(parts), (*(int(after) for after in model.exit_heads), model.depth), prefix, areas[0])
+    after = (*(int(block) for block in model.exit_heads), model.depth)
+    error = {block: torch.cat(errors) for block, errors in told.items()}
+    return Trace(torch.cat(parts), after, prefix, areas[0], error)

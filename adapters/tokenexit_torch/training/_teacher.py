@@ -36,7 +36,14 @@ class Teacher:
     """
 
     def __init__(
-        self, model: WithExits, seen: Seen, *, label_weight: float, ignore: int, merges: Sequence[Merge] = (), keys: str = "tokens"
+        self,
+        model: WithExits,
+        seen: Seen,
+        *,
+        label_weight: float,
+        ignore: int,
+        merges: Sequence[Merge] = (),
+        keys: str = "tokens",
     ) -> None:
         self._merges, self._keys = tuple(merges), keys
         require(0 <= label_weight <= 1, "label_weight", "be between 0 and 1", label_weight)

@@ -169,9 +169,7 @@ def _phases(model: ExitingModel | DecodingModel) -> list[list[int]]:
     return phases
 
 
-def _before_heads(
-    model: ExitingModel | DecodingModel, seen: Seen, after: Sequence[int], merging: Schedule
-) -> Seen:
+def _before_heads(model: ExitingModel | DecodingModel, seen: Seen, after: Sequence[int], merging: Schedule) -> Seen:
     """What heads read where tokens have merged before them; the targets are those of a pass without merges."""
 
     def read(images: Tensor) -> tuple[dict[int, Tensor], Tensor, Area | None, tuple[int, int]]:
