@@ -21,7 +21,7 @@ from tokenexit.heads import MLP, Translator
 from tokenexit.policies import Budget, ConfidenceAbove, ErrorBelow
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_jax import heads
-from tokenexit_torch.heads import build
+from tokenexit_torch.heads import TokenTranslator, build
 
 EXITS = (Exit(2, ConfidenceAbove(0.6)), Exit(4, ConfidenceAbove(0.5)))
 FORETOLD = (Exit(2, ErrorBelow(0.5, radius=1)), Exit(4, ErrorBelow(0.4, radius=0)))
@@ -61,6 +61,7 @@ def test_a_new_translator_is_pytorchs_and_gives_tokens_back():
 @torch.no_grad()
 def test_translations_and_what_is_foretold_of_them_are_those_of_pytorch_in_the_dtype_of_the_tokens():
     head, tokens = pair("translating").theirs.exit_heads["3"], 2 * torch.randn(3, 7, 48)
+    assert isinstance(head, TokenTranslator)
     weights, given = from_torch(head), jax.device_put(tokens.numpy())
     for ours, theirs in zip(jax.jit(heads.translate)(weights, given), head.foretell(tokens), strict=True):
         same(ours, theirs)
@@ -142,7 +143,7 @@ def test_what_an_exit_costs_is_the_translator_and_the_final_head():
 def test_pytorch_reads_what_jax_wrote_and_jax_what_pytorch_wrote(tmp_path):
     both = pair("translating")
     tet.save(both.theirs, tmp_path / "torch")
-    model, weights = tej.load(both.model.network, tmp_path / "torch", capacities=(0.5, 1.0))
+    model, weights = tej.load(both.model.network, tmp_path / "torch", kind="exits", capacities=(0.5, 1.0))
     assert model == both.model
     exact(weights, both.heads)
     tej.save(model.retuned(AGREED), weights, tmp_path / "jax")
