@@ -128,6 +128,19 @@ def test_training_gives_the_class_scores_and_the_slopes_of_pytorch():
     assert np.asarray(slopes["exit_heads"]["4"]["skip.weight"]).any()
 
 
+def test_heads_that_merges_alone_read_are_trained_in_several_buckets():
+    """And are read first after tokens have merged."""
+    both, images = pair("translating"), pictures()
+    plan = Schedule(merges=(Merge(1, 2, 0.9), Merge(3, 2, 0.2, ErrorBelow(0.6, radius=0))))
+    with torch.no_grad():
+        wanted = tet.Staged(both.theirs)(images, schedule=plan)
+    run = jax.jit(lambda weights, images: tej.staged(both.model, both.params, weights, images, plan))
+    found = run(both.heads, networks.images_of(images))
+    assert list(found.logits) == list(wanted.logits) == [3, 5]
+    for after, logits in wanted.logits.items():
+        same(found.logits[after], logits.movedim(1, -1), 1e-4)
+
+
 def test_what_an_exit_costs_is_the_translator_and_the_final_head():
     both, images = pair("translating"), pictures()
     out, priced = both.found(REJOINING, images), both.model.cost(both.params, networks.images_of(images))

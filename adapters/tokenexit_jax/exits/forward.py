@@ -422,10 +422,10 @@ def _rejoined(given: Given, state: State) -> tuple[State, HeadOutput]:
     output, statistics = _read_last(given, every[:, state.prefix :], state.grid)
     state = dataclasses.replace(state, ran=ran, room=room)
     if given.which == "all":
-        kept = _blank(given, output) if state.kept is None else state.kept
         masks = None
         if output.mask_logits is not None and output.presence_logits is not None:
             masks = output.mask_logits, output.presence_logits
+        kept = _blank(given, output.logits, masks) if state.kept is None else state.kept
         read = jnp.ones(output.logits.shape[:2], dtype=bool)
         state = dataclasses.replace(state, kept=_with(given, kept, model.depth, output.logits, read, masks, statistics))
     return state, output
@@ -515,26 +515,23 @@ def _kept(
     """The state with the output of a head for all patches, where outputs are kept."""
     if given.which == "active":
         return state
-    kept = _blank(given, output) if state.kept is None else state.kept
     every = exits.update(book, selection, output)
     logits, masks = state.of_all(every.logits), None
     if every.mask_logits is not None and every.presence_logits is not None:
         masks = state.of_all(every.mask_logits), every.presence_logits
         logits = log_scores(masks[0], masks[1][:, None]) if given.reweighs else logits
+    kept = _blank(given, logits, masks) if state.kept is None else state.kept
     return dataclasses.replace(state, kept=_with(given, kept, after, logits, selection.running, masks, statistics))
 
 
-def _blank(given: Given, output: HeadOutput) -> Kept:
-    """Nothing read yet, with a place for every head, so that all stages have one structure."""
-    heads = (*given.plan.after, given.model.depth)
-    masks = {}
-    if output.mask_logits is not None and output.presence_logits is not None:
-        nothing = jnp.zeros_like(output.mask_logits), jnp.zeros_like(output.presence_logits)
-        masks = dict.fromkeys(heads, nothing)
+def _blank(given: Given, logits: Array, masks: tuple[Array, Array] | None) -> Kept:
+    """Nothing read yet, with a place for every head, like outputs for all patches: all stages have one structure."""
+    heads = (*given.plan.read_after, given.model.depth)
+    nothing = None if masks is None else (jnp.zeros_like(masks[0]), jnp.zeros_like(masks[1]))
     return Kept(
-        logits=dict.fromkeys(heads, jnp.zeros_like(output.logits)),
-        read=dict.fromkeys(heads, jnp.zeros_like(output.logits[..., 0], dtype=bool)),
-        masks=masks,
+        logits=dict.fromkeys(heads, jnp.zeros_like(logits)),
+        read=dict.fromkeys(heads, jnp.zeros_like(logits[..., 0], dtype=bool)),
+        masks={} if nothing is None else dict.fromkeys(heads, nothing),
         statistics=split(given.heads)[1],
     )
 
