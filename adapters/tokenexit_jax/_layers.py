@@ -116,6 +116,11 @@ def new_linear(key: Array, name: str, wide: int, out: int, *, bias: bool = True)
     return new
 
 
+def zero_linear(name: str, wide: int, out: int) -> dict[str, Array]:
+    """Weights of a linear layer that gives zeros."""
+    return {f"{name}.weight": jnp.zeros((out, wide)), f"{name}.bias": jnp.zeros(out)}
+
+
 def new_norm(name: str, wide: int) -> dict[str, Array]:
     """Weights of a norm that changes nothing yet."""
     return {f"{name}.weight": jnp.ones(wide), f"{name}.bias": jnp.zeros(wide)}

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.flax import save as to_bytes
 
 from tokenexit import TokenExitError, folders, manifest, weights
+from tokenexit.errors import require
 from tokenexit.folders import Kind
 from tokenexit.manifest import HeadManifest, SemanticManifest
 from tokenexit.schedule import dense
@@ -113,8 +114,8 @@ def load(
 
     Raises:
         TokenExitError: If a file is missing or not what it should be, what it holds is of another network or kind, its
-            heads were modules of your own, the folder holds several kinds and none is named, or an option is given that
-            is for another kind.
+            heads were modules of your own or translate for a decoder, the folder holds several kinds and none is named,
+            or an option is given that is for another kind.
     """
     options = {"head": head, "taps": taps, "capacities": capacities}
     return folders.load_by_kind(_LOADERS, network, folder, kind, options)
@@ -124,6 +125,8 @@ def _load_exits(
     network: Network, folder: str | Path, /, *, head: Head = None, capacities: Capacities = _BUCKETS
 ) -> tuple[ExitingModel, Heads]:
     saved, file = manifest.read(folder, "exits")
+    rule = "hold translators for a final head: those for a decoder's taps run in PyTorch alone"
+    require(not saved.taps, "folder", rule, f"translators for the taps {saved.taps}")
     manifest.require_final_head(saved, head)
     plan = manifest.require_head_plan(saved, "exits")
     manifest.require_network(saved, "exits", argument="network", width=network.width, depth=network.depth)

@@ -51,7 +51,9 @@ def wrap(
         schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
             exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
         classes: Class count: 2 or more, for one logit has no confidence; mask heads (`heads.ATM`) may have one class.
-        exit_heads: A plan for the exit heads, and for the final head if none is given.
+        exit_heads: A plan for the exit heads, and for the final head if none is given. For `heads.Translator`, whose
+            tokens the final head reads, that is `heads.MLP()`; `fit_exits` of the PyTorch adapter fits translators, and
+            `load` reads them.
         head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
             parameters of the network. None builds one from the plan.
         capacities: Buckets, as fractions of the slots of an image: what runs on after an exit is held by the smallest
@@ -68,8 +70,6 @@ def wrap(
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
-    rule = "give class scores: what PyTorch fits to translate runs in PyTorch alone"
-    require(not exit_heads.translates, "exit_heads", rule, repr(exit_heads))
     require_count(classes, "classes")
     # The softmax of one logit is 1, whatever it is: every token would leave at once, and sure of itself.
     several = classes >= exit_heads.least_classes

@@ -20,7 +20,7 @@ from tests.jax.parity import from_torch
 from tests.torch import models
 from tests.torch.vit import positions
 from tokenexit import schedule
-from tokenexit.heads import ATM, MLP, Neighbourhood
+from tokenexit.heads import ATM, MLP, Neighbourhood, Translator
 
 CLASSES = models.CLASSES
 SIZE = (32, 40)
@@ -152,6 +152,7 @@ def pair(kind="timm", capacities=(0.5, 1.0)):
         "placed": lambda: (models.placed(), plain_network(depth=6, placed=True)),
         "masks": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
         "around": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
+        "translating": lambda: (models.timm_vit(depth=5, size=SIZE), timm_network()),
     }[kind]()
     if kind == "around":
         plan = Neighbourhood(hidden=16)
@@ -160,6 +161,17 @@ def pair(kind="timm", capacities=(0.5, 1.0)):
         with torch.no_grad():
             for head in [*theirs.exit_heads.values(), theirs.head]:
                 head[-1].weight.mul_(12)
+    elif kind == "translating":
+        plan = Translator(24)
+        torch.manual_seed(1)
+        theirs = tet.wrap(host, declared, num_classes=CLASSES, exit_heads=plan).eval()
+        with torch.no_grad():
+            theirs.head[-1].weight.mul_(12)
+            for head in theirs.exit_heads.values():
+                head.skip.weight.add_(0.1 * torch.randn_like(head.skip.weight))
+                head.mlp[3].weight.normal_(std=0.3)
+                head.log_error.weight.normal_(std=0.5)
+                head.log_error.bias.fill_(-1)
     elif kind == "masks":
         plan = ATM(layers=1, attention_heads=2)
         torch.manual_seed(1)

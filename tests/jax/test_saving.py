@@ -130,7 +130,7 @@ def test_a_plan_that_carries_translations_is_refused(saved):
         ({"plan": None}, "`folder` must hold heads built from a plan"),
         (
             {"plan": {"kind": "translator", "hidden": None}},
-            r"`exit_heads` must give class scores: what PyTorch fits to translate runs in PyTorch alone, got Translator\(",
+            r"`folder` must hold the weights that exits.json describes, .*exit_heads.2.0.bias: \(48,\) instead of None",
         ),
         ({"classes": 10**6}, "`folder` must hold the weights that exits.json describes"),
         ({"width": 47}, "`network` must have width 47, as the saved exits, got 48"),

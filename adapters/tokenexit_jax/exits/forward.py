@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from tokenexit import cells, exits, ledger, merging, tokens
 from tokenexit.area import Area
-from tokenexit.carries import Feature, MaskPrediction
+from tokenexit.carries import Feature, MaskPrediction, Translated
 from tokenexit.errors import require
 from tokenexit.exits import HeadOutput
 from tokenexit.heads import HeadPlan
@@ -32,7 +32,7 @@ from tokenexit.schedule import Merge, Schedule, Stage
 from tokenexit.tokens import Selection
 from tokenexit_jax.exits.outputs import Output
 from tokenexit_jax.heads.masks import log_scores
-from tokenexit_jax.heads.reading import apply_head
+from tokenexit_jax.heads.reading import apply_head, apply_translator
 from tokenexit_jax.heads.statistics import split
 from tokenexit_jax.networks.checks import embed, run_block, run_blocks
 from tokenexit_jax.networks.protocol import Embedded, Heads, Network, Params
@@ -108,7 +108,8 @@ class State:
     """State between two stages. Its shapes are the same at all of them, whatever has left.
 
     Attributes:
-        tokens: Every token as its last block left it: of those that have left, the feature that they left with.
+        tokens: Every token as its last block left it: of those that have left, the feature that they left with, or what
+            a translator made of it.
         positions: What belongs to the slots.
         running: Which patches run. The prefix tokens of an image run as long as any of its patches does.
         ledger: The latest outcome of every patch; None if nothing can leave.
@@ -174,9 +175,9 @@ class Given(NamedTuple):
     which: Literal["active", "all"] = "active"
 
     @property
-    def feature(self) -> Feature | None:
+    def feature(self) -> Feature | Translated | None:
         """The carry, if features rejoin."""
-        return self.plan.carry if isinstance(self.plan.carry, Feature) else None
+        return self.plan.carry if isinstance(self.plan.carry, Feature | Translated) else None
 
     @property
     def reweighs(self) -> bool:
@@ -261,11 +262,11 @@ def first_stage(given: Given, images: Array) -> State:
 
 def after_stage(given: Given, state: State, selection: Selection, entries: Array, *, at: int) -> State:
     """What follows the blocks of a stage: some patches of these entries leave, and others merge."""
-    stage = given.stages[at]
+    stage, features = given.stages[at], None
     if stage.reads:
-        state = read_exit(given, state, selection, entries, stage.stop)
+        state, features = read_exit(given, state, selection, entries, stage.stop)
     if stage.exit is not None:
-        state = exit_point(given, state, selection, entries, at=at)
+        state = exit_point(given, state, selection, entries, features, at=at)
     return state if stage.merge is None else merge_point(given, state, stage.merge)
 
 
@@ -327,15 +328,16 @@ def run_stage(given: Given, state: State, *, at: int, capacity: int) -> State:
     book = state.ledger
     if given.feature is not None or book is None:
         return state
-    finished = network.finish(given.params, entries)[:, prefix:]
-    output, statistics = _read(given, given.model.depth, finished, state.grid, selection)
+    output, statistics = _read_last(given, entries[:, prefix:], state.grid, selection)
     state = _kept(given, state, book, selection, output, statistics, given.model.depth)
     constant = lax.stop_gradient(output) if given.which == "all" else output
     return dataclasses.replace(state, ledger=exits.update(book, selection, constant))
 
 
-def exit_point(given: Given, state: State, selection: Selection, entries: Array, *, at: int) -> State:
-    """Some of the patches of these entries leave."""
+def exit_point(
+    given: Given, state: State, selection: Selection, entries: Array, features: Array | None, *, at: int
+) -> State:
+    """Some of the patches of these entries leave, and leave the features behind if these are kept."""
     stages, prefix = given.stages, state.prefix
     stage, plan = stages[at], given.plan
     assert stage.exit is not None
@@ -362,6 +364,8 @@ def exit_point(given: Given, state: State, selection: Selection, entries: Array,
     if given.feature is not None and given.feature.fold_above is not None:
         leave, staying = (tokens.gather(one, selection) & selection.valid for one in (left, stay))
         state = _folded(state, selection, entries, leave, staying, given.feature.fold_above)
+    if features is not None and isinstance(given.feature, Translated):  # their own are in their places already
+        state = _left_behind(state, selection, features, left)
     return dataclasses.replace(
         state,
         running=stay,
@@ -371,9 +375,16 @@ def exit_point(given: Given, state: State, selection: Selection, entries: Array,
     )
 
 
-def read_exit(given: Given, state: State, selection: Selection, entries: Array, after: int) -> State:
-    """Read the patches of these entries by the exit head after a block; the ledger has their latest outcome."""
-    output, statistics = _read(given, after, entries[:, state.prefix :], state.grid, selection)
+def read_exit(
+    given: Given, state: State, selection: Selection, entries: Array, after: int
+) -> tuple[State, Float[Array, "images entries dim"] | None]:
+    """Read the patches of these entries by the exit head after a block; the ledger has their latest outcome.
+
+    Returns:
+        The state, and the features that these patches leave behind if they leave here; None if none are kept.
+    """
+    patches = entries[:, state.prefix :]
+    output, statistics = _read(given, after, patches, state.grid, selection)
     book = state.ledger
     if book is None:
         keeps = given.reweighs or (given.which == "all" and given.model.gives_masks)
@@ -381,7 +392,7 @@ def read_exit(given: Given, state: State, selection: Selection, entries: Array, 
         book = exits.begin(output, selection, presence_logits=presence)
     state = _kept(given, state, book, selection, output, statistics, after)
     book = exits.update(book, selection, lax.stop_gradient(output) if given.which == "all" else output)
-    return dataclasses.replace(state, ledger=book)
+    return dataclasses.replace(state, ledger=book), exits.carried(given.plan.carry, output, patches)
 
 
 def finish(given: Given, state: State) -> Output:
@@ -408,14 +419,13 @@ def _rejoined(given: Given, state: State) -> tuple[State, HeadOutput]:
     whole = jnp.concatenate([state.tokens[:, : state.prefix], state.of_all(state.tokens[:, state.prefix :])], axis=1)
     every = run_blocks(model.network, given.params, whole, state.positions, **options)
     ran, room = (counted.at[:, end:].set(slots) for counted in (state.ran, state.room))
-    finished = model.network.finish(given.params, every)[:, state.prefix :]
-    output, statistics = _read(given, model.depth, finished, state.grid)
+    output, statistics = _read_last(given, every[:, state.prefix :], state.grid)
     state = dataclasses.replace(state, ran=ran, room=room)
     if given.which == "all":
-        kept = _blank(given, output) if state.kept is None else state.kept
         masks = None
         if output.mask_logits is not None and output.presence_logits is not None:
             masks = output.mask_logits, output.presence_logits
+        kept = _blank(given, output.logits, masks) if state.kept is None else state.kept
         read = jnp.ones(output.logits.shape[:2], dtype=bool)
         state = dataclasses.replace(state, kept=_with(given, kept, model.depth, output.logits, read, masks, statistics))
     return state, output
@@ -473,9 +483,24 @@ def _read(
         wanted = (*patches.shape[:-1], model.classes)
         require(shape == wanted, "head", f"give {model.classes} classes, logits of shape {wanted}", f"{shape}")
         return HeadOutput(logits), None
-    weights = given.heads["head"] if after == model.depth else given.heads["exit_heads"][str(after)]
     training = given.which == "all"
-    return apply_head(model.head_plan, weights, patches, selection, grid=grid, training=training)
+    if after == model.depth:
+        plan, weights = model.head_plan.final, given.heads["head"]
+    else:
+        plan, weights = model.head_plan, given.heads["exit_heads"][str(after)]
+    if plan.translates:
+        return apply_translator(weights, patches, lambda some: _read_last(given, some, grid, selection)[0]), None
+    return apply_head(plan, weights, patches, selection, grid=grid, training=training)
+
+
+def _read_last(
+    given: Given,
+    patches: Float[Array, "images entries dim"],
+    grid: tuple[int, int],
+    selection: Selection | None = None,
+) -> tuple[HeadOutput, dict[str, Array] | None]:
+    """Output of the final head for patches as the last block leaves them, behind the final norm."""
+    return _read(given, given.model.depth, given.model.network.finish(given.params, patches), grid, selection)
 
 
 def _kept(
@@ -490,26 +515,23 @@ def _kept(
     """The state with the output of a head for all patches, where outputs are kept."""
     if given.which == "active":
         return state
-    kept = _blank(given, output) if state.kept is None else state.kept
     every = exits.update(book, selection, output)
     logits, masks = state.of_all(every.logits), None
     if every.mask_logits is not None and every.presence_logits is not None:
         masks = state.of_all(every.mask_logits), every.presence_logits
         logits = log_scores(masks[0], masks[1][:, None]) if given.reweighs else logits
+    kept = _blank(given, logits, masks) if state.kept is None else state.kept
     return dataclasses.replace(state, kept=_with(given, kept, after, logits, selection.running, masks, statistics))
 
 
-def _blank(given: Given, output: HeadOutput) -> Kept:
-    """Nothing read yet, with a place for every head, so that all stages have one structure."""
-    heads = (*given.plan.after, given.model.depth)
-    masks = {}
-    if output.mask_logits is not None and output.presence_logits is not None:
-        nothing = jnp.zeros_like(output.mask_logits), jnp.zeros_like(output.presence_logits)
-        masks = dict.fromkeys(heads, nothing)
+def _blank(given: Given, logits: Array, masks: tuple[Array, Array] | None) -> Kept:
+    """Nothing read yet, with a place for every head, like outputs for all patches: all stages have one structure."""
+    heads = (*given.plan.read_after, given.model.depth)
+    nothing = None if masks is None else (jnp.zeros_like(masks[0]), jnp.zeros_like(masks[1]))
     return Kept(
-        logits=dict.fromkeys(heads, jnp.zeros_like(output.logits)),
-        read=dict.fromkeys(heads, jnp.zeros_like(output.logits[..., 0], dtype=bool)),
-        masks=masks,
+        logits=dict.fromkeys(heads, jnp.zeros_like(logits)),
+        read=dict.fromkeys(heads, jnp.zeros_like(logits[..., 0], dtype=bool)),
+        masks={} if nothing is None else dict.fromkeys(heads, nothing),
         statistics=split(given.heads)[1],
     )
 
@@ -550,6 +572,13 @@ def _token_size(given: Given, state: State, selection: Selection, runs: Array) -
     # Of a finished image one entry counts all the same: there is no attention over nothing.
     first = jnp.arange(state.prefix + places)[None] == 0
     return jnp.where(first & ~runs[:, None], 1.0, counts)
+
+
+def _left_behind(state: State, selection: Selection, features: Array, left: Array) -> State:
+    """The state with these features in the places of those that have left."""
+    patches = state.tokens[:, state.prefix :]
+    behind = jnp.where(left[..., None], tokens.scatter(features, selection, into=patches), patches)
+    return dataclasses.replace(state, tokens=jnp.concatenate([state.tokens[:, : state.prefix], behind], axis=1))
 
 
 def _folded(state: State, selection: Selection, entries: Array, leave: Array, stay: Array, above: float) -> State:

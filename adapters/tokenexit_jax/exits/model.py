@@ -58,7 +58,8 @@ class ExitingModel(ExitSpec):
         classes: Class count.
         after: The blocks that have an exit head.
         head_plan: How the exit heads are built.
-        head: The final head, `head(params, tokens)`, if it was given; None if it is built from the plan as well.
+        head: The final head, `head(params, tokens)`, if it was given; None if it is built from the plan as well, or
+            beside translators from the plan `head_plan.final`.
         capacities: For each block with an exit head the buckets after it, ascending, as fractions of an image's slots.
         fitted: Digests of the images that the heads were fitted to, as they were saved with them.
     """
@@ -135,9 +136,9 @@ class ExitingModel(ExitSpec):
             The weights.
         """
         keys = new_keys(key, len(self.after) + 1)
-        new = partial(building.init, self.head_plan, width=self.network.width, classes=self.classes)
-        exit_heads = {str(after): new(one) for after, one in zip(self.after, keys[1:], strict=True)}
-        return {"exit_heads": exit_heads} | ({"head": new(keys[0])} if self.head is None else {})
+        new = partial(building.init, width=self.network.width, classes=self.classes)
+        exit_heads = {str(after): new(self.head_plan, one) for after, one in zip(self.after, keys[1:], strict=True)}
+        return {"exit_heads": exit_heads} | ({"head": new(self.head_plan.final, keys[0])} if self.head is None else {})
 
     def retuned(
         self,
@@ -244,12 +245,13 @@ class ExitingModel(ExitSpec):
             TokenExitError: If the attention of a block is not over `width` channels, which `Cost` takes for granted, or
                 a block has other work that does not grow with the tokens.
         """
-        width = self.network.width
+        plan, width = self.head_plan, self.network.width
         found = network_cost(self.network, params, images)
-        head = building.cost(self.head_plan, width=width, classes=self.classes)
         token = jax.ShapeDtypeStruct((1, 1, width), jax.eval_shape(self.network.embed, params, images).tokens.dtype)
-        last = head if self.head is None else head_cost(self.head, params, token)
-        return dataclasses.replace(found, exit_heads=dict.fromkeys(self.after, head), head=last)
+        priced = partial(building.cost, width=width, classes=self.classes)
+        last = priced(plan.final) if self.head is None else head_cost(self.head, params, token)
+        one = priced(plan, final=last if plan.translates else None)
+        return dataclasses.replace(found, exit_heads=dict.fromkeys(self.after, one), head=last)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -279,7 +281,9 @@ def checked(model: ExitingModel, schedule: Schedule) -> Schedule:
     Raises:
         TokenExitError: If it cannot.
     """
-    require_fits(schedule, depth=model.depth, after=model.after, gives_masks=model.gives_masks)
+    translates = model.after if model.head_plan.translates else ()
+    options = {"gives_masks": model.gives_masks, "translates": translates, "classes": model.classes}
+    require_fits(schedule, depth=model.depth, after=model.after, **options)
     return of_pytrees(schedule)
 
 

@@ -25,15 +25,18 @@ from tokenexit_jax._layers import (
     new_batch_norm,
     new_linear,
     new_norm,
+    zero_linear,
 )
 from tokenexit_jax.heads.masks import Masks, new_masks, read_masks
 from tokenexit_jax.networks.protocol import Heads
 
-__all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks"]
+__all__ = ["Masks", "cost", "init", "read", "read_in_training", "read_masks", "translate"]
 
 
 def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str, Array]:
     """Random weights of a head, from the distributions that PyTorch draws from.
+
+    A new `Translator` gives tokens back as they are, and foretells an error as large as the variance.
 
     Args:
         plan: Which kind of head.
@@ -69,7 +72,15 @@ def init(plan: HeadPlan, key: Array, /, *, width: int, classes: int) -> dict[str
         case ATM():
             return new_masks(plan, first, width, classes)
         case Translator():
-            raise TokenExitError(f"`plan` must give class scores, for this adapter has no translators, got {plan!r}")
+            hidden = plan.hidden or 2 * width
+            return {
+                **zero_linear("skip", width, width),
+                "skip.weight": jnp.eye(width),
+                **new_norm("mlp.0", width),
+                **new_linear(first, "mlp.1", width, hidden),
+                **zero_linear("mlp.3", hidden, width),
+                **zero_linear("log_error", hidden, 1),
+            }
     raise TokenExitError(f"`plan` must be a plan of tokenexit.heads, got {plan!r}")
 
 
@@ -98,20 +109,25 @@ def shapes(plan: HeadPlan, /, *, width: int, classes: int, after: tuple[int, ...
         width: Channels of a token.
         classes: Class count.
         after: The blocks that have an exit head.
-        final: Whether there is a final head of that kind.
+        final: Whether there is a final head of the plan `plan.final`.
 
     Returns:
         What `ExitingModel.init` makes, without its numbers.
     """
-    one = jax.eval_shape(lambda: init(plan, jax.random.key(0), width=width, classes=classes))
-    return {"exit_heads": {str(block): one for block in after}} | ({"head": one} if final else {})
+
+    def of(kind: HeadPlan) -> dict[str, jax.ShapeDtypeStruct]:
+        return jax.eval_shape(lambda: init(kind, jax.random.key(0), width=width, classes=classes))
+
+    one = of(plan)
+    return {"exit_heads": {str(block): one for block in after}} | ({"head": of(plan.final)} if final else {})
 
 
 def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"], /) -> Float[Array, "*tokens classes"]:
     """Class scores of tokens, each by itself.
 
     Args:
-        plan: A plan other than `ATM`, which looks at whole images: `read_masks`.
+        plan: A plan other than `ATM`, which looks at whole images, `read_masks`, and `Translator`, which gives tokens,
+            `translate`.
         params: Its weights, as `init` made them or PyTorch's `state_dict` holds them. The norm of `FCN` uses its
             running statistics.
         tokens: The tokens, as a block leaves them; for `Neighbourhood` beside what is around them, as by
@@ -133,7 +149,26 @@ def read(plan: HeadPlan, params: Weights, tokens: Float[Array, "*tokens width"],
             return linear(params, "3", jax.nn.relu(batch_norm(params, "1", linear(params, "0", tokens))))
         case Neighbourhood():
             return linear(params, "2", jax.nn.gelu(linear(params, "0", tokens), approximate=False))
-    raise TokenExitError(f"`plan` must be a plan of tokenexit.heads that gives no masks, got {plan!r}")
+    rule = "be a plan of tokenexit.heads that gives class scores, and neither masks nor tokens"
+    raise TokenExitError(f"`plan` must {rule}, got {plan!r}")
+
+
+def translate(
+    params: Weights, tokens: Float[Array, "*tokens width"], /
+) -> tuple[Float[Array, "*tokens width"], Float[Array, "*tokens"]]:
+    """Tokens as the last block would leave them, by a `Translator`, each by itself.
+
+    Args:
+        params: Its weights, as `init` made them or PyTorch's `state_dict` holds them.
+        tokens: The tokens, as a block leaves them.
+
+    Returns:
+        The translations in the dtype of the tokens, and the logarithm of the squared error foretold for each, relative
+        to each channel's variance, in float32.
+    """
+    hidden = jax.nn.gelu(linear(params, "mlp.1", layer_norm(params, "mlp.0", tokens)), approximate=False)
+    translated = linear(params, "skip", tokens) + linear(params, "mlp.3", hidden)
+    return translated.astype(tokens.dtype), linear(params, "log_error", hidden)[..., 0].astype(jnp.float32)
 
 
 def read_in_training(
@@ -144,7 +179,7 @@ def read_in_training(
     A single token has no variance: for fewer than two the running statistics are used, and stay.
 
     Args:
-        plan: A plan other than `ATM`.
+        plan: A plan as for `read`.
         params: Its weights.
         tokens: The tokens.
         valid: Which entries hold a token; the others count for nothing.
@@ -162,18 +197,20 @@ def read_in_training(
     return linear(params, "3", jax.nn.relu(hidden)), statistics
 
 
-def cost(plan: HeadPlan, /, *, width: int, classes: int) -> HeadCost:
+def cost(plan: HeadPlan, /, *, width: int, classes: int, final: HeadCost | None = None) -> HeadCost:
     """Multiply-adds of a head: `tokenexit.cost.of_head`.
 
     Args:
         plan: Which kind of head.
         width: Channels of a token.
         classes: Class count.
+        final: Cost of the final head, for a `Translator`: it runs on what that gives. For other plans None.
 
     Returns:
-        The cost.
+        The cost of all that runs at the exit.
 
     Raises:
-        TokenExitError: If `plan` is not of `tokenexit.heads`, or an `ATM` does not fit the width.
+        TokenExitError: If `plan` is not of `tokenexit.heads`, an `ATM` does not fit the width, or `final` is missing
+            for a `Translator`, or given for another.
     """
-    return of_head(plan, width=width, classes=classes)
+    return of_head(plan, width=width, classes=classes, final=final)

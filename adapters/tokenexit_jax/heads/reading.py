@@ -1,5 +1,8 @@
 """Application of heads: to the patches of the static layout, and to all patches of a batch."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
@@ -10,10 +13,10 @@ from tokenexit.exits import HeadOutput
 from tokenexit.heads import ATM, HeadPlan, Neighbourhood
 from tokenexit.tokens import Selection
 from tokenexit_jax._layers import Weights
-from tokenexit_jax.heads.build import read, read_in_training
+from tokenexit_jax.heads.build import read, read_in_training, translate
 from tokenexit_jax.heads.masks import log_scores, read_masks
 
-__all__ = ["apply_head"]
+__all__ = ["apply_head", "apply_translator"]
 
 
 def apply_head(
@@ -56,3 +59,24 @@ def apply_head(
         logits, statistics = read_in_training(plan, weights, patches, valid)
         return HeadOutput(logits), statistics
     return HeadOutput(read(plan, weights, patches)), None
+
+
+def apply_translator(
+    weights: Weights,
+    patches: Float[Array, "images entries dim"],
+    final: Callable[[Float[Array, "images entries dim"]], HeadOutput],
+    /,
+) -> HeadOutput:
+    """Output of a translator for patches, class scores that the final head gives of what it makes of them among it.
+
+    Args:
+        weights: Its weights.
+        patches: The patches.
+        final: Output of the final head for patches as the last block would leave them.
+
+    Returns:
+        The output.
+    """
+    translated, log_error = translate(weights, patches)
+    # What is foretold decides, and decisions have no gradient.
+    return replace(final(translated), features=translated, error=jnp.exp(lax.stop_gradient(log_error)))
