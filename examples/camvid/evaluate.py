@@ -25,7 +25,7 @@ from torch import Tensor
 
 import tokenexit_torch as tet
 from examples import metrics, runs, shell, timing
-from examples.camvid import common, data, gated, report
+from examples.camvid import common, data, gated, leaving, report
 from examples.camvid.baselines import baselines
 from examples.camvid.contenders import Contender, Measured, Runner, Setting, Way
 from examples.camvid.merges import KINDS, merging
@@ -70,6 +70,11 @@ def arguments() -> argparse.Namespace:
         "--baselines", action="store_true", help="measure merged tokens, smaller images and a compiled network as well"
     )
     parser.add_argument("--merging", choices=KINDS, help="measure plans that merge before tokens leave as well")
+    parser.add_argument(
+        "--leaving",
+        action="store_true",
+        help="with --fitted translators: measure plans that leave translations as well",
+    )
     parser.add_argument(
         "--fit-after",
         type=int,
@@ -416,6 +421,10 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
         heads = [int(block) for block in model.exit_heads]
         every = settings(heads, dict(given.exits) if given.exits else default_radius(heads, patches), given.cells)
         every = (*every, *(merging(heads, given.merging) if given.merging else ()))
+        if given.leaving:
+            leaving.require_translators(model.translated_after)
+            plans = {**leaving.by_classes(), **leaving.by_error()}
+            every = (*every, *(Setting(name, "translated", plan) for name, plan in plans.items()))
     every = (*every, *(baselines(patches) if given.baselines else ()), *map(read_plan, given.plans))
     dense, *others = every
     chosen = [dense, *(one for one in others if given.only is None or one.name.startswith(tuple(given.only)))]

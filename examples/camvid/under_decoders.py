@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tokenexit_torch as tet
 from examples import merging, shell
-from examples.camvid import baselines, common, data, decoding, evaluate, report
+from examples.camvid import baselines, common, data, decoding, evaluate, leaving, report
 from examples.camvid.contenders import Runner, Scored, Way
 from examples.camvid.decoding import DECODERS
 from tokenexit import schedule
@@ -173,6 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser, /) -> None:
     """Add what `evaluate` takes besides data, network, threads and device."""
     parser.add_argument("--run", type=Path, required=True, help="run folder of the decoders")
     parser.add_argument("--decoder", choices=DECODERS, required=True, help="which of them")
+    parser.add_argument("--fitted", type=Path, help="translators of examples.camvid.translators, instead of exit heads")
     parser.add_argument("--json", type=Path, required=True, help="results; what it holds is not measured again")
     parser.add_argument("--split", choices=data.SPLITS, default="val")
     parser.add_argument("--limit", type=int, help="use only this many images, spread evenly over the split")
@@ -198,7 +199,9 @@ def check(given: argparse.Namespace, /) -> None:
         raise shell.UsageError(f"`--rounds` must be at least 0, got {given.rounds}")
 
 
-def read_model(source: Path, run: Path, name: str, device: torch.device) -> tet.DecodingModel:
+def read_model(
+    source: Path, run: Path, name: str, device: torch.device, *, fitted: Path | None = None
+) -> tet.DecodingModel:
     """A network under a trained decoder, with the exit heads that were fitted to it.
 
     Args:
@@ -206,6 +209,7 @@ def read_model(source: Path, run: Path, name: str, device: torch.device) -> tet.
         run: The run folder of the decoders.
         name: Which of them.
         device: Where to.
+        fitted: Other exits; those in the run folder by default.
 
     Raises:
         UsageError: If there is no such decoder.
@@ -219,7 +223,7 @@ def read_model(source: Path, run: Path, name: str, device: torch.device) -> tet.
     except (OSError, SafetensorError, RuntimeError) as error:
         raise shell.UsageError(f"`--run` must hold a decoder of this network, got {str(file)!r}: {error}") from error
     model = tet.wrap(vit, schedule.dense(), decoder=decoder, taps=DECODERS[name].taps)
-    return tet.load(model.host, run / name, kind="decoder").eval().to(device)
+    return tet.load(model.host, run / name if fitted is None else fitted, kind="decoder").eval().to(device)
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
@@ -230,18 +234,22 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     """
     frames = data.frames(given.data, given.split, given.limit)
     device = torch.device(given.device)
-    model = read_model(given.init, given.run, given.decoder, device)
+    model = read_model(given.init, given.run, given.decoder, device, fitted=given.fitted)
     identity = {
         "model": given.init.name, "sha256": common.digest(given.init), "decoder": given.decoder,
         "decoder_sha256": common.digest(given.run / f"{given.decoder}.safetensors"),
-        "exits": common.digest_of_exits(given.run / given.decoder), "split": given.split, "images": len(frames),
-        "device": device.type,
+        "exits": common.digest_of_exits(given.fitted or given.run / given.decoder), "split": given.split,
+        "images": len(frames), "device": device.type,
     }  # fmt: skip
     results = evaluate.open_results(given.json, identity)
     given.json.parent.mkdir(parents=True, exist_ok=True)
     patches = evaluate.patch_tokens(model)
     found = (Planned(one.name, one.kind, one.plan) for one in map(evaluate.read_plan, given.plans))
-    dense, *others = (*contenders(patches), *found)
+    rows = contenders(patches)
+    if given.fitted is not None:
+        leaving.require_translators(model.translated_after)
+        rows = (rows[0], *(Planned(name, "translated", plan) for name, plan in leaving.by_error().items()))
+    dense, *others = (*rows, *found)
     chosen = [dense, *(one for one in others if given.only is None or one.name.startswith(tuple(given.only)))]
     results["about"] = evaluate.environment(device) | {"patch_tokens": patches, "blocks": model.depth}
     evaluate.measure_accuracy(model, chosen, frames, results, given)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tokenexit_torch as tet
 from examples import merging, shell
-from examples.camvid import data, decoders, decoding, under_decoders
+from examples.camvid import data, decoders, decoding, leaving, translators, under_decoders
 from examples.timm_import import import_timm
 from tests.examples import narrow as of_narrow
 from tests.examples.strips import CAMVID, needs_data
@@ -153,6 +153,20 @@ def test_a_training_that_was_stopped_goes_on(
         monkeypatch.setattr(sys, "argv", [*measuring.replace("--decoder conv", "--decoder dpt").split()])
         with pytest.raises(shell.UsageError, match="`--json` must be .* same inputs, got .* decoder 'conv', not 'dpt'"):
             decoders.main()
+        fitting = f"--data {CAMVID} --init {ready} --images 4 --steps 1 --device cpu --out {tmp_path / 'translators'}"
+        for words in (fitting, f"{fitting} --run {tmp_path / 'whole'} --decoder dpt"):
+            monkeypatch.setattr(sys, "argv", ["translators", *words.split()])
+            translators.main()
+        json_file.unlink()
+        measuring = measuring.replace("--decoder conv", f"--decoder dpt --fitted {tmp_path / 'translators'}")
+        monkeypatch.setattr(sys, "argv", [*measuring.replace("--rounds 1", "--rounds 0").split()])
+        decoders.main()
+        results = json.loads(json_file.read_text())
+        assert list(results["settings"]) == ["dense", *leaving.by_error()]
+        measuring = measuring.replace(f"--fitted {tmp_path / 'translators'}", "").replace(
+            "--decoder dpt", "--decoder conv"
+        )
+        json_file.unlink()
         (tmp_path / "whole" / "conv.safetensors").write_bytes(b"")
         monkeypatch.setattr(sys, "argv", measuring.split())
         with pytest.raises(shell.UsageError, match="`--run` must hold a decoder of this network"):
