@@ -14,14 +14,20 @@ real run, which a plan that merges needs.
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from tokenexit._plain import is_whole, require_keys
+from tokenexit.carries import Carry, Prediction
 from tokenexit.errors import TokenExitError, require
-from tokenexit.policies import NeighboursAgree
-from tokenexit.schedule import Merge, Schedule, neighbours, truncated
+from tokenexit.policies import ErrorBelow, NeighboursAgree
+from tokenexit.schedule import Exit, Merge, Schedule, neighbours, truncated
 
 __all__ = ["Found", "Merges", "Space", "cheapest", "explore", "frontier"]
+
+By = Literal["confidence", "error"]
+
+_RULES: Mapping[By, type[NeighboursAgree | ErrorBelow]] = {"confidence": NeighboursAgree, "error": ErrorBelow}
+_CAREFUL: Mapping[By, int] = {"confidence": -1, "error": 0}  # at which end of ascending thresholds nothing is risked
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,10 @@ class Merges:
         after: Blocks that may have a merge, ascending.
         sides: Sides of the largest cells that it may merge, ascending.
         alike: Similarities that it may ask for, ascending; not to ask for any is bolder, where agreement is asked for.
-        agreed: Confidences at which its exit head may have to agree, ascending; without them no merge reads a head.
+        agreed: Confidences at which its exit head may have to agree, ascending, or foretold errors; without them no
+            merge reads a head.
         radii: Radii of that agreement, ascending.
+        by: What decides it: the `confidence` of classes, or the `error` that translators foretell.
     """
 
     after: tuple[int, ...] = (1, 2, 3)
@@ -41,6 +49,7 @@ class Merges:
     alike: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93)
     agreed: tuple[float, ...] = (0.5, 0.8, 0.9)
     radii: tuple[int, ...] = (1, 2)
+    by: By = "confidence"
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -49,6 +58,7 @@ class Merges:
             TokenExitError: If a tuple does not ascend, one but `agreed` is empty, or a number is out of range.
         """
         _require_ascending(self, "after", "sides", "alike", "radii")
+        _require_by(self.by)
         if self.agreed:
             _require_ascending(self, "agreed")
         # Merges themselves know what a block, a side, a similarity, a confidence and a radius may be.
@@ -59,7 +69,7 @@ class Merges:
     def merge(self, after: int, rule: "_MergeRule", /) -> Merge:
         """The merge point of a rule."""
         side, alike, confidence, radius = rule
-        return Merge(after, side, alike, None if confidence is None else NeighboursAgree(confidence, radius=radius))
+        return Merge(after, side, alike, None if confidence is None else _RULES[self.by](confidence, radius=radius))
 
     def starts(self) -> "tuple[_MergePlan, ...]":
         """What is tried first: each similarity at the first block; with the highest, agreement at the others."""
@@ -67,7 +77,7 @@ class Merges:
         alone = [((self.after[0], (side, alike, None, around)),) for alike in reversed(self.alike)]
         if not self.agreed:
             return tuple(alone)
-        rule = (side, self.alike[0], self.agreed[-1], around)
+        rule = (side, self.alike[0], self.agreed[_CAREFUL[self.by]], around)
         return *alone, (*alone[0], *((after, rule) for after in self.after[1:]))
 
     def holds(self, plan: "_MergePlan", /) -> bool:
@@ -108,13 +118,17 @@ class Merges:
 class Space:
     """What is searched: `NeighboursAgree` with retention after any of some blocks, and the network cut short there.
 
+    Or `ErrorBelow`, which asks for no class, and has no retention.
+
     Attributes:
         after: Blocks that may have an exit, ascending.
-        thresholds: Confidences that an exit may ask for, ascending.
+        thresholds: Confidences that an exit may ask for, ascending; or foretold errors.
         radii: Radii that it may have, ascending; with 0 it reads no neighbour.
-        per_class: Most confident leavers of each predicted class that stay.
+        per_class: Most confident leavers of each predicted class that stay; of no meaning by foretold errors.
         cell: Side of the cells in which the centre represents those that have left; None for none.
         merges: Merges that there may be, too; None for none. A replay knows nothing of merges: run the plans.
+        by: What an exit decides by: the `confidence` of classes, or the `error` that translators foretell.
+        carry: What leavers leave behind, those of a network cut short as well. A replay takes predictions alone.
     """
 
     after: tuple[int, ...]
@@ -123,6 +137,8 @@ class Space:
     per_class: int = 5
     cell: int | None = None
     merges: Merges | None = None
+    by: By = "confidence"
+    carry: Carry = Prediction()
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -132,6 +148,7 @@ class Space:
                 cells.
         """
         _require_ascending(self, "after", "thresholds", "radii")
+        _require_by(self.by)
         require(is_whole(self.per_class), "per_class", "be a whole number from 0 up", repr(self.per_class))
         merges = () if self.merges is None else self.merges.starts()[0]
         # The schedules themselves know what a block, a threshold and a radius may be.
@@ -148,15 +165,15 @@ class Space:
         last = self.after[-1]
         exits = [
             tuple((after, threshold, self.radii[0] if after == last else around) for after in self.after)
-            for threshold in reversed(self.thresholds)
+            for threshold in (self.thresholds if self.by == "error" else reversed(self.thresholds))  # the careful first
         ]
         merges = () if self.merges is None else self.merges.starts()
         plans = [*map(_Plan, exits), *(_Plan(some, one) for one in merges for some in ((), exits[0]))]
-        return (*(truncated(after=after) for after in self.after), *map(self._schedule, plans))
+        return (*map(self._cut, self.after), *map(self._schedule, plans))
 
     def holds(self, schedule: Schedule, /) -> bool:
         """Whether a schedule is one of this space."""
-        if schedule in (truncated(after=after) for after in self.after):
+        if schedule in map(self._cut, self.after):
             return True
         plan: Any = _plan_of(schedule, self.merges)
         inside = all(a in self.after and t in self.thresholds and r in self.radii for a, t, r in plan.exits)
@@ -195,7 +212,7 @@ class Space:
         for after in self.after:
             if after not in have:
                 nearest = min(have, key=lambda block: abs(block - after), default=None)
-                careful = (self.thresholds[-1], self.radii[0])
+                careful = (self.thresholds[_CAREFUL[self.by]], self.radii[0])
                 changed.append(have | {after: careful if nearest is None else have[nearest]})
                 continue
             changed.append({block: one for block, one in have.items() if block != after})
@@ -208,17 +225,23 @@ class Space:
                 changed.append({after: (self.thresholds[index], have[after][1]) for after, index in moved.items()})
         return [tuple((after, *one[after]) for after in sorted(one)) for one in changed]
 
+    def _cut(self, after: int) -> Schedule:
+        return replace(truncated(after=after), carry=self.carry)
+
     def _schedule(self, plan: "_Plan") -> Schedule:
         merges = () if self.merges is None else tuple(self.merges.merge(*one) for one in plan.merges)
         if not plan.exits:
-            return Schedule(merges=merges)
+            return Schedule(carry=self.carry, merges=merges)
+        if self.by == "error":
+            told = tuple(Exit(after, ErrorBelow(threshold, radius=radius)) for after, threshold, radius in plan.exits)
+            return Schedule(told, self.carry, self.cell, merges)
         exits = neighbours(
             radius={after: radius for after, _, radius in plan.exits},
             threshold={after: threshold for after, threshold, _ in plan.exits},
             per_class=self.per_class,
             cell=self.cell,
         )
-        return replace(exits, merges=merges)
+        return replace(exits, carry=self.carry, merges=merges)
 
 
 _ExitPlan = tuple[tuple[int, float, int], ...]
@@ -245,8 +268,9 @@ class _Plan:
 
 def _plan_of(schedule: Schedule, merges: Merges | None) -> _Plan:
     data = schedule.to_dict()
-    exits = [(exit["after"], exit["policy"].get("policy")) for exit in data["exits"]]
-    found = tuple((after, one.get("threshold"), one.get("radius")) for after, one in exits if one is not None)
+    # Retention holds another policy.
+    exits = [(exit["after"], exit["policy"].get("policy", exit["policy"])) for exit in data["exits"]]
+    found = tuple((after, one.get("threshold"), one.get("radius")) for after, one in exits if "threshold" in one)
     around = 0 if merges is None else merges.radii[0]
     rules = []
     for merge in data.get("merges", ()):
@@ -254,6 +278,10 @@ def _plan_of(schedule: Schedule, merges: Merges | None) -> _Plan:
         rule = (merge["side"], merge["alike"], agreed.get("threshold"), agreed.get("radius"))
         rules.append((merge["after"], rule))
     return _Plan(found, tuple(rules))
+
+
+def _require_by(by: str) -> None:
+    require(by in _RULES, "by", "be `confidence` or `error`", repr(by))
 
 
 def _require_ascending(space: Merges | Space, *names: str) -> None:

@@ -42,6 +42,7 @@ GATES = ("test_gates",)
 EXITS, LADDERS = ("test_exits",), ("test_ladders",)
 FEATURES, FITTING = ("test_features",), ("test_fitting",)
 MERGING = ("test_merging",)
+SEARCH = ("test_search",)
 WINDOWS, PREDICTION = ("test_windows",), ("test_prediction",)
 
 MUTANTS = (
@@ -51,6 +52,83 @@ MUTANTS = (
         "    if isinstance(carry, Feature):\n        return tokens",
         "    if isinstance(carry, Feature | Translated):\n        return tokens",
         EXITS,
+    ),
+    Mutant(
+        "what has left holds its neighbours back for its error",
+        "policies/kinds.py",
+        '            passing = passing | (~runs & ~xp.isnan(evidence.score("error")))\n',
+        "",
+        POLICIES,
+    ),
+    Mutant(
+        "tokens that are merged count as left",
+        "policies/kinds.py",
+        "            if merged is not None:  # a token that belongs",
+        "            if False:  # a token that belongs",
+        EXITS,
+    ),
+    Mutant(
+        "an unknown place passes for one that has left",
+        "policies/kinds.py",
+        "return xp.astype(~xp.isnan(settled), xp.int32) - 1",
+        "return xp.zeros_like(settled, dtype=xp.int32)",
+        POLICIES,
+    ),
+    Mutant(
+        "the greatest error is the most certain",
+        "exits.py",
+        "    return -error, xp.zeros_like(error",
+        "    return error, xp.zeros_like(error",
+        EXITS,
+    ),
+    Mutant(
+        "a rule without classes keeps classes apart at a merge",
+        "exits.py",
+        "    label = label if policy.asks_classes else xp.zeros_like(label) - 1\n",
+        "",
+        EXITS,
+    ),
+    Mutant(
+        "a head that foretells nothing forgets what was foretold",
+        "exits.py",
+        "    if output.error is not None:\n",
+        "    found = replace(found, error=None)\n    if output.error is not None:\n",
+        EXITS,
+    ),
+    Mutant(
+        "features for fewer taps are the first ones",
+        "ledger.py",
+        "values = xp.concat([read, values], axis=-1)",
+        "values = xp.concat([values, read], axis=-1)",
+        EXITS,
+    ),
+    Mutant(
+        "steps through a decoder begin with the last weights",
+        "fitting.py",
+        "        learner.revert()\n",
+        "        learner.keep()\n",
+        FITTING,
+    ),
+    Mutant(
+        "a resumed fit begins again with the first images",
+        "fitting.py",
+        "batches = data.batches.steps(size, standing.decoded)",
+        "batches = data.batches.steps(size, 0)",
+        FITTING,
+    ),
+    Mutant(
+        "images held out are shown to the decoder's steps",
+        "features.py",
+        "        turn = sum(1 for _ in self._cuts(size, 0, self.fitted))\n        found = islice(self._parts(size, 0, self.fitted)",
+        "        turn = sum(1 for _ in self._cuts(size, 0, self.fitted))\n        found = islice(self._parts(size, 0, sum(self.sizes))",
+        FITTING,
+    ),
+    Mutant(
+        "a search by foretold errors begins with the boldest",
+        "search.py",
+        '_CAREFUL: Mapping[By, int] = {"confidence": -1, "error": 0}',
+        '_CAREFUL: Mapping[By, int] = {"confidence": -1, "error": -1}',
+        SEARCH,
     ),
     Mutant(
         "a translator is counted without the final head",
@@ -118,15 +196,15 @@ MUTANTS = (
     Mutant(
         "settled neighbours count without their confidence",
         "policies/kinds.py",
-        "xp.astype(self._votes(settled, evidence.settled_score > limit), votes.dtype)",
-        "xp.astype(settled, votes.dtype)",
+        "return _voting(evidence.settled_label, evidence.settled_score > limit)",
+        "return evidence.settled_label",
         POLICIES,
     ),
     Mutant(
         "settled neighbours on the grid agree with none",
         "policies/kinds.py",
-        "return confident & self._agreed(votes, evidence)\n        height",
-        "votes = xp.where(evidence.eligible, votes, -1)\n            return confident & self._agreed(votes, evidence)\n        height",
+        "return passing & self._agreed(votes, evidence)\n        height",
+        "votes = xp.where(evidence.eligible, votes, -1)\n            return passing & self._agreed(votes, evidence)\n        height",
         ("test_policies", "test_exits"),
     ),
     Mutant(
@@ -650,7 +728,7 @@ MUTANTS = (
     Mutant(
         "the final head's weights need not be in the file",
         "manifest.py",
-        '{"head": one if final is None else final} if manifest.built_head else {}',
+        '{"head": one(1) if final is None else final} if manifest.built_head else {}',
         "{}",
         ("test_manifest",),
     ),

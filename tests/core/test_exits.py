@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from tests.core import oracles, strategies
 from tests.core.backends import each_backend
-from tokenexit import TokenExitError, cells, exits, ledger, policies, replay, schedule, scores, tokens
+from tokenexit import TokenExitError, cells, exits, ledger, merging, policies, replay, schedule, scores, tokens
 from tokenexit.carries import Feature, MaskPrediction, Prediction, Preserved, Translated
 from tokenexit.exits import HeadOutput
-from tokenexit.policies import ConfidenceAbove, NeighboursAgree, Patience, always, never
+from tokenexit.policies import ConfidenceAbove, ErrorBelow, NeighboursAgree, Patience, always, never
 from tokenexit.schedule import Exit, Schedule, Stage
 
 DEPTH = 5
@@ -257,6 +257,89 @@ def test_an_update_is_the_heads_own_where_tokens_run_and_the_ledgers_elsewhere(b
     found = exits.update(book, receipt, HeadOutput(tokens.gather(backend.array(new), receipt)))
     wanted_ = np.where(mask[..., None], backend.held(new), backend.held(old))
     np.testing.assert_array_equal(backend.numpy(found.logits), wanted_)
+
+
+@each_layout
+@each_backend
+def test_without_classes_foretold_errors_decide_what_leaves_and_what_is_certain(backend, layout):
+    array, running = backend.array, np.ones((2, 10), dtype=bool)
+    rng, nothing = np.random.default_rng(0), array(np.zeros((2, 10), np.float32))
+    receipt = (
+        tokens.pack(array(running)) if layout == "packed" else tokens.select(array(running), nothing, capacity=10)[0]
+    )
+    first, second = (array((rng.integers(0, 8, receipt.layout) / 8).astype(np.float32)) for _ in range(2))
+    blank = array(np.zeros((*receipt.layout, 0), np.float32))
+    output = HeadOutput(blank, error=first)
+    book = exits.update(exits.begin(output, receipt), receipt, output)
+    told = backend.numpy(first).reshape(2, 10)
+    decision = exits.decide(ErrorBelow(0.5, radius=0), book, receipt.running, grid=(3, 3), cell=3)
+    stay = np.where(np.arange(10) == 5, True, told >= 0.5)
+    stay[:, 0] = True
+    np.testing.assert_array_equal(backend.numpy(decision.stay), stay)
+    pinned = np.isin(np.arange(10), (0, 5))[None]
+    np.testing.assert_array_equal(backend.numpy(decision.certain), np.where(pinned, -np.inf, -told))
+    assert (backend.numpy(decision.label) == -1).all()
+    marks, label = exits.agree(ErrorBelow(0.5, radius=0), book, receipt.running, grid=(2, 5))
+    np.testing.assert_array_equal(backend.numpy(marks), told < 0.5)
+    assert (backend.numpy(label) == -1).all()
+    # A head that foretells none leaves what was foretold before; one that comes later begins.
+    silent = exits.update(book, receipt, HeadOutput(blank))
+    np.testing.assert_array_equal(backend.numpy(silent.error), told)
+    late = exits.update(
+        exits.update(exits.begin(HeadOutput(blank), receipt), receipt, HeadOutput(blank)), receipt, output
+    )
+    np.testing.assert_array_equal(backend.numpy(late.error), told)
+    half = array(np.arange(20).reshape(2, 10) % 2 == 0)
+    part = tokens.pack(half) if layout == "packed" else tokens.select(half, nothing, capacity=10)[0]
+    told_now = tokens.gather(array(backend.numpy(second).reshape(2, 10)), part)
+    again = exits.update(
+        book, part, HeadOutput(tokens.gather(array(np.zeros((2, 10, 0), np.float32)), part), error=told_now)
+    )
+    wanted_ = np.where(backend.numpy(half), backend.numpy(second).reshape(2, 10), told)
+    np.testing.assert_array_equal(backend.numpy(again.error), wanted_)
+
+
+@each_backend
+def test_merged_tokens_share_the_error_of_their_owner_and_hold_no_class_against_each_other(backend):
+    array = backend.array
+    running = array(np.ones((1, 4), dtype=bool))
+    features = array(np.ones((1, 4, 2), np.float32))
+    joined = merging.merge(features, merging.alone(running, grid=(2, 2)), side=2, alike=0.5).merged
+    receipt = tokens.pack(joined.running)
+    for error, left in ((0.25, True), (0.75, False)):
+        output = HeadOutput(array(np.zeros((1, 0), np.float32)), error=array(np.array([error], np.float32)))
+        book = exits.update(exits.begin(output, receipt), receipt, output)
+        for policy in (ErrorBelow(0.5), ErrorBelow(0.5, radius=0)):
+            decision = exits.decide(policy, book, receipt.running, grid=(2, 2), merged=joined)
+            assert backend.numpy(decision.stay).any() != left
+    logits = array(np.array([[[3, 0], [0, 3], [3, 0], [3, 0]]], np.float32))
+    every = tokens.pack(running)
+    output = HeadOutput(tokens.gather(logits, every), error=array(np.zeros(4, np.float32)))
+    book = exits.update(exits.begin(output, every), every, output)
+    for policy, classes in ((ErrorBelow(0.5), [-1] * 4), (ErrorBelow(0.5) & ConfidenceAbove(0.1), [0, 1, 0, 0])):
+        assert backend.numpy(exits.agree(policy, book, running, grid=(2, 2))[1]).tolist() == [classes]
+
+
+@each_layout
+@each_backend
+def test_features_for_fewer_taps_are_the_last_ones(backend, layout):
+    array = backend.array
+    mask, nothing = np.array([[True, False, True]]), array(np.zeros((1, 3), np.float32))
+    everything = array(np.ones((1, 3), dtype=bool))
+
+    def receipt_of(running):
+        return tokens.pack(running) if layout == "packed" else tokens.select(running, nothing, capacity=3)[0]
+
+    def output(receipt, channels, value):
+        made = array(np.full((*receipt.layout, channels), value, np.float32))
+        return HeadOutput(array(np.zeros((*receipt.layout, 0), np.float32)), features=made)
+
+    first = output(receipt_of(everything), 4, 1.0)
+    book = exits.begin(first, receipt_of(everything), features=first.features)
+    book = exits.update(book, receipt_of(everything), first, features=first.features)
+    later = output(receipt_of(array(mask)), 2, 5.0)
+    book = exits.update(book, receipt_of(array(mask)), later, features=later.features)
+    assert backend.numpy(book.features)[0].tolist() == [[0, 0, 5, 5], [1, 1, 1, 1], [0, 0, 5, 5]]
 
 
 # The itinerary.

@@ -25,7 +25,10 @@ def manifests(draw):
     plan, more, size = draw(SCHEDULE), draw(st.sets(st.integers(1, 40))), draw(st.integers(1, 999))
     after = tuple(sorted({*plan.after, *more}))
     fitted = tuple(sorted(draw(st.sets(st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}"), max_size=3))))
-    return HeadManifest(plan, after, draw(PLAN), draw(st.booleans()), size, size, 41, fitted)
+    taps = tuple(sorted(draw(st.sets(st.integers(1, 41), max_size=3))))
+    built = draw(st.booleans())
+    classes = size if built else draw(st.sampled_from([0, size]))
+    return HeadManifest(plan, after, draw(PLAN), built, classes, size, 41, fitted, taps)
 
 
 @given(whole=manifests())
@@ -290,6 +293,16 @@ def test_every_head_has_its_weights_in_the_file(whole, kind):
     wanted = {name: spec for name, spec in wanted.items() if not name.startswith("head.")}
     wanted |= {"head.weight": final["weight"]} if whole.built_head else {}
     assert manifest.head_specs(whole, kind, lambda _: one, final) == wanted
+
+
+def test_heads_that_translate_for_several_taps_have_weights_for_those_behind_them():
+    plan = HeadManifest(schedule.foretold(), (3, 6, 8), heads.Translator(), False, 0, 8, 12, taps=(3, 6, 9, 12))
+    assert [plan.targets(after) for after in (2, 3, 6, 8, 12)] == [4, 3, 2, 2, 1]
+    found = manifest.head_specs(plan, "exits", lambda targets: {"bias": Spec((targets,), "float32")})
+    assert {name: spec.shape for name, spec in found.items()} == {
+        "exit_heads.3.bias": (3,), "exit_heads.6.bias": (2,), "exit_heads.8.bias": (2,)
+    }  # fmt: skip
+    assert "taps" not in manifest.to_dict(dataclasses.replace(plan, taps=()))
 
 
 def test_the_rule_for_weights_names_the_file():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests.core import strategies
 from tokenexit import TokenExitError, schedule
-from tokenexit.policies import NeighboursAgree, always
-from tokenexit.schedule import Merge, Schedule
+from tokenexit.carries import Prediction, Translated
+from tokenexit.policies import ErrorBelow, NeighboursAgree, always
+from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit.search import Found, Merges, Space, cheapest, explore, frontier
 
 SMALL = Space((2, 4, 6), thresholds=(0.5, 0.7, 0.9), radii=(0, 1))
@@ -173,6 +175,29 @@ def test_what_is_near_a_merge_differs_in_one_respect():
     assert not SMALL.holds(Schedule(merges=(Merge(1, 2, 0.8),)))
 
 
+TOLD = Space((3, 6), thresholds=(0.1, 0.2, 0.3), radii=(0, 1), by="error", carry=Translated(),
+             merges=Merges((1, 2), (2,), (0.8, 0.9), (0.1, 0.2), (1,), by="error"))  # fmt: skip
+
+
+def test_exits_and_merges_by_foretold_errors_are_searched_alike():
+    careful = Schedule(tuple(Exit(block, ErrorBelow(0.1, radius=int(block == 3))) for block in (3, 6)), Translated())
+    cut = [Schedule((Exit(block, always()),), Translated()) for block in (3, 6)]
+    starts = TOLD.starts()
+    assert [*starts[:2]] == cut
+    assert starts[2] == careful
+    assert all(one.carry == Translated() and TOLD.holds(one) for one in starts)
+    assert Schedule(merges=(Merge(1, 2, 0.9), Merge(2, 2, 0.8, ErrorBelow(0.1))), carry=Translated()) in starts
+    assert TOLD.near(cut[0]) == ()
+    near = TOLD.near(careful)
+    assert Schedule(careful.exits[:1], Translated()) in near
+    assert (
+        Schedule(tuple(Exit(one.after, one.policy.with_threshold(0.2)) for one in careful.exits), Translated()) in near
+    )
+    assert all(TOLD.holds(one) for one in near)
+    assert not TOLD.holds(replace(careful, carry=Prediction()))
+    assert not TOLD.holds(schedule.neighbours(radius={3: 1, 6: 0}, threshold=0.1))
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5))))
 def test_the_frontier_is_what_nothing_beats(figures):
     found = [Found(schedule.truncated(after=1 + at), float(q), float(c)) for at, (q, c) in enumerate(figures)]
@@ -192,6 +217,8 @@ def test_the_frontier_is_what_nothing_beats(figures):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Space((3,), by="margin"), "`by` must be `confidence` or `error`, got 'margin'"),
+        (lambda: Merges(by="margin"), "`by` must be `confidence` or `error`, got 'margin'"),
         (lambda: Space(()), "`after` must be an ascending tuple of at least one, got ()"),
         (lambda: Space((3, 2)), "`after` must be an ascending tuple of at least one, got (3, 2)"),
         (lambda: Space((2,), thresholds=(0.5, 1.5)), "`threshold` must"),
