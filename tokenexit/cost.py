@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int, Real
 from tokenexit._array import Array, array_namespace, in_64_bits, number_beside
 from tokenexit._plain import require_counts, require_sizes
 from tokenexit.errors import require
-from tokenexit.heads import HeadCost, HeadPlan, atm_head
+from tokenexit.heads import HeadCost, HeadPlan, Translator, atm_head
 from tokenexit.semantic import SemanticPlan, require_room
 
 __all__ = [
@@ -437,32 +437,48 @@ def plain_vit(
     )
 
 
-def of_head(plan: HeadPlan, /, *, width: int, classes: int, norm: int = 0, final: HeadCost | None = None) -> HeadCost:
+def of_head(
+    plan: HeadPlan,
+    /,
+    *,
+    width: int,
+    classes: int = 0,
+    norm: int = 0,
+    final: HeadCost | None = None,
+    targets: int | None = None,
+) -> HeadCost:
     """Cost of a head, from its plan.
 
     Args:
         plan: One of the plans of `tokenexit.heads`.
         width: Channels of the tokens.
-        classes: Class count.
+        classes: Class count; not needed for a `heads.Translator`.
         norm: Multiply-adds for an element of a LayerNorm; not counted if 0. The batch norm of `FCN` never counts: in
             use it is part of the layer before it.
-        final: Cost of the network's final head, the final norm not counted, for a `heads.Translator`: it runs on what
-            that gives. For other plans None.
+        final: Cost of the network's final head, the final norm not counted, for a `heads.Translator` under one: it runs
+            on what that gives. For other plans None.
+        targets: For a `heads.Translator` under a decoder, of how many taps behind it it gives the token.
 
     Returns:
         The cost of all that runs at the exit.
 
     Raises:
         TokenExitError: If it is no such plan, a size is less than 1, `norm` is negative, the width is odd for `ATM`, or
-            `final` is missing for a `Translator`, or given for another.
+            `final` and `targets` are both missing for a `Translator`, both given, or given for another plan.
     """
     require(isinstance(plan, HeadPlan), "plan", "be a plan of tokenexit.heads", repr(plan))
-    require_sizes(width=width, classes=classes)
+    require_sizes(width=width)
     require_counts(norm=norm)
-    rule = "be given exactly for a plan that translates, whose token the final head reads"
-    require((final is not None) == plan.translates, "final", rule, f"{final!r} for {plan!r}")
-    own = plan.cost(width=width, classes=classes, norm=norm)
-    return own if final is None else own + final + HeadCost(norm * width)
+    if isinstance(plan, Translator):
+        rule = "be given for a plan that translates, whose token the final head reads, or else `targets`"
+        require((final is None) != (targets is None), "final", rule, f"{final!r} beside {targets!r} for {plan!r}")
+        require_sizes(targets=1 if targets is None else targets)
+        own = plan.cost(width=width, classes=classes, norm=norm, targets=1 if targets is None else targets)
+        return own if final is None else own + final + HeadCost(norm * width)
+    require_sizes(classes=classes)
+    rule = "be left out for a plan that gives class scores"
+    require(final is None and targets is None, "final", rule, f"{final!r} beside {targets!r} for {plan!r}")
+    return plan.cost(width=width, classes=classes, norm=norm)
 
 
 def upsampling(*, channels: int, size: tuple[int, int], per_element: int) -> int:

@@ -225,9 +225,10 @@ class Translator(HeadPlan):
         """See `HeadPlan.final`: the library's default."""
         return MLP()
 
-    def cost(self, *, width: int, classes: int, norm: int = 0) -> HeadCost:  # noqa: ARG002
-        """See `HeadPlan.cost`; `cost.of_head` adds the final head."""
-        return HeadCost(norm * width + width * width + (2 * width + 1) * (self.hidden or 2 * width))
+    def cost(self, *, width: int, classes: int, norm: int = 0, targets: int = 1) -> HeadCost:  # noqa: ARG002
+        """See `HeadPlan.cost`; `cost.of_head` adds the final head. It gives the tokens of so many later blocks."""
+        hidden = self.hidden or 2 * width
+        return HeadCost(norm * width + targets * width * width + ((1 + targets) * width + 1) * hidden)
 
 
 @dataclass(frozen=True)

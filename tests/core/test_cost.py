@@ -182,6 +182,8 @@ def test_a_translator_costs_itself_and_the_final_norm_and_head_on_what_it_gives(
     count.linear(count.linear(count.norm(x), 5), 7)
     found = cost.of_head(heads.Translator(hidden), width=4, classes=7, norm=norm, final=final)
     assert found.multiply_adds(np.array([3])).tolist() == [count.total]
+    taps = cost.of_head(heads.Translator(hidden), width=4, norm=norm, targets=3)
+    assert taps == cost.HeadCost(norm * 4 + 3 * 4 * 4 + 4 * hidden + hidden * 3 * 4 + hidden)
     every = cost.of_head(heads.Translator(), width=4, classes=7, final=cost.HeadCost(2, 3))
     assert every == cost.HeadCost(5 * 4 * 4 + 2 * 4 + 2, 3)
 
@@ -393,8 +395,11 @@ def test_a_bad_question_about_repacking_is_named(change, message):
     (lambda: cost.plain_vit(width=1, depth=1, patch=1, norm=-1), "`norm` must be 0 or more, got -1"),
     (lambda: cost.of_head("mlp", width=1, classes=1), "`plan` must be a plan of tokenexit.heads, got 'mlp'"),
     (lambda: cost.of_head(heads.Translator(), width=1, classes=1),
-     r"`final` must be given exactly for a plan that translates, .*got None for Translator\(hidden=None\)"),
-    (lambda: cost.of_head(heads.MLP(), width=1, classes=1, final=cost.HeadCost(1)), "`final` must be given exactly"),
+     r"`final` must be given for a plan that translates, .*got None beside None for Translator\(hidden=None\)"),
+    (lambda: cost.of_head(heads.Translator(), width=1, final=cost.HeadCost(1), targets=1), "`final` must be given for a"),
+    (lambda: cost.of_head(heads.Translator(), width=1, targets=0), "`targets` must be at least 1, got 0"),
+    (lambda: cost.of_head(heads.MLP(), width=1, classes=1, final=cost.HeadCost(1)), "`final` must be left out for a plan"),
+    (lambda: cost.of_head(heads.MLP(), width=1, classes=1, targets=2), "`final` must be left out for a plan that gives"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=0), "`classes` must be at least 1, got 0"),
     (lambda: cost.of_head(heads.MLP(), width=1, classes=1, norm=-1), "`norm` must be 0 or more, got -1"),
     (lambda: cost.atm_head(width=3, classes=1), "`width` must be even, got 3"),

@@ -451,6 +451,10 @@ def test_under_a_decoder_a_batch_is_each_image_alone_and_static_is_packed(plan):
         torch.testing.assert_close(torch.cat([one.decoded[tap] for one in alone]), found, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(static.decoded[tap], found, rtol=1e-4, atol=1e-4)
     assert (model.multiply_adds(out) < model.multiply_adds(model(images, schedule=schedule.dense()))).all()
+    parts = {after: cost.of_head(Translator(24), width=48, targets=taps) for after, taps in ((2, 2), (4, 1))}
+    vit = cost.plain_vit(width=48, depth=6, patch=8, prefix=1, exit_heads=parts, head=cost.HeadCost(0))
+    wanted = vit.multiply_adds(out.tokens_per_block, patches=24, exits=out.exits, head_on="all")
+    assert model.multiply_adds(out).tolist() == wanted.tolist()
 
 
 @torch.inference_mode()
