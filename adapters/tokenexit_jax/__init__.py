@@ -20,6 +20,7 @@ from tokenexit_jax.exits.model import ExitingModel
 from tokenexit_jax.exits.outputs import Output
 from tokenexit_jax.gates import GatedModel, GatedOutput, gate_thresholds, sampled
 from tokenexit_jax.networks.protocol import Block, Embedded, Heads, Network, Params
+from tokenexit_jax.pictures import show
 from tokenexit_jax.pytrees import register
 from tokenexit_jax.saving import load, save
 from tokenexit_jax.semantic.model import SemanticModel, SemanticOutput
@@ -52,6 +53,7 @@ __all__ = [
     "register",
     "sampled",
     "save",
+    "show",
     "split",
     "staged",
     "wrap",

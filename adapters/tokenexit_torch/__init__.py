@@ -33,6 +33,7 @@ from tokenexit_torch.inference.export import export_onnx, export_program
 from tokenexit_torch.inference.latency import measure_latency
 from tokenexit_torch.inference.predictor import Predictor
 from tokenexit_torch.inference.windows import WindowedOutput, sliding
+from tokenexit_torch.pictures import show
 from tokenexit_torch.saving import load, save
 from tokenexit_torch.semantic.model import SemanticModel, SemanticOutput
 from tokenexit_torch.training.fitting import fit_exits
@@ -79,6 +80,7 @@ __all__ = [
     "pixel_cross_entropy",
     "save",
     "save_certificate",
+    "show",
     "sliding",
     "trace",
     "wrap",

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from tokenexit.area import Area
 from tokenexit.cost import Cost
 from tokenexit.errors import require
+from tokenexit.summaries import summary
 from tokenexit_jax._given import require_size
 from tokenexit_jax.pytrees import register
 
@@ -63,6 +64,13 @@ class Output:
         """
         require_size(size)
         return upsampled(self.logits, size, self.area)
+
+    def summary(self) -> str:
+        """Sentences about the call: after which blocks patches left, how many merged, what share of the work was left.
+
+        They wait for an accelerator, and cannot be traced.
+        """
+        return summary(self.exit_depth, self.tokens_per_block, merged_size=self.merged_size, overflow=self.overflow)
 
     def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
         """Multiply-adds that the call stands for, heads and patch embedding included: of tokens, not of empty entries.

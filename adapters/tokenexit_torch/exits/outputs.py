@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenexit.area import Area
+from tokenexit.summaries import summary
 
 __all__ = ["DecodedOutput", "Output"]
 
@@ -47,6 +48,17 @@ class Output(NamedTuple):
     def worked_per_block(self) -> Int[Tensor, "images blocks"]:
         """Entries that each block worked on for each image."""
         return self.tokens_per_block if self.capacity_per_block is None else self.capacity_per_block
+
+    def summary(self) -> str:
+        """Sentences about the call: after which blocks patches left, how many merged, what share of the work was left.
+
+        They wait for an accelerator.
+        """
+        return summary(self.exit_depth, self.tokens_per_block, merged_size=self.merged_size, overflow=self.overflow)
+
+    def __repr__(self) -> str:
+        """The summary, where it can be known."""
+        return f"<{type(self).__name__}: {self.summary()}>" if _known(self.exit_depth) else _listed(self)
 
     def upsample(self, size: tuple[int, int]) -> Float[Tensor, "images classes height width"]:
         """The logits at another size, bilinearly: logits and not probabilities, which would blur the boundaries.
@@ -95,6 +107,26 @@ class DecodedOutput(NamedTuple):
     def worked_per_block(self) -> Int[Tensor, "images blocks"]:
         """Entries that each block worked on for each image."""
         return self.tokens_per_block if self.capacity_per_block is None else self.capacity_per_block
+
+    def summary(self) -> str:
+        """Sentences about the call: after which blocks patches left, how many merged, what share of the work was left.
+
+        They wait for an accelerator.
+        """
+        return summary(self.exit_depth, self.tokens_per_block, merged_size=self.merged_size, overflow=self.overflow)
+
+    def __repr__(self) -> str:
+        """The summary, where it can be known."""
+        return f"<{type(self).__name__}: {self.summary()}>" if _known(self.exit_depth) else _listed(self)
+
+
+def _listed(output: tuple[Any, ...]) -> str:
+    return f"{type(output).__name__}{tuple.__repr__(output)}"
+
+
+def _known(values: Tensor) -> bool:
+    """Whether there are numbers: none while a program is traced, or on the meta device."""
+    return not values.is_meta and not torch.compiler.is_compiling() and type(values) is Tensor
 
 
 def upsampled(
