@@ -368,8 +368,9 @@ def gathered(
         kept.clear()  # so that joining needs little more memory than the rows
         source = Cached(parts if isinstance(cache, Path) or not parts else [_joined(parts)])
     every = hashlib.sha256(" ".join(prints).encode()).hexdigest()
-    held_out, again = Cached(others) if held > 0 else None, Batches(batches, teacher, sizes, fitted)
-    return FitData(source, held_out, (fitted, held), every, frozenset(digests), again)
+    kept_out = Cached(others) if held > 0 else None
+    again = Batches(batches, teacher, sizes, fitted)
+    return FitData(source, kept_out, (fitted, held), every, frozenset(digests), again)
 
 
 def pixel_patches(

@@ -134,13 +134,14 @@ def update(
         if values is None or held is None:
             return None
         _require_layout(values, receipt, name)
-        xp = array_namespace(values)
-        if values.dtype != held.dtype:
-            values = xp.astype(values, held.dtype)
-        if name == "features" and values.shape[-1] < held.shape[-1]:  # the first are read no more
-            read = filled((*receipt.layout, held.shape[-1] - values.shape[-1]), 0, values, dtype=held.dtype)
-            values = xp.concat([read, values], axis=-1)
-        return scatter(values, receipt, into=held)
+        xp, found = array_namespace(values), values
+        if found.dtype != held.dtype:
+            found = xp.astype(found, held.dtype)
+        behind = held.shape[-1] - found.shape[-1]
+        if name == "features" and behind > 0:  # the first are read no more
+            read = filled((*receipt.layout, behind), 0, found, dtype=held.dtype)
+            found = xp.concat([read, found], axis=-1)
+        return scatter(found, receipt, into=held)
 
     return replace(
         ledger,

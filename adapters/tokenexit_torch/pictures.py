@@ -50,7 +50,7 @@ def show(
     labels = values = None
     one = slice(index, index + 1)
     if isinstance(output, Output):
-        labels = upsampled(output.logits[one].float(), tuple(image.shape[1:]), output.area)[0].argmax(dim=0)
+        labels = upsampled(output.logits[one].float(), (image.shape[1], image.shape[2]), output.area)[0].argmax(dim=0)
     elif isinstance(output.decoded, Tensor) and len(output.decoded) == images:
         map = output.decoded[index]
         if map.ndim == 3 and map.shape[0] > 1:

@@ -98,8 +98,8 @@ MUTANTS = (
     Mutant(
         "features for fewer taps are the first ones",
         "ledger.py",
-        "values = xp.concat([read, values], axis=-1)",
-        "values = xp.concat([values, read], axis=-1)",
+        "found = xp.concat([read, found], axis=-1)",
+        "found = xp.concat([found, read], axis=-1)",
         EXITS,
     ),
     Mutant(

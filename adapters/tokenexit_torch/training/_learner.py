@@ -20,6 +20,7 @@ from tokenexit_torch._images import Batch, parted
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.exits.decoder import DecodingModel
+from tokenexit_torch.heads.build import TokenTranslator
 from tokenexit_torch.heads.reading import translates
 from tokenexit_torch.training._imitation import Imitation, log_worst
 from tokenexit_torch.training._through import DecoderLoss, change_of
@@ -133,7 +134,7 @@ class Learner:
     @torch.no_grad()
     def foretold(self, chunks: Iterable[Rows], /) -> None:
         """Errors that translators foretell are those of images that they were not fitted to: a line through both."""
-        translators = {after: head for after, head in self._own.items() if translates(head)}
+        translators = {after: head for after, head in self._own.items() if isinstance(head, TokenTranslator)}
         if self._imitation is None or not translators:
             return
         heads = nn.ModuleDict(translators)
@@ -248,7 +249,7 @@ class Learner:
         found = []
         for after, head in self._heads.items():
             own = rows[after].to(device).float()
-            if self._imitation is not None and last is not None and translates(head):
+            if self._imitation is not None and last is not None and isinstance(head, TokenTranslator):
                 translated, log_error = head.foretell(own)
                 finished, given = self._imitation.read(translated)
                 errors = self._imitation.errors(finished, last)
@@ -271,7 +272,7 @@ def _exchanged(model: WithExits, heads: nn.ModuleDict) -> Iterator[None]:
     try:
         for one in asking:
             one.requires_grad_(False)
-        model.exit_heads.update(heads)
+        model.exit_heads.update(dict(heads.items()))
         yield
     finally:
         model.exit_heads.update(own)
