@@ -444,7 +444,7 @@ def test_bad_input_is_named(options, message):
         (lambda: Risk(labels=LABELS), "`labels` must be left out for `disagreement`, got shape (24, 8, 12)"),
         (lambda: Risk("IoU loss", labels=LABELS > 1), "`labels` must be a tensor of whole numbers, got bool"),
         (lambda: Risk("IoU loss", labels=LABELS.tolist()), "`labels` must be a tensor of whole numbers, got list"),
-        (lambda: default_settings(Schedule((Exit(1, EntropyBelow(0.3)),)), after=(1,)), "`settings` must be given for a plan without thresholds of confidence, or of similarity where no token leaves, of which alone there is a default ladder, got ['entropy']"),
+        (lambda: default_settings(Schedule((Exit(1, EntropyBelow(0.3)),)), after=(1,)), "`settings` must be given for a plan without thresholds of confidence or of foretold errors, or of similarity where no token leaves, of which alone there is a default ladder, got ['entropy']"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make, message):

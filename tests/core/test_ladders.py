@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from tests.core.backends import each_backend
 from tokenexit import TokenExitError, schedule
+from tokenexit.carries import Translated
 from tokenexit.guarantees import ladders
-from tokenexit.policies import ConfidenceAbove, Evidence
+from tokenexit.policies import ConfidenceAbove, ErrorBelow, Evidence, PerClass, always, never
+from tokenexit.schedule import Exit
 from tokenexit.search import Found
 
 THRESHOLDS = (0.95, 0.9, 0.7, 0.5)
@@ -54,6 +56,42 @@ def test_a_ladder_of_distances_merges_ever_more(alike, factors):
     assert [merge.alike for merge in ladder[0].merges[:-1]] == pytest.approx(
         [max(-1, 1 - min(factors) * (1 - least)) for least in alike]
     )
+
+
+@given(factors=st.lists(st.floats(0, 8, width=16), min_size=1, max_size=5))
+def test_a_ladder_of_foretold_errors_lets_ever_more_go_and_keeps_proportions(factors):
+    inside = Exit(8, (ErrorBelow(0.1, radius=0) & always()).with_minimum(per_image=2))
+    plan = schedule.Schedule((Exit(3, ErrorBelow(0.3, radius=2)), Exit(6, never()), inside), Translated())
+    ladder = ladders.by_error(plan, factors=factors)
+    assert len(set(ladder)) == len(ladder) <= len(factors)
+    least = min(factors)
+    wanted = {3: min(1.0, least * 0.3), 8: min(1.0, least * 0.1)}
+    assert ladder[0] == plan.with_threshold(wanted)
+    for one, other in pairwise(ladder):
+        limits = [plan.exits[0].policy.threshold for plan in (one, other)]
+        assert limits[0] <= limits[1] <= 1
+        assert other.exits[1] == plan.exits[1]
+
+
+def test_errors_that_cannot_be_scaled_are_refused():
+    for factors, exits, message in (
+        ((), (Exit(2, ErrorBelow(0.1)),), "`factors` must be numbers from 0 up, at least one"),
+        ((-1.0,), (Exit(2, ErrorBelow(0.1)),), "`factors` must be numbers from 0 up, at least one"),
+        ((1.0,), (Exit(2, ConfidenceAbove(0.1)),), "`plan` must compare foretold errors, each exit with one number"),
+        (
+            (1.0,),
+            (Exit(2, ErrorBelow(0.1) | ErrorBelow(0.2)),),
+            "`plan` must compare foretold errors, each exit with one",
+        ),
+        (
+            (1.0,),
+            (Exit(2, ErrorBelow(PerClass((0.1, 0.1)))),),
+            "`plan` must compare foretold errors, each exit with one",
+        ),
+        ((1.0,), (), "`plan` must compare foretold errors"),
+    ):
+        with pytest.raises(TokenExitError, match=message):
+            ladders.by_error(schedule.Schedule(exits), factors=factors)
 
 
 def test_distances_that_cannot_be_are_refused():

@@ -604,7 +604,7 @@ BUDGET = Schedule((Exit(2, policies.ConfidenceAbove(0.5) & policies.BatchBudget(
         ({"chains": ((0,),)}, "`chains` must hold every place from 0 to 4 once"),
         ({"preprocessing": ""}, "`preprocessing` must be a text, got ''"),
         ({"model": easy(schedule.dense()), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence"),
-        ({"model": easy(Schedule((Exit(2, policies.EntropyBelow(0.3)),))), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence, or of similarity where no token leaves, of which alone there is a default ladder, got ['entropy']"),
+        ({"model": easy(Schedule((Exit(2, policies.EntropyBelow(0.3)),))), "settings": None, "chains": None}, "`settings` must be given for a plan without thresholds of confidence or of foretold errors, or of similarity where no token leaves, of which alone there is a default ladder, got ['entropy']"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(options, message):

@@ -514,6 +514,18 @@ def test_translators_under_a_decoder_are_saved_and_loaded_with_their_taps(tmp_pa
         tet.load(models.timm_vit(), tmp_path, decoder=Maps())
 
 
+@torch.inference_mode()
+def test_foretold_errors_have_a_default_ladder_for_a_certificate():
+    plans, chains = tet.default_settings(under_decoder())
+    ladder, cut = ([plans[place] for place in chain] for chain in chains)
+    assert all(one.carry == Translated() for one in plans)
+    assert FORETOLD in ladder
+    assert [one.after for one in cut] == [(4,), (2,)]
+    limits = [one.exits[0].policy.threshold for one in ladder]
+    assert limits == sorted(limits)
+    assert limits[0] < 0.1 < 0.9 < limits[-1]
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # of PyTorch's own exporter
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -331,22 +331,24 @@ def default_settings(plan: Schedule, /, *, after: Iterable[int], carry: Carry | 
 
     Returns:
         Settings, and chains of their places: the plan at confidences from 0.999 down to 0.5, with its merges as they
-        are; or, where no token leaves, the plan with its merges at 0.05 to 3 times their distances
-        (`ladders.by_distance`). Then, if there is any, the network cut short after each of the blocks, the last first:
-        what exits and merges have to beat.
+        are; or at 0.05 to 3 times the foretold errors that it allows (`ladders.by_error`); or, where no token leaves,
+        the plan with its merges at 0.05 to 3 times their distances (`ladders.by_distance`). Then, if there is any, the
+        network cut short after each of the blocks, the last first: what exits and merges have to beat.
 
     Raises:
-        TokenExitError: If the plan has no thresholds of confidence, nor merges by similarity alone, or has shares that
-            are still to be measured.
+        TokenExitError: If the plan has no thresholds of confidence, or of foretold errors, nor merges by similarity
+            alone, or has shares that are still to be measured.
     """
     require_measured(plan)
     compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.exits))
     if not plan.active and any(merge.alike is not None for merge in plan.merges):
         ladder = ladders.by_distance(plan, factors=_DISTANCES)
+    elif compared == {"error"}:
+        ladder = ladders.by_error(plan, factors=_DISTANCES)
     else:
         rule = (
-            "be given for a plan without thresholds of confidence, or of similarity where no token leaves, of which "
-            "alone there is a default ladder"
+            "be given for a plan without thresholds of confidence or of foretold errors, or of similarity where no "
+            "token leaves, of which alone there is a default ladder"
         )
         require(compared == {"confidence"}, "settings", rule, sorted(compared) or "a plan with none")
         ladder = ladders.by_threshold(plan, thresholds=_THRESHOLDS)

@@ -4,19 +4,21 @@ A ladder is made before the losses of the calibration images are seen. What is p
 is to be certified (`calibration.certify`) on others.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 
 from tokenexit._array import Array, array_namespace, counting, device, plain, take, with_doubles
 from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
-from tokenexit.policies import PerClass
+from tokenexit.policies import PerClass, Policy
 from tokenexit.schedule import Merge, Schedule
 from tokenexit.search import Found, frontier
 
-__all__ = ["by_distance", "by_frontier", "by_threshold", "largest_that_saves", "per_class"]
+__all__ = ["by_distance", "by_error", "by_frontier", "by_threshold", "largest_that_saves", "per_class"]
 
 
 def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Schedule, ...]:
@@ -41,6 +43,53 @@ def by_threshold(plan: Schedule, /, *, thresholds: Iterable[float]) -> tuple[Sch
     return ladder[::-1] if "below" in directions else ladder
 
 
+def by_error(plan: Schedule, /, *, factors: Iterable[float]) -> tuple[Schedule, ...]:
+    """One plan at several multiples of the errors that its exits allow, the smallest first.
+
+    One factor scales the thresholds of all exits, so that they keep their proportions.
+
+    Args:
+        plan: The plan; its exits compare foretold errors (`policies.ErrorBelow`), each with one number.
+        factors: Factors from 0 up, in any order; what comes out above 1 is set to that.
+
+    Returns:
+        The ladder, each plan once.
+
+    Raises:
+        TokenExitError: If there is no factor, one is negative or no number, or an exit compares anything else, or
+            errors with several thresholds.
+    """
+    once = _factors(factors)
+    each = {exit.after: _thresholds(exit.policy) for exit in plan.active}
+    compared = set[str]().union(*(exit.policy.compared_scores for exit in plan.active))
+    single = compared == {"error"} and all(len(found) == 1 for found in each.values())
+    require(single, "plan", "compare foretold errors, each exit with one number, for an order", plan)
+    limits = {after: found.pop() for after, found in each.items()}
+    plans = (
+        plan.with_threshold({after: min(1.0, factor * limit) for after, limit in limits.items()}) for factor in once
+    )
+    return tuple(dict.fromkeys(plans))
+
+
+def _thresholds(policy: Any) -> set[float]:
+    """All thresholds of a policy, and of those inside it; of each class, and arrays, are no number."""
+    found = set[float]()
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        if field.name == "threshold":
+            found.add(value if is_number(value) else math.nan)
+        elif isinstance(value, Policy):
+            found |= _thresholds(value)
+    return found if not any(math.isnan(one) for one in found) else set()
+
+
+def _factors(factors: Iterable[float]) -> list[float]:
+    once = sorted(set(factors))
+    inside = len(once) > 0 and all(is_number(one) and one >= 0 for one in once)
+    require(inside, "factors", "be numbers from 0 up, at least one", once)
+    return once
+
+
 def by_distance(plan: Schedule, /, *, factors: Iterable[float]) -> tuple[Schedule, ...]:
     """One plan with its merges at several distances, the smallest first: so that more and more tokens are alike.
 
@@ -57,9 +106,7 @@ def by_distance(plan: Schedule, /, *, factors: Iterable[float]) -> tuple[Schedul
     Raises:
         TokenExitError: If there is no factor, one is negative or no number, or no merge asks for a similarity.
     """
-    once = sorted(set(factors))
-    inside = len(once) > 0 and all(is_number(one) and one >= 0 for one in once)
-    require(inside, "factors", "be numbers from 0 up, at least one", once)
+    once = _factors(factors)
     asked = any(merge.alike is not None for merge in plan.merges)
     require(asked, "plan", "merge by similarity, `alike`, for an order", plan)
     plans = (replace(plan, merges=tuple(_at_distance(merge, factor) for merge in plan.merges)) for factor in once)

@@ -175,13 +175,14 @@ def default_settings(model: ExitingModel | DecodingModel, /) -> Chains:
 
     Returns:
         Settings, and chains of their places: the model's own plan at confidences from 0.999 down to 0.5, its merges as
-        they are; or, where no token leaves, its merges at 0.05 to 3 times their distances
-        (`tokenexit.guarantees.ladders.by_distance`). Then the network cut short after each of its exit heads, the last
-        first, if there are any: what exits have to beat. Under a decoder of the model's own, the decoder is given the
-        features of the block cut after.
+        they are; or at 0.05 to 3 times the foretold errors that it allows (`tokenexit.guarantees.ladders.by_error`);
+        or, where no token leaves, its merges at 0.05 to 3 times their distances (`by_distance` there). Then the network
+        cut short after each of its exit heads, the last first, if there are any: what exits have to beat. Under a
+        decoder of the model's own, the decoder is given the features of the block cut after, or their translations.
 
     Raises:
-        TokenExitError: If the model's plan has no thresholds of confidence, nor merges by similarity alone.
+        TokenExitError: If the model's plan has no thresholds of confidence or of foretold errors, nor merges by
+            similarity alone.
     """
     carry = model.schedule.carry if isinstance(model, DecodingModel) else None
     return core.default_settings(model.schedule, after=map(int, model.exit_heads), carry=carry)
