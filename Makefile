@@ -77,7 +77,7 @@ older-hosts: .venv/dev
 	echo "import site; site.addsitedir('$$behind')" > "$$($$python -c "$$where")/behind.pth"; \
 	$$python -m $(PIP) $(OLDER); \
 	$$python -W ignore -c "$$IMPORTED" $(OLDER); \
-	$$python -m pytest -q $(SPREAD) -W 'ignore:`torch.jit:DeprecationWarning' $(HOST_TESTS)
+	HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) -W 'ignore:`torch.jit:DeprecationWarning' $(HOST_TESTS)
 
 # The built wheel, without any framework, must pass the core's tests in an environment of its own, away from the source.
 wheel-test: .venv/dev
@@ -89,7 +89,8 @@ wheel-test: .venv/dev
 	set -e; python=$$PWD/.venv-wheel/bin/python; away=$$(mktemp -d); \
 	mkdir $$away/tests; cp -r tests/__init__.py tests/conftest.py tests/core $$away/tests; cd $$away; \
 	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
-	$$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; rm -rf $$away
+	HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; \
+	rm -rf $$away
 
 clean:
 	rm -rf .venv .venv-older .venv-wheel build demo site

@@ -1,7 +1,8 @@
 """Hypothesis profiles, and where the runtime type checker looks.
 
 `make test` runs the quick profile, which draws the same examples every time; `make properties` runs the thorough one, and
-`make invariance` the one of that name.
+`make invariance` the one of that name. Where `make test` has run just before, on the same code and in another environment,
+the profile "again" is enough.
 
 The type checker is nearly half of the time of the tests. So it looks at the first case of each test: where a test of the
 core runs on several array libraries, at all cases on NumPy. Functions inside of functions, which it would have to read
@@ -29,6 +30,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cp
 
 settings.register_profile("quick", max_examples=60, derandomize=True, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.register_profile("again", max_examples=12, derandomize=True, deadline=None)
 settings.register_profile("invariance", max_examples=1500, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
