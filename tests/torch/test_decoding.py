@@ -33,7 +33,7 @@ from tests.torch.decoders import (
 )
 from tests.torch.hosts import AFTER, PATCHES, Told, depths_of, one_of
 from tokenexit import TokenExitError, heads, policies, schedule
-from tokenexit.carries import Feature, MaskPrediction
+from tokenexit.carries import Feature, MaskPrediction, Translated
 from tokenexit.schedule import Exit, Schedule
 from tokenexit_torch.exits.decoder import pooled
 from tokenexit_torch.hosts.registry import decoding_host_of
@@ -107,6 +107,23 @@ def test_the_decoder_meets_leavers_as_they_left_and_the_others_in_their_places(d
     late = PATCHES + decoder.prefix if carry.before == "last block" else 0
     assert out.tokens_per_block[1].tolist() == [PATCHES + decoder.prefix] + [0] * (max(decoder.taps) - 2) + [late]
     assert out.exits == AFTER
+
+
+@torch.no_grad()
+@each
+def test_translators_that_change_nothing_leave_the_features_and_others_are_fitted_to_every_tap(decoder):
+    images, exits = (
+        models.images(3, SIZE),
+        (Exit(1, policies.Budget(0.6, by="error")), Exit(2, policies.Budget(0.3, by="error"))),
+    )
+    model = tet.wrap_decoder(decoder.make(), Schedule(exits, Translated()), exit_heads=heads.Translator(8)).eval()
+    out, raw = model(images), model(images, schedule=Schedule(exits, Feature()))
+    assert out.exit_depth.unique().tolist() == [1, 2, max(decoder.taps)]
+    assert torch.equal(out.exit_depth, raw.exit_depth)
+    assert_same(out.decoded, dict(raw.decoded))
+    report = tet.fit_exits(model, images, steps=3, patches_per_step=16, progress=iter)
+    assert [*report.missed[1]] == [tap for tap in decoder.taps if tap > 1]
+    assert type(model(images).decoded) is type(raw.decoded)
 
 
 @torch.no_grad()

@@ -515,6 +515,19 @@ def test_translators_under_a_decoder_are_saved_and_loaded_with_their_taps(tmp_pa
 
 
 @torch.inference_mode()
+def test_foretold_errors_are_float32_under_autocast():
+    model, images = under_decoder(), models.images(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    assert all(one.isfinite().all() for one in out.decoded)
+    assert len(out.exit_depth.unique()) > 1
+    assert (
+        model.exit_heads["2"].to(torch.bfloat16).foretell(torch.ones(1, 48, dtype=torch.bfloat16))[1].dtype
+        == torch.float32
+    )
+
+
+@torch.inference_mode()
 def test_foretold_errors_have_a_default_ladder_for_a_certificate():
     plans, chains = tet.default_settings(under_decoder())
     ladder, cut = ([plans[place] for place in chain] for chain in chains)
