@@ -389,21 +389,30 @@ def _merge_from_dict(data: Any) -> Merge:
     return Merge(data["after"], data["side"], data["alike"], agreed, data.get("share"))
 
 
+def _default_blocks(depth: int) -> tuple[int, int, int]:
+    """Blocks after a quarter, half and two thirds of a network; of a shallow one some are the same."""
+    require(is_whole(depth, least=2), "depth", "be a whole number of blocks from 2 up", repr(depth))
+    early, half, late = (max(1, min(depth - 1, int(depth * part + 0.5))) for part in (1 / 4, 1 / 2, 2 / 3))
+    return early, half, late
+
+
 def neighbours(
     *,
     radius: Mapping[int, int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] = 0.9,
     per_class: int = 5,
     cell: int | None = None,
+    depth: int = 12,
 ) -> Schedule:
     """A token leaves when its neighbourhood agrees: wide early, narrow late. The library's own default.
 
     Args:
-        radius: Radius of the neighbourhood for each block with an exit; `{3: 2, 6: 1, 8: 0}` if left out, which suits
-            twelve blocks and thousands of tokens.
+        radius: Radius of the neighbourhood for each block with an exit; if left out 2, 1 and 0 after a quarter, half
+            and two thirds of the blocks, `{3: 2, 6: 1, 8: 0}` of twelve, which suits thousands of tokens.
         threshold: Confidence that the token and its neighbours must exceed; one for all exits or one for each.
         per_class: Most confident leavers of each predicted class that stay, per image and exit.
         cell: Side of the cells in which the centre represents those that have left, if any does; with 3, train with it.
+        depth: Blocks of the network, for a `radius` that is left out. `wrap` knows them.
 
     Returns:
         The schedule.
@@ -411,7 +420,7 @@ def neighbours(
     Raises:
         TokenExitError: If a radius, a threshold, `per_class` or `cell` is out of range.
     """
-    radius = {3: 2, 6: 1, 8: 0} if radius is None else radius
+    radius = dict(zip(_default_blocks(depth), (2, 1, 0), strict=True)) if radius is None else radius
     named = isinstance(radius, Mapping) and len(radius) > 0
     require(named, "radius", "name at least one block", repr(radius))
     for block in radius:
@@ -427,15 +436,18 @@ def merged(
     alike: Mapping[int, float] | None = None,
     share: Mapping[int, float] | None = None,
     side: Mapping[int, int] | None = None,
+    depth: int = 12,
 ) -> Schedule:
     """Tokens that are alike merge, and none leaves: for any decoder, with nothing fitted.
 
     Args:
-        alike: For each block with a merge, what the mean cosine similarity of a cell's tokens must exceed;
-            `{1: 0.9, 3: 0.8}` if left out, for twelve blocks. Networks differ: look at what it costs on your images.
+        alike: For each block with a merge, what the mean cosine similarity of a cell's tokens must exceed; if left out
+            0.9 after a twelfth of the blocks and 0.8 after a quarter, `{1: 0.9, 3: 0.8}` of twelve. Networks differ:
+            look at what it costs on your images.
         share: Instead, for each block with a merge, the share of the cells of 2 x 2 that is to merge of those that
             could, from which similarities are measured on images first (`Merge`).
         side: Side of the largest cells that merge there, in patches; 2, and 4 at later ones, if left out.
+        depth: Blocks of the network, for similarities that are left out. `wrap` knows them.
 
     Returns:
         The schedule.
@@ -446,7 +458,9 @@ def merged(
     """
     require(alike is None or share is None, "share", "be left out beside `alike`", repr(share))
     name, given = ("alike", alike) if share is None else ("share", share)
-    given = {1: 0.9, 3: 0.8} if given is None else given
+    if given is None:
+        later = _default_blocks(depth)[0]
+        given = {max(1, min(later, int(depth / 12 + 0.5))): 0.9, later: 0.8}
     named = isinstance(given, Mapping) and len(given) > 0
     require(named, name, "name at least one block", repr(given))
     first = min(given)
@@ -463,6 +477,7 @@ def foretold(
     *,
     radius: Mapping[int, int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] = 0.1,
+    depth: int = 12,
 ) -> Schedule:
     """A token leaves when its translator foretells a small error, for its neighbourhood too: a rule without classes.
 
@@ -470,10 +485,11 @@ def foretold(
     labels. What leaves leaves a translation (`carries.Translated`).
 
     Args:
-        radius: Radius of the neighbourhood for each block with an exit; `{3: 1, 6: 1, 8: 0}` if left out, which suits
-            twelve blocks.
+        radius: Radius of the neighbourhood for each block with an exit; if left out 1, 1 and 0 after a quarter, half
+            and two thirds of the blocks, `{3: 1, 6: 1, 8: 0}` of twelve.
         threshold: Squared error relative to each channel's variance, in [0, 1], that the token and its neighbours must
             be below; one for all exits or one for each.
+        depth: Blocks of the network, for a `radius` that is left out.
 
     Returns:
         The schedule.
@@ -481,7 +497,7 @@ def foretold(
     Raises:
         TokenExitError: If a radius or a threshold is out of range, or no block is named.
     """
-    radius = {3: 1, 6: 1, 8: 0} if radius is None else radius
+    radius = dict(zip(_default_blocks(depth), (1, 1, 0), strict=True)) if radius is None else radius
     named = isinstance(radius, Mapping) and len(radius) > 0
     require(named, "radius", "name at least one block", repr(radius))
     for block in radius:
@@ -667,7 +683,9 @@ def require_fits(
     require(not gives_masks or not spread, "schedule", rule, spread)
     late = [block for block in plan.after if block >= depth]
     rule = f"have exits after blocks 1 to {depth - 1} only, for {depth} blocks"
-    others = "name others by `radius` of `neighbours`, the default, or by `after` of the other presets"
+    others = (
+        f"`schedule.neighbours(depth={depth})` has such, or name others by `radius`, or by `after` of other presets"
+    )
     require(not late, "schedule", rule, f"{late}: {others}")
     headless = [block for block in plan.after if block not in after]
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)

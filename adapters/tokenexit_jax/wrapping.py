@@ -34,7 +34,7 @@ Capacities = Sequence[float] | Mapping[int, Sequence[float]]
 
 def wrap(
     network: Network,
-    schedule: Schedule = neighbours(),
+    schedule: Schedule | None = None,
     /,
     *,
     classes: int,
@@ -48,8 +48,9 @@ def wrap(
 
     Args:
         network: The network, as pure functions.
-        schedule: After which blocks tokens leave, and by which policy; `schedule.neighbours()` if left out. Each of its
-            exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to come.
+        schedule: After which blocks tokens leave, and by which policy; if left out `schedule.neighbours()` for as many
+            blocks. Each of its exits gets a head, so that `schedule.dense(after=...)` declares heads for schedules to
+            come.
         classes: Class count: 2 or more, for one logit has no confidence; mask heads (`heads.ATM`) may have one class.
         exit_heads: A plan for the exit heads, and for the final head if none is given. For `heads.Translator`, whose
             tokens the final head reads, that is `heads.MLP()`; `fit_exits` of the PyTorch adapter fits translators, and
@@ -68,6 +69,7 @@ def wrap(
         TokenExitError: If an argument is not what it should be, or an exit lies outside of the network.
     """
     require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    schedule = neighbours(depth=max(network.depth, 2)) if schedule is None else schedule
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
     require_count(classes, "classes")

@@ -79,9 +79,9 @@ def wrap(
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`,
-            and `schedule.merged()` under a decoder. Each of its exits gets a head, so that `schedule.dense(after=...)`
-            declares heads for schedules to come.
+        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`, and
+            `schedule.merged()` under a decoder, for as many blocks. Each of its exits gets a head, so that
+            `schedule.dense(after=...)` declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
         num_classes: Builds a final head for so many classes, instead of `head`; under a decoder, how many classes exit
@@ -113,12 +113,12 @@ def wrap(
         host = unwrapped_host(model)
         tapped = (len(host.blocks),) if taps is None else tuple(taps)
         made = GivenDecoder(host, decoder, taps=tapped, features=features, reads=reads)
-        plan = merged() if schedule is None else schedule
+        plan = merged(depth=max(len(host.blocks), 2)) if schedule is None else schedule
         return _with_decoder(made, plan, exit_heads=exit_heads, num_classes=num_classes)
     require(taps is None, "taps", "be given with `decoder` alone", repr(taps))
-    schedule = neighbours() if schedule is None else schedule
-    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     host = unwrapped_host(model)
+    schedule = neighbours(depth=max(len(host.blocks), 2)) if schedule is None else schedule
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(
         (head is None) != (num_classes is None),
         "head",

@@ -70,6 +70,25 @@ def test_the_presets_are_what_was_published_and_what_we_measured():
     assert schedule.truncated(after=8) == at((8,), always(), Prediction())
 
 
+def test_presets_for_another_depth_have_the_same_fractions():
+    for depth, blocks in ((12, (3, 6, 8)), (24, (6, 12, 16)), (40, (10, 20, 27)), (6, (2, 3, 4)), (4, (1, 2, 3))):
+        plan, told, alike = (
+            schedule.neighbours(depth=depth), schedule.foretold(depth=depth), schedule.merged(depth=depth)
+        )  # fmt: skip
+        assert plan.after == told.after == blocks
+        assert [exit.policy.policy.radius for exit in plan.exits] == [2, 1, 0]
+        assert [exit.policy.radius for exit in told.exits] == [1, 1, 0]
+        assert told.carry == Translated()
+        first = {12: 1, 24: 2, 40: 3, 6: 1, 4: 1}[depth]
+        assert {merge.after: merge.alike for merge in alike.merges} == {first: 0.9, blocks[0]: 0.8}
+    assert schedule.neighbours(depth=3).after == (1, 2)
+    assert schedule.neighbours(depth=2).after == schedule.foretold(depth=2).after == (1,)
+    assert schedule.merged(depth=2).merged_after == (1,)
+    for depth in (1, True):
+        with pytest.raises(TokenExitError, match="`depth` must be a whole number of blocks from 2 up"):
+            schedule.neighbours(depth=depth)
+
+
 def test_the_presets_take_other_numbers():
     assert schedule.neighbours(radius={8: 0, 3: 1}).after == (3, 8)
     assert schedule.dovit(after=(6, 12, 18), threshold=0.95, fold_above=None) == Schedule(
@@ -234,8 +253,8 @@ PLANS_THAT_DO_NOT_FIT = [
     (Schedule((), MaskPrediction()), "`schedule` must carry no MaskPrediction, for heads that give no masks to freeze"),
     (
         schedule.neighbours(),
-        r"`schedule` must have exits after blocks 1 to 4 only, for 5 blocks, got \[6, 8\]: name others by `radius` of "
-        "`neighbours`, the default, or by `after` of the other presets",
+        r"`schedule` must have exits after blocks 1 to 4 only, for 5 blocks, got \[6, 8\]: "
+        r"`schedule.neighbours\(depth=5\)` has such, or name others by `radius`, or by `after` of other presets",
     ),
     (
         schedule.dtop(after=(2, 4)),

@@ -199,7 +199,7 @@ class Foreign(Policy):
 @pytest.mark.parametrize(("plan", "options", "message"), [
     ("dtop", {}, "`schedule` must be a tokenexit.schedule.Schedule, got 'dtop'"),
     (schedule.dtop(after=(2, 5)), {}, "`schedule` must have exits after blocks 1 to 4 only, for 5 blocks, got [5]"),
-    (schedule.neighbours(), {}, "for 5 blocks, got [6, 8]: name others by `radius` of `neighbours`, the default, or by"),
+    (schedule.neighbours(), {}, "for 5 blocks, got [6, 8]: `schedule.neighbours(depth=5)` has such, or name others by `radius`"),
     (schedule.dense(), {"classes": 0}, "`classes` must be a whole number from 1 to 1,000,000, got 0"),
     (schedule.dense(), {"exit_heads": {}}, "`exit_heads` must be a plan of tokenexit.heads, got {}"),
     (schedule.dense(), {"head": 3}, "`head` must be None or a function, got 3"),

@@ -324,6 +324,10 @@ def test_multiply_adds_are_those_of_torchs_own_counter():
             r"`images` must have shape \(images, 3, height, width\), got shape \(3, 32",
         ),
         (lambda m: m(torch.zeros(1, 4, 32, 48)), r"`images` must have shape .* got shape \(1, 4, 32, 48\)"),
+        (
+            lambda m: m(torch.zeros(1, 3, 32, 48, dtype=torch.uint8)),
+            "`images` must be normalised as in training: pixels / 255, less the mean .*, got torch.uint8",
+        ),
         (lambda m: m(torch.zeros(1, 3, 32, 48).double()), "`images` must have the dtype .*float32, got torch.float64"),
         (lambda m: m(torch.zeros(1, 3, 32, 48, device="meta")), "`images` must be on the device .*cpu, got meta"),
         (lambda m: m.retune(schedule.dtop(after=(5,))), r"exit head, \[2, 3, 4\], got \[5\]"),

@@ -33,9 +33,12 @@ def test_wrapping_shares_the_weights_and_changes_nothing_in_the_model():
 
 
 def test_the_default_schedule_is_neighbours():
-    model = tet.wrap(models.timm_vit(depth=9), num_classes=5)
-    assert model.schedule == schedule.neighbours()
-    assert [*model.exit_heads] == ["3", "6", "8"]
+    for depth, after in ((12, ["3", "6", "8"]), (4, ["1", "2", "3"])):
+        vit = models.timm_vit(depth=depth)
+        model = tet.wrap(vit, num_classes=5)
+        assert model.schedule == schedule.neighbours(depth=depth)
+        assert [*model.exit_heads] == after
+    assert tet.wrap(models.timm_vit(depth=4), decoder=nn.Identity()).schedule == schedule.merged(depth=4)
 
 
 def test_the_self_check_leaves_the_random_state_alone():

@@ -129,6 +129,8 @@ def embedded_anywhere(host: Host, images: Tensor, /) -> Embedded:
     _require_whole(weight, images)
     there = images.device == weight.device
     require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
+    rule = "be normalised as in training: pixels / 255, less the mean of each channel, over its standard deviation"
+    require(images.is_floating_point(), "images", rule, images.dtype)
     cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
     require(
         cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
