@@ -79,8 +79,8 @@ def wrap(
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`, and
-            `schedule.merged()` under a decoder, for as many blocks. Each of its exits gets a head, so that
+        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.neighbours()`,
+            and `schedule.merged()` under a decoder, for as many blocks. Each of its exits gets a head, so that
             `schedule.dense(after=...)` declares heads for schedules to come.
         head: Your final head: from finished tokens `(tokens, width)` to `(tokens, classes)`, each token by itself; or a
             `MaskHead`; or a `heads.NeighbourhoodHead`, which is given twice the channels.
