@@ -41,6 +41,7 @@ def _cut(after: int) -> Schedule:
 
 _LATE = {6: _APART[6], 8: _APART[8]}
 _MERGES = (_ALIKE, Merge(2, 2, 0.7, NeighboursAgree(0.5)), Merge(3, 4, 0.3, NeighboursAgree(0.9, radius=2)))
+_LATER = (Merge(2, 2, 0.8), Merge(4, 4, 0.8))
 _WIDE = {3: 2, 6: 1, 8: 0}
 
 
@@ -62,14 +63,13 @@ def by_error() -> dict[str, Schedule]:
     return {
         "foretold errors, exits 3, 6, 8": _leaving(_below(_APART)),
         "foretold errors, exits 3, 6, 8 (careful)": _leaving(_below(_CAREFUL)),
-        "merge 1, 3 alike; foretold errors, exits 6, 8": _leaving(_below(_LATE), (_ALIKE, Merge(3, 4, 0.8))),
-        "merge 2, 4 alike; foretold errors, exits 6, 8": _leaving(_below(_LATE), (Merge(2, 2, 0.8), Merge(4, 4, 0.8))),
-        "merge 1; foretold errors: merge 3, exits 6, 8": _leaving(_below(_LATE), (_ALIKE, _foretold(3, 4, 0.25, 0.3))),
-        "merge 2; foretold errors: merge 3, exits 6, 8": _leaving(
-            _below(_LATE), (Merge(2, 2, 0.8), _foretold(3, 4, 0.25, 0.3))
+        "merge 2, 4 alike; foretold errors, exits 6, 8": _leaving(_below(_LATE), _LATER),
+        "merge 1, 2, 4 alike; foretold errors, exits 6, 8": _leaving(_below(_LATE), (Merge(1, 2, 0.93), *_LATER)),
+        "merge 2 alike, 4 by foretold errors; exits 6, 8": _leaving(
+            _below(_LATE), (_LATER[0], _foretold(4, 4, 0.15, 0.5))
         ),
         "foretold errors: merge 2, 3, 4, 6": _leaving(
-            {}, (Merge(2, 2, 0.8), _foretold(3, 4, 0.25, 0.3), _foretold(4, 8, 0.2), _foretold(6, 8, 0.12))
+            {}, (_LATER[0], _foretold(3, 4, 0.25, 0.3), _foretold(4, 8, 0.2), _foretold(6, 8, 0.12))
         ),
         "cut after 6, translated": _cut(6),
         "cut after 8, translated": _cut(8),
