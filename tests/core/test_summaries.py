@@ -42,6 +42,7 @@ def test_a_summary_of_two_batches_is_refused():
 @pytest.mark.parametrize("ending", [".png", ".svg"])
 @pytest.mark.parametrize("photo", ["bytes", "normalised", "unit"])
 def test_a_picture_has_a_panel_for_each_map(photo, ending, tmp_path):
+    pytest.importorskip("matplotlib")
     rng = np.random.default_rng(0)
     shown = {
         "bytes": rng.integers(0, 256, (20, 30, 3)).astype(np.uint8),
@@ -63,5 +64,6 @@ def test_a_picture_has_a_panel_for_each_map(photo, ending, tmp_path):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_photo_is_refused():
+    pytest.importorskip("matplotlib")
     with pytest.raises(TokenExitError, match=r"`photo` must be of shape \(height, width, 3\), got shape \(3, 4, 5\)"):
         pictures.draw(np.zeros((3, 4, 5)), DEPTH[0], blocks=12)
