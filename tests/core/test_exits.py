@@ -312,6 +312,20 @@ def test_merged_tokens_share_the_error_of_their_owner_and_hold_no_class_against_
         for policy in (ErrorBelow(0.5), ErrorBelow(0.5, radius=0)):
             decision = exits.decide(policy, book, receipt.running, grid=(2, 2), merged=joined)
             assert backend.numpy(decision.stay).any() != left
+    # A cell that runs on with a great error holds back those beside any of its tokens.
+    rng = np.random.default_rng(0)
+    wide = array(np.ones((1, 8), dtype=bool))
+    apart = rng.normal(size=(1, 2, 4, 2))
+    apart[:, :, :2] = 1
+    features = array(apart.reshape(1, 8, 2).astype(np.float32))
+    joined = merging.merge(features, merging.alone(wide, grid=(2, 4)), side=2, alike=0.99).merged
+    assert backend.numpy(joined.running).tolist() == [[True, False, True, True, False, False, True, True]]
+    receipt = tokens.pack(joined.running)
+    told = array(np.array([0.75, 0.25, 0.25, 0.25, 0.25], np.float32))
+    output = HeadOutput(array(np.zeros((5, 0), np.float32)), error=told)
+    book = exits.update(exits.begin(output, receipt), receipt, output)
+    decision = exits.decide(ErrorBelow(0.5), book, receipt.running, grid=(2, 4), merged=joined)
+    assert backend.numpy(decision.stay).tolist() == [[True, False, True, False, False, False, True, False]]
     logits = array(np.array([[[3, 0], [0, 3], [3, 0], [3, 0]]], np.float32))
     every = tokens.pack(running)
     output = HeadOutput(tokens.gather(logits, every), error=array(np.zeros(4, np.float32)))
