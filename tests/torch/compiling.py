@@ -149,6 +149,26 @@ def test_passes_in_which_translations_rejoin_compile():
 
 
 @torch.no_grad()
+def test_translations_for_several_taps_compile_with_their_decoder():
+    plan = Schedule((Exit(1, policies.Budget(0.5, by="error")),), Translated(), merges=(Merge(1, 2, 0.7),))
+    model = tet.wrap(models.timm_vit(depth=3), plan, decoder=Largest(), taps=(2, 3), exit_heads=Translator(8)).eval()
+    model.exit_heads["1"].log_error.weight.normal_()
+    images, static = models.images(2), tet.StaticModel(model, capacities=0.8)
+    wanted = static(images)
+    one = torch.compile(static, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(one.decoded, wanted.decoded, rtol=1e-5, atol=1e-5)
+    packed = torch.compile(model, dynamic=True, backend="eager")(images)
+    torch.testing.assert_close(packed.decoded, model(images).decoded, rtol=1e-5, atol=1e-5)
+
+
+class Largest(torch.nn.Module):
+    """A decoder of several taps."""
+
+    def forward(self, maps):
+        return torch.maximum(*maps)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["transformers DINOv3", "torchvision"])
 def test_other_hosts_compile(name):
     heads = {1: torch.nn.Linear(32, 5)}
