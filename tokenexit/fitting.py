@@ -513,19 +513,19 @@ def _run_decoded(
     progress: Progress,
 ) -> tuple[Standing, tuple[float, float]]:
     """Fit through the decoder, from the best weights so far, and write the state from time to time."""
+    whole, size = True, recipe.decoder_images
     if standing.decoded == 0:
         learner.revert()
-    whole, size, done = True, recipe.decoder_images, standing.step + standing.decoded
-    draws = data.fitted.draws(recipe.patches_per_step, learner.draw, done)
+        standing = replace(standing, before=_changed(learner, data, size))
+    draws = data.fitted.draws(recipe.patches_per_step, learner.draw, standing.step + standing.decoded)
     batches = data.batches.steps(size, standing.decoded)
-    before = _changed(learner, data, size) if standing.decoded == 0 else standing.before
     try:
         for _ in progress(range(standing.decoded, recipe.decoder_steps)):
             whole = False
             rows, batch = next(draws), next(batches)
             if rows[TARGET].shape[0] > 0:
                 learner.step_decoded(rows, batch, recipe.decoder_rate_at(standing.decoded))
-            standing = replace(standing, decoded=standing.decoded + 1, before=before)
+            standing = replace(standing, decoded=standing.decoded + 1)
             whole = True
             if saved is not None and standing.decoded % recipe.check_every == 0:
                 saved.write(learner, standing)
@@ -533,7 +533,7 @@ def _run_decoded(
         if whole and saved is not None and standing.decoded > 0:
             saved.write(learner, standing)
         raise
-    return standing, (before, _changed(learner, data, size))
+    return standing, (standing.before, _changed(learner, data, size))
 
 
 def _changed(learner: Learner, data: FitData, size: int) -> float:

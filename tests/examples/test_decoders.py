@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tokenexit_torch as tet
 from examples import merging, shell
-from examples.camvid import data, decoders, decoding, leaving, translators, under_decoders
+from examples.camvid import data, decoders, decoding, evaluate, leaving, translators, under_decoders
 from examples.timm_import import import_timm
 from tests.examples import narrow as of_narrow
 from tests.examples.strips import CAMVID, needs_data
@@ -153,10 +153,19 @@ def test_a_training_that_was_stopped_goes_on(
         monkeypatch.setattr(sys, "argv", [*measuring.replace("--decoder conv", "--decoder dpt").split()])
         with pytest.raises(shell.UsageError, match="`--json` must be .* same inputs, got .* decoder 'conv', not 'dpt'"):
             decoders.main()
-        fitting = f"--data {CAMVID} --init {ready} --images 4 --steps 1 --device cpu --out {tmp_path / 'translators'}"
-        for words in (fitting, f"{fitting} --run {tmp_path / 'whole'} --decoder dpt"):
+        fitting = f"--data {CAMVID} --init {ready} --images 4 --steps 1 --device cpu --out"
+        run = f"--run {tmp_path / 'whole'} --decoder dpt"
+        for words in (f"{fitting} {tmp_path / 'head'}", f"{fitting} {tmp_path / 'translators'} {run}"):
             monkeypatch.setattr(sys, "argv", ["translators", *words.split()])
             translators.main()
+        words = f"evaluate --data {CAMVID} --init {ready} --fitted {tmp_path / 'head'} --leaving --limit 1 --rounds 0"
+        only = "--only exits merge foretold cut --device cpu --json"
+        monkeypatch.setattr(sys, "argv", [*words.split(), *only.split(), str(tmp_path / "head.json")])
+        evaluate.main()
+        rows = json.loads((tmp_path / "head.json").read_text())["settings"]
+        assert {name for name, row in rows.items() if row["kind"] == "translated"} == {
+            *leaving.by_classes(), *leaving.by_error()
+        }  # fmt: skip
         json_file.unlink()
         measuring = measuring.replace("--decoder conv", f"--decoder dpt --fitted {tmp_path / 'translators'}")
         monkeypatch.setattr(sys, "argv", [*measuring.replace("--rounds 1", "--rounds 0").split()])
