@@ -245,8 +245,8 @@ MUTANTS = (
     Mutant(
         "frozen class scores are lost",
         "ledger.py",
-        "return scatter(values, receipt, into=held)",
-        "return scatter(values, receipt, into=array_namespace(held).zeros_like(held))",
+        "return scatter(found, receipt, into=held)",
+        "return scatter(found, receipt, into=array_namespace(held).zeros_like(held))",
         ("test_ledger", "test_exits"),
     ),
     Mutant(
