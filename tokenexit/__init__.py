@@ -6,6 +6,7 @@ The functions take arrays of any library that follows the array API standard and
 from tokenexit import (
     adapting,
     area,
+    assessment,
     carries,
     cells,
     cost,
@@ -42,6 +43,7 @@ __all__ = [
     "TokenExitError",
     "adapting",
     "area",
+    "assessment",
     "carries",
     "cells",
     "cost",

@@ -1,14 +1,18 @@
-"""The one exception of the library, and the one way to raise it."""
+"""The one exception of the library, the one way to raise it, and its one warning."""
 
 from typing import Any
 
 from array_api_compat import is_array_api_obj
 
-__all__ = ["TokenExitError", "require"]
+__all__ = ["TokenExitError", "UnfittedWarning", "require"]
 
 
 class TokenExitError(ValueError):
     """Bad input: the message names the argument, the rule it broke, and the value it had."""
+
+
+class UnfittedWarning(UserWarning):
+    """A plan asks exit heads that have random weights: all that leaves is left to chance."""
 
 
 def require(ok: bool, argument: str, rule: str, got: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from tokenexit import folders, heads
 from tokenexit._plain import MOST, is_number, is_whole, require_keys, shortened
+from tokenexit.assessment.results import Option, options_from
 from tokenexit.errors import TokenExitError, require
 from tokenexit.folders import Kind
 from tokenexit.heads import HeadPlan
@@ -66,6 +67,7 @@ class HeadManifest:
         fitted: Digests of the images that the heads were fitted to, ascending, as `certificate.digest` makes them: a
             calibration on these would certify nothing.
         taps: After how many blocks a decoder reads the tokens, if exit heads translate for it.
+        assessed: Plans that were assessed, which `retune` finds a target among.
     """
 
     schedule: Schedule
@@ -77,6 +79,7 @@ class HeadManifest:
     depth: int
     fitted: tuple[str, ...] = ()
     taps: tuple[int, ...] = ()
+    assessed: tuple[Option, ...] = ()
 
     def targets(self, after: int, /) -> int:
         """Of how many later blocks a head that translates gives the token.
@@ -147,8 +150,9 @@ def to_dict(manifest: HeadManifest | SemanticManifest, /) -> dict[str, Any]:
         "depth": manifest.depth,
         "fitted": list(manifest.fitted),
     }
-    # What knows of no taps reads all others.
-    return found | {"taps": list(manifest.taps)} if manifest.taps else found
+    # What knows of neither reads all others.
+    found |= {"taps": list(manifest.taps)} if manifest.taps else {}
+    return found | ({"assessed": [one.to_dict() for one in manifest.assessed]} if manifest.assessed else {})
 
 
 @overload
@@ -344,8 +348,8 @@ def weights_rule(kind: Kind, /) -> str:
 
 
 def _head_manifest(data: Mapping[str, Any]) -> HeadManifest:
-    tapped = isinstance(data, Mapping) and "taps" in data
-    _require_keys(data, _HEAD_KEYS | ({"taps"} if tapped else set()))
+    known = {"taps", "assessed"} & set(data) if isinstance(data, Mapping) else set[str]()
+    _require_keys(data, _HEAD_KEYS | known)
     _require_counts(data, "width", "depth")
     classless = data["classes"] == 0 and not isinstance(data["classes"], bool) and data["built_head"] is False
     if not classless:
@@ -362,7 +366,7 @@ def _head_manifest(data: Mapping[str, Any]) -> HeadManifest:
     digests = isinstance(fitted, list) and all(map(_is_digest, fitted)) and fitted == sorted(set(fitted))
     require(digests, "fitted", "be a list of different digests, 32 hex digits each, ascending", shortened(fitted))
     try:
-        schedule = Schedule.from_dict(data["schedule"])
+        schedule, assessed = Schedule.from_dict(data["schedule"]), options_from(data.get("assessed", []))
     except RecursionError as error:
         raise TokenExitError("`schedule` must not be nested so deeply, got a recursion error") from error
     missing = sorted(set(schedule.after) - set(after))
@@ -377,6 +381,7 @@ def _head_manifest(data: Mapping[str, Any]) -> HeadManifest:
         depth=data["depth"],
         fitted=tuple(fitted),
         taps=tuple(taps),
+        assessed=assessed,
     )
 
 

@@ -9,6 +9,7 @@ out = model(images)     # out.logits, out.exit_depth, out.tokens_per_block
 """
 
 from tokenexit.windows import Windows
+from tokenexit_torch import assessing as assessing
 from tokenexit_torch import attention as attention
 from tokenexit_torch import exits as exits
 from tokenexit_torch import gates as gates
@@ -18,6 +19,7 @@ from tokenexit_torch import inference as inference
 from tokenexit_torch import models as models
 from tokenexit_torch import semantic as semantic
 from tokenexit_torch import training as training
+from tokenexit_torch.assessing.assess import Assessed, assess, speed_up
 from tokenexit_torch.calibration.adapted import calibrate, default_settings, drift_sample
 from tokenexit_torch.calibration.certificate import fingerprints, load_certificate, save_certificate
 from tokenexit_torch.calibration.traces import Trace, trace
@@ -42,6 +44,7 @@ from tokenexit_torch.training.stages import Staged, Stages, distillation, mask_l
 from tokenexit_torch.wrapping import wrap, wrap_decoder, wrap_gates, wrap_semantic
 
 __all__ = [
+    "Assessed",
     "DecodedOutput",
     "DecodingHost",
     "DecodingModel",
@@ -62,6 +65,7 @@ __all__ = [
     "Trace",
     "WindowedOutput",
     "Windows",
+    "assess",
     "calibrate",
     "default_settings",
     "distillation",
@@ -82,6 +86,7 @@ __all__ = [
     "save_certificate",
     "show",
     "sliding",
+    "speed_up",
     "trace",
     "wrap",
     "wrap_decoder",

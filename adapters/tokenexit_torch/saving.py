@@ -32,7 +32,7 @@ from tokenexit_torch.hosts.registry import decoding_host_of, host_of
 from tokenexit_torch.semantic.model import SemanticModel, new_layers, together
 from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, wrap_gates
 
-__all__ = ["load", "save"]
+__all__ = ["load", "refill", "save"]
 
 Head = nn.Module | None
 Modules = Mapping[int, nn.Module] | None
@@ -145,6 +145,14 @@ def load(
     return folders.load_by_kind(_LOADERS, model, folder, kind, options)
 
 
+def refill(model: WithExitHeads, folder: str | Path, /) -> WithExitHeads:
+    """Put saved exits of the same kind into a model that is wrapped. Not public."""
+    saved, file = manifest.read(folder, "exits")
+    heads = [int(block) for block in model.exit_heads]
+    require(list(saved.after) == heads, "folder", f"hold exits after the blocks {heads}", list(saved.after))
+    return _with_saved(model, saved, file)
+
+
 def _load_exits(model: Any, folder: str | Path, /, *, head: Head = None, exit_heads: Modules = None) -> ExitingModel:
     saved, file = manifest.read(folder, "exits")
     manifest.require_final_head(saved, head)
@@ -218,7 +226,8 @@ def _described(model: Any) -> tuple[Kind, HeadManifest | SemanticManifest, nn.Mo
             after = tuple(int(block) for block in model.exit_heads)
             sizes = model.classes, model.host.width, model.depth
             taps = model.taps if isinstance(model, DecodingModel) and model.translated_after else ()
-            saved = HeadManifest(model.schedule, after, model.head_plan, built, *sizes, model.fitted, taps)
+            known = {"fitted": model.fitted, "taps": taps, "assessed": model.assessed}
+            saved = HeadManifest(model.schedule, after, model.head_plan, built, *sizes, **known)
             return "exits", saved, _exit_modules(model)
         case GatedModel():
             after, width, depth = tuple(int(block) for block in model.gates), model.host.width, model.depth
@@ -243,7 +252,7 @@ def _exit_modules(model: ExitingModel | DecodingModel) -> nn.ModuleDict:
 def _with_saved(wrapped: WithExitHeads, saved: HeadManifest, file: Path) -> WithExitHeads:
     """A model with exits that has the weights, the images seen and the schedule that were saved."""
     _fill(_exit_modules(wrapped), file, "exits")
-    wrapped.fitted = saved.fitted
+    wrapped.fitted, wrapped.assessed = saved.fitted, saved.assessed
     wrapped.retune(saved.schedule)
     return wrapped
 

@@ -155,6 +155,8 @@ def wrap(
     # Not `train(mode)`, which would reach into the model and the heads that were given.
     wrapped.training = wrapped.exit_heads.training = mode
     wrapped.patch = check_host(host, like)
+    if plan is not None:
+        wrapped.note_built_heads()
     return wrapped
 
 
@@ -236,6 +238,8 @@ def _with_decoder(
     wrapped.training = wrapped.exit_heads.training = mode
     wrapped.patch = check_host(host, like)
     check_decoder(host, like)
+    if plan is not None:
+        wrapped.note_built_heads()
     return wrapped
 
 

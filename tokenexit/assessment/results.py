@@ -425,7 +425,7 @@ class Assessment:
         require(data["schema"] == SCHEMA, "schema", f"be {SCHEMA}", repr(data["schema"]))
         for name in ("rows", "size", "grid", "notes"):
             require(isinstance(data[name], list), name, "be a list", repr(data[name]))
-        given = {name: value for name, value in data.items() if name != "schema"}
-        rows = tuple(map(Measured.from_dict, data["rows"]))
-        sides = {name: tuple(data[name]) for name in ("size", "grid")}
-        return Assessment(**given | sides | {"rows": rows, "notes": tuple(data["notes"])})
+        given: dict[str, Any] = {name: value for name, value in data.items() if name != "schema"}
+        given |= {name: tuple(data[name]) for name in ("size", "grid", "notes")}
+        given["rows"] = tuple(map(Measured.from_dict, data["rows"]))
+        return Assessment(**given)

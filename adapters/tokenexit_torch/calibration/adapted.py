@@ -34,7 +34,7 @@ from tokenexit_torch.exits.decoder import DecodingModel, class_scores, pooled, r
 from tokenexit_torch.exits.model import ExitingModel
 from tokenexit_torch.exits.outputs import DecodedOutput, Output, upsampled
 
-__all__ = ["calibrate", "default_settings", "drift_sample"]
+__all__ = ["calibrate", "default_settings", "drift_sample", "label_maps"]
 
 Scores = Callable[[Any], Float[Tensor, "images classes height width"]]
 
@@ -235,12 +235,12 @@ def _run(
         scores = None if read is None else read(output)
         work = model.multiply_adds(output) + (0 if decoder is None else decoder((images.shape[2], images.shape[3])))
     grid = output.exit_depth.shape[1:]
-    maps = None if size is None or scores is None else _label_maps(scores, size, output.area, grid=grid)
+    maps = None if size is None or scores is None else label_maps(scores, size, output.area, grid=grid)
     patches = None if scores is None else _of_patches(output, scores)
     return Outcome(maps, patches, output.exit_depth, work.cpu(), output.tokens_per_block, output)
 
 
-def _label_maps(scores: Tensor, size: tuple[int, int], area: Area | None, *, grid: tuple[int, ...]) -> Tensor:
+def label_maps(scores: Tensor, size: tuple[int, int], area: Area | None, *, grid: tuple[int, ...]) -> Tensor:
     """Class of every pixel, image by image: upsampled scores of a batch may be large."""
     placed = None if grid == size == scores.shape[2:] else area  # patch by patch, there is nothing to be placed
     found = torch.cat([upsampled(one, size, placed).argmax(dim=1) for one in scores.split(1)])

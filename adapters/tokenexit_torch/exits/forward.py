@@ -170,6 +170,8 @@ def start(
         TokenExitError: If the images or the plan do not fit the model.
     """
     plan = model.schedule if schedule is None else model.checked(schedule)
+    if not torch.compiler.is_compiling():
+        model.warn_if_unfitted(plan)
     taps = tuple(taps)
     stages = plan.stages(model.depth, taps=taps, heads=heads)
     after = [stage.stop for stage in stages if stage.exit is not None or stage.merge is not None]

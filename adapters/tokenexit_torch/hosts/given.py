@@ -64,12 +64,16 @@ class GivenDecoder:
         self.taps = tuple(taps)
         self.module: nn.Module = self._pair
         self.width = host.width
-        self.image_shape = host.image_shape
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """See `Host.blocks`."""
         return self._host.blocks
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """See `Host.image_shape`."""
+        return self._host.image_shape
 
     @property
     def embedding(self) -> nn.Module:

@@ -53,12 +53,15 @@ class Host(Protocol):
         blocks: Its blocks, in order, looked up in the model whenever they are asked for: one that was exchanged runs.
             Attention in them must go through `torch.nn.functional.scaled_dot_product_attention`, without a mask.
         width: Channels of a token.
-        image_shape: Shape of an image that it takes, `(channels, height, width)`; the self-check draws one.
     """
 
     module: nn.Module
     width: int
-    image_shape: tuple[int, int, int]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image that it takes, `(channels, height, width)`; the self-check draws one."""
+        ...
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -18,7 +18,7 @@ from tokenexit_torch.hosts.timm import TIMM_EVA, TIMM_VITS, TimmEva, TimmViT
 from tokenexit_torch.hosts.torchvision import TORCHVISION_VIT, TorchvisionViT
 from tokenexit_torch.hosts.transformers import PARTS, TransformersViT
 
-__all__ = ["decoding_host_of", "host_of"]
+__all__ = ["brings_decoder", "decoding_host_of", "host_of"]
 
 _HOSTS: Mapping[str, Callable[[Any], Host]] = {
     **dict.fromkeys(TIMM_VITS, TimmViT),
@@ -92,6 +92,15 @@ AROUND = {
 
 _MEMBERS = ("module", "blocks", "width", "image_shape", "embed", "run", "finish", "dense")
 _DECODING_MEMBERS = (*_MEMBERS, "embedding", "taps", "classes", "own", "decode", "class_scores")
+
+
+def brings_decoder(model: object, /) -> bool:
+    """Whether a model has a decoder of its own, so that `decoding_host_of` takes it.
+
+    Args:
+        model: Anything.
+    """
+    return full_name(model) in _DECODING_HOSTS or (not isinstance(model, nn.Module) and isinstance(model, DecodingHost))
 
 
 def host_of(model: object, /) -> Host:

@@ -39,12 +39,16 @@ class TimmViT:
         self._vit = vit
         self.module: nn.Module = model
         self.width: int = vit.embed_dim
-        self.image_shape: tuple[int, int, int] = _image_shape(vit.patch_embed)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """See `Host.blocks`."""
         return tuple(self._vit.blocks)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """See `Host.image_shape`: `set_input_size` changes it."""
+        return _image_shape(self._vit.patch_embed)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
@@ -89,12 +93,16 @@ class TimmEva:
         self._eva = eva
         self.module: nn.Module = model
         self.width: int = eva.embed_dim
-        self.image_shape: tuple[int, int, int] = _image_shape(eva.patch_embed)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """See `Host.blocks`."""
         return tuple(self._eva.blocks)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """See `Host.image_shape`: `set_input_size` changes it."""
+        return _image_shape(self._eva.patch_embed)
 
     def embed(self, images: Float[Tensor, "images channels height width"], /) -> Embedded:
         """See `Host.embed`."""
