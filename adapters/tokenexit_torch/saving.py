@@ -145,12 +145,12 @@ def load(
     return folders.load_by_kind(_LOADERS, model, folder, kind, options)
 
 
-def refill(model: WithExitHeads, folder: str | Path, /) -> WithExitHeads:
+def refill(model: ExitingModel | DecodingModel, folder: str | Path, /) -> None:
     """Put saved exits of the same kind into a model that is wrapped. Not public."""
     saved, file = manifest.read(folder, "exits")
     heads = [int(block) for block in model.exit_heads]
     require(list(saved.after) == heads, "folder", f"hold exits after the blocks {heads}", list(saved.after))
-    return _with_saved(model, saved, file)
+    _with_saved(model, saved, file)
 
 
 def _load_exits(model: Any, folder: str | Path, /, *, head: Head = None, exit_heads: Modules = None) -> ExitingModel:

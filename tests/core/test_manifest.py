@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.core.strategies import PLAIN, SCHEDULE
 from tokenexit import TokenExitError, heads, manifest, schedule
+from tokenexit.assessment import Option
 from tokenexit.manifest import HeadManifest, SemanticManifest
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit.weights import Spec
@@ -28,7 +29,9 @@ def manifests(draw):
     taps = tuple(sorted(draw(st.sets(st.integers(1, 41), max_size=3))))
     built = draw(st.booleans())
     classes = size if built else draw(st.sampled_from([0, size]))
-    return HeadManifest(plan, after, draw(PLAN), built, classes, size, 41, fitted, taps)
+    options = st.builds(Option, SCHEDULE, st.floats(0, 1), st.floats(-9, 1))
+    assessed = tuple(draw(st.lists(options, max_size=2)))
+    return HeadManifest(plan, after, draw(PLAN), built, classes, size, 41, fitted, taps, assessed)
 
 
 @given(whole=manifests())

@@ -170,7 +170,8 @@ class Measured:
         require(ok, "quality", "be None or in [0, 1]", repr(self.quality))
         times = self.speedup
         ok = times is None or (len(times) == 3 and all(is_number(one) and one > 0 for one in times))
-        require(ok, "speedup", "be None or three factors above 0", repr(times))
+        rule = "be None or three factors above 0 that ascend"
+        require(ok and (times is None or list(times) == sorted(times)), "speedup", rule, repr(times))
 
     @property
     def times(self) -> float:
@@ -304,6 +305,8 @@ class Assessment:
 
     def verdict(self) -> str:
         """The answer in sentences: what is worth it, how much faster it is, what it costs, and what else there is."""
+        if all(row.speedup is None for row in self.rows):
+            return "Nothing was timed: the table says what plans change, and what share of the multiply-adds is left."
         chosen, rivals = self.chosen, [self.best("truncation"), self.best("smaller input")]
         others = " ".join(self._beside(kind) for kind in ("truncation", "smaller input", "compiled dense")).strip()
         faster = [rival for rival in rivals if rival is not None and rival.times >= max(WORTH, self._reach())]
@@ -337,7 +340,7 @@ class Assessment:
             found.append(f"images have only {patches} patches, and the finer the grid, the more there is to save")
         if self.blocks <= _SHALLOW:
             found.append(f"the network has only {self.blocks} blocks")
-        return "" if not found else f"{'; '.join(found)}.".capitalize()
+        return "" if not found else f"{_capital('; '.join(found))}."
 
     def _beside(self, kind: Kind) -> str:
         """A sentence about the best of a kind that the library is compared with."""
@@ -346,7 +349,7 @@ class Assessment:
             return ""
         within = [row for row in timed if row.loss <= self.at_most]
         row = max(within, key=lambda row: row.times) if within else min(timed, key=lambda row: row.loss)
-        return f"{row.name.capitalize()}: {self._said(row)}."
+        return f"{_capital(row.name)}: {self._said(row)}."
 
     def _said(self, row: Measured) -> str:
         low, middle, high = row.speedup or (math.nan,) * 3
@@ -371,7 +374,7 @@ class Assessment:
         for row in self.ordered:
             low, middle, high = row.speedup or (math.nan,) * 3
             cells = [
-                row.name,
+                " ".join(row.name.replace("|", "/").split()),
                 row.kind,
                 f"{100 * row.loss:.2f}",
                 "" if row.cost is None else f"{row.cost:.3f}",
@@ -394,8 +397,8 @@ class Assessment:
         fitted = f", {self.fitted} others fitted" if self.fitted else ""
         return (
             f"{self.images} images of {height} x {width} pixels ({rows} x {columns} patches){fitted}; "
-            f"{self.blocks} blocks; timed in batches of {self.batch} on {self.machine}; medians of rounds in which all "
-            "take turns, and quartiles."
+            f"{self.blocks} blocks; batches of {self.batch} on {self.machine}; of times the medians of rounds in which "
+            "all take turns, and quartiles."
         )
 
     def __str__(self) -> str:
@@ -429,3 +432,7 @@ class Assessment:
         given |= {name: tuple(data[name]) for name in ("size", "grid", "notes")}
         given["rows"] = tuple(map(Measured.from_dict, data["rows"]))
         return Assessment(**given)
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]

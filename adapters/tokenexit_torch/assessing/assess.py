@@ -69,7 +69,7 @@ _FOR_MERGES = 16  # images, whose cells are many
 _LEAST = 4
 _MAPS = 3
 _CHANGED = "pixels that get another class"
-_RELATIVE = "mean absolute change of the output, relative to the dense output's mean absolute deviation"
+_RELATIVE = "change of the output, relative to its spread"
 
 
 @dataclass(frozen=True, eq=False)
