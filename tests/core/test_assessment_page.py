@@ -178,6 +178,13 @@ def test_the_plan_of_a_page_is_the_one_that_was_chosen(tmp_path):
     assert "model.retune(plan)" in use
     none = Page(written(assessment(timed=False), tmp_path)).root
     assert (none.all("details"), none.all("dl")) == ([], [])
+    assert [one.text for one in none.all("thead")[0].all("th")] == [
+        "contender",
+        "pixels that get another class, %",
+        "multiply-adds, dense = 1",
+        "kind",
+    ]
+    assert "saves more" in none.all("figcaption")[0].text
     assert none.all("h1")[0].text == "Not worth it"
     assert not [row for row in none.all("tr") if row.attributes.get("class") == "chosen"]
 

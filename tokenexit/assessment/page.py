@@ -5,7 +5,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tokenexit import folders
 from tokenexit.assessment import plot
 from tokenexit.assessment._template import PAGE
-from tokenexit.assessment.results import OURS, Assessment, Measured
+from tokenexit.assessment.results import OURS, Assessment, Kind, Measured
 from tokenexit.errors import TokenExitError, require
 from tokenexit.schedule import Schedule
 
@@ -107,14 +107,14 @@ def _described(assessment: Assessment) -> str:
 
 def _reading(assessment: Assessment) -> str:
     """How to read the plot."""
+    timed = any(row.speedup is not None for row in assessment.rows)
     parts = [
-        f"Further to the right is faster, further down changes less. The shaded band is what changes at most "
-        f"{100 * assessment.at_most:.3g} %; above it the scale is logarithmic."
+        f"Further to the right {'is faster' if timed else 'saves more'}, further down changes less.",
+        f"The shaded band is what changes at most {100 * assessment.at_most:.3g} %; above it the scale is logarithmic.",
+        *(["Bars are quartiles."] if timed else []),
+        "Filled markers are dense and this library, hollow ones what it is compared with.",
     ]
-    if any(row.speedup is not None for row in assessment.rows):
-        parts.append("Bars are quartiles.")
-    parts.append("Filled markers are dense and this library, hollow ones what it is compared with.")
-    if any(row.quality is not None for row in assessment.rows):
+    if timed and any(row.quality is not None for row in assessment.rows):
         parts.append("Where a line of mIoU runs out below, it falls much further: the table says how far.")
     return " ".join(parts)
 
@@ -127,7 +127,7 @@ def _svg(figure: Any, description: str) -> str:
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     inside = drawn.getvalue().partition("<svg")[2].partition(">")[2]
     width, height = 72 * figure.get_size_inches()
-    name = "Loss by speed-up and by multiply-adds saved"
+    name = "What contenders change, by how much faster they are and how much they save"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'viewBox="0 0 {width:g} {height:g}" aria-label="{escape(f"{name}: {description}")}">\n'
@@ -136,35 +136,39 @@ def _svg(figure: Any, description: str) -> str:
 
 
 def _table(assessment: Assessment) -> str:
-    qualities = any(row.quality is not None for row in assessment.rows)
-    names = ["contender", f"{assessment.loss}, %", "times as fast as dense [quartiles]", "ms an image"]
-    names += ["multiply-adds, dense = 1", *(["mIoU, %"] if qualities else []), "kind"]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    chosen = assessment.chosen
-    rows = "\n".join(_row(row, chosen=row is chosen, qualities=qualities) for row in assessment.ordered)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    """All rows; columns of which no row has a number are left out."""
+    columns: dict[str, Callable[[Measured], str]] = {
+        f"{assessment.loss}, %": lambda row: f"{100 * row.loss:.2f}",
+        "times as fast as dense [quartiles]": _times,
+        "ms an image": lambda row: "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
+        "multiply-adds, dense = 1": lambda row: "" if row.cost is None else f"{row.cost:.3f}",
+        "mIoU, %": lambda row: "" if row.quality is None else f"{100 * row.quality:.2f}",
+        "kind": lambda row: escape(row.kind),
+    }
+    shown = {name: cell for name, cell in columns.items() if any(map(cell, assessment.rows))}
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("contender", *shown))
+    chosen, lines = assessment.chosen, []
+    for row in assessment.ordered:
+        start, tag = "<tr>", ""
+        if row is chosen:
+            start, tag = '<tr class="chosen">', ' <span class="tag">chosen</span>'
+        name = f'<th scope="row">{_dot(row.kind)}{escape(row.name)}{tag}</th>'
+        lines.append(f"{start}{name}{''.join(f'<td>{cell(row)}</td>' for cell in shown.values())}</tr>\n")
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n</table>"
 
 
-def _row(row: Measured, *, chosen: bool, qualities: bool) -> str:
-    colour, _ = plot.STYLES[row.kind]
-    dense, ours = row.kind in ("dense", "compiled dense"), row.kind in (*OURS, "dense")
-    dot = f'<span class="dot{" ours" if ours else ""}" style="--dot: {"currentColor" if dense else colour}"></span>'
-    times = ""
-    if row.speedup is not None:
-        low, middle, high = row.speedup
-        times = f"{middle:.2f} <small>[{low:.2f}, {high:.2f}]</small>"
-    cells = [
-        f"{100 * row.loss:.2f}",
-        times,
-        "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
-        "" if row.cost is None else f"{row.cost:.3f}",
-        *(["" if row.quality is None else f"{100 * row.quality:.2f}"] if qualities else []),
-        escape(row.kind),
-    ]
-    tag = ' <span class="tag">chosen</span>' if chosen else ""
-    name = f'<th scope="row">{dot}{escape(row.name)}{tag}</th>'
-    start = '<tr class="chosen">' if chosen else "<tr>"
-    return f"{start}{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+def _dot(kind: Kind) -> str:
+    """The colour of a kind in the plot, hollow where its markers are; what is black there is the colour of text."""
+    colour = "currentColor" if kind in ("dense", "compiled dense") else plot.STYLES[kind][0]
+    ours = " ours" if kind in (*OURS, "dense") else ""
+    return f'<span class="dot{ours}" style="--dot: {colour}"></span>'
+
+
+def _times(row: Measured) -> str:
+    if row.speedup is None:
+        return ""
+    low, middle, high = row.speedup
+    return f"{middle:.2f} <small>[{low:.2f}, {high:.2f}]</small>"
 
 
 def _plan(plan: Schedule | None) -> str:
