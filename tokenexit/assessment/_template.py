@@ -63,9 +63,10 @@ th, td { padding: .5rem .9rem; text-align: right; white-space: nowrap; }
 th:first-child, th:last-child, td:last-child { text-align: left; }
 th[scope=row] { min-width: 15rem; max-width: 26rem; padding-left: 2.1rem; font-weight: 450; white-space: normal; }
 th[scope=col] {
-  min-width: 5.5rem; max-width: 9.5rem; color: var(--soft); font-size: .82rem; font-weight: 500;
+  min-width: 6rem; max-width: 9.5rem; color: var(--soft); font-size: .82rem; font-weight: 500;
   line-height: 1.3; vertical-align: bottom; white-space: normal;
 }
+th[scope=col]:nth-child(2) { min-width: 7.5rem; }
 tbody th, tbody td { border-top: 1px solid var(--line); }
 tr.chosen { background: var(--mark); }
 tr.chosen th, tr.chosen td { font-weight: 650; }
