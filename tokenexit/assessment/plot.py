@@ -118,7 +118,7 @@ def _quality(row: Measured) -> float | None:
 def _draw_panel(axis: Any, panel: _Panel, assessment: Assessment) -> None:
     axis.grid(color=_PALE, linewidth=0.6)
     axis.set_xlabel(panel.x_label)
-    axis.set_ylabel(textwrap.fill(panel.y_label.replace("$", r"\$"), 38))  # or matplotlib reads a formula
+    axis.set_ylabel(textwrap.fill(panel.y_label.replace("$", r"\$"), 32))  # or matplotlib reads a formula
     if panel.y is _loss:
         _scale_losses(axis, assessment)
     for kind in KINDS:
