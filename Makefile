@@ -24,7 +24,7 @@ endef
 export IMPORTED
 HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
 
-.PHONY: demo demo-jax test properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test clean
+.PHONY: demo demo-jax test properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test dist clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -92,8 +92,21 @@ wheel-test: .venv/dev
 	HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; \
 	rm -rf $$away
 
+# What is uploaded: both files built, their metadata checked, and the sdist installed and used away from the source.
+dist: .venv/dev
+	rm -rf dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m $(PIP) build twine
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m twine check --strict dist/*
+	rm -rf .venv-dist && $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m $(PIP) --constraint constraints.txt dist/tokenexit-*.tar.gz
+	set -e; python=$$PWD/.venv-dist/bin/python; cd "$$(mktemp -d)"; \
+	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
+	$$python -m tokenexit_cli info
+
 clean:
-	rm -rf .venv .venv-older .venv-wheel build demo site
+	rm -rf .venv .venv-older .venv-wheel .venv-dist build demo dist site
 
 .venv/pip:
 	$(PYTHON) -m venv .venv

@@ -19,7 +19,7 @@ from tokenexit_torch import inference as inference
 from tokenexit_torch import models as models
 from tokenexit_torch import semantic as semantic
 from tokenexit_torch import training as training
-from tokenexit_torch.assessing.assess import Assessed, assess, speed_up
+from tokenexit_torch.assessing.workflow import Assessed, assess, speed_up
 from tokenexit_torch.calibration.adapted import calibrate, default_settings, drift_sample
 from tokenexit_torch.calibration.certificate import fingerprints, load_certificate, save_certificate
 from tokenexit_torch.calibration.traces import Trace, trace

@@ -66,7 +66,7 @@ Labels = Integer[Tensor, "_ _ _"]
 _SCALES = (0.87, 0.75, 0.66)
 _PATCHES_PER_STEP, _STEPS, _STEPS_A_MINUTE, _LEAST_STEPS = 1024, 400, 40, 100
 _FOR_MERGES = 16  # images, whose cells are many
-_LEAST = 4
+_LEAST, _ROUNDS = 4, 15
 _MAPS = 3
 _CHANGED = "pixels that get another class"
 _RELATIVE = "change of the output, relative to its spread"
@@ -216,6 +216,7 @@ def assess(
         at_most=at_most,
         clock=clock,
         loss=loss,
+        rounds=_ROUNDS,
         quality=partial(_mean_iou, labels=job.labels, ignore=ignore) if given.labelled else None,
         file=None if folder is None else folder / "measured.json",
         identity=identity | {"contenders": [one.name for chain in chains for one in chain]},
@@ -301,7 +302,7 @@ class _Given:
 
 
 def _gathered(model: ExitingModel | DecodingModel, images: Any, labels: Tensor | None) -> _Given:
-    """Images, every second of which fits what is to be fitted; with them those that were fitted to before."""
+    """Images, apart: those fitted to before fit what is to be fitted, or else every second one."""
     like = next(model.parameters())
     every: list[Tensor] = []
     known: list[Tensor] = []
@@ -321,7 +322,7 @@ def _gathered(model: ExitingModel | DecodingModel, images: Any, labels: Tensor |
     fresh = [at for at, digest in enumerate(digests) if digest not in seen]
     rule = f"be at least {_LEAST} that nothing was fitted to, and better some dozens"
     require(len(fresh) >= _LEAST, "images", rule, f"{len(fresh)} of {len(every)}")
-    run = fresh[::2]
+    run = fresh if len(fresh) < len(every) else fresh[::2]
     chosen = set(run)
     return _Given(
         [every[at] for at in range(len(every)) if at not in chosen],
