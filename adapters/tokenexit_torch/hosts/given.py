@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokenexit.errors import require
 from tokenexit_torch.hosts.protocol import Embedded, Host
+from tokenexit_torch.hosts.registry import require_loaded
 
 __all__ = ["DecodedViT", "GivenDecoder"]
 
@@ -59,6 +60,7 @@ class GivenDecoder:
         require(
             reads in ("patches", "patches and prefix"), "reads", "be `patches` or `patches and prefix`", repr(reads)
         )
+        require_loaded(decoder, "decoder")
         self._host, self._features, self._reads = host, features, reads
         self._pair = DecodedViT(host.module, decoder)
         self.taps = tuple(taps)
@@ -70,6 +72,16 @@ class GivenDecoder:
     def blocks(self) -> Sequence[nn.Module]:
         """See `Host.blocks`."""
         return self._host.blocks
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder."""
+        return self._pair.decoder
+
+    @property
+    def reads(self) -> Reads:
+        """Whether it is given prefix tokens too."""
+        return self._reads
 
     @property
     def embedding(self) -> nn.Module:
