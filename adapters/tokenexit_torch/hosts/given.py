@@ -61,7 +61,8 @@ class GivenDecoder:
             reads in ("patches", "patches and prefix"), "reads", "be `patches` or `patches and prefix`", repr(reads)
         )
         require_loaded(decoder, "decoder")
-        self._host, self._features, self._reads = host, features, reads
+        self._host, self._features = host, features
+        self._reads: Reads = reads
         self._pair = DecodedViT(host.module, decoder)
         self.taps = tuple(taps)
         self.module: nn.Module = self._pair
