@@ -259,7 +259,9 @@ def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
             yield from block.named_modules(prefix=f"blocks[{index}]")
 
 
-_BEHIND = "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes"
+_BEHIND = (
+    "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes (docs/guide/merging.md)"
+)
 
 
 def decoding_host_of(model: object, /) -> DecodingHost:
