@@ -1,7 +1,9 @@
 """Plans as plain data: frozen dataclasses to mappings and back, by closed registries of their kinds."""
 
 import dataclasses
+import inspect
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 from tokenexit.errors import require
 
 __all__ = [
+    "LARGEST",
     "MOST",
+    "NORMALISED",
     "Progress",
     "from_plain",
     "is_number",
@@ -19,12 +23,20 @@ __all__ = [
     "require_progress",
     "require_share",
     "require_sizes",
+    "require_takes",
     "shortened",
     "to_plain",
+    "warn_of_pixels",
 ]
 
 MOST = 1_000_000
 """Of channels, classes, blocks, places in a window: larger numbers are a damaged or a hostile file."""
+
+NORMALISED = "normalised as in training: pixels / 255, less the mean of each channel, over its standard deviation"
+"""What images must be, in words."""
+
+LARGEST = 20.0
+"""What no normalised pixel exceeds, and pixels from 0 to 255 do: white is 2.7 deviations above the mean of ImageNet."""
 
 Progress = Callable[[Iterable], Iterable]
 """A function around a loop, as `tqdm`, or `iter` for silence."""
@@ -129,3 +141,36 @@ def require_counts(**counts: int) -> None:
     """Raise a `TokenExitError` unless all counts are at least 0."""
     for name, value in counts.items():
         require(value >= 0, name, "be 0 or more", value)
+
+
+def require_takes(argument: str, function: Callable, /, *names: str) -> None:
+    """Raise a `TokenExitError` unless a function can be called with these values, by position.
+
+    Args:
+        argument: Name of the argument that it is.
+        function: The function. One that does not say what it takes is let pass.
+        names: What it is called with, in words.
+
+    Raises:
+        TokenExitError: If it cannot.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # it does not say what it takes
+        return
+    try:
+        signature.bind(*names)
+        fits = True
+    except TypeError:
+        fits = False
+    require(fits, argument, f"take ({', '.join(names)})", f"{signature}")
+
+
+def warn_of_pixels() -> None:
+    """Warn that images hold values that no normalised image has, always in the same words, which Python shows once.
+
+    Warns:
+        UserWarning: Always.
+    """
+    message = f"`images` should be {NORMALISED}, got values beyond {LARGEST:g}, as of pixels from 0 to 255"
+    warnings.warn(message, UserWarning, stacklevel=3)

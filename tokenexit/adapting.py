@@ -5,14 +5,26 @@ starts with an underscore.
 """
 
 from tokenexit._array import aligned, require_marks
-from tokenexit._plain import MOST, Progress, is_number, is_whole, require_share
+from tokenexit._plain import (
+    LARGEST,
+    MOST,
+    NORMALISED,
+    Progress,
+    is_number,
+    is_whole,
+    require_share,
+    require_takes,
+    warn_of_pixels,
+)
 from tokenexit.gates import coin_for, rates_by_gate
 from tokenexit.schedule import require_fits, require_gates_fit
 from tokenexit.scores import ONE
 from tokenexit.semantic import require_places, require_room
 
 __all__ = [
+    "LARGEST",
     "MOST",
+    "NORMALISED",
     "ONE",
     "Progress",
     "aligned",
@@ -26,4 +38,6 @@ __all__ = [
     "require_places",
     "require_room",
     "require_share",
+    "require_takes",
+    "warn_of_pixels",
 ]

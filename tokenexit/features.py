@@ -109,7 +109,7 @@ class Source(Protocol):
         """Rows for one step after the other, without end.
 
         Args:
-            size: How many rows a step takes.
+            size: How many rows a step takes at most: never more than there are to draw from.
             draw: Draws them.
             since: The step that the first rows are for.
         """
@@ -139,11 +139,12 @@ class Cached:
         """Rows drawn from all of them.
 
         Args:
-            size: How many rows a step takes.
+            size: How many rows a step takes at most: never more than there are.
             draw: Draws them.
         """
+        rows = self._starts[-1]
         while True:
-            yield self._at(draw(self._starts[-1], size))
+            yield self._at(draw(rows, _at_most(size, rows)))
 
     def chunks(self) -> Iterator[Rows]:
         """All rows, in pieces."""
@@ -188,7 +189,7 @@ class Streamed:
         """Rows drawn from one batch after the other; none from a batch without a finite patch.
 
         Args:
-            size: How many rows a step takes.
+            size: How many rows a step takes at most: never more than the batch has.
             draw: Draws them.
             since: The step that the first rows are for.
         """
@@ -197,7 +198,7 @@ class Streamed:
             for batch in batches:
                 rows, _ = self._teacher.rows(batch)
                 patches = _length(rows)
-                yield _rows_at(rows, draw(patches, size)) if patches > 0 else rows
+                yield _rows_at(rows, draw(patches, _at_most(size, patches))) if patches > 0 else rows
             batches = self._batches(self._fitted)
 
     def chunks(self) -> Iterator[Rows]:
@@ -432,6 +433,11 @@ def _on_disk(
     known = TARGET in rows and FINAL in rows and {value.shape[0] for value in rows.values()} == {sum(patches)}
     require(known, "cache", f"hold rows in {file.name} for every patch", ", ".join(sorted(rows)))
     return rows, patches
+
+
+def _at_most(size: int, rows: int) -> int:
+    """How many of these rows a step draws: of one alone two, without which a batch norm has no variance."""
+    return min(size, max(rows, 2))
 
 
 def _length(rows: Rows) -> int:

@@ -32,7 +32,7 @@ class Recipe:
 
     Attributes:
         steps: Optimiser steps, shared by all heads.
-        patches_per_step: Patches drawn for each step.
+        patches_per_step: Patches drawn for each step; fewer if there are not as many.
         learning_rate: At the first step; it falls to zero along a cosine.
         weight_decay: Of AdamW.
         held_out: Share of the images, the last ones, that heads are not fitted to: at least one, unless it is 0.

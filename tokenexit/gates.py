@@ -19,7 +19,7 @@ from tokenexit._plain import is_number, is_whole
 from tokenexit.errors import require
 from tokenexit.heads import MLP
 from tokenexit.policies import Evidence, GateBelow, Policy
-from tokenexit.schedule import Exit, Schedule
+from tokenexit.schedule import Exit, Schedule, svit
 
 __all__ = [
     "FIRST_BIAS",
@@ -27,6 +27,7 @@ __all__ = [
     "decide",
     "keep_probability",
     "published_gate",
+    "published_gates",
     "ratio_loss",
     "returnable",
     "soft_draw",
@@ -117,6 +118,22 @@ def published_gate(width: int, /) -> MLP:
         The plan; a gate has two classes, *keep* and *skip*.
     """
     return MLP(max(1, width // 4))
+
+
+def published_gates(depth: int, /) -> Schedule:
+    """Plan with gates where they were published, at any depth: before all blocks behind the first quarter.
+
+    Args:
+        depth: Blocks of the network.
+
+    Returns:
+        `schedule.svit()` for as many blocks.
+
+    Raises:
+        TokenExitError: If there are fewer than two blocks, between which a gate could be.
+    """
+    require(is_whole(depth, least=2), "depth", "be a whole number of blocks from 2 up", repr(depth))
+    return svit(after=range(max(1, int(depth / 4 + 0.5)), depth))
 
 
 def keep_probability(logits: Float[Array, "*tokens 2"], /) -> Float[Array, "*tokens"]:

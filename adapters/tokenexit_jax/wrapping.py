@@ -12,11 +12,11 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Float
 
-from tokenexit.adapting import MOST, is_number, is_whole, require_room
-from tokenexit.errors import require
-from tokenexit.gates import published_gate
+from tokenexit.adapting import LARGEST, MOST, is_number, is_whole, require_room, warn_of_pixels
+from tokenexit.errors import TokenExitError, require
+from tokenexit.gates import published_gate, published_gates
 from tokenexit.heads import MLP, HeadPlan
-from tokenexit.schedule import Schedule, neighbours, svit
+from tokenexit.schedule import Schedule, neighbours
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_jax._given import require_array, require_count
 from tokenexit_jax.exits.model import ExitingModel
@@ -68,7 +68,7 @@ def wrap(
     Raises:
         TokenExitError: If an argument is not what it should be, or an exit lies outside of the network.
     """
-    require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    _require_network(network)
     schedule = neighbours(depth=max(network.depth, 2)) if schedule is None else schedule
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(isinstance(exit_heads, HeadPlan), "exit_heads", "be a plan of tokenexit.heads", repr(exit_heads))
@@ -91,7 +91,7 @@ def wrap(
 
 def wrap_gates(
     network: Network,
-    schedule: Schedule = svit(),
+    schedule: Schedule | None = None,
     /,
     *,
     head: Callable[[Params, Float[Array, "*tokens width"]], Float[Array, "*tokens classes"]] | None = None,
@@ -106,8 +106,9 @@ def wrap_gates(
 
     Args:
         network: The network, as pure functions.
-        schedule: After which blocks there is a gate, and which tokens it skips; `schedule.svit()` if left out. Any
-            policy that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        schedule: After which blocks there is a gate, and which tokens it skips; if left out
+            `gates.published_gates` for as many blocks, which is `schedule.svit()` for twelve. Any policy that looks at
+            `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head: `head(params, tokens)` gives the logits of finished tokens, each by itself, from the
             parameters of the network. None: maps only, for a decoder of yours.
         gates: A plan for the gates, which give two logits, keep and skip. `heads.MLP` with a quarter of the channels
@@ -124,7 +125,8 @@ def wrap_gates(
     Raises:
         TokenExitError: If an argument is not what it should be, or a gate or tap lies outside of the network.
     """
-    require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    _require_network(network)
+    schedule = published_gates(max(network.depth, 2)) if schedule is None else schedule
     require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     require(head is None or callable(head), "head", "be None or a function", repr(head))
     plan = published_gate(network.width) if gates is None else gates
@@ -179,7 +181,7 @@ def wrap_semantic(
         TokenExitError: If an argument is not what it should be, the blocks do not leave room for the layers, or heads
             do not divide the width.
     """
-    require(isinstance(network, Network), "network", "be a tokenexit_jax.Network", type(network).__name__)
+    _require_network(network)
     require(isinstance(plan, SemanticPlan), "plan", "be a tokenexit.semantic.SemanticPlan", repr(plan))
     require_room(after, until, depth=network.depth)
     whole = hidden is None or (is_whole(hidden, least=1) and hidden <= MOST)
@@ -216,6 +218,9 @@ def check(
     Raises:
         TokenExitError: If something does not hold, with the part that it is about; or if the parameters or the images
             are not finite, or the parameters let a block do nothing.
+
+    Warns:
+        UserWarning: If images hold values that no normalised image has, as of pixels from 0 to 255.
     """
     wrapped = isinstance(model, ExitingModel | GatedModel | SemanticModel)
     require(wrapped, "model", "be wrapped by `wrap`, `wrap_gates` or `wrap_semantic`", type(model).__name__)
@@ -224,6 +229,8 @@ def check(
     require_array(images, "images")
     for argument, given in (("params", params), ("images", images)):
         _require_finite(given, argument)
+    if jnp.issubdtype(images.dtype, jnp.floating) and images.size > 0 and float(jnp.abs(images).max()) > LARGEST:
+        warn_of_pixels()  # here alone: at a call images may be traced, or on a device that would have to be waited for
     known = embed(network, params, images)
     _require_reaching(network, params, images, known)
     batch = known.tokens
@@ -239,6 +246,11 @@ def check(
         if isinstance(model, GatedModel):
             return
         require(logits.shape[-1] == model.classes, "head", f"give {model.classes} classes", logits.shape[-1])
+
+
+def _require_network(network: Any) -> None:
+    rule = "be a tokenexit_jax.Network (docs/guide/jax.md; `tokenexit_jax.models.vit` has a ViT, and `split` makes one)"
+    require(isinstance(network, Network), "network", rule, type(network).__name__)
 
 
 def _check_block(network: Network, index: int, params: Params, known: Embedded) -> None:
@@ -293,7 +305,13 @@ def _through(network: Network, params: Params, known: Embedded) -> Array:
 
 
 def _require_token_wise(function: Callable[[Array], Array], batch: Array, argument: str) -> Array:
-    every, few = function(batch), function(batch[:, ::2])
+    try:
+        every, few = function(batch), function(batch[:, ::2])
+    except (TokenExitError, jax.errors.JAXTypeError):
+        raise
+    except (TypeError, ValueError) as error:  # shapes that do not go together, as a rule
+        rule = f"take tokens of shape (images, tokens, {batch.shape[-1]}), any number of them"
+        raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
     require(every.shape[:2] == batch.shape[:2], argument, f"keep the axes {batch.shape[:2]}", f"{every.shape}")
     _require_close(every[:, ::2], few, argument, "treat each token by itself")
     return every

@@ -16,8 +16,9 @@ from tokenexit_torch.attention import attending_per_image
 from tokenexit_torch.heads.masks import MaskHead, Masks
 from tokenexit_torch.heads.reading import dim_in
 from tokenexit_torch.hosts.decoding import DecodingHost
+from tokenexit_torch.hosts.given import GivenDecoder
 from tokenexit_torch.hosts.protocol import Embedded, Host, embedded_anywhere, patch_of
-from tokenexit_torch.hosts.registry import require_not_quantised
+from tokenexit_torch.hosts.registry import require_loaded, require_not_quantised
 
 __all__ = ["check_decoder", "check_host", "classes_of", "drawn"]
 
@@ -25,6 +26,7 @@ __all__ = ["check_decoder", "check_host", "classes_of", "drawn"]
 @torch.no_grad()
 def classes_of(head: nn.Module, width: int, like: Tensor, argument: str, *, least: int) -> int:
     """Class count of a head, after a check that it treats each token by itself, or each image if it gives masks."""
+    require_loaded(head, argument)
     require_not_quantised(head, argument)
     if isinstance(head, MaskHead):
         return _mask_classes_of(head, width, like, argument)
@@ -39,6 +41,7 @@ def classes_of(head: nn.Module, width: int, like: Tensor, argument: str, *, leas
             rule = f"take tokens of shape (tokens, {width})"
             if any(isinstance(part, nn.Conv2d) for part in head.modules()):
                 rule += " (a head that convolves a map is a decoder: `wrap(vit, decoder=head)`)"
+            rule += _beside(head, like)
             raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
     require(
         isinstance(together, Tensor) and together.ndim == 2 and together.shape[0] == 3,
@@ -62,7 +65,7 @@ def _mask_classes_of(head: MaskHead, width: int, like: Tensor, argument: str) ->
         except TokenExitError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            rule = f"take patches of shape (patches, {width}), and how many of each image"
+            rule = f"take patches of shape (patches, {width}), and how many of each image{_beside(head, like)}"
             raise TokenExitError(f"`{argument}` must {rule}, got the error: {error}") from error
     require(isinstance(together, Masks), argument, "give Masks", type(together).__name__)
     shapes = tuple(together.mask_logits.shape), tuple(together.presence_logits.shape)
@@ -74,6 +77,13 @@ def _mask_classes_of(head: MaskHead, width: int, like: Tensor, argument: str) ->
     close = close and _is_close(together.presence_logits[2:], alone.presence_logits)
     require(close, argument, "treat each image by itself", "masks or presence that depend on other images")
     return classes
+
+
+def _beside(module: nn.Module, like: Tensor) -> str:
+    """A hint at a module that is not where the model is, or computes in another dtype."""
+    weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+    alike = all((weight.device, weight.dtype) == (like.device, like.dtype) for weight in weights)
+    return "" if alike else f", on {like.device} in {like.dtype} (`.to({str(like.device)!r}, {like.dtype})`)"
 
 
 def _is_close(together: Tensor, alone: Tensor) -> bool:
@@ -91,8 +101,16 @@ def check_host(host: Host, like: Tensor) -> tuple[int, int] | None:
     images = drawn(2, *host.image_shape, like=like)
     with evaluating(host.module):
         embedded = embedded_anywhere(host, images)
-        _, slots, width = embedded.tokens.shape
-        height, across = embedded.grid
+        tokens, prefix, grid = embedded.tokens, embedded.prefix, tuple(embedded.grid)
+        got = getattr(tokens, "shape", type(tokens).__name__)
+        rule = f"give tokens of shape ({len(images)}, slots, width)"
+        several = isinstance(tokens, Tensor) and tokens.ndim == 3 and len(tokens) == len(images)
+        require(several, "model.embed", rule, str(tuple(got) if isinstance(tokens, Tensor) else got))
+        whole = len(grid) == 2 and all(is_whole(one, least=0) for one in (prefix, *grid))
+        rule = "give a count of prefix tokens, and height and width of the grid"
+        require(whole, "model.embed", rule, f"prefix={prefix!r}, grid={grid!r}")
+        _, slots, width = tokens.shape
+        height, across = grid
         require(width == host.width, "model.width", f"be the {width} channels of its tokens", host.width)
         require(
             slots == embedded.prefix + height * across,
@@ -102,9 +120,7 @@ def check_host(host: Host, like: Tensor) -> tuple[int, int] | None:
         )
         _check_places(host, embedded, images[:1])
         dense = host.dense(images[:1])
-        shape = tuple(dense.shape)
-        wanted = (1, slots, width)
-        require(shape == wanted, "model.dense", f"give tokens of shape {wanted}", f"shape {shape}")
+        _require_shape(dense, (1, slots, width), "model.dense")
         half = torch.arange(0, slots, 2, device=dense.device)
         alone, positions = embedded.tokens[1:, half], embedded.positions
         row = torch.cat([embedded.tokens[:1], alone], dim=1)
@@ -116,9 +132,16 @@ def check_host(host: Host, like: Tensor) -> tuple[int, int] | None:
                 row = run_block(host, index, row, both, attention).detach()
             alone = run_block(host, index, alone, own)
         packed, alone = host.finish(row), host.finish(alone)
+        _require_shape(packed, tuple(row.shape), "model.finish")
         _require_close(packed[:, :slots], dense, "give the same tokens packed as in its own dense forward")
         _require_close(packed[:, slots:], alone, "give the same tokens packed as alone")
     return patch_of(embedded, images)
+
+
+def _require_shape(found: Any, wanted: tuple[int, ...], argument: str) -> None:
+    got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    fits = isinstance(found, Tensor) and tuple(found.shape) == wanted
+    require(fits, argument, f"give tokens of shape {wanted}", got)
 
 
 @torch.no_grad()
@@ -136,7 +159,7 @@ def check_decoder(host: DecodingHost, like: Tensor) -> None:
             row = run_block(host, index, row, embedded.positions)
             taken[index + 1] = row
         with _drawing_alike(like.device):
-            own = host.own(image)
+            own = _own(host, image, embedded.grid)
         with _drawing_alike(like.device):
             decoded = host.decode({after: taken[after] for after in taps}, embedded, image)
     found, wanted = _tensors(decoded), _tensors(own)
@@ -149,6 +172,22 @@ def check_decoder(host: DecodingHost, like: Tensor) -> None:
             same = _is_close(found[name], value)
             rule = "give what the model itself gives if no token leaves"
             require(same, "model.decode", rule, f"a difference of {(found[name] - value).abs().max():.3g} in `{name}`")
+
+
+def _own(host: DecodingHost, image: Tensor, grid: tuple[int, int]) -> Any:
+    """The model's own output; a decoder that was given is named where it fails."""
+    if not isinstance(host, GivenDecoder):
+        return host.own(image)
+    try:
+        return host.own(image)
+    except TokenExitError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        shape, maps = f"(images, {host.width}, {grid[0]}, {grid[1]})", len(host.taps)
+        rule = f"take a feature map of shape {shape}" if maps == 1 else f"take a list of {maps} feature maps {shape}"
+        rule += ", and as many of prefix tokens" if host.reads == "patches and prefix" else ""
+        rule += f", as `taps={host.taps}` says{_beside(host.decoder, image)}"
+        raise TokenExitError(f"`decoder` must {rule}, got the error: {error}") from error
 
 
 @contextmanager

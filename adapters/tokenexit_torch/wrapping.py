@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tokenexit import TokenExitError
 from tokenexit.adapting import MOST, ONE, is_whole, require_places, require_room
 from tokenexit.errors import require
-from tokenexit.gates import FIRST_BIAS, published_gate
+from tokenexit.gates import FIRST_BIAS, published_gate, published_gates
 from tokenexit.heads import MLP, HeadPlan
-from tokenexit.schedule import Schedule, merged, neighbours, svit
+from tokenexit.schedule import Schedule, merged, neighbours
 from tokenexit.semantic import SemanticPlan, stvit
 from tokenexit_torch._modules import evaluating
 from tokenexit_torch._selfcheck import check_decoder, check_host, classes_of, drawn
@@ -111,6 +111,7 @@ def wrap(
     if decoder is not None:
         require(head is None, "head", "be left out beside a decoder", type(head).__name__)
         host = unwrapped_host(model)
+        require(taps is None or isinstance(taps, Iterable), "taps", "be several blocks, as (6, 12)", repr(taps))
         tapped = (len(host.blocks),) if taps is None else tuple(taps)
         made = GivenDecoder(host, decoder, taps=tapped, features=features, reads=reads)
         plan = merged(depth=max(len(host.blocks), 2)) if schedule is None else schedule
@@ -245,7 +246,7 @@ def _with_decoder(
 
 def wrap_gates(
     model: Any,
-    schedule: Schedule = svit(),
+    schedule: Schedule | None = None,
     /,
     *,
     head: nn.Module | None = None,
@@ -259,8 +260,9 @@ def wrap_gates(
 
     Args:
         model: A model that is taken as it is (`registry.host_of`), or an object that follows `Host`.
-        schedule: After which blocks there is a gate, and which tokens it skips; `schedule.svit()` if left out. Any
-            policy that looks at `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
+        schedule: After which blocks there is a gate, and which tokens it skips; if left out
+            `gates.published_gates` for as many blocks, which is `schedule.svit()` for twelve. Any policy that looks at
+            `gate` alone will do: `policies.Budget(0.5, by="gate")` lets half of every image run.
         head: Your final head, from finished tokens `(..., width)` to `(..., classes)`, each token by itself. None: maps
             only, for a decoder of yours.
         gates: A plan for the gates, or the gates themselves by the blocks before them, from `(..., width)` to two
@@ -275,9 +277,10 @@ def wrap_gates(
             gate does not work on each token by itself, or the self-check finds that running all tokens packed is not
             the dense model.
     """
-    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     host = unwrapped_host(model)
     like, mode, depth = next(host.module.parameters()), host.module.training, len(host.blocks)
+    schedule = published_gates(max(depth, 2)) if schedule is None else schedule
+    require(isinstance(schedule, Schedule), "schedule", "be a tokenexit.schedule.Schedule", repr(schedule))
     plan = published_gate(host.width) if gates is None else gates
     if isinstance(plan, Mapping):
         each = all(reads_of(gate) != "neighbourhoods" and not translates(gate) for gate in plan.values())
@@ -292,6 +295,7 @@ def wrap_gates(
         each = reads_of(head) == "tokens"
         require(each, "head", "treat each token by itself", type(head).__name__)
         classes_of(head, host.width, like, "head", least=1)
+    require(taps is None or isinstance(taps, Iterable), "taps", "be several blocks, as (6, 12)", repr(taps))
     tapped = (depth,) if taps is None else tuple(taps)
     fits = list(tapped) == sorted(set(tapped)) and all(is_whole(tap, least=1) and tap <= depth for tap in tapped)
     require(fits, "taps", f"be ascending blocks from 1 to {depth}", tapped)

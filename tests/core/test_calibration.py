@@ -1,5 +1,6 @@
 """The choice of a setting, and its report."""
 
+import dataclasses
 import json
 import math
 
@@ -14,6 +15,7 @@ from tokenexit.guarantees import calibration, ladders
 from tokenexit.guarantees.bounds import p_values, upper_bounds
 from tokenexit.guarantees.calibration import certify, certify_in_turn, conformal, fixed_sequence
 from tokenexit.guarantees.certificate import ASSUMPTIONS, Fingerprints
+from tokenexit.policies import ConfidenceAbove
 
 LADDER = (
     *ladders.by_threshold(schedule.dtop(after=(4, 8)), thresholds=(0.99, 0.95, 0.9, 0.8, 0.7)),
@@ -131,7 +133,13 @@ def test_cutting_is_said_to_be_the_better_deal_where_it_is():
 def test_the_report_says_what_holds_and_what_it_rests_on():
     report = certify(LADDER, drawn(), COSTS, at_most=0.02, chains=CHAINS)
     words = str(report)
-    assert words.startswith("Chosen: setting 4 of 7, which saves 40 % of the dense network's cost.\nCertified: mean ")
+    assert words.startswith("Chosen: setting 4 of 7, which saves 40 % of the dense network's cost:\n  after block ")
+    for one in LADDER[3].exits:
+        assert f"\n  after block {one.after}, exit: {one.policy!r}\n" in words
+    assert report.chosen is not None
+    bound = f"By a bound that holds for all 7 settings at once: at most {100 * report.chosen.bound:.3g} %."
+    assert bound in words
+    assert "shares the 5 % chance of error among all settings, which the certificate need not" in words
     assert "mean disagreement over images at most 2 %, with 95 % confidence (betting test, 400 images)" in words
     assert all(one in words for one in ASSUMPTIONS)
     data = json.loads(json.dumps(report.to_dict()))
@@ -139,6 +147,17 @@ def test_the_report_says_what_holds_and_what_it_rests_on():
     assert data["assumptions"] == list(ASSUMPTIONS)
     assert [schedule.Schedule.from_dict(point["schedule"]) for point in data["curve"]] == list(LADDER)
     assert {"loss", "bound", "p_value", "cost", "certified"} < set(data["curve"][0])
+
+
+def test_the_report_names_the_merges_of_what_it_chose():
+    plans = [schedule.merged(alike={1: alike, 3: 0.8}) for alike in (0.95, 0.875)]
+    plans.append(dataclasses.replace(plans[0], merges=(schedule.Merge(2, agreed=ConfidenceAbove(0.9)),)))
+    report = certify(plans, np.zeros((400, 3)), (0.9, 0.8, 0.7), at_most=0.02)
+    assert "\n  after block 2, merge: cells of up to 2 x 2, agreed by ConfidenceAbove(0.9)\n" in str(report)
+    report = certify(plans[:2], np.zeros((400, 2)), (0.9, 0.8), at_most=0.02)
+    assert "\n  after block 1, merge: cells of up to 2 x 2, more alike than 0.875\n  after block 3, merge: " in str(
+        report
+    )
 
 
 def in_turn(losses, costs=COSTS, **options):

@@ -37,7 +37,7 @@ def test_rows_drawn_from_parts_are_those_of_all_parts_together(backend, sizes, d
     for rows in islice(draws, 2):
         assert backend.numpy(rows[FINAL]).tolist() == places
         assert backend.numpy(rows["1"])[:, 0].tolist() == places
-    assert asked == [(sum(sizes), len(places))] * 2
+    assert asked == [(sum(sizes), min(len(places), max(sum(sizes), 2)))] * 2  # never more than there are
     every = [number for rows in cached.chunks() for number in backend.numpy(rows[FINAL]).tolist()]
     assert every == [*range(sum(sizes))]
 
@@ -99,6 +99,21 @@ def test_a_stream_draws_from_one_batch_after_the_other_and_goes_on_where_it_was(
     found = taken(since, 5)
     for step, rows in enumerate(found):
         np.testing.assert_array_equal(rows, wanted[(since + step) % len(wanted)])
+
+
+def test_a_stream_draws_no_more_rows_than_a_batch_has_and_two_of_one_alone():
+    batches, teacher, asked = tables((1, 4)), Table(), []
+
+    def draw(rows, size):
+        asked.append((rows, size))
+        return np.zeros(size, int)
+
+    per_image = len(teacher.rows(batches[0])[0][TARGET])
+    stream = Streamed(batches, teacher, [*map(teacher.fingerprint, batches)], (1, 4), 5)
+    assert [len(rows[TARGET]) for rows in islice(stream.draws(1000, draw, 0), 2)] == [size for _, size in asked]
+    assert asked == [(per_image, per_image), (4 * per_image, 4 * per_image)]
+    one = Cached([{TARGET: np.zeros((1, 3)), FINAL: np.zeros(1, int)}])
+    assert len(next(one.draws(1000, draw, 0))[TARGET]) == 2
 
 
 def test_a_stream_of_other_batches_is_refused():

@@ -315,3 +315,10 @@ def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(TokenExitError) as found:
         make()
     assert str(found.value) == message
+
+
+def test_published_gates_of_twelve_blocks_are_those_of_the_preset():
+    assert gates.published_gates(12) == schedule.svit()
+    assert gates.published_gates(24) == schedule.svit(after=range(6, 24))
+    with pytest.raises(TokenExitError, match="`depth` must be a whole number of blocks from 2 up, got 1"):
+        gates.published_gates(1)

@@ -947,6 +947,61 @@ def test_every_library_fails_with_the_same_words(fail):
     assert len(said) == 1
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_scores_in_place_of_evidence_are_named_by_every_policy():
+    message = r"`evidence` must be policies.Evidence, as `policies.Evidence\(logits\)`, got an array of shape \(4, 3\)"
+    for policy in every(3):
+        with pytest.raises(TokenExitError, match=message):
+            policy(np.zeros((4, 3), np.float32))
+
+
+@dataclass(frozen=True)
+class Asking(Policy):
+    """Looks at a field that evidence outside of a model does not have."""
+
+    field: str
+
+    def leaves(self, evidence):
+        if self.field == "previous":
+            return evidence.previous[0] == evidence.label
+        return (evidence.label >= 0) & (getattr(evidence, self.field) >= 2)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("field", ["exit", "previous"])
+def test_a_policy_of_ones_own_is_told_what_the_evidence_lacks(field):
+    message = (
+        (
+            "`evidence` must have all that Asking looks at: give it by name, as `policies.Evidence(logits, exit=0)`, got "
+            f"none of .*{field}.*: .*NoneType"
+        )
+        .replace("(", r"\(")
+        .replace(")", r"\)")
+    )
+    for policy in (Asking(field), Asking(field).retaining(per_class=1)):
+        with pytest.raises(TokenExitError, match=message) as caught:
+            policy(Evidence(np.zeros((4, 3), np.float32)))
+        assert isinstance(caught.value.__cause__, TypeError)
+    logits = np.zeros((4, 3), np.float32)
+    assert Asking("exit")(Evidence(logits, exit=2)).all()
+    with pytest.raises(TypeError, match="'>=' not supported between instances of 'str' and 'int'"):
+        Asking("layout")(Evidence(logits))  # an error of its own stays one
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"logits": [[0.0, 1.0]]}, r"`logits` must be an array, as `numpy.asarray` makes one, got \[\[0.0, 1.0\]\]"),
+        ({"gate": 0.5}, "`gate` must be an array, as `numpy.asarray` makes one, got 0.5"),
+        ({"logits": np.zeros((1, 2)), "position": [0]}, r"`position` must be an array, .*got \[0\]"),
+    ],
+)
+def test_evidence_that_is_no_array_is_named(given, message):
+    with pytest.raises(TokenExitError, match=message):
+        Evidence(**given)
+
+
 def test_policies_are_frozen():
     for policy in every(2):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -17,6 +17,7 @@ from tokenexit import TokenExitError, schedule
 from tokenexit.heads import ATM
 from tokenexit.policies import Policy
 from tokenexit.schedule import Exit, Schedule
+from tokenexit_jax.networks import checks
 
 
 def two_images():
@@ -245,7 +246,7 @@ def test_numbers_of_numpy_and_lists_are_as_good_as_a_tuple(capacities):
 def test_what_is_no_network_is_named(changes, message):
     with pytest.raises(TokenExitError, match=re.escape(message)):
         dataclasses.replace(networks.timm_network(), **changes)
-    with pytest.raises(TokenExitError, match="`network` must be a tokenexit_jax.Network, got str"):
+    with pytest.raises(TokenExitError, match=r"`network` must be a tokenexit_jax.Network \(.*\), got str"):
         tej.wrap("vit", classes=5)
 
 
@@ -253,3 +254,50 @@ def test_what_is_no_network_is_named(changes, message):
 def test_what_has_no_price_is_named():
     with pytest.raises(TokenExitError, match=re.escape("`network.blocks[1]` must attend over 32 channels")):
         broken(block=lambda run, p, x, c, at: x).cost(params(), two_images())
+
+
+def test_gates_are_where_they_were_published_at_any_depth():
+    for depth, first in ((5, 1), (6, 2)):
+        model = tej.wrap_gates(networks.plain_network(depth=depth))
+        assert model.schedule == schedule.svit(after=range(first, depth))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_network_is_told_where_one_is_made():
+    for wrap in (
+        lambda given: tej.wrap(given, classes=5),
+        tej.wrap_gates,
+        lambda given: tej.wrap_semantic(given, after=1, until=None, heads=2),
+    ):
+        with pytest.raises(
+            TokenExitError, match=r"`network` must be a tokenexit_jax.Network \(docs/guide/jax.md; .*got int"
+        ):
+            wrap(3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_parts_that_fail_at_what_they_are_given_are_named():
+    model = broken()
+
+    def fixed(params, images):
+        return tej.Embedded(images.reshape(2, -1, 32)[:, :20] + jnp.ones((1, 7, 32)), 0, (4, 5))
+
+    with pytest.raises(
+        TokenExitError, match=r"`network.embed` must take these images, float32\[2, .*, got the error: "
+    ) as caught:
+        tej.check(broken(embed=fixed), params(), two_images())
+    assert isinstance(caught.value.__cause__, TypeError | ValueError)
+    branching = lambda params, images: images if images.sum() > 0 else None  # noqa: E731
+    with pytest.raises(jax.errors.TracerBoolConversionError):  # JAX's own words say what to do
+        jax.jit(lambda images: checks.embed(broken(embed=branching).network, params(), images))(two_images())
+    head = lambda params, tokens: tokens @ jnp.ones((7, 5))  # noqa: E731
+    own = tej.wrap(model.network, schedule.dense(after=(1,)), classes=5, head=head)
+    with pytest.raises(
+        TokenExitError, match=r"`head` must take tokens of shape \(images, tokens, 32\), .*got the error"
+    ):
+        tej.check(own, params(), two_images())
+
+
+def test_pixels_that_were_not_normalised_are_warned_of():
+    with pytest.warns(UserWarning, match="`images` should be normalised as in training: .*, got values beyond 20"):
+        tej.check(broken(), params(), 255 * jnp.abs(two_images()))

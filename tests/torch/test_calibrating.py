@@ -103,6 +103,7 @@ def test_the_report_is_that_of_the_whole_table():
     assert found.report.images == 24
     assert found.report.chosen is not None
     assert found.report.unmeasured
+    assert "of the dense network's multiply-adds:" in str(found)
     assert str(found) == str(found.report)
 
 

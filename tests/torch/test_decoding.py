@@ -627,6 +627,44 @@ def test_a_model_without_classes_asks_for_them():
         tet.wrap_decoder(DECODERS["DPT, depth"].make(), PLAN)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("decoder", "options", "message"),
+    [
+        (
+            nn.Conv2d(64, 5, 1),
+            {},
+            r"a feature map of shape \(images, 48, 4, 6\), as `taps=\(6,\)` says, got the error: .*64",
+        ),
+        (
+            nn.Conv2d(48, 5, 1),
+            {"taps": (3, 6)},
+            r"a list of 2 feature maps \(images, 48, 4, 6\), as `taps=\(3, 6\)` says",
+        ),
+        (
+            nn.Conv2d(48, 5, 1),
+            {"reads": "patches and prefix"},
+            "a feature map .*, and as many of prefix tokens, as `taps",
+        ),
+        (
+            nn.Conv2d(48, 5, 1).double(),
+            {},
+            r"a feature map .* says, on cpu in torch.float32 \(`.to\('cpu', torch.float32",
+        ),
+    ],
+)
+def test_a_decoder_that_cannot_read_the_maps_is_named(decoder, options, message):
+    with pytest.raises(TokenExitError, match=f"`decoder` must take {message}"):
+        tet.wrap(models.timm_vit(), schedule.merged(depth=6), decoder=decoder, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_tap_in_place_of_several_is_named():
+    for wrap in (tet.wrap_gates, lambda model, **taps: tet.wrap(model, decoder=nn.Conv2d(48, 5, 1), **taps)):
+        with pytest.raises(TokenExitError, match=r"`taps` must be several blocks, as \(6, 12\), got 6"):
+            wrap(models.timm_vit(), taps=6)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
@@ -637,7 +675,9 @@ def test_a_model_without_classes_asks_for_them():
 )
 def test_images_of_a_size_that_the_model_cannot_take_are_refused(name, size, message):
     wrapped = exiting(DECODERS[name])
-    with pytest.raises(TokenExitError, match=f"`images` must have a size that the model takes, got .*: {message}"):
+    with pytest.raises(
+        TokenExitError, match=f"`images` must have a size that the model takes, as .*, got .*: {message}"
+    ):
         wrapped(models.images(1, size))
 
 

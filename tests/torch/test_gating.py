@@ -468,6 +468,12 @@ def test_what_cannot_be_is_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(("depth", "first"), [(2, 1), (6, 2), (12, 3), (24, 6)])
+def test_gates_are_where_they_were_published_at_any_depth(depth, first):
+    model = tet.wrap_gates(models.timm_vit(depth=depth))
+    assert model.schedule == schedule.svit(after=range(first, depth))
+
+
 def test_a_published_gate_has_a_quarter_of_the_channels_and_lets_most_run():
     model = tet.wrap_gates(models.timm_vit(), schedule.svit(after=AFTER))
     shapes = [tuple(one.shape) for one in model.gates["1"].parameters()]

@@ -40,6 +40,7 @@ from tokenexit import TokenExitError, schedule
 from tokenexit.carries import Preserved
 from tokenexit.schedule import Exit, Schedule
 from tokenexit.semantic import SemanticPlan
+from tokenexit_torch.hosts.protocol import full_name
 from tokenexit_torch.hosts.registry import REFUSED
 
 each = pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN.keys())
@@ -246,6 +247,41 @@ def test_a_model_with_a_head_is_told_which_part_to_give(kind, name, part):
     with pytest.raises(TokenExitError, match=f"`model` must be .*, got .*{name}, whose part `{part}` is one"):
         exiting(model)
     assert exiting(getattr(model, part)).depth == DEPTH
+
+
+def upernet():
+    """A UperNet on a backbone that gives maps of all four blocks of a DINOv2, and that DINOv2."""
+    vit = transformers_model("dinov2", "Dinov2Model")
+    from transformers import Dinov2Backbone, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation
+
+    sizes = {"image_size": SIZE[0], "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH}
+    backbone = Dinov2Config(**sizes, num_attention_heads=HEADS, out_indices=[1, 2, 3, 4])
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_in_channels=WIDTH, num_labels=5)
+    whole = UperNetForSemanticSegmentation(config).eval()
+    assert isinstance(whole.backbone, Dinov2Backbone)
+    return whole, type(vit)(backbone).eval()
+
+
+@torch.no_grad()
+def test_a_backbone_of_transformers_is_told_how_its_weights_and_its_decoder_are_taken():
+    whole, vit = upernet()
+    words = "gives feature maps of a Dinov2Model: load its weights into one, .*`wrap\\(vit, decoder=..., taps=...\\)`"
+    for model, which in ((whole, "whose `backbone`"), (whole.backbone, "which")):
+        for wrap in (exiting, lambda one: tet.wrap_decoder(one, schedule.dovit())):
+            with pytest.raises(TokenExitError, match=f"got {full_name(model)}, {which} {words}"):
+                wrap(model)
+    backbone, images = whole.backbone, models.images(2, SIZE)
+    vit.load_state_dict(backbone.state_dict())
+    wrapped = tet.wrap(vit, schedule.dense(), decoder=whole.decode_head, taps=(1, 2, 3, 4)).eval()
+    own = whole.decode_head(backbone(images).feature_maps)
+    torch.testing.assert_close(wrapped(images).decoded, own, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vision_transformer_in_place_of_one_with_a_decoder_is_told_what_puts_one_behind_it():
+    behind = "`wrap\\(vit, decoder=...\\)` puts a decoder behind a vision transformer that `wrap` takes"
+    for model in (models.timm_vit(), models.plain_host(), nn.Linear(2, 2)):
+        with pytest.raises(TokenExitError, match=f"DecodingHost \\(docs/guide/decoders.md\\), got .*; {behind}"):
+            tet.wrap_decoder(model, schedule.dovit())
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import tokenexit_torch as tet
 from tests.core import strategies
 from tests.torch import models
 from tests.torch.oracle import run_one_by_one
@@ -336,7 +337,7 @@ def test_multiply_adds_are_those_of_torchs_own_counter():
         (lambda m: m.retune(threshold=2.0), r"`threshold` must be in \[0, 1\], got 2.0"),
         (
             lambda m: m(torch.zeros(1, 3, 40, 48)),
-            r"`images` must have a size that the model takes, got \(1, 3, 40, 48\)",
+            r"`images` must have a size that the model takes, as 32 x 48: resize .*, got \(1, 3, 40, 48\)",
         ),
         (lambda m: m.retune(schedule.dense(), threshold=0.5), "`threshold` must be for exits that compare one kind"),
         (lambda m: m.retune(threshold={9: 0.5}), r"`threshold` must name blocks with an exit.*got \[9\]"),
@@ -347,6 +348,37 @@ def test_bad_input_is_named(call, message):
     model = models.wrapped(models.timm_vit, PLANS["neighbours"])
     with pytest.raises(TokenExitError, match=message):
         call(model)
+
+
+@torch.no_grad()
+def test_pixels_that_were_not_normalised_are_warned_of_and_run_all_the_same():
+    model, pixels = models.wrapped(models.timm_vit, PLANS["neighbours"]), 255 * torch.rand(2, 3, 32, 48)
+    message = "`images` should be normalised as in training: pixels / 255, .*, got values beyond 20"
+    gated = tet.wrap_gates(models.timm_vit(), schedule.svit(after=(2,)))
+    for run in (model, gated, model.every_exit, lambda images: model.mixed([*images])):
+        with pytest.warns(UserWarning, match=message):
+            run(pixels)
+        run(pixels / 255)
+    run = tet.StaticModel(model, capacities=0.7)
+    with pytest.warns(UserWarning, match=message):
+        run(pixels)
+    assert len(model(pixels[:0]).logits) == 0
+
+
+def dropping():
+    return models.timm_vit(drop_path_rate=0.2, proj_drop_rate=0.1)
+
+
+def test_training_mode_without_gradients_is_warned_of_where_something_drops():
+    images, plan = models.images(2), PLANS["neighbours"]
+    model = models.wrapped(dropping, plan)
+    message = r"`model` should be in evaluation mode where no gradients are taken: call `eval\(\)` .*, got training mode with `blocks.0"
+    with torch.no_grad(), pytest.warns(UserWarning, match=message):
+        model.train()(images)
+    model(images)  # as in training
+    with torch.no_grad():
+        model.eval()(images)
+        models.wrapped(models.timm_vit, plan).train()(images)  # nothing in it drops
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -307,17 +308,71 @@ class Partial:
         return images
 
 
+class Whole(nn.Module):
+    """A host that is a module as well."""
+
+
+def module_of_a_host():
+    made, host = Whole(), Crooked()
+    for name in ("width", "image_shape", "embed", "run", "finish", "dense", "module", "blocks"):
+        setattr(made, name, getattr(host, name))
+    return made
+
+
+def derived():
+    model = models.timm_vit()
+    model.__class__ = type("Derived", (type(model),), {})
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
             lambda: Partial(nn.Linear(2, 2)),
-            "follows Host, got .*Partial, which lacks width, image_shape, run, finish, dense",
+            r"follows Host \(docs/guide/hosts.md\), got .*Partial, which lacks width, image_shape, run, finish, dense",
+        ),
+        (lambda: Crooked, "got builtins.type, the class Crooked: give an instance of it"),
+        (
+            lambda: nn.Linear(2, 2),
+            "got .*Linear: if it is a vision transformer, write a Host for it, some thirty lines",
+        ),
+        (module_of_a_host, "got .*Whole, a torch.nn.Module: let the host be a plain object that holds the network as"),
+        (derived, "got .*Derived, which derives from timm.*VisionTransformer and may run otherwise: load its weights"),
+        (lambda: wrong_host(width="48"), "`model.width` must be a whole number from 1 up, got '48'"),
+        (lambda: wrong_host(image_shape=(16, 24)), r"`model.image_shape` must be .*height, width\), .*got \(16, 24\)"),
+        (lambda: wrong_host(blocks=[]), "`model.blocks` must be at least one block, got none"),
+        (
+            lambda: wrong_host(run=lambda index, tokens: tokens),
+            r"`model.run` must take \(index, tokens, positions\), got \(index, tokens\)",
+        ),
+        (
+            lambda: wrong_host(embed=lambda images: tet.Embedded(images, 0, (2, 3))),
+            r"`model.embed` must give tokens of shape \(2, slots, width\), got \(2, 3, 16, 24\)",
+        ),
+        (
+            lambda: wrong_host(embed=lambda images: tet.Embedded([images], 0, (2, 3))),
+            r"`model.embed` must give tokens of shape \(2, slots, width\), got list",
+        ),
+        (
+            lambda: wrong_host(embed=lambda images: tet.Embedded(torch.zeros(2, 6, 4), 0, (6,))),
+            r"`model.embed` must give a count of prefix tokens, and height and width .*, got prefix=0, grid=\(6,\)",
+        ),
+        (
+            lambda: wrong_host(dense=lambda images: (images,)),
+            r"`model.dense` must give tokens of shape \(1, .*\), got tuple",
+        ),
+        (
+            lambda: wrong_host(finish=lambda tokens: (tokens,)),
+            r"`model.finish` must give tokens of shape \(1, .*\), got tuple",
         ),
         (lambda: wrong_host(module=len), "`model.module` must be a torch.nn.Module, got builtins.builtin_function"),
         (lambda: wrong_host(module=nn.Identity()), "`model.module` must have parameters, got none"),
         (lambda: wrong_host(blocks=[len]), r"`model.blocks\[0\]` must be a torch.nn.Module, got builtins.builtin_f"),
-        (lambda: wrong_host(embed=lambda images: images), "`model.embed` must give an Embedded, got torch.Tensor"),
+        (
+            lambda: wrong_host(embed=lambda images: images),
+            r"`model.embed` must give an Embedded: .*Embedded\(tokens, prefix=.*, grid=.*, got torch.Tensor",
+        ),
         (
             lambda: models.timm_vit().to("meta"),
             "`model` must have its weights on a device: .*, got .* on meta, as `cls_token",
@@ -413,10 +468,62 @@ def test_images_that_hold_no_rows_of_numbers(images, message):
 def test_weights_that_are_offloaded_are_named():
     model = tet.wrap(models.timm_vit(), schedule.dense(after=(2,)), num_classes=5)
     model.model.to("meta")
-    with pytest.raises(
-        TokenExitError, match="`model` must have its weights on a device: offloading .*, got .* on meta"
-    ):
-        model(models.images(1))
+    for device in ("cpu", "meta"):
+        with pytest.raises(
+            TokenExitError, match="`model` must have its weights on a device: offloading .*, got .* on meta"
+        ):
+            model(models.images(1).to(device))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_heads_that_are_not_loaded_or_in_another_dtype_are_named():
+    vit, gates = models.timm_vit(), schedule.svit(after=(2,))
+    away = nn.Linear(48, 5, device="meta")
+    for argument, wrap in {
+        "head": lambda: tet.wrap(vit, head=away),
+        r"exit_heads\[2\]": lambda: tet.wrap(vit, schedule.dense(), num_classes=5, exit_heads={2: away}),
+        r"gates\[2\]": lambda: tet.wrap_gates(vit, gates, gates={2: away}),
+        "decoder": lambda: tet.wrap(vit, decoder=away),
+    }.items():
+        with pytest.raises(TokenExitError, match=f"`{argument}` must have its weights on a device: .*got 2 on meta"):
+            wrap()
+    message = (
+        r"`head` must take tokens of shape \(tokens, 48\), on cpu in torch.float32 \(`.to\('cpu', torch.float32\)`\)"
+    )
+    with pytest.raises(TokenExitError, match=message):
+        tet.wrap(vit, head=nn.Linear(48, 5).double())
+
+
+class Fixed(Crooked):
+    """A host of images of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.error = self.embed, RuntimeError("the size of a tensor must match the size of another")
+        self.embed = self.of_one_size
+
+    def of_one_size(self, images):
+        if images.shape[1:] != self.image_shape:
+            raise self.error
+        return self.own(images)
+
+
+def test_images_that_a_host_of_ones_own_does_not_take_are_named_and_memory_is_not_a_size():
+    host = Fixed()
+    wide = torch.zeros(1, host.image_shape[0], host.image_shape[1], 40)
+    model = tet.wrap(host, schedule.dense(), num_classes=2)
+    runs = [model, model.every_exit]
+    own = "{} x {}".format(*host.image_shape[1:])
+    for run, error in itertools.product(runs, (host.error, IndexError("out of range"), AssertionError("no"))):
+        host.error = error
+        with pytest.raises(
+            TokenExitError, match=f"`images` must have a size .*, as {own}: .*, got .*40.*: {error}"
+        ) as caught:
+            run(wide)
+        assert caught.value.__cause__ is error
+    host.error = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError, match="^no memory$"):
+        runs[0](wide)
 
 
 def test_a_patch_embedding_inside_of_an_adapter():

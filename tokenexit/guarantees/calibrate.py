@@ -316,7 +316,7 @@ def calibrate(
     }  # fmt: skip
     runs = _Runs(model, seen, plans, loss, None if resume is None else Path(resume), identity, progress)
     report = certify_in_turn(plans, runs.measured, images=len(seen), **options)
-    report = replace(report, notes=notes + loss.notes(runs.reference["found"]))
+    report = replace(report, notes=notes + loss.notes(runs.reference["found"]), unit="multiply-adds")
     before = runs.reference if report.chosen is None else runs.setting(report.schedule)
     return Calibrated(report, None if report.chosen is None else report.certificate(prints), _sample(before))
 

@@ -13,7 +13,7 @@ along the ladder: with exits they need not, for a token that leaves is one that 
 
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,7 @@ class Report:
         chosen: The cheapest certified setting that is cheaper than the dense network; None for "never exit".
         unmeasured: Settings behind one that failed, which could not have been certified and were not run.
         notes: What else has to be known of the calibration, a sentence each; certificates repeat them.
+        unit: What costs are counted in, as `multiply-adds`; for the words of the report.
     """
 
     risk: str
@@ -86,6 +87,7 @@ class Report:
     chosen: Point | None
     unmeasured: tuple[Schedule, ...] = ()
     notes: tuple[str, ...] = ()
+    unit: str = "cost"
 
     @property
     def schedule(self) -> Schedule:
@@ -166,19 +168,21 @@ class Report:
         place = f"setting {self.curve.index(chosen) + 1} of {len(self.curve)}" + (
             " measured" if self.unmeasured else ""
         )
-        measured = (
-            f"{_percent(chosen.loss)} measured, {_percent(chosen.bound)} at most by a bound on all settings at once"
-        )
+        count, error = len(self.curve) + len(self.unmeasured), _percent(1 - self.confidence)
         lines = [
-            f"Chosen: {place}, which saves {_percent(self.saving)} of the dense network's cost.",
-            f"Certified: {self._level}. ({measured}.)",
+            f"Chosen: {place}, which saves {_percent(self.saving)} of the dense network's {self.unit}:",
+            *(f"  {one}" for one in _described(chosen.schedule)),
+            f"Certified: {self._level}.",
+            f"Measured on these images: {_percent(chosen.loss)}. By a bound that holds for all {count} settings at "
+            f"once: at most {_percent(chosen.bound)}. It shares the {error} chance of error among all settings, which "
+            "the certificate need not, for it tests them in a fixed order: where the bound is above the level, both "
+            "hold.",
         ]
         if chosen.cut_after is not None:
             better = f"the network cut short after block {chosen.cut_after}"
             lines.append(f"Cutting is the better deal: this is {better}, and needs no exits that look at tokens.")
         if self.unmeasured:
-            count, of = len(self.unmeasured), len(self.curve) + len(self.unmeasured)
-            lines.append(f"Not measured, because one before them failed: {count} of {of} settings.")
+            lines.append(f"Not measured, because one before them failed: {len(self.unmeasured)} of {count} settings.")
         return lines
 
 
@@ -426,6 +430,19 @@ def _shuffled(losses: Array, seed: int) -> Array:
 def _worst(table: Array) -> list[float]:
     """Of each setting, the greatest over the classes, if there are any."""
     return plain(table if table.ndim == 1 else array_namespace(table).max(table, axis=1))
+
+
+def _described(plan: Schedule) -> Iterator[str]:
+    """What a plan does, a line for each of its exits and merges, in the order of the blocks."""
+    for after in sorted({*plan.after, *plan.merged_after}):
+        yield from (f"after block {after}, exit: {exit.policy!r}" for exit in plan.active if exit.after == after)
+        for merge in plan.merges:
+            if merge.after == after:
+                alike = [] if merge.alike is None else [f"more alike than {merge.alike:.4g}"]
+                agreed = [] if merge.agreed is None else [f"agreed by {merge.agreed!r}"]
+                yield f"after block {after}, merge: cells of up to {merge.side} x {merge.side}, " + ", ".join(
+                    alike + agreed
+                )
 
 
 def _percent(share: float) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, cast
 from jaxtyping import Bool, Float, Int
 
 from tokenexit import scores
-from tokenexit._array import Array, array_namespace
+from tokenexit._array import Array, array_namespace, is_array
 from tokenexit._lazy import lazy
 from tokenexit.errors import TokenExitError, require
 from tokenexit.merging import Merged
@@ -15,6 +15,12 @@ __all__ = ["DIRECTIONS", "Evidence"]
 
 DIRECTIONS = {name: score.direction for name, score in scores.SCORES.items()} | {"gate": "below", "error": "below"}
 """For every score by its name, on which side of a threshold a token is easy: `above` or `below`."""
+
+
+_ARRAYS = (
+    "logits", "class_scores", "gate", "error", "image", "position", "valid", "protected", "previous", "settled_label",
+    "settled_score", "settled_error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Evidence:
         merged: For the layout `grid`, which tokens have merged (`tokenexit.merging`), if any have: entries that run are
             their owners, and tokens that belong to an owner have its class scores.
         protected: Tokens that no policy lets leave, excluded from every neighbourhood: cls, registers, queries.
-        exit: Which of the exit points this is, from 0.
+        exit: Which of the exit points this is, from 0; a model fills it in.
         previous: Class that the earlier exit heads predicted for these tokens, first exit first.
         settled_label: For the layout `row`, predicted class of the tokens that have left, at their place in the grid;
             -1 for the others.
@@ -73,9 +79,13 @@ class Evidence:
         """Check the shapes.
 
         Raises:
-            TokenExitError: If there is nothing to look at, both kinds of class scores are given, a field does not fit
-                the tokens, the settled fields do not fit the grid, or `layout` is unknown or does not fit either.
+            TokenExitError: If there is nothing to look at, both kinds of class scores are given, a field is no array or
+                does not fit the tokens, the settled fields do not fit the grid, or `layout` is unknown or does not fit
+                either.
         """
+        for name in _ARRAYS:
+            value = getattr(self, name)
+            require(value is None or is_array(value), name, "be an array, as `numpy.asarray` makes one", value)
         require(
             self.logits is None or self.class_scores is None, "class_scores", "be given instead of `logits`", "both"
         )

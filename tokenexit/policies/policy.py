@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from tokenexit._array import Array, array_namespace, comparable, is_array, like_numbers, take
 from tokenexit._plain import is_whole
-from tokenexit.errors import require
+from tokenexit.errors import TokenExitError, require
 from tokenexit.policies.evidence import Evidence
 from tokenexit.retention import rank_in_group, top_k_per_group
 from tokenexit.scores import SCORES
@@ -105,9 +105,21 @@ class Policy(ABC):
             True for every token that leaves.
 
         Raises:
-            TokenExitError: If the evidence lacks something that the policy looks at.
+            TokenExitError: If it is no `Evidence`, or lacks something that the policy looks at.
         """
-        leave = self.leaves(evidence)
+        given = isinstance(evidence, Evidence)
+        require(given, "evidence", "be policies.Evidence, as `policies.Evidence(logits)`", evidence)
+        try:
+            leave = self.leaves(evidence)
+        except (TypeError, AttributeError) as error:
+            # A policy of one's own that looks at a field which is None: `exit`, say, which a model alone fills in.
+            if "NoneType" not in str(error):
+                raise
+            lacking = [field.name for field in dataclasses.fields(evidence) if getattr(evidence, field.name) is None]
+            rule = (
+                f"have all that {type(self).__name__} looks at: give it by name, as `policies.Evidence(logits, exit=0)`"
+            )
+            raise TokenExitError(f"`evidence` must {rule}, got none of {', '.join(lacking)}: {error}") from error
         spared = self._spares or (evidence.valid is None and evidence.protected is None)
         return leave if spared else leave & evidence.eligible
 

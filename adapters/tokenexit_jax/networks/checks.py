@@ -8,7 +8,7 @@ from jax import Array
 from jax import numpy as jnp
 
 from tokenexit.area import Area
-from tokenexit.errors import require
+from tokenexit.errors import TokenExitError, require
 from tokenexit_jax._given import require_images
 from tokenexit_jax.networks.protocol import Embedded, Network, Params
 
@@ -22,8 +22,15 @@ def embed(network: Network, params: Params, images: Array) -> Embedded:
         TokenExitError: If they do not.
     """
     require_images(images)
-    embedded = network.embed(params, images)
-    require(isinstance(embedded, Embedded), "network.embed", "give Embedded", type(embedded).__name__)
+    try:
+        embedded = network.embed(params, images)
+    except (TokenExitError, jax.errors.JAXTypeError):
+        raise
+    except (TypeError, ValueError) as error:  # shapes that do not go together, as a rule
+        shapes = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(images))
+        raise TokenExitError(f"`network.embed` must take these images, {shapes}, got the error: {error}") from error
+    rule = "give Embedded: `tokenexit_jax.Embedded(tokens, prefix=..., grid=(rows, columns))`"
+    require(isinstance(embedded, Embedded), "network.embed", rule, type(embedded).__name__)
     batch, grid, prefix = embedded.tokens, embedded.grid, embedded.prefix
     several = isinstance(batch, Array) and batch.ndim == 3 and jnp.issubdtype(batch.dtype, jnp.floating)
     got = f"shape {batch.shape}, {batch.dtype}" if isinstance(batch, Array) else type(batch).__name__

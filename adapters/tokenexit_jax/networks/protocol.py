@@ -4,7 +4,6 @@ Nothing here holds a weight. A network is static: it is part of what is compiled
 make it once, and not anew for every call.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float, Shaped
 
+from tokenexit.adapting import require_takes
 from tokenexit.area import Area
 from tokenexit.errors import require
 from tokenexit_jax.pytrees import register
@@ -87,10 +87,10 @@ class Network:
             require(callable(getattr(self, name)), name, "be a function", repr(getattr(self, name)))
         blocks = isinstance(self.blocks, tuple) and len(self.blocks) > 0 and all(map(callable, self.blocks))
         require(blocks, "blocks", "be a tuple of functions, one for each block", repr(self.blocks))
-        _require_takes("embed", self.embed, "params", "images")
+        require_takes("embed", self.embed, "params", "images")
         for index, block in enumerate(self.blocks):
-            _require_takes(f"blocks[{index}]", block, "params", "tokens", "counts", "positions")
-        _require_takes("finish", self.finish, "params", "tokens")
+            require_takes(f"blocks[{index}]", block, "params", "tokens", "counts", "positions")
+        require_takes("finish", self.finish, "params", "tokens")
         whole = isinstance(self.width, int) and not isinstance(self.width, bool) and self.width >= 1
         require(whole, "width", "be a whole number from 1 up", repr(self.width))
 
@@ -98,16 +98,3 @@ class Network:
     def depth(self) -> int:
         """How many blocks the network has."""
         return len(self.blocks)
-
-
-def _require_takes(argument: str, function: Callable, /, *names: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # it does not say what it takes
-        return
-    try:
-        signature.bind(*names)
-        fits = True
-    except TypeError:
-        fits = False
-    require(fits, argument, f"take ({', '.join(names)})", f"{signature}")

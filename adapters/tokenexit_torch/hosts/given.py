@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokenexit.errors import require
 from tokenexit_torch.hosts.protocol import Embedded, Host
+from tokenexit_torch.hosts.registry import require_loaded
 
 __all__ = ["DecodedViT", "GivenDecoder"]
 
@@ -59,7 +60,9 @@ class GivenDecoder:
         require(
             reads in ("patches", "patches and prefix"), "reads", "be `patches` or `patches and prefix`", repr(reads)
         )
-        self._host, self._features, self._reads = host, features, reads
+        require_loaded(decoder, "decoder")
+        self._host, self._features = host, features
+        self._reads: Reads = reads
         self._pair = DecodedViT(host.module, decoder)
         self.taps = tuple(taps)
         self.module: nn.Module = self._pair
@@ -74,6 +77,16 @@ class GivenDecoder:
     def image_shape(self) -> tuple[int, int, int]:
         """See `Host.image_shape`."""
         return self._host.image_shape
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder."""
+        return self._pair.decoder
+
+    @property
+    def reads(self) -> Reads:
+        """Whether it is given prefix tokens too."""
+        return self._reads
 
     @property
     def embedding(self) -> nn.Module:

@@ -4,15 +4,19 @@ A host declares what it has; nothing is guessed from a shape. `registry` knows t
 For a ViT of your own, any object that follows `Host` will do: a handful of lines.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from tokenexit import TokenExitError
+from tokenexit.adapting import LARGEST, NORMALISED, warn_of_pixels
 from tokenexit.area import Area
 from tokenexit.errors import require
 
@@ -132,37 +136,78 @@ def embedded_anywhere(host: Host, images: Tensor, /) -> Embedded:
     _require_whole(weight, images)
     there = images.device == weight.device
     require(there, "images", f"be on the device of the model, {weight.device}", str(images.device))
-    rule = "be normalised as in training: pixels / 255, less the mean of each channel, over its standard deviation"
-    require(images.is_floating_point(), "images", rule, images.dtype)
+    require(images.is_floating_point(), "images", f"be {NORMALISED}", images.dtype)
     cast = torch.is_autocast_enabled(images.device.type) and images.is_floating_point()
     require(
         cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
     )
+    _warn_unless_normalised(images)
+    _warn_if_drawing(host.module)
     try:
         found = host.embed(images)
-    except TokenExitError:
+    except (TokenExitError, torch.OutOfMemoryError):
         raise
-    except (AssertionError, ValueError) as error:
-        if not _takes_its_own_size(host, images):
+    except _OF_SIZES as error:
+        if not _takes_its_own_size_alone(host, images):
             raise
-        got = f"{tuple(images.shape)}: {error}"
-        raise TokenExitError(f"`images` must have a size that the model takes, got {got}") from error
-    require(isinstance(found, Embedded), "model.embed", "give an Embedded", full_name(found))
+        own = " x ".join(map(str, host.image_shape[1:]))
+        rule = f"have a size that the model takes, as {own}: resize them, or cut windows (docs/guide/inference.md)"
+        raise TokenExitError(f"`images` must {rule}, got {tuple(images.shape)}: {error}") from error
+    rule = "give an Embedded: `tokenexit_torch.Embedded(tokens, prefix=..., grid=(rows, columns))`"
+    require(isinstance(found, Embedded), "model.embed", rule, full_name(found))
     return found
 
 
-def _takes_its_own_size(host: Host, images: Tensor) -> bool:
-    """Whether images of the size that a host names embed: then what others failed by is their size."""
+_OF_SIZES = (AssertionError, ValueError, RuntimeError, IndexError)
+"""What networks raise at images of a size that they do not take."""
+
+
+def _takes_its_own_size_alone(host: Host, images: Tensor) -> bool:
+    """Whether images of the size that a host names embed, and these are of another: then they failed by their size."""
+    if images.shape[1:] == host.image_shape:
+        return False
     try:
         host.embed(images.new_zeros((1, *host.image_shape)))
-    except (AssertionError, ValueError):
+    except _OF_SIZES:
         return False
     return True
 
 
+def _warn_unless_normalised(images: Tensor) -> None:
+    """Warn of pixels from 0 to 255. It is no error, for there are networks that are trained on such.
+
+    One pixel of 64 is looked at, and none on an accelerator, which would have to be waited for.
+    """
+    if images.device.type != "cpu" or torch.compiler.is_compiling() or type(images) is not Tensor:
+        return
+    few = images.detach()[..., ::8, ::8].float().numpy()
+    if np.abs(few).max(initial=0) > LARGEST:
+        warn_of_pixels()
+
+
+def _warn_if_drawing(module: nn.Module) -> None:
+    """Warn of a network in training mode where there are no gradients: it was meant to be in evaluation mode.
+
+    With gradients nothing is said, as nothing is by PyTorch: that is how networks are trained.
+    """
+    if not module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    drawing = [name for name, part in module.named_modules() if part.training and _draws(part)]
+    if drawing:
+        rule = "be in evaluation mode where no gradients are taken: call `eval()` on what `wrap` returned"
+        warnings.warn(f"`model` should {rule}, got training mode with `{drawing[0]}`", UserWarning, stacklevel=2)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a part draws at random, or looks at the whole batch, in training mode."""
+    rate = getattr(module, "p", getattr(module, "drop_prob", 0.0))
+    drops = "drop" in type(module).__name__.lower() and isinstance(rate, float) and rate > 0
+    return drops or isinstance(module, BatchNorm)
+
+
 def _require_whole(weight: Tensor, images: Tensor) -> None:
     """Weights must be there: parts are called one by one, so that what loads weights for a whole call does not."""
-    if weight.is_meta and not images.is_meta:
+    if weight.is_meta:
         rule = "have its weights on a device: offloading brings them for calls of modules that are not called here"
         raise TokenExitError(f"`model` must {rule}, got weights on meta")
     plain = type(weight) in (nn.Parameter, Tensor, type(images))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tokenexit import TokenExitError
+from tokenexit.adapting import is_whole, require_takes
 from tokenexit.errors import require
 from tokenexit_torch.attention import UNQUANTISED
 from tokenexit_torch.hosts.decoding import DecodingHost
@@ -124,26 +125,78 @@ def host_of(model: object, /) -> Host:
         _require_not_refused(model)
         if full_name(model) in _HOSTS:
             return _HOSTS[full_name(model)](model)
-    elif isinstance(model, Host):
+    elif isinstance(model, Host) and not isinstance(model, type):
+        _require_declared(model)
         return model
     got = full_name(model)
     if got in _DECODING_HOSTS:
         rule = "feed no decoder of its own, which `wrap_decoder` takes, and `load` with kind='decoder'"
         raise TokenExitError(f"`model` must {rule}, got {got}")
-    if isinstance(model, nn.Module):
-        inside = [path for path, part in model.named_modules() if full_name(part) in _HOSTS]
-        got += f", whose part `{inside[0]}` is one" if inside else ""
-    got += _lacking(model, _MEMBERS)
-    raise TokenExitError(f"`model` must be {_TAKEN} or a plain object that follows Host, got {got}")
+    rule = f"be {_TAKEN} or a plain object that follows Host (docs/guide/hosts.md)"
+    got += _of_module(model) if isinstance(model, nn.Module) else _lacking(model, _MEMBERS)
+    raise TokenExitError(f"`model` must {rule}, got {got}")
+
+
+def _of_module(model: nn.Module) -> str:
+    """What a module that is not taken has to do with those that are, and which call serves."""
+    for path, part in model.named_modules():
+        if full_name(part) in _HOSTS:
+            reads = "give that part, and what reads its tokens as `head=`, or its feature maps as `decoder=`"
+            return f", whose part `{path}` is one: {reads}"
+        stem = full_name(part).removesuffix("Backbone")
+        if f"{stem}Model" in _HOSTS:
+            plain, which = (
+                f"{type(part).__name__.removesuffix('Backbone')}Model",
+                f"whose `{path}`" if path else "which",
+            )
+            return (
+                f", {which} gives feature maps of a {plain}: load its weights into one, as `vit = {plain}"
+                "(backbone.config)` and `vit.load_state_dict(backbone.state_dict())`, and wrap that under what reads "
+                "the maps, `wrap(vit, decoder=..., taps=...)` (docs/guide/decoders.md)"
+            )
+    taken = [name for name in map(_name_of, type(model).__mro__) if name in _HOSTS]
+    if taken:
+        return f", which derives from {taken[0]} and may run otherwise: load its weights into one, or write a Host"
+    if all(hasattr(model, name) for name in _MEMBERS):
+        return ", a torch.nn.Module: let the host be a plain object that holds the network as `module`"
+    return ": if it is a vision transformer, write a Host for it, some thirty lines"
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _lacking(model: object, members: Iterable[str]) -> str:
     """What an object that is no host lacks for one, if it has any of it."""
-    if isinstance(model, nn.Module):
-        return ""
+    if isinstance(model, type):
+        return f", the class {model.__name__}: give an instance of it"
     there = {name: hasattr(model, name) for name in members}
     lacking = [name for name, has in there.items() if not has]
     return f", which lacks {', '.join(lacking)}" if lacking and any(there.values()) else ""
+
+
+_CALLS = {
+    "embed": ("images",),
+    "run": ("index", "tokens", "positions"),
+    "finish": ("tokens",),
+    "dense": ("images",),
+    "own": ("images",),
+    "decode": ("taken", "embedded", "images"),
+    "class_scores": ("decoded",),
+}
+"""What the methods of a host are called with."""
+
+
+def _require_declared(host: Host) -> None:
+    """Members must be what `Host` says, and methods take what they are called with."""
+    require(is_whole(host.width, least=1), "model.width", "be a whole number from 1 up", repr(host.width))
+    shape: Any = host.image_shape
+    whole = isinstance(shape, tuple | list) and len(shape) == 3 and all(is_whole(side, least=1) for side in shape)
+    require(whole, "model.image_shape", "be (channels, height, width), whole numbers from 1 up", repr(shape))
+    require(len(host.blocks) > 0, "model.blocks", "be at least one block", "none")
+    for name, given in _CALLS.items():
+        if hasattr(host, name):
+            require_takes(f"model.{name}", getattr(host, name), *given)
 
 
 def _require_bare(model: object) -> None:
@@ -166,10 +219,23 @@ def _require_weights(model: object) -> None:
         return
     if isinstance(model, Host):
         require(any(True for _ in module.parameters()), "model.module", "have parameters", "none")
+    require_loaded(module, "model")
+    require_not_quantised(module, "model")
+
+
+def require_loaded(module: nn.Module, argument: str) -> None:
+    """Raise if weights are not there. It is no part of the public API.
+
+    Args:
+        module: The module.
+        argument: What it is called in the error.
+
+    Raises:
+        TokenExitError: If it has weights on meta.
+    """
     meta = [name for name, weight in module.named_parameters() if weight.is_meta]
     rule = "have its weights on a device: load them before it is wrapped, and do not offload them"
-    require(not meta, "model", rule, f"{len(meta)} on meta, as `{meta[0] if meta else ''}`")
-    require_not_quantised(module, "model")
+    require(not meta, argument, rule, f"{len(meta)} on meta, as `{meta[0] if meta else ''}`")
 
 
 def require_not_quantised(module: nn.Module, argument: str) -> None:
@@ -202,6 +268,11 @@ def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
             yield from block.named_modules(prefix=f"blocks[{index}]")
 
 
+_BEHIND = (
+    "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes (docs/guide/merging.md)"
+)
+
+
 def decoding_host_of(model: object, /) -> DecodingHost:
     """The host for a model whose vision transformer feeds a decoder of its own.
 
@@ -223,10 +294,17 @@ def decoding_host_of(model: object, /) -> DecodingHost:
             _require_not_refused(part, of=model)
         if full_name(model) in _DECODING_HOSTS:
             return _DECODING_HOSTS[full_name(model)](model)
-    elif isinstance(model, DecodingHost):
+    elif isinstance(model, DecodingHost) and not isinstance(model, type):
+        _require_declared(model)
         return model
-    rule = f"be {_TAKEN_WITH_DECODER}, or a plain object that follows DecodingHost"
-    got = full_name(model) + _lacking(model, _DECODING_MEMBERS)
+    rule = f"be {_TAKEN_WITH_DECODER}, or a plain object that follows DecodingHost (docs/guide/decoders.md)"
+    got = full_name(model)
+    if isinstance(model, nn.Module):
+        got += _BEHIND if got in _HOSTS else f"{_of_module(model)}{_BEHIND}"
+    elif isinstance(model, Host) and not isinstance(model, type):
+        got += _BEHIND
+    else:
+        got += _lacking(model, _DECODING_MEMBERS)
     raise TokenExitError(f"`model` must {rule}, got {got}")
 
 

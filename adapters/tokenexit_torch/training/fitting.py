@@ -119,7 +119,8 @@ def fit_exits(
         decoder_loss: Their loss, from the decoder's output and that of the dense network to a tensor without axes. If
             left out: where the model's output has classes the divergence of their probabilities, elsewhere the squared
             error of each tensor relative to its variance.
-        patches_per_step: Patches drawn for each step.
+        patches_per_step: Patches drawn for each step; as many as there are, if these are fewer (of the batch, without a
+            cache).
         learning_rate: Of AdamW; falls to zero along a cosine.
         weight_decay: Of AdamW.
         generator: Draws the patches; seeded with 0 if left out.
