@@ -150,7 +150,7 @@ def refill(model: ExitingModel | DecodingModel, folder: str | Path, /) -> None:
     saved, file = manifest.read(folder, "exits")
     heads = [int(block) for block in model.exit_heads]
     require(list(saved.after) == heads, "folder", f"hold exits after the blocks {heads}", list(saved.after))
-    _with_saved(model, saved, file)
+    _put(model, saved, file)
 
 
 def _load_exits(model: Any, folder: str | Path, /, *, head: Head = None, exit_heads: Modules = None) -> ExitingModel:
@@ -251,10 +251,14 @@ def _exit_modules(model: ExitingModel | DecodingModel) -> nn.ModuleDict:
 
 def _with_saved(wrapped: WithExitHeads, saved: HeadManifest, file: Path) -> WithExitHeads:
     """A model with exits that has the weights, the images seen and the schedule that were saved."""
+    _put(wrapped, saved, file)
+    return wrapped
+
+
+def _put(wrapped: ExitingModel | DecodingModel, saved: HeadManifest, file: Path) -> None:
     _fill(_exit_modules(wrapped), file, "exits")
     wrapped.fitted, wrapped.assessed = saved.fitted, saved.assessed
     wrapped.retune(saved.schedule)
-    return wrapped
 
 
 def _chosen(
