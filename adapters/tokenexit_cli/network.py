@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from tokenexit.adapting import is_whole
+from tokenexit.adapting import is_number, is_whole
 from tokenexit.errors import TokenExitError, require
 
 __all__ = ["Network", "load"]
@@ -78,7 +78,7 @@ class Network:
         require(sides, "size", "be a height and a width from 1 up, in pixels", repr(self.size))
         for name, least in (("mean", "any"), ("std", "positive")):
             values = getattr(self, name)
-            numbers = _listed(values, 3) and all(_is_number(one) and (least == "any" or one > 0) for one in values)
+            numbers = _listed(values, 3) and all(is_number(one) and (least == "any" or one > 0) for one in values)
             require(numbers, name, f"be three {'' if least == 'any' else 'positive '}numbers", repr(values))
 
 
@@ -134,10 +134,6 @@ def _takes_nothing(build: Callable[..., Any]) -> bool:
 def _listed(values: Any, length: int | None = None) -> bool:
     """Whether it is a list or tuple, of this length or at least 1."""
     return isinstance(values, list | tuple) and (len(values) > 0 if length is None else len(values) == length)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_colour(colour: Any) -> bool:

@@ -18,6 +18,7 @@ from PIL import Image
 import tokenexit_torch as tet
 from tests.cli import networks, parts, pictures
 from tokenexit import TokenExitError
+from tokenexit.area import Area
 from tokenexit.carries import Feature
 from tokenexit_cli import _segment
 from tokenexit_cli._processes import shared_out
@@ -72,6 +73,16 @@ def test_labels_are_those_of_a_predictor_in_the_sizes_of_the_pictures(photos, tm
     assert re.fullmatch(
         r"4 of 4 pictures segmented into .*, [0-9.]+ s; blocks ran on [0-9.]+ % of the tokens .*\.\n", said
     )
+
+
+def test_exit_maps_lie_where_the_patches_do():
+    depth = np.array([[1, 2, 3], [4, 5, 6]])
+    # Patches of 8 x 8 pixels, which leave 4 rows and 6 columns out, shown at twice the size.
+    found = np.array(_segment._exit_map(depth, 6, (40, 60), Area((16, 24), (20, 30))))
+    wanted = np.pad(depth.repeat(16, 0).repeat(16, 1), ((0, 8), (0, 12)), mode="edge")
+    assert np.array_equal(found, wanted)
+    whole = np.array(_segment._exit_map(depth, 6, (4, 6), None))
+    assert np.array_equal(whole, depth.repeat(2, 0).repeat(2, 1))
 
 
 def test_batches_and_palettes_change_no_class(photos, tmp_path):
@@ -335,6 +346,29 @@ def test_processes_end_what_they_are_at_when_nobody_listens(tmp_path):
     begun, ended = (sorted(file.name[6:] for file in tmp_path.glob(f"{name}-*")) for name in ("begun", "ended"))
     assert begun == ended
     assert len(ended) < 20
+
+
+def test_processes_end_after_that_of_a_killed_one(tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            list(shared_out(partial(parts.slow, tmp_path), range(100), 2))
+        finally:
+            os._exit(1)
+    patience = time.monotonic() + 60
+    while not list(tmp_path.glob("ended-*")) and time.monotonic() < patience:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    count = len(list(tmp_path.glob("begun-*")))
+    while time.monotonic() < patience:
+        time.sleep(1.2)  # more than twice what a part takes
+        before, count = count, len(list(tmp_path.glob("begun-*")))
+        if count == before:
+            break
+    assert 0 < count < 100
+    assert len(list(tmp_path.glob("ended-*"))) == count
+    assert time.monotonic() < patience
 
 
 @pytest.mark.parametrize(("number", "error", "message"), [
