@@ -15,6 +15,8 @@ from tokenexit_cli.network import load
 
 __all__ = ["run"]
 
+_AT_ONCE = 8
+
 
 def run(given: argparse.Namespace) -> int:
     """Assess a network, and print the verdict.
@@ -40,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
         if isinstance(module, nn.Module):
             module.eval().to(device)
     module = network.model if isinstance(network.model, nn.Module) else network.model.module
-    images = Pictures(network, given.images, names, given.batch, device, images_dtype(module))
+    images = Pictures(network, given.images, names, given.batch or _AT_ONCE, device, images_dtype(module))
     known = None
     if given.labels is not None:
         height, width = next(iter(images)).shape[2:]
@@ -52,6 +54,7 @@ def run(given: argparse.Namespace) -> int:
         decoder=network.decoder,
         taps=network.taps,
         labels=known,
+        ignore=given.ignore,
         at_most=given.at_most,
         batch=given.batch,
         minutes=given.minutes,

@@ -178,8 +178,7 @@ def labels(folder: Path, names: Sequence[str], size: tuple[int, int], /) -> Inte
                 found.append(np.array(opened.resize((width, height), Image.Resampling.NEAREST)).astype(np.int32))
         except UNREADABLE as error:
             raise _unreadable("--labels", file, error) from error
-    every = torch.from_numpy(np.stack(found))
-    return every.to(torch.uint8) if int(every.min()) >= 0 and int(every.max()) <= 255 else every
+    return torch.from_numpy(np.stack(found))
 
 
 def _required(file: Path, argument: str) -> Image.Image:

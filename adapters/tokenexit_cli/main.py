@@ -68,7 +68,10 @@ def _parser() -> _Parser:
     assess.add_argument("--labels", type=Path, metavar="DIR", help="PNGs of class indices, named as the pictures")
     assess.add_argument("--at-most", type=_share, default=0.01, metavar="SHARE",
                         help="mean change within which plans are compared (default %(default)s)")  # fmt: skip
-    assess.add_argument("--batch", type=_count, default=1, metavar="N", help="images at once (default %(default)s)")
+    assess.add_argument(
+        "--ignore", type=int, default=255, metavar="LABEL", help="pixels that do not count (default %(default)s)"
+    )
+    assess.add_argument("--batch", type=_count, metavar="N", help="images at once when plans are timed (default 8)")
     assess.add_argument("--minutes", type=_positive, default=10.0, help="what it may take (default %(default)g)")
     assess.add_argument("--compiled", action="store_true", help="compare with the compiled dense network too")
     assess.add_argument("--limit", type=_count, metavar="N", help="take so many of the pictures, evenly")

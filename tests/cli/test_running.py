@@ -136,15 +136,16 @@ def test_assess_hands_network_pictures_and_labels_over(photos, tmp_path, told, c
     assert told["labels"][:, -1, -1].tolist() == [255] * 4
     assert type(told["head"]) is torch.nn.Linear
     assert (told["decoder"], told["taps"]) == (None, None)
-    assert (told["at_most"], told["batch"], told["minutes"], told["out"]) == (0.01, 3, 2.0, out)
+    assert (told["at_most"], told["batch"], told["minutes"], told["out"], told["ignore"]) == (0.01, 3, 2.0, out, 255)
     assert told["baselines"] == ("truncation", "smaller input", "compiled dense")
     assert list(told["progress"]([1, 2])) == [1, 2]
 
 
 def test_assess_takes_decoders_fewer_pictures_and_a_level(photos, tmp_path, told):
-    options = ["--limit", "2", "--at-most", "0.05", "--out", str(tmp_path)]
+    options = ["--limit", "2", "--at-most", "0.05", "--ignore", "0", "--out", str(tmp_path)]
     assert main(["assess", "tests.cli.networks:decoding", "--images", str(photos), *options]) == 0
     assert sum(map(len, told["images"])) == 2
+    assert (told["batch"], told["ignore"]) == (None, 0)
     assert (type(told["decoder"]), told["taps"], told["head"]) == (networks.Summing, (3, 6), None)
     assert (told["labels"], told["at_most"], told["baselines"]) == (None, 0.05, ("truncation", "smaller input"))
 
