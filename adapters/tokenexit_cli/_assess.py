@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,8 @@ def run(given: argparse.Namespace) -> int:
     if given.labels is not None:
         height, width = next(iter(images)).shape[2:]
         known = labels(given.labels, names, (height, width))
-    found = tet.assess(  # pyright: ignore[reportAttributeAccessIssue]
+    adapter: Any = tet
+    found = adapter.assess(
         network.model,
         images,
         head=network.head,
