@@ -27,7 +27,6 @@ def run(given: argparse.Namespace) -> int:
 
     Raises:
         TokenExitError: If something that was given is not what it must be, or the folder is of another calibration.
-        KeyboardInterrupt: After Ctrl-C, with a line on how to go on.
     """
     if given.threads is not None:
         torch.set_num_threads(given.threads)
@@ -35,18 +34,15 @@ def run(given: argparse.Namespace) -> int:
     network = load(given.network)
     device = placed_on(given.device)
     model = exiting(network, given.exits, {}, device)
-    try:
-        found = tet.calibrate(
-            model,
-            Pictures(network, given.images, names, given.batch, device, images_dtype(model)),
-            at_most=given.alpha,
-            confidence=given.confidence,
-            preprocessing=words(network),
-            resume=given.out / "measured",
-            progress=functools.partial(tqdm, leave=False, disable=None),
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; run the same command again to go on") from None
+    found = tet.calibrate(
+        model,
+        Pictures(network, given.images, names, given.batch, device, images_dtype(model)),
+        at_most=given.alpha,
+        confidence=given.confidence,
+        preprocessing=words(network),
+        resume=given.out / "measured",
+        progress=functools.partial(tqdm, leave=False, disable=None),
+    )
     out = given.out
     for name, content in (("report", found.report.to_dict()), ("drift", found.before.to_dict())):
         folders.write(out / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode(), argument="--out")

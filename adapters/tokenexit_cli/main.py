@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"\n{str(stopped) or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped; run the same command again to go on'}", file=sys.stderr)
         return 130
 
 
