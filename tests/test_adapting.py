@@ -14,6 +14,7 @@ PACKAGES = {
     "tokenexit": ROOT / "tokenexit",
     "tokenexit_torch": ROOT / "adapters" / "tokenexit_torch",
     "tokenexit_jax": ROOT / "adapters" / "tokenexit_jax",
+    "tokenexit_cli": ROOT / "adapters" / "tokenexit_cli",
 }
 
 
@@ -71,7 +72,7 @@ def files(package: str) -> dict[str, str]:
     for file in sorted(folder.rglob("*.py")):
         parts = file.relative_to(folder).with_suffix("").parts
         found[".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = file.read_text()
-    assert len(found) > 15
+    assert len(found) > 10
     return found
 
 
@@ -81,6 +82,17 @@ def test_an_adapter_takes_no_private_name_of_the_core_and_nothing_of_the_other_a
         assert private_names(source) == [], module
         others = {one.split(".")[0] for one, _ in imports(source)} & set(PACKAGES)
         assert others <= {"tokenexit", package}, module
+
+
+def test_the_command_line_takes_no_private_name_of_the_core_and_nobody_takes_anything_of_it():
+    """It stands on the PyTorch adapter, in those modules alone that are imported when a command runs a network."""
+    for module, source in files("tokenexit_cli").items():
+        assert private_names(source) == [], module
+        others = {one.split(".")[0] for one, _ in imports(source)} & set(PACKAGES)
+        early = module.rpartition(".")[2] in ("tokenexit_cli", "__main__", "main", "network", "_info", "_processes")
+        assert others <= {"tokenexit", "tokenexit_cli"} | (set() if early else {"tokenexit_torch"}), module
+    sources = [source for package in PACKAGES if package != "tokenexit_cli" for source in files(package).values()]
+    assert not any(one.split(".")[0] == "tokenexit_cli" for source in sources for one, _ in imports(source))
 
 
 @pytest.mark.parametrize("package", PACKAGES)

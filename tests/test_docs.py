@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import tokenexit
+import tokenexit_cli
 import tokenexit_jax
 import tokenexit_torch
 from tests.timm_import import import_timm
@@ -34,7 +35,7 @@ def modules() -> Iterator[ModuleType]:
 
     What is inside of a room is public where the room offers it; networks that ship with the library are rooms themselves.
     """
-    for package in (tokenexit, tokenexit_torch, tokenexit_jax):
+    for package in (tokenexit, tokenexit_torch, tokenexit_jax, tokenexit_cli):
         yield package
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             room, _, name = info.name.rpartition(".")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-OF_THE_LIBRARY = ("core", "torch", "jax")
+OF_THE_LIBRARY = ("core", "torch", "jax", "cli")
 
 
 def imported(source: str, package: tuple[str, ...]) -> Iterator[str]:

@@ -1,0 +1,70 @@
+"""`tokenexit info`: versions, devices, and what of the library is available."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+__all__ = ["run"]
+
+_PACKAGES = (
+    "torch", "jax", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "matplotlib", "pillow", "numpy",
+)  # fmt: skip
+_PARTS = {
+    "PyTorch adapter": (("torch", "einops", "safetensors", "tqdm"), "torch"),
+    "JAX adapter": (("jax", "einops", "safetensors"), "jax"),
+    "ViTs of timm": (("torch", "timm"), "timm"),
+    "ViTs of transformers": (("torch", "transformers"), "transformers"),
+    "ONNX export": (("torch", "onnx", "onnxscript"), "onnx"),
+    "assess, segment": (("torch", "einops", "safetensors", "tqdm", "PIL"), "torch,viz"),
+    "calibrate, show": (("torch", "einops", "safetensors", "tqdm", "PIL", "matplotlib"), "torch,viz"),
+}  # fmt: skip
+
+
+def run(given: argparse.Namespace) -> int:  # noqa: ARG001 - all commands are alike
+    """Print what there is. It never fails.
+
+    Args:
+        given: The command line.
+
+    Returns:
+        0.
+    """
+    lines = [
+        ("tokenexit", _version("tokenexit")),
+        ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        *((package, _version(package)) for package in _PACKAGES),
+        ("devices", _devices()),
+        *((part, _available(packages, extra)) for part, (packages, extra) in _PARTS.items()),
+    ]
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name:<{width}}  {said}" for name, said in lines))
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> str:
+    cores = f"{os.cpu_count()} CPU cores"
+    if find_spec("torch") is None:
+        return cores
+    try:
+        import torch
+
+        found = [f"{cores}, {torch.get_num_threads()} threads"]
+        found += [f"cuda:{one} {torch.cuda.get_device_name(one)}" for one in range(torch.cuda.device_count())]
+        found += ["mps"] if torch.backends.mps.is_available() else []
+    except Exception as error:  # whatever is wrong with an installation, this command is to show it
+        return f"{cores}; torch does not say more: {type(error).__name__}: {' '.join(str(error).split())}"
+    return "; ".join(found)
+
+
+def _available(packages: tuple[str, ...], extra: str) -> str:
+    lacking = [package for package in packages if find_spec(package) is None]
+    return "yes" if not lacking else f"no, for want of {', '.join(lacking)}: pip install 'tokenexit[{extra}]'"
