@@ -1,6 +1,6 @@
 """What is tried on a model that nobody has tuned: chains of plans, each from the most careful to the boldest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,12 +16,22 @@ __all__ = ["By", "Planned", "exit_blocks", "plans_to_try"]
 By = Literal["confidence", "error"]
 """What lets a token exit: the confidence of classes, or the error that translators foretell."""
 
-_SHARES = ((0.3, 0.3), (0.5, 0.5), (0.7, 0.6), (0.85, 0.8))
-_MIXED = (0.5, 0.4)
-_CONFIDENCES = (0.98, 0.95, 0.9, 0.8, 0.7)
-_AFTER_MERGES = (0.95, 0.9, 0.8)
-_ERRORS = (0.05, 0.1, 0.15, 0.2, 0.3)
-_ERRORS_AFTER_MERGES = (0.08, 0.12, 0.2)
+Shares = tuple[float, ...]
+_ONCE, _SOME, _HALF, _MOST, _BOLD = (0.15,), (0.15, 0.1), (0.3, 0.2), (0.5, 0.4), (0.7, 0.6)
+_SHARES: tuple[Shares, ...] = (_ONCE, _SOME, _HALF, _MOST, _BOLD)
+_STEPS: Mapping[By, Sequence[float]] = {
+    "confidence": (0.98, 0.95, 0.9, 0.8, 0.7),
+    "error": (0.05, 0.1, 0.15, 0.2, 0.3),
+}
+_EARLY: Mapping[By, Sequence[tuple[Shares, float]]] = {
+    "confidence": ((_ONCE, 0.95), ((0.3,), 0.95), ((0.3,), 0.9), ((0.3,), 0.8)),
+    "error": ((_ONCE, 0.05), ((0.3,), 0.05), ((0.3,), 0.1), ((0.3,), 0.15)),
+}
+_LATE: Mapping[By, Sequence[tuple[Shares, float]]] = {
+    "confidence": ((_HALF, 0.95), (_MOST, 0.95), (_MOST, 0.9), (_BOLD, 0.9)),
+    "error": ((_HALF, 0.08), (_MOST, 0.08), (_MOST, 0.12), (_BOLD, 0.15)),
+}
+_AGREED = ((0.3, 0.95), (0.5, 0.95), (0.5, 0.9), (0.7, 0.8))
 _PER_CLASS = 5
 
 
@@ -71,8 +81,8 @@ def plans_to_try(
 ) -> tuple[tuple[Planned, ...], ...]:
     """Chains of plans for a network, each from the most careful to the boldest.
 
-    Merges alone; exits alone; exits behind merges by similarity; by confidence also exits behind merges by agreement;
-    and the network cut short after each head, the last first.
+    Merges alone; exits alone; exits behind one early merge, and late ones behind two; by confidence also late exits
+    behind merges by agreement; and the network cut short after each head, the last first.
 
     Args:
         depth: Blocks of the network.
@@ -92,28 +102,29 @@ def plans_to_try(
         return ()
     first, later, half = _after(depth, 1 / 12), _after(depth, 1 / 4), _after(depth, 1 / 2)
     confident = by == "confidence"
+    early = [block for block in heads if later <= block <= 3 * depth / 4]
+    late = [block for block in early if block >= half]
+    radius = {block: (2 if confident else 1) if block < half else 1 if block == half else 0 for block in early}
+    narrow = {block: radius[block] for block in late}
     chains: list[list[Planned]] = []
     if merges:
         chains.append([_merging(first, later, shares) for shares in _SHARES])
-    early = [block for block in heads if later <= block <= 3 * depth / 4]
     if early:
-        radius = {block: (2 if confident else 1) if block < half else 1 if block == half else 0 for block in early}
-        steps = _CONFIDENCES if confident else _ERRORS
-        chains.append([_exiting(radius, step, by, carry) for step in steps])
-    late = [block for block in early if block >= half]
+        chains.append([_exiting(radius, step, by, carry) for step in _STEPS[by]])
+    if merges and early:
+        steps = [(_merging(first, later, shares), step) for shares, step in _EARLY[by]]
+        chains.append([_both(merging, _exiting(radius, step, by, carry)) for merging, step in steps])
     if merges and late:
-        radius = {block: 1 if block == half else 0 for block in late}
-        alike = _merging(first, later, _MIXED)
-        steps = _AFTER_MERGES if confident else _ERRORS_AFTER_MERGES
-        chains.append([_both(alike, _exiting(radius, step, by, carry)) for step in steps])
+        steps = [(_merging(first, later, shares), step) for shares, step in _LATE[by]]
+        chains.append([_both(merging, _exiting(narrow, step, by, carry)) for merging, step in steps])
         agreeing = [block for block in heads if first < block <= later]
         if confident and agreeing:
-            agreed = _agreed(first, agreeing)
-            chains.append([_both(agreed, _exiting(radius, step, by, carry)) for step in _AFTER_MERGES])
+            steps = [(_agreed(first, agreeing, share), step) for share, step in _AGREED]
+            chains.append([_both(merging, _exiting(narrow, step, by, carry)) for merging, step in steps])
     if heads:
         cut = [replace(truncated(after=block), carry=carry) for block in sorted(heads, reverse=True)]
         chains.append([Planned(f"cut short after block {plan.after[0]}", "truncation", plan) for plan in cut])
-    return tuple(map(tuple, chains))
+    return tuple(tuple({one.name: one for one in chain}.values()) for chain in chains)
 
 
 def _after(depth: int, part: float) -> int:
@@ -121,20 +132,23 @@ def _after(depth: int, part: float) -> int:
     return max(1, min(depth - 1, int(depth * part + 0.5)))
 
 
-def _merging(first: int, later: int, shares: tuple[float, float]) -> Planned:
+def _merging(first: int, later: int, shares: Shares) -> Planned:
     """Merges of shares of the cells: of 2 x 2 patches at first, then of up to 4 x 4; of a shallow network once."""
-    merges = (Merge(first, 2, share=shares[0]), Merge(later, 4, share=shares[1]))[: 1 if first == later else 2]
+    merges = (
+        Merge(first, 2, share=shares[0]),
+        *(Merge(later, 4, share=share) for share in shares[1:] if later > first),
+    )
     words = " and ".join(f"{100 * merge.share:.0f} % after block {merge.after}" for merge in merges if merge.share)
     return Planned(f"merge {words}", "merging", Schedule(merges=merges))
 
 
-def _agreed(first: int, blocks: Sequence[int]) -> Planned:
+def _agreed(first: int, blocks: Sequence[int], share: float) -> Planned:
     """Merges of what is alike, then of what is agreed upon, which says more about where a segment ends."""
     careful = Merge(blocks[0], 2, 0.7, NeighboursAgree(0.5, radius=1))
     larger = [Merge(block, 4, 0.3, NeighboursAgree(0.9, radius=2)) for block in blocks[1:][-1:]]
     after = ", ".join(map(str, (blocks[0], *(merge.after for merge in larger))))
-    name = f"merge {100 * _MIXED[0]:.0f} % after block {first} and what is agreed upon after {after}"
-    return Planned(name, "merging", Schedule(merges=(Merge(first, 2, share=_MIXED[0]), careful, *larger)))
+    name = f"merge {100 * share:.0f} % after block {first} and what is agreed upon after {after}"
+    return Planned(name, "merging", Schedule(merges=(Merge(first, 2, share=share), careful, *larger)))
 
 
 def _exiting(radius: dict[int, int], step: float, by: By, carry: Carry) -> Planned:

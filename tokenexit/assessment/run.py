@@ -29,7 +29,7 @@ __all__ = ["Clock", "Contender", "Found", "Ran", "run_contenders", "worth_timing
 
 _FOR_LOSSES = 0.65  # of the time that is left when contenders are run; the rest is for the wall clock
 _BOLD = 3.0  # times `at_most` beyond which bolder plans of a chain are not tried
-_CHEAPER = 0.7  # of the dense network's time that contenders take on average, about
+_CHEAPER = 0.4  # of the dense network's time that a contender takes, about, as some chains end early
 _LEAST_ROUNDS = 3
 
 

@@ -493,7 +493,7 @@ def _mean_iou(seen: Iterable[tuple[int, Ran]], *, labels: Sequence[Tensor], igno
     """Mean IoU over the classes that any label has, of all images together."""
     pairs = [(ran.label_maps, labels[number]) for number, ran in seen]
     maps = torch.cat([torch.as_tensor(map).flatten() for map, _ in pairs]).long()
-    truth = torch.cat([label.flatten().cpu() for _, label in pairs])
+    truth = torch.cat([label.flatten().cpu().long() for _, label in pairs])
     counts = truth != ignore
     maps, truth = maps[counts], truth[counts]
     classes = int(max(maps.max(), truth.max())) + 1 if len(truth) else 1

@@ -71,7 +71,7 @@ class GivenDecoder:
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """See `Host.blocks`."""
-        return self._host.blocks
+        return tuple(self._host.blocks)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
