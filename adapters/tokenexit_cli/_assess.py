@@ -48,13 +48,14 @@ def run(given: argparse.Namespace) -> int:
     if given.labels is not None:
         height, width = next(iter(images)).shape[2:]
         known = labels(given.labels, names, (height, width))
-    adapter: Any = tet
-    found = adapter.assess(
+    found = tet.assess(
         network.model,
         images,
         head=network.head,
         decoder=network.decoder,
         taps=network.taps,
+        features=network.features,
+        reads=network.reads,
         labels=known,
         ignore=given.ignore,
         at_most=given.at_most,

@@ -82,7 +82,8 @@ def _loaded(network: Network, exits: Path) -> Exiting:
     if network.head is not None:
         return tet.load(network.model, exits, kind="exits", head=network.head)
     if network.decoder is not None:
-        return tet.load(network.model, exits, kind="decoder", decoder=network.decoder, taps=network.taps)
+        options: Any = {"taps": network.taps, "features": network.features, "reads": network.reads}
+        return tet.load(network.model, exits, kind="decoder", decoder=network.decoder, **options)
     saved, _ = manifest.read(exits, "exits")
     # Exits without a final head are of a model with a decoder of its own, as of EoMT.
     return tet.load(network.model, exits, kind="exits" if saved.built_head else "decoder")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokenexit.adapting import is_number, is_whole
 from tokenexit.errors import TokenExitError, require
@@ -25,6 +25,8 @@ class Network:
         head: The final head of a vision transformer.
         decoder: Instead of a head, what reads its feature maps.
         taps: With a decoder: after how many blocks it is given maps; the last alone if left out.
+        features: What a decoder reads of a token: `normalised`, behind the final norm, or `raw`, as its block left it.
+        reads: Whether it is given prefix tokens too: `patches`, or `patches and prefix`.
         size: Height and width in which pictures are shown to the network: they are resized as a whole.
         mean: Mean colour, by channel, on a scale from 0 to 1: that which the network was trained with.
         std: Standard deviation of colours, by channel.
@@ -42,6 +44,8 @@ class Network:
     head: Any = None
     decoder: Any = None
     taps: Sequence[int] | None = None
+    features: Literal["normalised", "raw"] = "normalised"
+    reads: Literal["patches", "patches and prefix"] = "patches"
     size: tuple[int, int] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -54,6 +58,9 @@ class Network:
         require(one, "decoder", "be left out beside a head", type(self.decoder).__name__)
         tapping = self.taps is None or self.decoder is not None
         require(tapping, "taps", "be given with `decoder` alone", repr(self.taps))
+        for name, first in (("features", "normalised"), ("reads", "patches")):
+            value = getattr(self, name)
+            require(value == first or self.decoder is not None, name, "be given with `decoder` alone", repr(value))
         if self.preprocess is None:
             self._require_preparation()
         else:
