@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-from typing import Any
 
 import torch
 from torch import nn

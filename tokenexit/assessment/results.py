@@ -253,16 +253,18 @@ class Assessment:
         """The dense network."""
         return self.rows[0]
 
-    def best(self, *kinds: Kind) -> Measured | None:
-        """The fastest contender of some kinds within `at_most`, of those that were timed.
+    def best(self, *kinds: Kind, at_most: float | None = None) -> Measured | None:
+        """The fastest contender of some kinds within a loss, of those that were timed.
 
         Args:
             kinds: The kinds.
+            at_most: The loss; that of the assessment if left out.
 
         Returns:
             Its row; None if there is none.
         """
-        within = [row for row in self.rows if row.kind in kinds and row.loss <= self.at_most and row.speedup]
+        limit = self.at_most if at_most is None else at_most
+        within = [row for row in self.rows if row.kind in kinds and row.loss <= limit and row.speedup]
         return max(within, key=lambda row: row.times, default=None)
 
     @property
@@ -308,7 +310,8 @@ class Assessment:
         if all(row.speedup is None for row in self.rows):
             return "Nothing was timed: the table says what plans change, and what share of the multiply-adds is left."
         chosen, rivals = self.chosen, [self.best("truncation"), self.best("smaller input")]
-        others = " ".join(self._beside(kind) for kind in ("truncation", "smaller input", "compiled dense")).strip()
+        beside = [self._beside(kind) for kind in ("truncation", "smaller input", "compiled dense")]
+        others = self._joined(self._bolder(), *beside)
         faster = [rival for rival in rivals if rival is not None and rival.times >= max(WORTH, self._reach())]
         if self.worth and chosen is not None:
             said = f"Worth it: {self._said(chosen)} ({chosen.name})."
@@ -342,6 +345,15 @@ class Assessment:
             found.append(f"the network has only {self.blocks} blocks")
         return "" if not found else f"{_capital('; '.join(found))}."
 
+    def _bolder(self) -> str:
+        """A sentence about what twice the loss would bring, if that is faster."""
+        if self.at_most >= 0.5:
+            return ""
+        bold = self.best(*OURS, at_most=2 * self.at_most)
+        if bold is None or bold.times < WORTH or bold.times <= self._reach():
+            return ""
+        return f"Within {self._percent(2 * self.at_most)}: {self._said(bold)} ({bold.name})."
+
     def _beside(self, kind: Kind) -> str:
         """A sentence about the best of a kind that the library is compared with."""
         timed = [row for row in self.rows if row.kind == kind and row.speedup is not None]
@@ -353,9 +365,12 @@ class Assessment:
 
     def _said(self, row: Measured) -> str:
         low, middle, high = row.speedup or (math.nan,) * 3
-        return (
+        said = (
             f"{middle:.2f} times as fast as dense [{low:.2f}, {high:.2f}] at {self._percent(row.loss)} of {self.loss}"
         )
+        if row.quality is None or self.dense.quality is None:
+            return said
+        return f"{said}, with {100 * row.quality:.2f} mIoU where dense has {100 * self.dense.quality:.2f}"
 
     @staticmethod
     def _joined(*parts: str) -> str:

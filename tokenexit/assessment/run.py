@@ -233,7 +233,7 @@ def run_contenders(
 
 
 def worth_timing(rows: Sequence[Measured], /, *, at_most: float) -> tuple[str, ...]:
-    """Names of the rows whose wall clock is worth knowing: of each kind the cheapest within the limit, and their like.
+    """Names of the rows whose wall clock is worth knowing: of each kind the cheapest within the limit, and within twice as much.
 
     Args:
         rows: The dense network first.
@@ -246,8 +246,9 @@ def worth_timing(rows: Sequence[Measured], /, *, at_most: float) -> tuple[str, .
     for kind in KINDS[1:]:
         own = [row for row in rows if row.kind == kind]
         within = sorted((row for row in own if row.loss <= at_most), key=_cost)[: 2 if kind in OURS else 1]
+        bolder = sorted((row for row in own if at_most < row.loss <= 2 * at_most), key=_cost)[:1]
         beyond = sorted((row for row in own if row.loss > at_most), key=lambda row: row.loss)[:1]
-        names += [row.name for row in (*within, *beyond)]
+        names += [row.name for row in dict.fromkeys((*within, *(bolder or beyond)))]
     return tuple(names)
 
 

@@ -201,7 +201,7 @@ def assess(
     require(batch is None or batch <= len(given.measured), "batch", f"be at most {len(given.measured)}", batch)
     identity = {
         "weights": _files.fingerprint([*wrapped.model.parameters(), *_final(wrapped)]), "images": given.identity,
-        "at_most": at_most, "batch": job.batch, "loss": None if risk is None else risk.kind, "labels": given.labelled,
+        "batch": job.batch, "loss": None if risk is None else risk.kind, "labels": given.labelled,
         "baselines": sorted(baselines), "settings": {name: plan.to_dict() for name, plan in (settings or {}).items()},
     }  # fmt: skip
     if folder is not None:
