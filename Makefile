@@ -24,7 +24,7 @@ endef
 export IMPORTED
 HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
 
-.PHONY: demo demo-jax test properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test dist clean
+.PHONY: demo demo-jax test properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test browser dist clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -91,6 +91,11 @@ wheel-test: .venv/dev
 	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
 	HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; \
 	rm -rf $$away
+
+# The page of an assessment in a headless Chromium, that of the system (`apt-get install chromium`) if there is one.
+browser: .venv/dev
+	$(RUN) $(PIP) --constraint constraints.txt --group browser
+	$(RUN) pytest -q -rs tests/test_assessment_browser.py
 
 # What is uploaded: both files built, their metadata checked, and the sdist installed and used away from the source.
 dist: .venv/dev

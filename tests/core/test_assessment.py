@@ -77,6 +77,13 @@ def test_a_verdict_says_what_twice_the_change_would_bring_and_what_labels_say():
     assert "of pixels that get another class, with 73.70 mIoU where dense has 73.84 (merge" in labelled.verdict()
 
 
+def test_a_loss_of_another_kind_is_named():
+    found = assessment(FAST, loss="change of the map").verdict()
+    assert found.startswith(
+        "Worth it: 2.31 times as fast as dense [2.08, 2.54] at a loss of 0.9 % (change of the map) ("
+    )
+
+
 def test_a_verdict_is_no_where_little_is_saved_and_says_why():
     slow = assessment(replace(FAST, speedup=(1.0, 1.1, 1.15)), CUT, grid=(14, 14))
     assert not slow.worth

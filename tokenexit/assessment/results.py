@@ -328,7 +328,7 @@ class Assessment:
             ours = [row for row in self.rows if row.kind in OURS]
             least = min(ours, key=lambda row: row.loss, default=None)
             near = "" if least is None else f" The most careful one changes {self._percent(least.loss)} ({least.name})."
-            said = f"Not worth it: no plan is faster than dense within {self._percent(self.at_most)} of {self.loss}."
+            said = f"Not worth it: no plan is faster than dense within {self._amount(self.at_most)}."
             said = self._joined(f"{said}{near}", self._why())
         return self._joined(said, others)
 
@@ -365,12 +365,16 @@ class Assessment:
 
     def _said(self, row: Measured) -> str:
         low, middle, high = row.speedup or (math.nan,) * 3
-        said = (
-            f"{middle:.2f} times as fast as dense [{low:.2f}, {high:.2f}] at {self._percent(row.loss)} of {self.loss}"
-        )
+        said = f"{middle:.2f} times as fast as dense [{low:.2f}, {high:.2f}] at {self._amount(row.loss)}"
         if row.quality is None or self.dense.quality is None:
             return said
         return f"{said}, with {100 * row.quality:.2f} mIoU where dense has {100 * self.dense.quality:.2f}"
+
+    def _amount(self, loss: float) -> str:
+        """A loss in words: a share of pixels, or a number that needs its name."""
+        if self.loss.startswith("pixels"):
+            return f"{self._percent(loss)} of {self.loss}"
+        return f"a loss of {self._percent(loss)} ({self.loss})"
 
     @staticmethod
     def _joined(*parts: str) -> str:
