@@ -24,7 +24,7 @@ endef
 export IMPORTED
 HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
 
-.PHONY: demo demo-jax test properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test browser dist clean
+.PHONY: demo demo-jax test slow properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test browser dist clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -35,6 +35,10 @@ demo-jax: .venv/demo-jax
 
 test: .venv/dev
 	$(RUN) pytest $(SPREAD)
+
+# Trainings like others that `make test` runs.
+slow: .venv/dev
+	$(RUN) pytest $(SPREAD) -m slow
 
 # Thousands of examples for each property; half an hour and more.
 properties: .venv/dev
@@ -80,6 +84,7 @@ older-hosts: .venv/dev
 	HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) -W 'ignore:`torch.jit:DeprecationWarning' $(HOST_TESTS)
 
 # The built wheel, without any framework, must pass the core's tests in an environment of its own, away from the source.
+# On NumPy, for what is tested is the wheel.
 wheel-test: .venv/dev
 	rm -rf build/wheel .venv-wheel
 	$(RUN) pip wheel --quiet --no-deps --wheel-dir build/wheel .
@@ -89,7 +94,7 @@ wheel-test: .venv/dev
 	set -e; python=$$PWD/.venv-wheel/bin/python; away=$$(mktemp -d); \
 	mkdir $$away/tests; cp -r tests/__init__.py tests/conftest.py tests/core $$away/tests; cd $$away; \
 	$$python -c "import tokenexit; assert 'site-packages' in tokenexit.__file__, tokenexit.__file__"; \
-	HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; \
+	CORE_BACKENDS=numpy HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; \
 	rm -rf $$away
 
 # The page of an assessment in a headless Chromium, that of the system (`apt-get install chromium`) if there is one.

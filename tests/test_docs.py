@@ -155,7 +155,7 @@ def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.random.fork_rng():
         namespace = {}
         exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["out"].logits.shape == (2, 19, 6, 8)
+    assert namespace["out"].logits.shape == (4, 19, 6, 8)
 
 
 @pytest.mark.parametrize("page", RUNNABLE)

@@ -32,7 +32,7 @@ from tokenexit_torch.hosts.registry import decoding_host_of, host_of
 from tokenexit_torch.semantic.model import SemanticModel, new_layers, together
 from tokenexit_torch.wrapping import ready, unwrapped_host, wrap, wrap_decoder, wrap_gates
 
-__all__ = ["load", "refill", "save"]
+__all__ = ["load", "save"]
 
 Head = nn.Module | None
 Modules = Mapping[int, nn.Module] | None

@@ -185,7 +185,7 @@ def test_the_plan_of_a_page_is_the_one_that_was_chosen(tmp_path):
         "kind",
     ]
     assert "saves more" in none.all("figcaption")[0].text
-    assert none.all("h1")[0].text == "Not worth it"
+    assert none.all("h1")[0].text == "Nothing was timed"
     assert not [row for row in none.all("tr") if row.attributes.get("class") == "chosen"]
 
 

@@ -189,7 +189,10 @@ def test_arrays_may_be_of_any_library(library, tmp_path):
     store = Files(np.asarray if library == "jax" else array)  # of JAX, what has double precision is kept as NumPy
     first = calibrated(adapted(run=run, store=store), resume=tmp_path)
     as_expected(first.report, EXPECTED)
-    assert calibrated(adapted(run=run, store=store), resume=tmp_path) == first
+    again = calibrated(adapted(run=run, store=store), resume=tmp_path)
+    assert again == first
+    assert first.milliseconds is not None
+    assert again.milliseconds is None  # nothing was run but for a check
     labels = array(IMAGES.argmax(axis=1))
     risk = Risk("error increase", labels=labels, ignore=0)
     found = calibrated(adapted(run=run, store=store), risk=risk)

@@ -9,6 +9,9 @@ from examples.scenes import classify
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 
+LIKE_OTHERS = ("swin", "swin-stvit-unscaled")
+EACH = [pytest.param(one, marks=[pytest.mark.slow] if one in LIKE_OTHERS else []) for one in classify.NETWORKS]
+
 
 def tiny(**changes):
     options = {"steps": 3, "size": (64, 96), "batch": 2, "scenes": 6, "test_scenes": 5}
@@ -29,7 +32,7 @@ def drawn():
     return once
 
 
-@pytest.mark.parametrize("network", classify.NETWORKS)
+@pytest.mark.parametrize("network", EACH)
 def test_a_run_that_is_stopped_ends_with_the_same_result(network, drawn, unchecked, tmp_path, monkeypatch):
     recipe = tiny(network=network)
     monkeypatch.setattr(classify, "drawn", drawn)

@@ -502,7 +502,7 @@ def test_a_network_whose_images_see_each_other_is_refused():
 def test_classes_beyond_sixteen_bits_are_told_apart():
     scores = torch.zeros(1, 2**15 + 2, 1, 1)
     scores[0, 2**15 + 1] = 1
-    assert calibrating._label_maps(scores, (1, 1), None, grid=(1, 1)).item() == 2**15 + 1
+    assert calibrating.label_maps(scores, (1, 1), None, grid=(1, 1)).item() == 2**15 + 1
 
 
 def test_options_that_are_refused_leave_no_folder_behind(tmp_path):

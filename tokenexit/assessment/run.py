@@ -233,7 +233,7 @@ def run_contenders(
 
 
 def worth_timing(rows: Sequence[Measured], /, *, at_most: float) -> tuple[str, ...]:
-    """Names of the rows whose wall clock is worth knowing: of each kind the cheapest within the limit, and a bolder one.
+    """Names of the rows whose wall clock is worth knowing: of a kind the cheapest within the limit, and a bolder one.
 
     Args:
         rows: The dense network first.

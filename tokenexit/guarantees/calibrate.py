@@ -737,7 +737,7 @@ class _Runs:
         """Of every image: what is kept of it, its multiply-adds, and the statistics for drift."""
         parts = []
         for rows, batch in self.images.again(self.progress):
-            out, seen = self._seen(batch, plan)
+            out, seen = self._seen(batch, plan, times=self.seconds.setdefault(self._name(plan), []))
             if out.scores is not None:
                 xp = array_namespace(out.scores)
                 require(not bool(xp.any(xp.isnan(out.scores))), "model", "give class scores that are numbers", "NaN")
@@ -753,8 +753,11 @@ class _Runs:
         xp = array_namespace(*parts[0].values())
         return {name: xp.concat([part[name] for part in parts]) for name in parts[0]}
 
-    def _seen(self, batch: Any, plan: Schedule) -> tuple[Outcome, Array]:
-        """Results of a batch, and what the loss sees of them; what is kept, in a library that has double precision."""
+    def _seen(self, batch: Any, plan: Schedule, *, times: list[float] | None = None) -> tuple[Outcome, Array]:
+        """Results of a batch, and what the loss sees of them; what is kept, in a library that has double precision.
+
+        `times` is given the seconds that the model took for an image.
+        """
 
         def run(one: Schedule) -> Outcome:
             return self.model.run(batch, one, size=self.loss.size)
@@ -762,8 +765,8 @@ class _Runs:
         started = time.perf_counter()
         out = run(plan)
         out = replace(out, multiply_adds=with_doubles(out.multiply_adds))  # what has come to the CPU has been done
-        took = time.perf_counter() - started
-        self.seconds.setdefault(self._name(plan), []).append(took / max(out.multiply_adds.shape[0], 1))
+        if times is not None:
+            times.append((time.perf_counter() - started) / max(out.multiply_adds.shape[0], 1))
         return out, self.loss.seen(out, lambda: out if plan == dense() else run(dense()))
 
     def _require_alone(self, batch: Any, plan: Schedule, together: Array) -> None:
