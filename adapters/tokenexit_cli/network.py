@@ -115,17 +115,34 @@ def load(name: str, /) -> Network:
             raise  # the module is there, and lacks something itself
         where = f"have a module in the current folder, {here}, or an installed one"
         raise TokenExitError(f"`{_ARGUMENT}` must {where}, got {name!r}: there is no {error.name!r}") from error
+    except RuntimeError as error:
+        _require_fitting_torchvision(error)
+        raise
     build = getattr(found, function, None)
     if not callable(build):
         there = [key for key, value in vars(found).items() if inspect.isfunction(value) and not key.startswith("_")]
         rule = f"name a function of {found.__file__}, which has {', '.join(sorted(there)) or 'none'}"
         raise TokenExitError(f"`{_ARGUMENT}` must {rule}, got {name!r}")
     require(_takes_nothing(build), _ARGUMENT, "name a function without arguments", repr(name))
-    network = build()
+    try:
+        network = build()
+    except (RuntimeError, ImportError) as error:
+        _require_fitting_torchvision(error)
+        raise
     rule = f"name a function that returns a tokenexit_cli.Network, got {name!r}, which returned"
     if not isinstance(network, Network):
         raise TokenExitError(f"`{_ARGUMENT}` must {rule} {type(network).__name__}")
     return network
+
+
+def _require_fitting_torchvision(error: BaseException) -> None:
+    """Raise a `TokenExitError` for what a torchvision of another PyTorch raises wherever timm or transformers ask it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "operator torchvision::" in str(cause):
+            rule = "fit the installed PyTorch: install the two together, or leave torchvision out"
+            raise TokenExitError(f"`torchvision` must {rule}, got {cause}") from error
+        cause = cause.__cause__ or cause.__context__
 
 
 def _takes_nothing(build: Callable[..., Any]) -> bool:

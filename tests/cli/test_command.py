@@ -107,6 +107,23 @@ def test_errors_of_the_users_own_keep_their_traceback(tmp_path, monkeypatch):
         load("lacking:build")
 
 
+@pytest.mark.parametrize("where", ["module", "function"])
+def test_a_torchvision_of_another_pytorch_is_named(where, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    asked = "raise RuntimeError('operator torchvision::nms does not exist')"
+    body = (
+        asked
+        if where == "module"
+        else f"def build():\n    try:\n        {asked}\n    except RuntimeError as error:\n        raise ModuleNotFoundError('no such part') from error"
+    )
+    (tmp_path / f"unfit_{where}.py").write_text(body + "\n")
+    with pytest.raises(
+        TokenExitError, match="`torchvision` must fit the installed PyTorch: install the two together, or leave"
+    ):
+        load(f"unfit_{where}:build")
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"size": None}, "`size` must be given, or `preprocess` instead, got None"),
     ({"std": None}, "`std` must be given, or `preprocess` instead"),
@@ -118,6 +135,8 @@ def test_errors_of_the_users_own_keep_their_traceback(tmp_path, monkeypatch):
     ({"preprocess": 7}, "`preprocess` must be a function of a picture, got 7"),
     ({"head": 1, "decoder": 2}, "`decoder` must be left out beside a head"),
     ({"taps": (1,)}, "`taps` must be given with `decoder` alone"),
+    ({"features": "raw"}, "`features` must be given with `decoder` alone"),
+    ({"reads": "patches and prefix"}, "`reads` must be given with `decoder` alone"),
     ({"classes": "road"}, "`classes` must be the names of the classes"),
     ({"classes": (1, 2)}, "`classes` must be the names of the classes"),
     ({"palette": ((0, 0, 256),)}, "`palette` must have a colour for each class, at most 256"),
