@@ -136,7 +136,7 @@ def load(name: str, /) -> Network:
 
 
 def _require_fitting_torchvision(error: BaseException) -> None:
-    """Raise a `TokenExitError` for what a torchvision of another PyTorch raises wherever timm or transformers ask it."""
+    """Raise a `TokenExitError` for what a torchvision of another PyTorch raises in timm and transformers."""
     cause: BaseException | None = error
     while cause is not None:
         if "operator torchvision::" in str(cause):
