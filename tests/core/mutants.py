@@ -44,8 +44,44 @@ FEATURES, FITTING = ("test_features",), ("test_fitting",)
 MERGING = ("test_merging",)
 SEARCH = ("test_search",)
 WINDOWS, PREDICTION = ("test_windows",), ("test_prediction",)
+ASSESSMENT = ("test_assessment",)
 
 MUTANTS = (
+    Mutant(
+        "a target that a plan just reaches is out of reach",
+        "assessment/results.py",
+        "if one.saving >= saving]",
+        "if one.saving > saving]",
+        ASSESSMENT,
+    ),
+    Mutant(
+        "a plan that is slower than dense is chosen",
+        "assessment/results.py",
+        "return best if best is not None and best.times > 1 else None",
+        "return best",
+        ASSESSMENT,
+    ),
+    Mutant(
+        "bolder plans are tried whatever the last one changed",
+        "assessment/run.py",
+        "            if row.loss > _BOLD * at_most:",
+        "            if row.loss < 0:",
+        ASSESSMENT,
+    ),
+    Mutant(
+        "without time nothing is run",
+        "assessment/run.py",
+        "            if late and contender.name not in firsts:",
+        "            if late:",
+        ASSESSMENT,
+    ),
+    Mutant(
+        "an option that another beats is kept",
+        "assessment/results.py",
+        "(one for one in known if one not in beaten)",
+        "(one for one in known)",
+        ASSESSMENT,
+    ),
     Mutant(
         "leavers leave their own feature, where a translation is to rejoin",
         "exits.py",

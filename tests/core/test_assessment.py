@@ -155,6 +155,14 @@ def test_options_are_plans_that_nothing_beats(rows):
         assert any(other.loss <= one.loss and other.saving >= 1 - one.cost for other in found)
 
 
+def test_an_option_that_another_beats_is_left_out():
+    worse, bolder = replace(FAST, loss=0.02, cost=0.5), replace(FAST, loss=0.02, cost=0.2)
+    dearer, unknown = replace(FAST, loss=0.0, cost=1.1), replace(FAST, cost=None)
+    found = assessment(bolder, worse, FAST, dearer, unknown, CUT).options
+    assert found == (Option(PLAN, 0.009, 1 - 0.35), Option(PLAN, 0.02, 1 - 0.2))
+    assert assessment(FAST, FAST).options[0] == Option(PLAN, 0.009, 1 - 0.35)
+
+
 OPTIONS = (Option(PLAN, 0.001, 0.2), Option(schedule.neighbours(), 0.01, 0.4), Option(schedule.dtop(), 0.05, 0.6))
 
 
