@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "an option that another beats is kept",
         "assessment/results.py",
-        "(one for one in known if one not in beaten)",
-        "(one for one in known)",
+        "in reversed(frontier(known))",
+        "in known",
         ASSESSMENT,
     ),
     Mutant(

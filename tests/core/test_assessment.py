@@ -361,6 +361,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     ]
     with pytest.raises(TokenExitError, match="`out` must be a new folder, or of the same model, images and options"):
         run(Fake("dense", "dense", 0.0), chains(), **options | {"identity": {"of": "others"}})
+    kept = json.loads(options["file"].read_text())
+    options["file"].write_text(json.dumps(kept | {"images": 0}))
+    with pytest.raises(TokenExitError, match="`out` must hold a run of 1 to 4 batches, got 0"):
+        run(Fake("dense", "dense", 0.0), chains(), **options)
     options["file"].write_text("{}")
     with pytest.raises(TokenExitError, match="`out` must hold measured.json as it was written"):
         run(Fake("dense", "dense", 0.0), chains(), **options)
@@ -397,6 +401,8 @@ def test_bad_options_are_refused():
         Clock.of(0)
     with pytest.raises(TokenExitError, match="`rounds` must be a whole number from 1 up, got 0"):
         run(dense, [], rounds=0)
+    with pytest.raises(TokenExitError, match=r"`settings` must have names that no other .* has, got \['dense'\]"):
+        run(dense, [[Fake("dense", "exits", 0.0)]])
     with pytest.raises(TokenExitError, match="`images` must be of at least one batch, got none"):
         run(dense, [], images=0)
 

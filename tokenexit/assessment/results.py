@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from tokenexit._plain import is_number, is_whole, require_keys
 from tokenexit.errors import TokenExitError, require
 from tokenexit.schedule import Schedule
+from tokenexit.search import Found, frontier
 
 __all__ = ["KINDS", "OURS", "Assessment", "Kind", "Measured", "Option", "options_from", "retuned"]
 
@@ -287,23 +288,12 @@ class Assessment:
     @property
     def options(self) -> tuple[Option, ...]:
         """Plans that no other one both saves more and changes less than, from the most careful to the boldest."""
-        ours = [row for row in self.rows if row.plan is not None and row.cost is not None]
         known = [
-            Option(row.plan, row.loss, 1 - row.cost)
-            for row in ours
+            Found(row.plan, -row.loss, row.cost)
+            for row in self.rows
             if row.plan is not None and row.cost is not None and row.kind in OURS and row.cost < 1
         ]
-        beaten = [
-            one
-            for one in known
-            if any(
-                other.loss <= one.loss
-                and other.saving >= one.saving
-                and (other.loss, other.saving) != (one.loss, one.saving)
-                for other in known
-            )
-        ]
-        return tuple(sorted((one for one in known if one not in beaten), key=lambda one: (one.saving, one.loss)))
+        return tuple(Option(one.schedule, -one.quality, 1 - one.cost) for one in reversed(frontier(known)))
 
     def verdict(self) -> str:
         """The answer in sentences: what is worth it, how much faster it is, what it costs, and what else there is."""

@@ -194,7 +194,12 @@ def run_contenders(
     """
     require(len(batches) > 0, "images", "be of at least one batch", "none")
     require(is_whole(rounds, least=1), "rounds", "be a whole number from 1 up", repr(rounds))
+    names = [dense.name, *(one.name for chain in chains for one in chain)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, "settings", "have names that no other contender has", twice)
     kept = _Kept.opened(file, {} if identity is None else identity)
+    fits = kept.images is None or (is_whole(kept.images, least=1) and kept.images <= len(batches))
+    require(fits, "out", f"hold a run of 1 to {len(batches)} batches", repr(kept.images))
     first = dense.seconds(batches[0])  # which also warms up
     pace = min(first, dense.seconds(batches[0]))
     count = sum(map(len, chains))

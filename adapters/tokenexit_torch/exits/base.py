@@ -157,6 +157,8 @@ class WithExits(Planned, Generic[AnyHost]):
             merge.after for merge in plan.merges if merge.agreed is not None
         }
         random = self.unfitted(sorted(asked))
+        for block in asked.difference(random):  # it is looked at no more: calls follow each other quickly
+            self._as_built.pop(block, None)
         if random:
             self._as_built = {}
             warnings.warn(_UNFITTED.format(random), UnfittedWarning, stacklevel=2)
