@@ -16,10 +16,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import TorchFunctionMode
 
 from tokenexit import TokenExitError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10: images of a row attend by `scaled_dot_product_attention`, length by length
+    varlen_attn = None
 
 __all__ = ["attending_per_image"]
 
@@ -268,7 +272,8 @@ def has_varlen(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any
     half = query.dtype in (torch.float16, torch.bfloat16)
     plain = options.get("dropout_p", 0.0) == 0.0 and options.get("scale") in (None, width**-0.5)
     # What is exported is to run where there is no such kernel.
-    return query.is_cuda and half and fits and plain and not torch.compiler.is_exporting()
+    there = varlen_attn is not None
+    return there and query.is_cuda and half and fits and plain and not torch.compiler.is_exporting()
 
 
 def varlen(
@@ -293,6 +298,7 @@ def varlen(
         query, key, value = biased(query, key, value, bias / scale)
     q, k, v = (rearrange(tensor, "1 heads tokens width -> tokens heads width") for tensor in (query, key, value))
     bounds = offsets.to(torch.int32)
+    assert varlen_attn is not None, "has_varlen"
     mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale)
     assert isinstance(mixed, Tensor)
     return rearrange(mixed[..., :width], "tokens heads width -> 1 heads tokens width")
