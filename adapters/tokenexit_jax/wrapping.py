@@ -249,7 +249,7 @@ def check(
 
 
 def _require_network(network: Any) -> None:
-    rule = "be a tokenexit_jax.Network (docs/guide/jax.md; `tokenexit_jax.models.vit` has a ViT, and `split` makes one)"
+    rule = "be a tokenexit_jax.Network (docs/howto/jax.md; `tokenexit_jax.models.vit` has a ViT, and `split` makes one)"
     require(isinstance(network, Network), "network", rule, type(network).__name__)
 
 

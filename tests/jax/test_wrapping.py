@@ -270,7 +270,7 @@ def test_what_is_no_network_is_told_where_one_is_made():
         lambda given: tej.wrap_semantic(given, after=1, until=None, heads=2),
     ):
         with pytest.raises(
-            TokenExitError, match=r"`network` must be a tokenexit_jax.Network \(docs/guide/jax.md; .*got int"
+            TokenExitError, match=r"`network` must be a tokenexit_jax.Network \(docs/howto/jax.md; .*got int"
         ):
             wrap(3)
 

@@ -280,7 +280,7 @@ def test_a_backbone_of_transformers_is_told_how_its_weights_and_its_decoder_are_
 def test_a_vision_transformer_in_place_of_one_with_a_decoder_is_told_what_puts_one_behind_it():
     behind = "`wrap\\(vit, decoder=...\\)` puts a decoder behind a vision transformer that `wrap` takes"
     for model in (models.timm_vit(), models.plain_host(), nn.Linear(2, 2)):
-        with pytest.raises(TokenExitError, match=f"DecodingHost \\(docs/guide/decoders.md\\), got .*; {behind}"):
+        with pytest.raises(TokenExitError, match=f"DecodingHost \\(docs/howto/decoder.md\\), got .*; {behind}"):
             tet.wrap_decoder(model, schedule.dovit())
 
 

@@ -330,7 +330,7 @@ def derived():
     [
         (
             lambda: Partial(nn.Linear(2, 2)),
-            r"follows Host \(docs/guide/hosts.md\), got .*Partial, which lacks width, image_shape, run, finish, dense",
+            r"follows Host \(docs/howto/model.md\), got .*Partial, which lacks width, image_shape, run, finish, dense",
         ),
         (lambda: Crooked, "got builtins.type, the class Crooked: give an instance of it"),
         (

@@ -26,7 +26,7 @@ __all__ = ["Planned", "WithExits"]
 _UNFITTED = (
     "exit heads after the blocks {} have the random weights that `wrap` gave them, and the plan asks them: "
     "`tokenexit_torch.fit_exits(model, images)` fits them without labels, `load` loads them, or train them "
-    "(docs/guide/heads.md)"
+    "(docs/howto/fit.md)"
 )
 
 AnyHost = TypeVar("AnyHost", bound=Host)

@@ -151,7 +151,7 @@ def embedded_anywhere(host: Host, images: Tensor, /) -> Embedded:
         if not _takes_its_own_size_alone(host, images):
             raise
         own = " x ".join(map(str, host.image_shape[1:]))
-        rule = f"have a size that the model takes, as {own}: resize them, or cut windows (docs/guide/inference.md)"
+        rule = f"have a size that the model takes, as {own}: resize them, or cut windows (docs/howto/folder.md)"
         raise TokenExitError(f"`images` must {rule}, got {tuple(images.shape)}: {error}") from error
     rule = "give an Embedded: `tokenexit_torch.Embedded(tokens, prefix=..., grid=(rows, columns))`"
     require(isinstance(found, Embedded), "model.embed", rule, full_name(found))

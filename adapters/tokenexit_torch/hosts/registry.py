@@ -132,7 +132,7 @@ def host_of(model: object, /) -> Host:
     if got in _DECODING_HOSTS:
         rule = "feed no decoder of its own, which `wrap_decoder` takes, and `load` with kind='decoder'"
         raise TokenExitError(f"`model` must {rule}, got {got}")
-    rule = f"be {_TAKEN} or a plain object that follows Host (docs/guide/hosts.md)"
+    rule = f"be {_TAKEN} or a plain object that follows Host (docs/howto/model.md)"
     got += _of_module(model) if isinstance(model, nn.Module) else _lacking(model, _MEMBERS)
     raise TokenExitError(f"`model` must {rule}, got {got}")
 
@@ -152,7 +152,7 @@ def _of_module(model: nn.Module) -> str:
             return (
                 f", {which} gives feature maps of a {plain}: load its weights into one, as `vit = {plain}"
                 "(backbone.config)` and `vit.load_state_dict(backbone.state_dict())`, and wrap that under what reads "
-                "the maps, `wrap(vit, decoder=..., taps=...)` (docs/guide/decoders.md)"
+                "the maps, `wrap(vit, decoder=..., taps=...)` (docs/howto/decoder.md)"
             )
     taken = [name for name in map(_name_of, type(model).__mro__) if name in _HOSTS]
     if taken:
@@ -269,7 +269,7 @@ def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
 
 
 _BEHIND = (
-    "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes (docs/guide/merging.md)"
+    "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes (docs/concepts/merging.md)"
 )
 
 
@@ -297,7 +297,7 @@ def decoding_host_of(model: object, /) -> DecodingHost:
     elif isinstance(model, DecodingHost) and not isinstance(model, type):
         _require_declared(model)
         return model
-    rule = f"be {_TAKEN_WITH_DECODER}, or a plain object that follows DecodingHost (docs/guide/decoders.md)"
+    rule = f"be {_TAKEN_WITH_DECODER}, or a plain object that follows DecodingHost (docs/howto/decoder.md)"
     got = full_name(model)
     if isinstance(model, nn.Module):
         got += _BEHIND if got in _HOSTS else f"{_of_module(model)}{_BEHIND}"
