@@ -6,10 +6,11 @@ from typing import Any
 from jaxtyping import Float, Int, Real
 
 from tokenexit._array import Array
+from tokenexit._plain import is_whole
 from tokenexit.area import Area
 from tokenexit.errors import TokenExitError, require
 
-__all__ = ["draw"]
+__all__ = ["draw", "place_in_batch"]
 
 _SHADE = 0.55
 _MOST_CLASSES = 20  # of the colours that are told apart
@@ -43,7 +44,8 @@ def draw(
         The `matplotlib.figure.Figure`.
 
     Raises:
-        TokenExitError: If matplotlib is not installed, or `photo` has another shape.
+        TokenExitError: If matplotlib is not installed, or `photo` has another shape, or sides that the grid does not
+            divide.
     """
     try:
         import numpy as np
@@ -55,6 +57,10 @@ def draw(
     shown = np.asarray(photo)
     fits = shown.ndim == 3 and shown.shape[2] == 3 and shown.size > 0
     require(fits, "photo", "be of shape (height, width, 3)", f"shape {tuple(shown.shape)}")
+    rows, columns = exit_depth.shape
+    whole = area is not None or (shown.shape[0] % rows == 0 and shown.shape[1] % columns == 0)
+    rule = f"be the image that was run, of {rows} x {columns} patches"
+    require(whole, "photo", rule, f"{shown.shape[0]} x {shown.shape[1]} pixels")
     if shown.dtype != np.uint8:
         shown = shown.astype(np.float32)
         low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
@@ -67,15 +73,16 @@ def draw(
         shown.astype(np.float32).mean(axis=2, keepdims=True) / (255 if shown.dtype == np.uint8 else 1), 3, 2
     )
     panels = 2 + sum(one is not None for one in (merged_size, labels, values))
-    figure = Figure(figsize=(0.4 + 3.4 * panels, 0.9 + 3.4 * height / width), layout="constrained")
-    axes = list(np.atleast_1d(figure.subplots(1, panels)))
-    for axis in axes:
+    figure = Figure(figsize=(0.4 + 3.4 * panels, 1.3 + 3.4 * height / width), layout="constrained")
+    axes, bars = figure.subplots(2, panels, squeeze=False, height_ratios=(24 * height / width, 1))
+    for axis in (*axes, *bars):  # pictures at one height, with the legends below
         axis.set_axis_off()
     axes[0].imshow(shown)
     axes[0].set_title("image")
 
-    def stepped(axis: Any, counts: Any, kinds: list[int], colours: Any, title: str) -> None:
+    def stepped(at: int, counts: Any, kinds: list[int], colours: Any, title: str) -> None:
         """A map of whole numbers over the photo, and what its colours are."""
+        axis, bar = axes[at], bars[at]
         axis.imshow(grey, extent=(0, width, height, 0))
         norm = BoundaryNorm(np.arange(len(kinds) + 1) - 0.5, len(kinds))
         extent = (0, reach[1], reach[0], 0)
@@ -84,20 +91,20 @@ def draw(
         drawn = axis.imshow(found, cmap=map, norm=norm, alpha=_SHADE, interpolation="nearest", extent=extent)
         axis.set_xlim(0, width)
         axis.set_ylim(height, 0)
-        bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.8)
-        bar.set_ticks(range(len(kinds)), labels=[str(kind) for kind in kinds])
+        bar.set_axis_on()
+        figure.colorbar(drawn, cax=bar, orientation="horizontal").set_ticks(
+            range(len(kinds)), labels=[str(kind) for kind in kinds]
+        )
         axis.set_title(title)
 
     depth, viridis = np.asarray(exit_depth), colormaps["viridis"]
     kinds = sorted({*np.unique(depth).tolist(), blocks})
-    stepped(axes[1], depth, kinds, lambda place: viridis(kinds[place] / blocks), "blocks that patches ran through")
+    stepped(1, depth, kinds, lambda place: viridis(kinds[place] / blocks), "blocks that patches ran through")
     at = 2
     if merged_size is not None:
         size, reds = np.asarray(merged_size), colormaps["PuRd"]
         sizes = np.unique(size).tolist()
-        stepped(
-            axes[at], size, sizes, lambda place: reds(0.15 + 0.8 * place / max(len(sizes), 2)), "patches in a token"
-        )
+        stepped(at, size, sizes, lambda place: reds(0.15 + 0.8 * place / max(len(sizes), 2)), "patches in a token")
         at += 1
     if labels is not None:
         classes = np.asarray(labels)
@@ -110,3 +117,22 @@ def draw(
     if file is not None:
         figure.savefig(file)
     return figure
+
+
+def place_in_batch(index: int | None, /, *, images: int) -> int:
+    """Place of an image in its batch; the first of a batch of one if it is not named.
+
+    Args:
+        index: The place; None if it was not named.
+        images: Number of images of the batch.
+
+    Returns:
+        The place, from 0 up.
+
+    Raises:
+        TokenExitError: If there is no such image, or none is named of several.
+    """
+    place = 0 if index is None and images == 1 else index
+    fits = is_whole(place, least=0) and place < images
+    require(fits, "index", f"be from 0 to {images - 1}, the place of the image in the batch", repr(index))
+    return int(place)

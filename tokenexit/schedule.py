@@ -6,7 +6,7 @@ A schedule is plain frozen data. It holds no weight, prints as it reads, and is 
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -159,6 +159,8 @@ class Schedule:
         merges: The merge points; their `after` ascends.
         keys: As what a merged token is a key of attention: as often as it holds `tokens` (ToMe, ICLR 2023, section 3),
             or as the one of the `entries` that it is: any kernel of attention runs, and more is lost.
+        depth: Number of blocks for which a preset chose the blocks; a model of another depth refuses the plan. None if
+            its blocks were named. It is no part of what plans are compared by, or of what is saved.
     """
 
     exits: tuple[Exit, ...] = ()
@@ -166,6 +168,7 @@ class Schedule:
     cell: int | None = None
     merges: tuple[Merge, ...] = ()
     keys: Literal["tokens", "entries"] = "tokens"
+    depth: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the order.
@@ -420,6 +423,7 @@ def neighbours(
     Raises:
         TokenExitError: If a radius, a threshold, `per_class` or `cell` is out of range.
     """
+    chosen = depth if radius is None else None
     radius = dict(zip(_default_blocks(depth), (2, 1, 0), strict=True)) if radius is None else radius
     named = isinstance(radius, Mapping) and len(radius) > 0
     require(named, "radius", "name at least one block", repr(radius))
@@ -427,7 +431,7 @@ def neighbours(
         _require_block(block)
     policy = {after: NeighboursAgree(1.0, radius=radius[after]) for after in radius}
     exits = tuple(Exit(after, policy[after].retaining(per_class=per_class)) for after in sorted(policy))
-    plan = Schedule(exits, cell=cell)
+    plan = Schedule(exits, cell=cell, depth=chosen)
     return plan.with_threshold(threshold)
 
 
@@ -458,6 +462,7 @@ def merged(
     """
     require(alike is None or share is None, "share", "be left out beside `alike`", repr(share))
     name, given = ("alike", alike) if share is None else ("share", share)
+    chosen = depth if given is None else None
     if given is None:
         later = _default_blocks(depth)[0]
         given = {max(1, min(later, int(depth / 12 + 0.5))): 0.9, later: 0.8}
@@ -470,7 +475,7 @@ def merged(
         Merge(after, sides[after], given[after]) if share is None else Merge(after, sides[after], share=given[after])
         for after in sorted(given)
     )
-    return Schedule(merges=tuple(merges))
+    return Schedule(merges=tuple(merges), depth=chosen)
 
 
 def foretold(
@@ -497,25 +502,26 @@ def foretold(
     Raises:
         TokenExitError: If a radius or a threshold is out of range, or no block is named.
     """
+    chosen = depth if radius is None else None
     radius = dict(zip(_default_blocks(depth), (1, 1, 0), strict=True)) if radius is None else radius
     named = isinstance(radius, Mapping) and len(radius) > 0
     require(named, "radius", "name at least one block", repr(radius))
     for block in radius:
         _require_block(block)
     exits = tuple(Exit(after, ErrorBelow(0.0, radius=radius[after])) for after in sorted(radius))
-    return Schedule(exits, Translated()).with_threshold(threshold)
+    return Schedule(exits, Translated(), depth=chosen).with_threshold(threshold)
 
 
 def dtop(
     *,
-    after: Iterable[int] = (6, 8),
+    after: Iterable[int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] = 0.9,
     per_class: int = 5,
 ) -> Schedule:
     """Dynamic Token Pruning (DToP, ICCV 2023): confident tokens leave, k of each predicted class stay.
 
     Args:
-        after: Blocks with an exit. Published: 6 and 8 of ViT-B's 12; 8 and 16 of ViT-L's 24.
+        after: Blocks with an exit. Published, and taken if left out: 6 and 8 of ViT-B's 12. Of ViT-L's 24: 8 and 16.
         threshold: Confidence to exceed; one for all exits or one for each. Published: 0.90 (ADE20K, ViT-B), 0.95
             (ViT-L; Pascal Context and COCO-Stuff-10K).
         per_class: Most confident leavers of each predicted class that stay, per image and exit. Published: 5.
@@ -527,19 +533,21 @@ def dtop(
         TokenExitError: If a block, a threshold or `per_class` is out of range, or no block is named.
     """
     policy = ConfidenceAbove(1.0).retaining(per_class=per_class)
-    return Schedule(tuple(Exit(block, policy) for block in _blocks(after))).with_threshold(threshold)
+    blocks, depth = _published(after, (6, 8))
+    return Schedule(tuple(Exit(block, policy) for block in blocks), depth=depth).with_threshold(threshold)
 
 
 def dovit(
     *,
-    after: Iterable[int] = (2, 5, 8),
+    after: Iterable[int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] = 0.985,
     fold_above: float | None = 0.1,
 ) -> Schedule:
     """Dynamic Token-Pass (DoViT, 2023): confident tokens pass by the other blocks and rejoin for the decoder.
 
     Args:
-        after: Blocks with an exit. Published: 2, 5 and 8 of ViT-S's and ViT-B's 12; 6, 12 and 18 of ViT-L's 24.
+        after: Blocks with an exit. Published, and taken if left out: 2, 5 and 8 of ViT-S's and ViT-B's 12. Of ViT-L's
+            24: 6, 12 and 18.
         threshold: Confidence to exceed; one for all exits or one for each. Published: 0.985 (Cityscapes), 0.95 to 0.98
             (ADE20K).
         fold_above: Share of an image's tokens above which the mean of those that leave is averaged into the cls token.
@@ -551,13 +559,14 @@ def dovit(
     Raises:
         TokenExitError: If a block, a threshold or `fold_above` is out of range, or no block is named.
     """
-    exits = tuple(Exit(block, ConfidenceAbove(1.0)) for block in _blocks(after))
-    return Schedule(exits, Feature("decoder", fold_above)).with_threshold(threshold)
+    blocks, depth = _published(after, (2, 5, 8))
+    exits = tuple(Exit(block, ConfidenceAbove(1.0)) for block in blocks)
+    return Schedule(exits, Feature("decoder", fold_above), depth=depth).with_threshold(threshold)
 
 
 def paumer(
     *,
-    after: Iterable[int] = (8, 10),
+    after: Iterable[int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] | None = None,
     keep: Mapping[int, float] | None = None,
 ) -> Schedule:
@@ -567,7 +576,7 @@ def paumer(
     from the measurements in the benchmarks of the documentation.
 
     Args:
-        after: Blocks with an exit, where a threshold decides.
+        after: Blocks with an exit, where a threshold decides; 8 and 10, of 12, if left out.
         threshold: Normalised entropy below which a token pauses; one for all exits or one for each. 0.05 if neither
             this nor `keep` is given.
         keep: The other rule of the paper: for each block with an exit, the fraction of an image's patches that stays,
@@ -580,8 +589,9 @@ def paumer(
         TokenExitError: If a block, a threshold or a fraction is out of range, none is named, or both rules are.
     """
     if keep is None:
-        exits = tuple(Exit(block, EntropyBelow(0.0)) for block in _blocks(after))
-        return Schedule(exits, Feature()).with_threshold(0.05 if threshold is None else threshold)
+        blocks, depth = _published(after, (8, 10))
+        exits = tuple(Exit(block, EntropyBelow(0.0)) for block in blocks)
+        return Schedule(exits, Feature(), depth=depth).with_threshold(0.05 if threshold is None else threshold)
     require(threshold is None, "keep", "be given instead of `threshold`", "both")
     require(isinstance(keep, Mapping) and len(keep) > 0, "keep", "name at least one block", repr(keep))
     for block in keep:
@@ -591,7 +601,7 @@ def paumer(
 
 def svit(
     *,
-    after: Iterable[int] = range(3, 12),
+    after: Iterable[int] | None = None,
     threshold: Threshold | Mapping[int, Threshold] = 0.5,
     carry: Preserved = Preserved(),
 ) -> Schedule:
@@ -600,7 +610,7 @@ def svit(
     Args:
         after: After how many blocks there is a gate, which decides which tokens run until the next one. Published:
             before each of the blocks 4 to 12 of 12, trained to keep 0.7, 0.49 and 0.343 of the tokens in three blocks
-            each.
+            each; there if left out.
         threshold: Probability of being kept below which a token skips the block; one for all gates or one for each.
             Calibrate it (`gates.threshold_for`): training draws, and 0.5 keeps another share than was trained.
         carry: Whether tokens come back, and what attends to them meanwhile.
@@ -611,8 +621,9 @@ def svit(
     Raises:
         TokenExitError: If a block or a threshold is out of range, or no block is named.
     """
-    exits = tuple(Exit(block, GateBelow(0.0)) for block in _blocks(after))
-    return Schedule(exits, carry).with_threshold(threshold)
+    blocks, depth = _published(after, range(3, 12))
+    exits = tuple(Exit(block, GateBelow(0.0)) for block in blocks)
+    return Schedule(exits, carry, depth=depth).with_threshold(threshold)
 
 
 def dense(*, after: Iterable[int] = ()) -> Schedule:
@@ -687,6 +698,14 @@ def require_fits(
         f"`schedule.neighbours(depth={depth})` has such, or name others by `radius`, or by `after` of other presets"
     )
     require(not late, "schedule", rule, f"{late}: {others}")
+    of_another = plan.depth not in (None, depth)
+    rule = f"have blocks for a model of {depth}: name them, or give the preset `depth={depth}` where it takes one"
+    require(
+        not of_another,
+        "schedule",
+        rule,
+        f"those that a preset chooses for {plan.depth}, {sorted({*plan.after, *plan.merged_after})}",
+    )
     headless = [block for block in plan.after if block not in after]
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)
     late = [merge.after for merge in plan.merges if merge.after >= depth]
@@ -797,6 +816,11 @@ def _require_schedule(plan: Any) -> None:
 
 def _needs(plan: Schedule) -> frozenset[str]:
     return frozenset[str]().union(*(exit.policy.needs for exit in plan.exits))
+
+
+def _published(after: Iterable[int] | None, published: Iterable[int]) -> tuple[tuple[int, ...], int | None]:
+    """Blocks that were named, or the published ones and the depth that they are of."""
+    return (tuple(published), 12) if after is None else (_blocks(after), None)
 
 
 def _blocks(after: Iterable[int]) -> tuple[int, ...]:

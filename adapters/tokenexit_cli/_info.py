@@ -3,23 +3,31 @@
 import argparse
 import os
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 __all__ = ["run"]
 
 _PACKAGES = (
-    "torch", "jax", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "matplotlib", "pillow", "numpy",
+    "torch", "torchvision", "jax", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "matplotlib", "pillow",
+    "numpy",
 )  # fmt: skip
 _PARTS = {
     "PyTorch adapter": (("torch", "einops", "safetensors", "tqdm"), "torch"),
     "JAX adapter": (("jax", "einops", "safetensors"), "jax"),
-    "ViTs of timm": (("torch", "timm"), "timm"),
-    "ViTs of transformers": (("torch", "transformers"), "transformers"),
+    "ViTs of timm": (("torch", "timm"), "torch,timm"),
+    "ViTs of transformers": (("torch", "transformers"), "torch,transformers"),
     "ONNX export": (("torch", "onnx", "onnxscript"), "onnx"),
     "assess, segment": (("torch", "einops", "safetensors", "tqdm", "PIL"), "torch,viz"),
     "calibrate, show": (("torch", "einops", "safetensors", "tqdm", "PIL", "matplotlib"), "torch,viz"),
 }  # fmt: skip
+
+_IMPORTED = {
+    "ViTs of timm": ("timm",),
+    "ViTs of transformers": ("transformers.models.dinov2.modeling_dinov2",),
+}
+"""What is imported, for it may be there and not work: beside a torchvision of another PyTorch."""
 
 
 def run(given: argparse.Namespace) -> int:  # noqa: ARG001 - all commands are alike
@@ -36,7 +44,7 @@ def run(given: argparse.Namespace) -> int:  # noqa: ARG001 - all commands are al
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         *((package, _version(package)) for package in _PACKAGES),
         ("devices", _devices()),
-        *((part, _available(packages, extra)) for part, (packages, extra) in _PARTS.items()),
+        *((part, _available(part, packages, extra)) for part, (packages, extra) in _PARTS.items()),
     ]
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {said}" for name, said in lines))
@@ -65,6 +73,15 @@ def _devices() -> str:
     return "; ".join(found)
 
 
-def _available(packages: tuple[str, ...], extra: str) -> str:
+def _available(part: str, packages: tuple[str, ...], extra: str) -> str:
     lacking = [package for package in packages if find_spec(package) is None]
-    return "yes" if not lacking else f"no, for want of {', '.join(lacking)}: pip install 'tokenexit[{extra}]'"
+    if lacking:
+        return f"no, for want of {', '.join(lacking)}: pip install 'tokenexit[{extra}]'"
+    for module in _IMPORTED.get(part, ()):
+        try:
+            import_module(module)
+        except Exception as error:  # as above
+            said = " ".join(str(error).split())
+            hint = "; torchvision is of another PyTorch, install the two together" if "torchvision" in said else ""
+            return f"no, {module} cannot be imported: {type(error).__name__}: {said}{hint}"
+    return "yes"

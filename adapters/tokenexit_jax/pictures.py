@@ -19,7 +19,7 @@ def show(
     /,
     file: str | Path | None = None,
     *,
-    index: int = 0,
+    index: int | None = None,
 ) -> Any:
     """Draw an image, the blocks that its patches ran through, how they merged, and the classes of its pixels.
 
@@ -27,7 +27,7 @@ def show(
         image: The image as the model was given it: three channels, or one, last.
         output: What the model returned for the batch.
         file: Where to write the picture; its ending gives the format, as .png or .svg. None: nothing is written.
-        index: Which image of the batch it is.
+        index: Which image of the batch it is; it may be left out for a batch of one.
 
     Returns:
         The `matplotlib.figure.Figure`, for a notebook.
@@ -37,7 +37,7 @@ def show(
     """
     require(isinstance(output, Output), "output", "be what a model from `wrap` returns", type(output).__name__)
     images = len(output.exit_depth)
-    require(0 <= index < images, "index", f"be from 0 to {images - 1}", index)
+    index = pictures.place_in_batch(index, images=images)
     photo = np.asarray(image)
     fits = photo.ndim == 3 and photo.shape[2] in (1, 3)
     require(fits, "image", "be of shape (height, width, 3), or with one channel", f"shape {photo.shape}")

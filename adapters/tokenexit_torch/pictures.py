@@ -21,7 +21,7 @@ def show(
     /,
     file: str | Path | None = None,
     *,
-    index: int = 0,
+    index: int | None = None,
 ) -> Any:
     """Draw an image, the blocks that its patches ran through, how they merged, and what came out.
 
@@ -32,7 +32,7 @@ def show(
         image: The image as the model was given it: three channels, or one.
         output: What the model returned for the batch.
         file: Where to write the picture; its ending gives the format, as .png or .svg. None: nothing is written.
-        index: Which image of the batch it is.
+        index: Which image of the batch it is; it may be left out for a batch of one.
 
     Returns:
         The `matplotlib.figure.Figure`, for a notebook.
@@ -43,7 +43,7 @@ def show(
     known = isinstance(output, Output | DecodedOutput)
     require(known, "output", "be what a model from `wrap` or `wrap_decoder` returns", type(output).__name__)
     images = len(output.exit_depth)
-    require(0 <= index < images, "index", f"be from 0 to {images - 1}", index)
+    index = pictures.place_in_batch(index, images=images)
     fits = image.ndim == 3 and image.shape[0] in (1, 3)
     require(fits, "image", "be of shape (3, height, width), or with one channel", f"shape {tuple(image.shape)}")
     photo = image.expand(3, *image.shape[1:]).permute(1, 2, 0)

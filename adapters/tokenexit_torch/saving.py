@@ -122,7 +122,8 @@ def load(
         model: The model to wrap, as for the `wrap*` that made what was saved.
         folder: Where `save` wrote it.
         kind: What to load: `exits`, as by `wrap` with a head; `decoder`, exits as by `wrap_decoder`, or by `wrap` with
-            a decoder; `gates`; or `semantic`. If left out, what the folder holds, exits as by `wrap` with a head.
+            a decoder; `gates`; or `semantic`. If left out, what the folder holds, exits as by `wrap` with a head, or
+            with a decoder where `decoder` is given.
             Named, a type checker also infers what is returned.
         head: Your final head, if you gave one when exits were saved, or if there is one beside gates.
         exit_heads: Modules for the exit heads, if you gave modules when they were saved; their weights are loaded into
@@ -142,6 +143,7 @@ def load(
     """
     options = {"head": head, "exit_heads": exit_heads, "gates": gates, "taps": taps}
     options |= {"decoder": decoder, "features": features, "reads": reads}
+    kind = "decoder" if kind is None and decoder is not None else kind
     return folders.load_by_kind(_LOADERS, model, folder, kind, options)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokenexit import TokenExitError
 from tokenexit.adapting import MOST, ONE, is_whole, require_places, require_room
+from tokenexit.carries import Translated
 from tokenexit.errors import require
 from tokenexit.gates import FIRST_BIAS, published_gate, published_gates
 from tokenexit.heads import MLP, HeadPlan
@@ -163,13 +164,13 @@ def wrap(
 
 def wrap_decoder(
     model: Any,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     /,
     *,
     exit_heads: HeadPlan | Mapping[int, nn.Module] = MLP(),
     num_classes: int | None = None,
 ) -> DecodingModel:
-    """Let tokens leave a vision transformer early that feeds a decoder of its own: EoMT, DPT, Depth Anything.
+    """Let tokens merge, and leave early, in a vision transformer under its own decoder: EoMT, DPT, Depth Anything.
 
     The decoder has all tokens, wherever it looks at them: leavers rejoin with the features that they left with. The
     model itself is not changed. Exit heads only decide which tokens leave. They start with random weights; fit them to
@@ -177,7 +178,8 @@ def wrap_decoder(
 
     Args:
         model: A model that is taken as it is (`registry.decoding_host_of`), or an object that follows `DecodingHost`.
-        schedule: After which blocks tokens leave, and by which policy; it carries `carries.Feature`, as
+        schedule: After which blocks tokens merge or leave, and by which policy; if left out `schedule.merged()`, for as
+            many blocks. Where tokens leave it carries `carries.Feature`, as
             `schedule.dovit()` and `schedule.paumer()` do, or `carries.Translated`, as `schedule.foretold()` does. Each
             of its exits gets a head.
         exit_heads: A plan for the exit heads (all but `heads.ATM`), or the heads themselves by the block they follow,
@@ -194,7 +196,9 @@ def wrap_decoder(
             finds that keeping all tokens is not the model's own output.
     """
     _require_unwrapped(model)
-    return _with_decoder(decoding_host_of(model), schedule, exit_heads=exit_heads, num_classes=num_classes)
+    host = decoding_host_of(model)
+    plan = merged(depth=max(len(host.blocks), 2)) if schedule is None else schedule
+    return _with_decoder(host, plan, exit_heads=exit_heads, num_classes=num_classes)
 
 
 def _with_decoder(
@@ -214,6 +218,9 @@ def _with_decoder(
         require(num_classes is None, "num_classes", rule, repr(num_classes))
         asked = None
     elif asked is not None or schedule.read_after or isinstance(exit_heads, Mapping):
+        errors = isinstance(schedule.carry, Translated)
+        rule = "translate for this schedule, which carries translations: exit_heads=tokenexit.heads.Translator()"
+        require(not errors, "exit_heads", rule, repr(exit_heads) if isinstance(exit_heads, HeadPlan) else "modules")
         why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")
         _require_count(asked, least=2, why=why)
     classes: int = asked or 0

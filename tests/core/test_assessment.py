@@ -113,6 +113,22 @@ def test_what_is_faster_without_this_library_is_said(rival):
     assert "the best plan here is 2.31 times" in found.verdict()
 
 
+def test_a_tie_goes_to_what_changes_less_whichever_median_is_ahead():
+    """Two runs of one thing differ by a hundredth: the verdict is the same both times."""
+    for times in (2.49, 2.52, 2.58):
+        rival = replace(CUT, loss=FAST.loss, speedup=(times - 0.1, times, times + 0.1))
+        ours = replace(FAST, speedup=(2.43, 2.53, 2.63))
+        assert not assessment(ours, rival).worth
+        assert assessment(ours, replace(rival, loss=FAST.loss + 0.001)).worth
+    clear = replace(CUT, loss=0.0, speedup=(2.0, 2.1, 2.2))
+    assert assessment(replace(FAST, speedup=(2.43, 2.53, 2.63)), clear).worth
+
+
+def test_a_verdict_from_few_images_is_qualified():
+    assert "Only 3 images were compared: take some dozens" in assessment(FAST, images=3).verdict()
+    assert "Only" not in assessment(FAST).verdict()
+
+
 def test_qualities_have_a_column_and_notes_are_said():
     found = assessment(replace(FAST, quality=0.7158), notes=("A note.",))
     assert found.table().splitlines()[0].endswith("| mIoU |")

@@ -753,6 +753,22 @@ def test_damaged_data_is_refused_by_the_librarys_own_error_or_read_as_a_policy(p
         assert isinstance(policies.from_dict(damaged), Policy)
 
 
+def test_a_policy_of_ones_own_must_give_a_mask_and_is_told_what_it_lacks():
+    class Scores(Policy):
+        def leaves(self, evidence):
+            return evidence.confidence
+
+    class Late(Policy):
+        def leaves(self, evidence):
+            return (evidence.confidence > 0.5) & (evidence.exit > 0)
+
+    rows = np.array([[9, 0], [0, 9]], np.float32)
+    with pytest.raises(TokenExitError, match=r"`Scores.leaves` must give booleans, .*, got float32"):
+        Scores()(Evidence(rows))
+    with pytest.raises(TokenExitError, match=r"as `policies.Evidence\(logits, exit=0\)`, got none of exit: "):
+        Late()(Evidence(rows))
+
+
 def test_a_policy_of_ones_own_takes_part():
     @dataclass(frozen=True)
     class CertainSky(Policy):
@@ -770,6 +786,9 @@ def test_a_policy_of_ones_own_takes_part():
     assert CertainSky(0.9).retaining(per_class=1).with_threshold(0.5) == CertainSky(0.5).retaining(per_class=1)
     with pytest.raises(TokenExitError, match="`policy` must be one of ConfidenceAbove, .* to be written down"):
         policies.to_dict(CertainSky(0.9))
+    for mistaken in (lambda: CertainSky(0.9) and always(), lambda: CertainSky(0.9) or always(), lambda: not never()):
+        with pytest.raises(TokenExitError, match="must be composed by `&`, `|` and `~`, not by `and`, `or` and `not`"):
+            mistaken()
     with pytest.raises(TypeError):
         CertainSky(0.9) & 0.5
     with pytest.raises(TypeError):

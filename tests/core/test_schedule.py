@@ -441,3 +441,19 @@ def test_shares_that_cannot_be_are_named(make, message):
     with pytest.raises(TokenExitError) as found:
         make()
     assert str(found.value) == message
+
+
+@pytest.mark.parametrize(
+    "preset", [schedule.neighbours, schedule.merged, schedule.foretold, schedule.dtop, schedule.dovit, schedule.paumer]
+)
+def test_blocks_that_a_preset_chooses_are_of_the_depth_they_are_chosen_for(preset):
+    plan = preset()
+    assert plan.depth == 12
+    given = {"after": range(1, 24), "gives_masks": False, "translates": range(1, 24), "classes": 3}
+    with pytest.raises(TokenExitError, match=r"`schedule` must have blocks for a model of 24: .* chooses for 12, \["):
+        schedule.require_fits(plan, depth=24, **given)
+    schedule.require_fits(Schedule.from_dict(plan.to_dict()), depth=24, **given)  # named, in a file
+    assert Schedule.from_dict(plan.to_dict()) == plan
+    named = schedule.dtop(after=(8, 16))
+    assert named.depth is None
+    schedule.require_fits(named, depth=24, **given)

@@ -22,7 +22,7 @@ from tokenexit.carries import Feature
 from tokenexit.guarantees import certificate, drift, ladders
 from tokenexit.guarantees.calibrate import Risk
 from tokenexit.guarantees.calibration import certify
-from tokenexit.heads import Neighbourhood
+from tokenexit.heads import Neighbourhood, Translator
 from tokenexit.schedule import Exit, Merge, Schedule
 from tokenexit_torch import _files
 from tokenexit_torch.calibration import adapted as calibrating
@@ -710,11 +710,30 @@ def test_another_function_for_class_scores_is_noticed_by_what_it_gives(tmp_path)
 def test_a_decoder_without_classes_must_be_read_by_a_function():
     model, images = decoding("Depth Anything"), models.images(20, (SIDE, SIDE))
     for scores, message in (
-        (None, "`scores` must be given for a model whose output has no classes"),
+        (None, "`scores` must be given where a decoder does not return one map of class scores: a function from its"),
         (lambda output: output.predicted_depth, r"`scores` must give class scores of shape \(8, 3, height, width\)"),
     ):
         with pytest.raises(TokenExitError, match=message):
             tet.calibrate(model, images, at_most=0.5, preprocessing=WORDS, scores=scores, progress=iter)
+
+
+@pytest.mark.parametrize("how", ["merges", "translators", "classes of exits"])
+def test_a_map_of_class_scores_that_a_decoder_returns_is_compared_as_it_is(how):
+    torch.manual_seed(0)
+    vit, decoder, images = models.timm_vit(), torch.nn.Conv2d(48, 4, 3, padding=1), models.pictures(20)
+    if how == "merges":
+        model = tet.wrap(vit, MERGES, decoder=decoder).eval()
+    elif how == "translators":
+        plan = schedule.foretold(depth=6)
+        model = tet.wrap(vit, plan, decoder=decoder, exit_heads=Translator()).eval()
+    else:
+        plan = dataclasses.replace(schedule.neighbours(radius={2: 0}, threshold=0.5), carry=Feature())
+        model = tet.wrap(vit, plan, decoder=decoder, num_classes=4).eval()
+    options = {"at_most": 0.9, "preprocessing": WORDS, "progress": iter}
+    found = tet.calibrate(model, images, **options)
+    given = tet.calibrate(model, images, scores=lambda decoded: decoded, **options)
+    assert [point.loss for point in found.report.curve] == [point.loss for point in given.report.curve]
+    assert found.report.chosen is not None
 
 
 CHANGE = "twenty times the mean absolute change of the map, 1 at most"

@@ -337,7 +337,7 @@ def test_a_model_without_classes_is_fitted_to_what_it_is_told():
 
     report = tet.fit_exits(wrapped, images, targets=bins, steps=80, patches_per_step=256, progress=iter)
     assert report.agreement[2] > 0.4
-    with pytest.raises(TokenExitError, match="`targets` must be given for a model whose output has no classes: a func"):
+    with pytest.raises(TokenExitError, match="`targets` must be given where a decoder does not return one map"):
         tet.fit_exits(wrapped, images, steps=1, progress=iter)
     with pytest.raises(
         TokenExitError, match=r"`targets` must give class scores of shape \(8, 4, height, width\), got s"
@@ -716,3 +716,23 @@ def test_exit_heads_of_one_class_are_refused_also_if_the_model_has_one():
     binary.config.num_labels = 1
     with pytest.raises(TokenExitError, match=f"{one} 1"):
         tet.wrap_decoder(binary, schedule.paumer(keep={1: 0.5}))
+
+
+def test_a_decoding_model_without_a_plan_merges_as_under_a_decoder():
+    model = tet.wrap_decoder(DECODERS["Depth Anything"]())
+    assert model.schedule == schedule.merged(depth=model.depth)
+
+
+def test_a_plan_that_carries_translations_asks_for_translators():
+    vit, decoder = models.timm_vit(), torch.nn.Conv2d(48, 4, 1)
+    with pytest.raises(TokenExitError, match=r"`exit_heads` must translate for this schedule, .*heads.Translator\(\)"):
+        tet.wrap(vit, schedule.foretold(depth=6), decoder=decoder)
+
+
+def test_a_decoder_that_is_given_says_which_kind_is_loaded(tmp_path):
+    decoder = torch.nn.Conv2d(48, 4, 1)
+    model = tet.wrap(models.timm_vit(), schedule.merged(alike={2: 0.8}), decoder=decoder).eval()
+    tet.save(model, tmp_path)
+    again = tet.load(models.timm_vit(), tmp_path, decoder=decoder)
+    assert isinstance(again, tet.DecodingModel)
+    assert again.schedule == model.schedule

@@ -31,13 +31,13 @@ def test_an_output_reads_as_a_sentence_and_shows_what_came_out(tmp_path):
     figure = tet.show(images[1], out, tmp_path / "one.png", index=1)
     assert titles(figure) == ["image", "blocks that patches ran through", "classes"]
     assert (tmp_path / "one.png").exists()
-    assert titles(tet.show(images[0, :1], out))[-1] == "classes"
+    assert titles(tet.show(images[0, :1], out, index=0))[-1] == "classes"
     for decoder, title in ((nn.Conv2d(48, 3, 1), "classes"), (nn.Conv2d(48, 1, 1), "output"), (Depths(), "output")):
         merging = tet.wrap(models.timm_vit(), schedule.merged(alike={1: 0.9}), decoder=decoder).eval()
         decoded = merging(images)
         assert "ran merged" in repr(decoded)
-        assert titles(tet.show(images[0], decoded))[2:] == ["patches in a token", title]
-    assert titles(tet.show(images[0], decoded._replace(decoded={"a": 1})))[2:] == ["patches in a token"]
+        assert titles(tet.show(images[0], decoded, index=0))[2:] == ["patches in a token", title]
+    assert titles(tet.show(images[0], decoded._replace(decoded={"a": 1}), index=0))[2:] == ["patches in a token"]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -46,7 +46,9 @@ def test_what_cannot_be_shown_is_refused():
     images = models.images(2)
     out = models.wrapped(models.timm_vit, schedule.dense())(images)
     for message, given in (
-        ("`index` must be from 0 to 1, got 2", {"index": 2}),
+        ("`index` must be from 0 to 1, the place of the image in the batch, got 2", {"index": 2}),
+        ("`index` must be from 0 to 1, the place of the image in the batch, got None", {"index": None}),
+        ("`photo` must be the image that was run, of 4 x 6 patches, got 30 x 48 pixels", {"image": images[0, :, :30]}),
         (r"`image` must be of shape \(3, height, width\), or with one channel, got shape", {"image": images}),
         ("`output` must be what a model from `wrap` or `wrap_decoder` returns, got Tensor", {"output": images}),
     ):

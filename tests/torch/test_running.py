@@ -381,6 +381,20 @@ def test_training_mode_without_gradients_is_warned_of_where_something_drops():
         models.wrapped(models.timm_vit, plan).train()(images)  # nothing in it drops
 
 
+def test_a_head_or_a_decoder_in_training_mode_is_warned_of_beside_a_network_that_is_not():
+    images = models.images(2)
+    head = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(48, models.CLASSES))
+    around = torch.nn.Sequential(torch.nn.Conv2d(48, 4, 1), torch.nn.BatchNorm2d(4))
+    for options, name in (({"head": head}, "head.0"), ({"decoder": around}, "1")):
+        model = tet.wrap(models.timm_vit(), schedule.merged(alike={1: 0.9}), **options).eval()
+        with torch.no_grad():
+            model(images)
+            (head if "head" in options else around).train()
+            with pytest.warns(UserWarning, match=f"got training mode with `.*{name.rpartition('.')[2]}`"):
+                model(images)
+        model(images)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "plan", [CELLS["neighbours"], CELLS["wide"], CELLS["dtop"]], ids=["neighbours", "wide", "dtop"]

@@ -27,6 +27,7 @@ WORTH = 1.2
 
 _FEW = 400  # patches of an image, below which attention and bookkeeping leave little to save
 _SHALLOW = 6
+_FEW_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -281,9 +282,18 @@ class Assessment:
 
     @property
     def worth(self) -> bool:
-        """Whether `chosen` is at least 1.2 times as fast as dense, and as fast as what it is compared with."""
-        chosen, rival = self.chosen, self.best("truncation", "smaller input")
-        return chosen is not None and chosen.times >= WORTH and (rival is None or chosen.times >= rival.times)
+        """Whether `chosen` is at least 1.2 times as fast as dense, and nothing that it is compared with is better.
+
+        Truncation and a smaller input within the loss are better if they are faster; or as fast, the median of each
+        being within the quartiles of the other, at no greater loss: they are simpler.
+        """
+        chosen = self.chosen
+        return chosen is not None and chosen.times >= WORTH and not self._rivals()
+
+    def _rivals(self) -> list[Measured]:
+        """What is compared with `chosen`, worth it and better."""
+        rivals = [self.best("truncation"), self.best("smaller input")]
+        return [one for one in rivals if one is not None and one.times >= WORTH and _better(one, self.chosen)]
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -299,16 +309,16 @@ class Assessment:
         """The answer in sentences: what is worth it, how much faster it is, what it costs, and what else there is."""
         if all(row.speedup is None for row in self.rows):
             return "Nothing was timed: the table says what plans change, and what share of the multiply-adds is left."
-        chosen, rivals = self.chosen, [self.best("truncation"), self.best("smaller input")]
+        chosen, faster = self.chosen, self._rivals()
         beside = [self._beside(kind) for kind in ("truncation", "smaller input", "compiled dense")]
         others = self._joined(self._bolder(), *beside)
-        faster = [rival for rival in rivals if rival is not None and rival.times >= max(WORTH, self._reach())]
         if self.worth and chosen is not None:
-            said = f"Worth it: {self._said(chosen)} ({chosen.name})."
+            said = self._joined(f"Worth it: {self._said(chosen)} ({chosen.name}).", self._few())
         elif faster:
             best = max(faster, key=lambda row: row.times)
             beside = "" if chosen is None else f"; the best plan here is {self._said(chosen)} ({chosen.name})"
-            return self._joined(f"Not with this library: {best.name}, {self._said(best)}{beside}.", self._why())
+            said = f"Not with this library: {best.name}, {self._said(best)}{beside}."
+            return self._joined(said, self._few(), self._why())
         elif chosen is not None:
             said = (
                 f"Not worth it: within {self._percent(self.at_most)} the best is {self._said(chosen)} ({chosen.name}),"
@@ -324,6 +334,11 @@ class Assessment:
 
     def _reach(self) -> float:
         return 0.0 if self.chosen is None else self.chosen.times
+
+    def _few(self) -> str:
+        """A caution about a verdict from few images."""
+        rule = "take some dozens before you rely on it"
+        return f"Only {self.images} images were compared: {rule}." if self.images < _FEW_IMAGES else ""
 
     def _why(self) -> str:
         """What in the network or the images leaves little to save."""
@@ -445,3 +460,12 @@ class Assessment:
 
 def _capital(words: str) -> str:
     return words[:1].upper() + words[1:]
+
+
+def _better(rival: Measured, chosen: Measured | None) -> bool:
+    """Whether a rival is faster, or as fast at no greater loss."""
+    if chosen is None or chosen.speedup is None or rival.speedup is None:
+        return chosen is None
+    (low, middle, high), (rival_low, times, rival_high) = chosen.speedup, rival.speedup
+    tie = low <= times <= high and rival_low <= middle <= rival_high
+    return rival.loss <= chosen.loss if tie else times > middle

@@ -159,7 +159,10 @@ class Report:
     @property
     def _refusal(self) -> str:
         if any(point.certified for point in self.curve):
-            return f"Never exit: what is certified saves nothing. Asked for: {self._level}."
+            failed = next((point for point in self.curve if not point.certified), None)
+            measured = "" if failed is None else f"{_percent(failed.loss)}, p = {failed.p_value:.3g}"
+            bolder = "" if failed is None else f"; the first that is not measured {measured}"
+            return f"Never exit: what is certified saves nothing{bolder}. Asked for: {self._level}."
         first = self.curve[0]
         measured = f"the first setting measured {_percent(first.loss)}, p = {first.p_value:.3g}"
         return f"Never exit: nothing is certified; {measured}. Asked for: {self._level}."

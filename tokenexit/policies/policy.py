@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -115,11 +115,16 @@ class Policy(ABC):
             # A policy of one's own that looks at a field which is None: `exit`, say, which a model alone fills in.
             if "NoneType" not in str(error):
                 raise
-            lacking = [field.name for field in dataclasses.fields(evidence) if getattr(evidence, field.name) is None]
+            lacking = [
+                field.name
+                for field in dataclasses.fields(evidence)
+                if getattr(evidence, field.name) is None and _mentions(self.leaves, field.name)
+            ]
             rule = (
                 f"have all that {type(self).__name__} looks at: give it by name, as `policies.Evidence(logits, exit=0)`"
             )
             raise TokenExitError(f"`evidence` must {rule}, got none of {', '.join(lacking)}: {error}") from error
+        _require_mask(self, leave)
         spared = self._spares or (evidence.valid is None and evidence.protected is None)
         return leave if spared else leave & evidence.eligible
 
@@ -134,6 +139,14 @@ class Policy(ABC):
     def __or__(self, other: "Policy") -> "Policy":
         """A token leaves if either policy lets it go."""
         return _Either(self, other) if isinstance(other, Policy) else NotImplemented
+
+    def __bool__(self) -> bool:
+        """Refuse `and`, `or` and `not`, of which Python would keep one policy and drop the other.
+
+        Raises:
+            TokenExitError: Always.
+        """
+        raise TokenExitError(f"`policy` must be composed by `&`, `|` and `~`, not by `and`, `or` and `not`, got {self}")
 
     def __invert__(self) -> "Policy":
         """A token leaves if the policy does not let it go; one about which nothing is known, a NaN, stays all the same.
@@ -477,3 +490,16 @@ COMPOSED: Mapping[str, type[Policy] | type[PerClass]] = {
     "PerClass": PerClass,
 }
 """What policies are composed of, by the names in files."""
+
+
+def _mentions(method: Callable[..., Any], name: str) -> bool:
+    """Whether a method reads an attribute of that name; true where that cannot be told."""
+    code = getattr(method, "__code__", None)
+    return code is None or name in code.co_names
+
+
+def _require_mask(policy: Policy, leave: Any) -> None:
+    """Raise for a policy of one's own that gives scores where it must give a mask."""
+    mask = is_array(leave) and leave.dtype == array_namespace(leave).bool
+    kind = getattr(leave, "dtype", type(leave).__name__)
+    require(mask, f"{type(policy).__name__}.leaves", "give booleans, True for each token that exits", kind)

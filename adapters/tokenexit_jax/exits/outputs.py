@@ -72,6 +72,12 @@ class Output:
         """
         return summary(self.exit_depth, self.tokens_per_block, merged_size=self.merged_size, overflow=self.overflow)
 
+    def __repr__(self) -> str:
+        """The summary; the shape of the logits where numbers are not known, as in a traced program."""
+        known = isinstance(self.exit_depth, jax.Array | np.ndarray) and not isinstance(self.exit_depth, jax.core.Tracer)
+        shape = tuple(getattr(self.logits, "shape", ()))
+        return f"<{type(self).__name__}: {self.summary() if known else f'logits of shape {shape}'}>"
+
     def multiply_adds(self, cost: Cost, /) -> Int[np.ndarray, "images"]:
         """Multiply-adds that the call stands for, heads and patch embedding included: of tokens, not of empty entries.
 

@@ -25,7 +25,7 @@ from tokenexit.guarantees import calibrate as core
 from tokenexit.guarantees.bounds import Test
 from tokenexit.guarantees.calibrate import AdaptedModel, Calibrated, Chains, Kind, Level, Outcome, Progress, Risk
 from tokenexit.guarantees.drift import Sample
-from tokenexit.schedule import Schedule
+from tokenexit.schedule import Schedule, dense
 from tokenexit_torch import _files
 from tokenexit_torch._images import in_batches, require_plain
 from tokenexit_torch._modules import evaluating
@@ -90,8 +90,9 @@ def calibrate(
         ignore: Label of pixels that do not count. Every image must have one that does.
         classes: For `IoU loss`: the classes that are to keep it; all if left out. One that no image has cannot be
             certified, and a rare one takes thousands of images: leave it out, before you see a loss.
-        scores: For a model with a decoder of its own: turns its output into class scores, logits of any resolution.
-            The model's own classes if left out. A loss of your own needs none.
+        scores: For a model with a decoder of its own: turns its output into class scores, logits of any resolution. If
+            left out, the model's own classes, or what a decoder returns, if that is a tensor of two channels or more.
+            A loss of your own needs none.
         settings: What to choose from, each chain from the most careful to the boldest, in an order that was fixed
             before these images were seen; `default_settings(model)` if left out.
         chains: Settings that are tested one after another, by their places, if they are not all one ladder;
@@ -121,7 +122,8 @@ def calibrate(
             calibration, incomplete or damaged; class scores are NaN; or a number is out of range.
     """
     loss = isinstance(risk, Risk) and risk.loss is not None
-    adapted = _adapted(model, scores, preprocessing, reads="anything" if loss else "class scores")
+    batches = in_batches(images)
+    adapted = _adapted(model, scores, preprocessing, None if loss else batches)
     tensor = labels is None or isinstance(labels, Tensor)
     require(tensor, "labels", "be a tensor of whole numbers", type(labels).__name__)
     if isinstance(risk, Risk):
@@ -132,7 +134,7 @@ def calibrate(
         risk = Risk(risk, labels=None if labels is None else labels.cpu(), ignore=ignore, classes=classes, size=size)
     return core.calibrate(
         adapted,
-        in_batches(images),
+        batches,
         level=Level(at_most, confidence, test, seed),
         risk=risk if scores is None else replace(risk, scores="`scores`"),
         settings=settings,
@@ -193,10 +195,10 @@ Reads = Literal["class scores", "anything"]
 
 
 def _adapted(
-    model: ExitingModel | DecodingModel, scores: Scores | None, preprocessing: str, *, reads: Reads = "class scores"
+    model: ExitingModel | DecodingModel, scores: Scores | None, preprocessing: str, batches: Iterable[Any] | None
 ) -> AdaptedModel:
-    """The model as the core calibrates it, whatever reads the tokens in the end."""
-    read = _reader(model, scores, reads=reads)
+    """The model as the core calibrates it; without images by a loss of the user's own, which asks for no classes."""
+    read = _reader(model, scores, reads="anything" if batches is None else "class scores")
     decoder = cache(model.decoder_multiply_adds) if isinstance(model, DecodingModel) else None
     return AdaptedModel(
         run=partial(_run, model, read, decoder),
@@ -205,9 +207,20 @@ def _adapted(
         settings=partial(default_settings, model),
         fingerprints=lambda resolution: fingerprints(model, resolution=resolution, preprocessing=preprocessing),
         store=_files,
-        classes=model.classes,
+        classes=model.classes if batches is None or read is None else _classes(model, read, batches),
         fitted=model.fitted,
     )
+
+
+def _classes(model: ExitingModel | DecodingModel, read: Scores, batches: Iterable[Any]) -> int:
+    """Number of classes that are compared: that of the heads, or of what a decoder makes of one image."""
+    first: Any = None if model.classes else next(iter(batches), None)
+    if first is None:
+        return model.classes
+    _look(first)
+    run: Any = model
+    with torch.no_grad(), evaluating(model):
+        return read(run(first[:1], schedule=dense())).shape[1]
 
 
 def _look(batch: Any) -> tuple[tuple[int, int], tuple[str, ...]]:

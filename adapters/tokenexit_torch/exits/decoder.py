@@ -242,21 +242,24 @@ def class_scores(
 
     Args:
         model: The model.
-        given: What its caller gave to make them; the model's own if None.
+        given: What its caller gave to make them. If None, the model's own; the output itself of a model that does not
+            tell whether it has classes.
         argument: The name of that argument.
 
     Raises:
-        TokenExitError: If there is no way to make them; the function raises it if they do not fit.
+        TokenExitError: The function raises it if there are no class scores, or as many as exit heads do not have.
     """
-    rule = "be given for a model whose output has no classes: a function from it to class scores"
-    require(given is not None or model.host.classes is not None, argument, rule, "None")
-    make = model.host.class_scores if given is None else given
+    unknown = given is None and model.host.classes is None
+    make = given or ((lambda decoded: decoded) if unknown else model.host.class_scores)
+    rule = "be given where a decoder does not return one map of class scores: a function from its output to"
+    say = f"{rule} class scores" if unknown else "give class scores"
 
     def read(decoded: Any, images: int) -> Tensor:
         scores = make(decoded)
-        fits = isinstance(scores, Tensor) and scores.ndim == 4 and scores.shape[:2] == (images, model.classes)
+        fits = isinstance(scores, Tensor) and scores.ndim == 4 and len(scores) == images
+        fits = fits and (scores.shape[1] == model.classes if model.classes else scores.shape[1] > 1)
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        require(fits, argument, f"give class scores of shape ({images}, {model.classes}, height, width)", got)
+        require(fits, argument, f"{say} of shape ({images}, {model.classes or 'classes'}, height, width)", got)
         return scores
 
     return read

@@ -35,7 +35,7 @@ from tokenexit_torch.exits.base import WithExits
 from tokenexit_torch.exits.layouts import PACKED, Certain, Compaction, Counts, Layout, Packed
 from tokenexit_torch.heads.masks import log_scores
 from tokenexit_torch.heads.reading import apply_head, detached
-from tokenexit_torch.hosts.protocol import Embedded, area_of, embedded_by
+from tokenexit_torch.hosts.protocol import Embedded, area_of, embedded_by, warn_if_drawing
 
 __all__ = [
     "Fixed",
@@ -179,6 +179,7 @@ def start(
     if after:
         require_not_traced(type(model).__name__)
     embedded = embedded_by(model.host, images, patch=model.patch)
+    warn_if_drawing(*(part for name, part in model.named_children() if name != "model"))
     masks = isinstance(plan.carry, MaskPrediction) or (heads == "all" and model.gives_masks)
     fixed = Fixed(model, plan, stages, layout, heads, embedded, area_of(embedded, images), masks, taps)
     folds = fixed.feature is not None and fixed.feature.fold_above is not None

@@ -142,7 +142,7 @@ def embedded_anywhere(host: Host, images: Tensor, /) -> Embedded:
         cast or images.dtype == weight.dtype, "images", f"have the dtype of the model, {weight.dtype}", images.dtype
     )
     _warn_unless_normalised(images)
-    _warn_if_drawing(host.module)
+    warn_if_drawing(host.module, *host.module.children())
     try:
         found = host.embed(images)
     except (TokenExitError, torch.OutOfMemoryError):
@@ -185,14 +185,19 @@ def _warn_unless_normalised(images: Tensor) -> None:
         warn_of_pixels()
 
 
-def _warn_if_drawing(module: nn.Module) -> None:
-    """Warn of a network in training mode where there are no gradients: it was meant to be in evaluation mode.
+def warn_if_drawing(*modules: nn.Module) -> None:
+    """Warn of parts in training mode where there are no gradients: they are meant to be in evaluation mode. Not public.
 
     With gradients nothing is said, as nothing is by PyTorch: that is how networks are trained.
+
+    Args:
+        modules: Parts of the network; below one in evaluation mode nothing is looked at, which takes no time.
     """
-    if not module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    drawing = [name for name, part in module.named_modules() if part.training and _draws(part)]
+    training = (module for module in modules if module.training)
+    every = (named for module in training for named in module.named_modules())
+    drawing = [name or type(part).__name__ for name, part in every if part.training and _draws(part)]
     if drawing:
         rule = "be in evaluation mode where no gradients are taken: call `eval()` on what `wrap` returned"
         warnings.warn(f"`model` should {rule}, got training mode with `{drawing[0]}`", UserWarning, stacklevel=2)

@@ -269,7 +269,7 @@ def _parts(model: object) -> Iterator[tuple[str, nn.Module]]:
 
 
 _BEHIND = (
-    "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes (docs/concepts/merging.md)"
+    "; `wrap(vit, decoder=...)` puts a decoder behind a vision transformer that `wrap` takes (docs/howto/decoder.md)"
 )
 
 

@@ -50,7 +50,8 @@ class Predictor(prediction.Predictor[ExitingModel]):
 
     def placed(self, built: Any, /) -> ExitingModel:
         """The model on its device, in evaluation mode."""
-        require(isinstance(built, ExitingModel), "build", "return a model from `wrap`", type(built).__name__)
+        rule = "return a model from `wrap` with a head (`tokenexit segment` runs networks with a decoder)"
+        require(isinstance(built, ExitingModel), "build", rule, type(built).__name__)
         return built.to(self.device).eval()
 
     def fingerprints(self, model: ExitingModel, /, *, resolution: tuple[int, int], preprocessing: str) -> Fingerprints:

@@ -96,7 +96,8 @@ def fit_exits(
         images: A tensor; or batches, each of them a tensor or a pair of images and labels: classes of pixels, in any
             resolution. They are gone through once, unless `cache` is None.
         targets: For a model with a decoder of its own: turns its output into class scores, logits of any resolution,
-            which are averaged to patches as probabilities. The model's own classes if left out.
+            which are averaged to patches as probabilities. If left out, the model's own classes, or what a
+            decoder returns, if that is a tensor of as many channels as exit heads have classes.
         label_weight: What labels weigh in the targets, between 0 and 1. It does nothing without labels.
         ignore: Label of pixels that do not count.
         held_out: Share of the images, the last ones, that heads are not fitted to: at least one, unless it is 0. With

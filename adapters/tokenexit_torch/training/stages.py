@@ -123,7 +123,12 @@ class Staged(nn.Module):
     def __init__(self, model: ExitingModel | StaticModel) -> None:
         super().__init__()
         wrapped = model.model if isinstance(model, StaticModel) else model
-        require(isinstance(wrapped, ExitingModel), "model", "be wrapped by `wrap`", type(wrapped).__name__)
+        require(
+            isinstance(wrapped, ExitingModel),
+            "model",
+            "be wrapped by `wrap` with a head, not with a decoder",
+            type(wrapped).__name__,
+        )
         self.model = model
 
     def forward(
