@@ -117,8 +117,8 @@ FIGURES: Mapping[str, Entry] = {
     ),
     "frontier": Entry(
         charts.frontier,
-        "Difference in mIoU from dense against measured speed-up on CamVid: merging, then exits, are the fastest at "
-        "little loss; exits alone, merging alone, ToMe, smaller input and truncated networks are beside them.",
+        "Change of mIoU against measured speed-up on CamVid: plans that merge and then exit are the fastest for their loss, "
+        "exits alone, merging alone and ToMe are slower, and smaller input and truncated networks lose more.",
     ),
 }
 """Every figure by its name."""

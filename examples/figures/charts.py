@@ -83,7 +83,7 @@ def frontier(theme: Theme) -> Figure:
         "truncated": (theme.muted, "X"),
     }
     sheet = Sheet(theme, 330)
-    axes = sheet.chart(68, 40, 10, 52)
+    axes = sheet.chart(68, 40, 16, 52)
     found = list(measured(RESULTS.read_text(encoding="utf-8")))
     for name, (colour, marker) in series.items():
         points = sorted((speed, change) for kind, speed, change in found if kind == name)
@@ -92,7 +92,7 @@ def frontier(theme: Theme) -> Figure:
         empty = {"markerfacecolor": "none", "markeredgewidth": 2} if name == "truncated" else {}
         axes.plot(x, y, marker=marker, color=colour, markersize=10, linewidth=1.4, linestyle=":", **empty)
         dx, dy, across = _AT[name]
-        words = "truncated,\nearlier run" if name == "truncated" else name
+        words = "truncated,\nother run" if name == "truncated" else name
         axes.text(x[-1] + dx, y[-1] + dy, words, color=colour, ha=across, va="center")
     axes.axhline(0, color=theme.faint, linewidth=1.6, zorder=0)
     axes.plot([1], [0], marker="*", color=theme.ink, markersize=15)

@@ -25,7 +25,7 @@ def token_way(theme: Theme) -> Figure:
 
     gone: list[int] = []
     lane = 208
-    parts = ((4, "blocks 1\N{EN DASH}3", (1, 4)), (146, "4\N{EN DASH}6", (2, 5)), (278, "7\N{EN DASH}12", ()))
+    parts = ((4, "blocks 1\N{EN DASH}3", (1, 4)), (146, "4\N{EN DASH}6", (2, 5)), (288, "7\N{EN DASH}12", ()))
     for x, words, leaving in parts:
         slots = packing.slot.tolist()
         high = pitch * len(slots) - 4
