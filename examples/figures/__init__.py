@@ -58,7 +58,7 @@ FIGURES: Mapping[str, Entry] = {
     "merging": Entry(
         grids.merge_cells,
         "A grid of 256 patches of three classes: cells of 2 x 2 patches of one class merge into a token, then cells of "
-        "4 x 4, then one of 8 x 8, so that fewer tokens run, and patches at boundaries stay single.",
+        "4 x 4, then of 8 x 8, so that fewer tokens run, and patches at boundaries stay single.",
     ),
     "carries": Entry(
         flows.carries,
@@ -117,8 +117,8 @@ FIGURES: Mapping[str, Entry] = {
     ),
     "frontier": Entry(
         charts.frontier,
-        "Change of mIoU against measured speed-up on CamVid: plans that merge and then exit are the fastest for their loss, "
-        "exits alone, merging alone and ToMe are slower, and smaller input and truncated networks lose more.",
+        "Change of mIoU against measured speed-up on CamVid: plans that merge and then exit are the fastest for their "
+        "loss; exits alone, merging alone and ToMe are slower; smaller input and truncated networks lose more.",
     ),
 }
 """Every figure by its name."""
