@@ -24,7 +24,7 @@ endef
 export IMPORTED
 HOST_TESTS := $(addprefix tests/torch/test_,hosts.py decoding.py wrapping.py semantic.py saving.py)
 
-.PHONY: demo demo-jax test slow properties invariance coverage-study fuzz gpu-report lint types docs older-hosts wheel-test browser dist clean
+.PHONY: demo demo-jax test slow properties invariance coverage-study fuzz gpu-report lint types figures docs older-hosts wheel-test browser dist clean
 
 demo: .venv/demo
 	$(RUN) examples.segment --out demo
@@ -67,6 +67,10 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(RUN) pyright
+
+# The figures of the site, in both of its colour schemes: the same bytes each time.
+figures: .venv/dev
+	$(RUN) examples.figures --out docs/images
 
 docs: .venv/dev
 	$(RUN) mkdocs build --strict
