@@ -72,8 +72,13 @@ types: .venv/dev
 figures: .venv/dev
 	$(RUN) examples.figures --out docs/images
 
+# Built strictly, then looked at: spelling, alternative texts, links within the site, and whether users find what they ask.
 docs: .venv/dev
 	$(RUN) mkdocs build --strict
+	$(RUN) codespell_lib README.md CHANGELOG.md docs --skip '*.svg,*.png'
+	$(RUN) pymarkdown --disable-rules '*' --enable-rules md045 scan --recurse README.md docs
+	.venv/bin/lychee --offline --no-progress --include-fragments --root-dir $$PWD/site --exclude-path site/404.html site
+	$(RUN) tests.website.reach site --table docs/results/testing.md
 
 # The oldest hosts that pyproject.toml allows, in an environment that looks into .venv for all else: nothing big is
 # installed twice. This timm scripts some of its parts by torch.jit when it is imported, which PyTorch advises against.
@@ -101,10 +106,10 @@ wheel-test: .venv/dev
 	CORE_BACKENDS=numpy HYPOTHESIS_PROFILE=again $$python -m pytest -q $(SPREAD) --import-mode=importlib -p no:cacheprovider tests; \
 	rm -rf $$away
 
-# The page of an assessment in a headless Chromium, that of the system (`apt-get install chromium`) if there is one.
+# The site, and the page of an assessment, in a headless Chromium: that of the system (`apt-get install chromium`) if there
+# is one.
 browser: .venv/dev
-	$(RUN) $(PIP) --constraint constraints.txt --group browser
-	$(RUN) pytest -q -rs tests/test_assessment_browser.py
+	$(RUN) pytest -q -rs tests/browser
 
 # What is uploaded: both files built, their metadata checked, and the sdist installed and used away from the source.
 dist: .venv/dev

@@ -22,12 +22,13 @@ import tokenexit_cli
 import tokenexit_jax
 import tokenexit_torch
 from tests.timm_import import import_timm
+from tests.website import pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 _BLOCK = re.compile(r"^::: (?P<name>\S+)\n(?P<options>(?:[ ]{4}.*\n|\n(?=[ ]{4}))*)", re.MULTILINE)
-_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def modules() -> Iterator[ModuleType]:
@@ -125,25 +126,47 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(navigation(nav)) == PAGES
 
 
-def blocks(page: str, language: str) -> list[str]:
-    """Code of a page, each piece on the lines that it has there, for tracebacks."""
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_does_not_run_is_python_all_the_same(page: str) -> None:
+    for block in pages.blocks((DOCS / page).read_text(), "py"):
+        ast.parse(block.code, page)
+
+
+RUNNABLE = [page for page in PAGES if pages.blocks((DOCS / page).read_text(), "python")]
+
+
+def test_how_tos_and_concepts_have_code_that_runs() -> None:
+    """All but those of the shell: a cluster's engines are not here."""
+    taught = {page for page in PAGES if page.startswith(("howto/", "concepts/", "methods/"))}
+    silent = {"howto/cluster.md", "howto/cli.md", "methods/index.md"}
+    assert taught - silent | {"index.md", "start/tour.md"} <= set(RUNNABLE)
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_a_page_says_what_its_blocks_continue(page: str) -> None:
     text = (DOCS / page).read_text()
-    fences = (fence for fence in _FENCE.finditer(text) if fence["language"] == language)
-    return ["\n" * text.count("\n", 0, fence.start("code")) + fence["code"] for fence in fences]
+    if len(pages.blocks(text, "python")) > 1:
+        before, _, _ = text.partition("```python")
+        assert "run in order, as one script" in " ".join(before.split())
+    assert not re.search(r"^\s*(import|from) (examples|tests)\b", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_that_does_not_run_is_python_all_the_same(page: str) -> None:
-    for code in blocks(page, "py"):
-        ast.parse(code, page)
+def test_code_and_output_fit_the_column(page: str) -> None:
+    text = (DOCS / page).read_text()
+    fenced = "".join(fence["code"] for fence in _FENCE.finditer(text))
+    outside = _FENCE.sub("", text)
+    indented = re.findall(r"(?<=\n\n)((?: {4}\S.*\n)(?: {4}.*\n|\n(?= {4}))*)", outside)
+    lines = [*fenced.splitlines(), *"".join(indented).splitlines()] if not page.startswith("api/") else []
+    assert [line for line in lines if len(line) > pages.WIDTH + 4] == []
 
 
-RUNNABLE = [page for page in PAGES if blocks(page, "python")]
-
-
-def test_the_tour_and_the_guide_have_code_that_runs() -> None:
-    expected = {page for page in PAGES if page.startswith("guide/")} | {"index.md", "tour.md"}
-    assert set(RUNNABLE) == expected
+def test_what_is_read_first_is_short() -> None:
+    """Start, how-to, concepts and other methods, as `wc -w` counts: code, tables and outputs included."""
+    read = [
+        page for page in PAGES if page == "index.md" or page.startswith(("start/", "howto/", "concepts/", "methods/"))
+    ]
+    assert sum(len((DOCS / page).read_text().split()) for page in read) <= 20_000
 
 
 def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,11 +182,25 @@ def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", RUNNABLE)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs_and_prints_what_it_says(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import_timm()
     module = ModuleType(f"page_{PAGES.index(page)}")  # dataclasses look their module up
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
-        for code in blocks(page, "python"):
-            exec(compile(code, str(DOCS / page), "exec"), module.__dict__)
+        for block, printed in pages.run(DOCS / page, module):
+            assert block.says(printed), f"`python -m tests.website.pages docs/{page}` writes it:\n{printed}"
+
+
+def test_an_output_that_is_not_what_is_printed_is_found() -> None:
+    text = '```python\nprint("a 2.50 b", 3)\n```\n\n```text title="Output"\n{}\n```\n'
+    for shown, right in (("a 2.50 b 3", 1), ("a 2.55\nb 3", 1), ("a ... 3", 1), ("a 2.50 b 4", 0), ("a 3.50 b 3", 0)):
+        (block,) = pages.blocks(text.format(shown), "python")
+        assert block.says("a 2.50 b 3") == right
+    (silent,) = pages.blocks("```python\nx = 1\n```\n", "python")
+    assert silent.says("")
+    assert not silent.says("1")
+    ran = [(silent, "1")]
+    assert pages.written("```python\nx = 1\n```\n", ran) == '```python\nx = 1\n```\n\n```text title="Output"\n1\n```\n'

@@ -1,35 +1,13 @@
-"""The page of an assessment in a real browser: on a wide screen and on a phone, light and dark.
-
-It needs Playwright, `pip install playwright`, and a Chromium: that of the system (`apt-get install chromium`), the one
-that BROWSER names, or the one that `playwright install chromium` fetches.
-"""
-
-import os
-import shutil
-from pathlib import Path
+"""The page of an assessment in a real browser: on a wide screen and on a phone, light and dark."""
 
 import pytest
 
 from tests.core.assessing import assessment
 from tokenexit.assessment import page
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> " + "long" * 60
-
-
-@pytest.fixture(scope="module")
-def browser():
-    named = os.environ.get("BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_api.sync_playwright() as playwright:
-        there = named or playwright.chromium.executable_path
-        if not Path(there).exists():
-            pytest.skip("no browser: apt-get install chromium, or playwright install chromium")
-        sandbox = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []  # Chromium wants it of root
-        started = playwright.chromium.launch(executable_path=there, args=sandbox)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
