@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.core import oracles, strategies
 from tests.core.backends import BACKENDS, each_backend
 from tokenexit import TokenExitError, carries, policies, schedule, scores
-from tokenexit.carries import Feature
+from tokenexit.carries import Feature, Translated
 from tokenexit.policies import (
     BatchBudget,
     Budget,
@@ -753,6 +753,31 @@ def test_damaged_data_is_refused_by_the_librarys_own_error_or_read_as_a_policy(p
         assert isinstance(policies.from_dict(damaged), Policy)
 
 
+def test_a_policy_of_ones_own_is_taken_to_read_classes_unless_it_says_what_it_reads():
+    @dataclass(frozen=True)
+    class Own(Policy):
+        def leaves(self, evidence):
+            return evidence.label == 0
+
+    @dataclass(frozen=True)
+    class Errors(Policy):
+        reads = frozenset({"error"})
+
+        def leaves(self, evidence):
+            return evidence.error < 0.1
+
+    assert Own().asks_classes
+    assert (Own() | never()).asks_classes
+    assert not Errors().asks_classes
+    assert Errors().needs == {"error"}
+    assert not (never() | always()).needs
+    plan = Schedule((Exit(2, Own()),), Translated())
+    given = {"depth": 6, "after": (2,), "gives_masks": False, "translates": (2,), "classes": 0}
+    with pytest.raises(TokenExitError, match="`schedule` must"):
+        schedule.require_fits(plan, **given)
+    schedule.require_fits(Schedule((Exit(2, Errors()),), Translated()), **given)
+
+
 def test_a_policy_of_ones_own_must_give_a_mask_and_is_told_what_it_lacks():
     class Scores(Policy):
         def leaves(self, evidence):
@@ -763,7 +788,7 @@ def test_a_policy_of_ones_own_must_give_a_mask_and_is_told_what_it_lacks():
             return (evidence.confidence > 0.5) & (evidence.exit > 0)
 
     rows = np.array([[9, 0], [0, 9]], np.float32)
-    with pytest.raises(TokenExitError, match=r"`Scores.leaves` must give booleans, .*, got float32"):
+    with pytest.raises(TokenExitError, match=r"`Scores.leaves` must give booleans, .*, got .*float32"):
         Scores()(Evidence(rows))
     with pytest.raises(TokenExitError, match=r"as `policies.Evidence\(logits, exit=0\)`, got none of exit: "):
         Late()(Evidence(rows))

@@ -719,7 +719,7 @@ def test_exit_heads_of_one_class_are_refused_also_if_the_model_has_one():
 
 
 def test_a_decoding_model_without_a_plan_merges_as_under_a_decoder():
-    model = tet.wrap_decoder(DECODERS["Depth Anything"]())
+    model = tet.wrap_decoder(DECODERS["Depth Anything"].make())
     assert model.schedule == schedule.merged(depth=model.depth)
 
 

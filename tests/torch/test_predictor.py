@@ -224,7 +224,7 @@ def test_a_tensor_is_no_batch_of_pictures(folder):
 
 
 def test_a_function_that_builds_something_else_is_named():
-    with pytest.raises(TokenExitError, match="`build` must return a model from `wrap`, got str"):
+    with pytest.raises(TokenExitError, match="`build` must return a model from `wrap` with a head .*, got str"):
         tet.Predictor(recipes.from_nothing, mean=MEAN, std=STD).load()
 
 

@@ -79,6 +79,10 @@ class Policy(ABC):
     direction: ClassVar[Literal["above", "below"] | None] = None
     """On which side of its threshold a token exits; None without a threshold."""
 
+    reads: ClassVar[frozenset[str] | None] = None
+    """Scores, and other fields of `Evidence`, that `leaves` reads. If left out, `score` where that is one of the library's,
+    and else class scores: a plan is refused where there are none."""
+
     ranks: ClassVar[bool] = False
     """Whether a decision depends on other tokens by count: a top-k, or a budget."""
 
@@ -236,7 +240,10 @@ class Policy(ABC):
         return frozenset(self._reads().union(*(one.needs for one in self._inside)))
 
     def _reads(self) -> frozenset[str]:
-        return frozenset() if self.score is None else frozenset({self.score})
+        if self.reads is not None:
+            return self.reads
+        own = frozenset() if self.score is None else frozenset({self.score})
+        return own if self._inside or self.score in (*SCORES, "gate", "error") else own | {"confidence"}
 
     @property
     def _inside(self) -> tuple["Policy", ...]:
@@ -306,6 +313,7 @@ class ThresholdPolicy(Policy, ABC):
 
 @dataclass(frozen=True, repr=False)
 class _Never(Policy):
+    reads: ClassVar[frozenset[str] | None] = frozenset()
     _spares: ClassVar[bool] = True
 
     def __repr__(self) -> str:
@@ -317,6 +325,7 @@ class _Never(Policy):
 
 @dataclass(frozen=True, repr=False)
 class _Always(Policy):
+    reads: ClassVar[frozenset[str] | None] = frozenset()
     _spares: ClassVar[bool] = True
 
     def __repr__(self) -> str:
@@ -495,7 +504,7 @@ COMPOSED: Mapping[str, type[Policy] | type[PerClass]] = {
 def _mentions(method: Callable[..., Any], name: str) -> bool:
     """Whether a method reads an attribute of that name; true where that cannot be told."""
     code = getattr(method, "__code__", None)
-    return code is None or name in code.co_names
+    return code is None or name in code.co_names or "getattr" in code.co_names
 
 
 def _require_mask(policy: Policy, leave: Any) -> None:

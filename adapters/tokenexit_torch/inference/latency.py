@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenexit.adapting import is_whole
+from tokenexit.adapting import Progress, is_whole
 from tokenexit.errors import require
 from tokenexit.latency import Latency
 from tokenexit.policies import NeighboursAgree
@@ -33,7 +33,7 @@ def measure_latency(
     /,
     *,
     rounds: int = 5,
-    progress: Callable[..., tqdm] = tqdm,
+    progress: Progress = tqdm,
 ) -> Latency:
     """Measure a model on the device and in the batch size of some images.
 
@@ -70,7 +70,7 @@ def measure_latency(
             if plan is not None:
                 calls[name] = partial(model, images, schedule=plan)
         times = {name: [] for name in calls}
-        for turn in progress(range(rounds + 1), desc="latency"):
+        for turn in progress(range(rounds + 1)):
             for name, call in calls.items():
                 seconds = _seconds(call, images.device)
                 if turn > 0:
