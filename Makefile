@@ -75,9 +75,9 @@ figures: .venv/dev
 # Built strictly, then looked at: spelling, alternative texts, links within the site, and whether users find what they ask.
 docs: .venv/dev
 	$(RUN) mkdocs build --strict
-	$(RUN) codespell_lib README.md CHANGELOG.md docs --skip '*.svg,*.png'
+	$(RUN) codespell_lib --ignore-words-list retuned README.md CHANGELOG.md docs --skip '*.svg,*.png'
 	$(RUN) pymarkdown --disable-rules '*' --enable-rules md045 scan --recurse README.md docs
-	.venv/bin/lychee --offline --no-progress --include-fragments --root-dir $$PWD/site --exclude-path site/404.html site
+	.venv/bin/lychee --offline --no-progress --include-fragments --index-files index.html --root-dir $$PWD/site --exclude-path site/404.html site
 	$(RUN) tests.website.reach site --table docs/results/testing.md
 
 # The oldest hosts that pyproject.toml allows, in an environment that looks into .venv for all else: nothing big is

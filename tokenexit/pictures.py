@@ -132,7 +132,7 @@ def place_in_batch(index: int | None, /, *, images: int) -> int:
     Raises:
         TokenExitError: If there is no such image, or none is named of several.
     """
-    place = 0 if index is None and images == 1 else index
+    place: Any = 0 if index is None and images == 1 else index
     fits = is_whole(place, least=0) and place < images
     require(fits, "index", f"be from 0 to {images - 1}, the place of the image in the batch", repr(index))
-    return int(place)
+    return place

@@ -80,8 +80,8 @@ class Policy(ABC):
     """On which side of its threshold a token exits; None without a threshold."""
 
     reads: ClassVar[frozenset[str] | None] = None
-    """Scores, and other fields of `Evidence`, that `leaves` reads. If left out, `score` where that is one of the library's,
-    and else class scores: a plan is refused where there are none."""
+    """Scores, and other fields of `Evidence`, that `leaves` reads. If left out, `score` where that is one of the
+    library's, and else class scores: a plan is refused where there are none."""
 
     ranks: ClassVar[bool] = False
     """Whether a decision depends on other tokens by count: a top-k, or a budget."""

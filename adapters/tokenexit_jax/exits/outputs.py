@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from tokenexit.area import Area
@@ -74,7 +75,7 @@ class Output:
 
     def __repr__(self) -> str:
         """The summary; the shape of the logits where numbers are not known, as in a traced program."""
-        known = isinstance(self.exit_depth, jax.Array | np.ndarray) and not isinstance(self.exit_depth, jax.core.Tracer)
+        known = isinstance(self.exit_depth, jax.Array | np.ndarray) and not isinstance(self.exit_depth, Tracer)
         shape = tuple(getattr(self.logits, "shape", ()))
         return f"<{type(self).__name__}: {self.summary() if known else f'logits of shape {shape}'}>"
 
