@@ -218,7 +218,7 @@ def _with_decoder(
         require(num_classes is None, "num_classes", rule, repr(num_classes))
         asked = None
     elif asked is not None or schedule.read_after or isinstance(exit_heads, Mapping):
-        errors = isinstance(schedule.carry, Translated)
+        errors = isinstance(schedule.carry, Translated) and asked is None
         rule = "translate for this schedule, which carries translations: exit_heads=tokenexit.heads.Translator()"
         require(not errors, "exit_heads", rule, repr(exit_heads) if isinstance(exit_heads, HeadPlan) else "modules")
         why = {None: ", for the model has no classes", 1: ", for the model has one class"}.get(host.classes, "")

@@ -766,7 +766,22 @@ def test_a_policy_of_ones_own_is_taken_to_read_classes_unless_it_says_what_it_re
         def leaves(self, evidence):
             return evidence.error < 0.1
 
-    assert Own().asks_classes
+    class Quiet(policies.ThresholdPolicy):
+        score = "quiet"
+
+        def value(self, evidence):
+            return evidence.confidence
+
+    for policy in (Own(), Quiet(0.5), ConfidenceAbove(0.5), policies.Patience(exits=2), policies.Budget(4)):
+        assert policy.asks_classes
+    for policy in (
+        GateBelow(0.5),
+        policies.ErrorBelow(0.5),
+        policies.Budget(4, by="gate"),
+        policies.Budget(4, by="error"),
+    ):
+        assert not policy.asks_classes
+    assert not Own().needs
     assert (Own() | never()).asks_classes
     assert not Errors().asks_classes
     assert Errors().needs == {"error"}

@@ -152,7 +152,7 @@ def test_an_edge_between_patches_is_found_where_it_is(way, drawn):
     wanted = image[:, 0] > 0
     for ask in WAYS:
         assert torch.equal(ask(model, image).argmax(dim=1) > 0, wanted), ask.__name__
-    run = _adapted(model, None, "as drawn").run
+    run = _adapted(model, None, "as drawn", []).run
     assert torch.equal(run(image, DENSE, size=size).label_maps > 0, wanted)
     grid = tuple(model(image).exit_depth.shape[1:])
     by_patch = run(image, DENSE, size=grid)
@@ -326,7 +326,7 @@ def test_the_map_of_a_decoder_is_of_what_patches_cover():
     read = model.host.class_scores
     assert output.area == Area((40, 40), (45, 41))
     whole = functional.interpolate(read(output.decoded), (40, 40), mode="bilinear").argmax(dim=1)
-    label = _adapted(model, None, "as drawn").run(images, schedule.dense(), size=(45, 41)).label_maps
+    label = _adapted(model, None, "as drawn", []).run(images, schedule.dense(), size=(45, 41)).label_maps
     assert torch.equal(label[:, :40, :40].long(), whole)
     refused = "`images` must be covered exactly by their patches"
     with pytest.raises(TokenExitError, match=f"{refused} where `scores` is given.*45 x 41 pixels.* cover 40 x 40"):

@@ -350,7 +350,10 @@ def test_gradient_checkpointing_is_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tet.Staged(nn.Linear(2, 2)), "`model` must be wrapped by `wrap`, got Linear"),
+        (
+            lambda: tet.Staged(nn.Linear(2, 2)),
+            "`model` must be wrapped by `wrap` with a head, not with a decoder, got Linear",
+        ),
         (
             lambda: tet.distillation(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2), temperature=0.0),
             "`temperature` must be positive, got 0.0",
@@ -426,7 +429,6 @@ def statistics(model):
     return {name: one for name, one in model.state_dict().items() if "running" in name and "model." not in name}
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("way", ["staged", "forward", "mixed"])
 def test_batch_norm_counts_patches_alone_in_every_way_of_training(way):
     plan = schedule.Schedule(tuple(Exit(after, policies.ConfidenceAbove(1.0)) for after in (1, 2)))  # nothing leaves
@@ -444,7 +446,6 @@ def test_batch_norm_counts_patches_alone_in_every_way_of_training(way):
     assert not all(torch.equal(one, torch.ones_like(one)) for one in found.values())
 
 
-@torch.no_grad()
 def test_batch_norm_counts_the_patches_that_are_left():
     model = with_batch_norm(models.timm_vit(prefix=5), schedule.paumer(keep={1: 0.5, 2: 0.25}))
     seen = []
@@ -458,7 +459,6 @@ def test_batch_norm_counts_the_patches_that_are_left():
     assert seen == [3 * 29, 3 * 17]  # without a copy of the row
 
 
-@torch.no_grad()
 def test_a_static_model_does_not_train_batch_norm():
     model = with_batch_norm(models.timm_vit(prefix=5), schedule.paumer(keep={1: 0.5}))
     static = tet.StaticModel(model, capacities=0.7)

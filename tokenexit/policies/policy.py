@@ -231,8 +231,11 @@ class Policy(ABC):
 
     @property
     def asks_classes(self) -> bool:
-        """Whether this policy, or one inside it, reads class scores."""
-        return not self.needs.isdisjoint(SCORES)
+        """Whether this policy, or one inside it, reads class scores, or does not say what it reads."""
+        read = self._reads()
+        known = {*SCORES, *(field.name for field in dataclasses.fields(Evidence))}
+        silent = self.reads is None and not self._inside and read.isdisjoint(known)
+        return silent or not read.isdisjoint(SCORES) or any(one.asks_classes for one in self._inside)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -242,8 +245,7 @@ class Policy(ABC):
     def _reads(self) -> frozenset[str]:
         if self.reads is not None:
             return self.reads
-        own = frozenset() if self.score is None else frozenset({self.score})
-        return own if self._inside or self.score in (*SCORES, "gate", "error") else own | {"confidence"}
+        return frozenset() if self.score is None else frozenset({self.score})
 
     @property
     def _inside(self) -> tuple["Policy", ...]:
