@@ -249,7 +249,7 @@ def require_final_head(manifest: HeadManifest, head: object, /) -> None:
     Raises:
         TokenExitError: If it is missing, or there are two.
     """
-    rule = "be given exactly if the exits were saved without a final head"
+    rule = "be given exactly if the exits were saved without a final head, and `decoder` if they were saved under one"
     got = "None" if head is None else type(head).__name__
     require((head is None) == manifest.built_head, "head", rule, got)
 
