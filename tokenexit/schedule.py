@@ -698,14 +698,7 @@ def require_fits(
         f"`schedule.neighbours(depth={depth})` has such, or name others by `radius`, or by `after` of other presets"
     )
     require(not late, "schedule", rule, f"{late}: {others}")
-    of_another = plan.depth not in (None, depth)
-    rule = f"have blocks for a model of {depth}: name them, or give the preset `depth={depth}` where it takes one"
-    require(
-        not of_another,
-        "schedule",
-        rule,
-        f"those that a preset chooses for {plan.depth}, {sorted({*plan.after, *plan.merged_after})}",
-    )
+    _require_depth(plan, depth)
     headless = [block for block in plan.after if block not in after]
     require(not headless, "schedule", f"have exits only after blocks with an exit head, {list(after)}", headless)
     late = [merge.after for merge in plan.merges if merge.after >= depth]
@@ -803,6 +796,7 @@ def require_gates_fit(
     late = [block for block in plan.after if block > last]
     rule = f"have gates after blocks 1 to {last} only, for {depth} blocks and before={carry.before!r}"
     require(not late, "schedule", rule, late)
+    _require_depth(plan, depth)
     missing = [block for block in plan.after if block not in after]
     require(not missing, "schedule", f"decide only after blocks with a gate, {list(after)}", missing)
     return dataclasses.replace(plan, carry=carry)
@@ -812,6 +806,13 @@ def _require_schedule(plan: Any) -> None:
     # Every pass asks this of its plan. One that is right is not written out: an accelerator would be waited for.
     if not isinstance(plan, Schedule):
         raise TokenExitError(f"`schedule` must be a tokenexit.schedule.Schedule, got {plan!r}")
+
+
+def _require_depth(plan: Schedule, depth: int) -> None:
+    """Raise for blocks that a preset chose for a network of another depth."""
+    rule = f"have blocks for a model of {depth}: name them, or give the preset `depth={depth}` where it takes one"
+    blocks = sorted({*plan.after, *plan.merged_after})
+    require(plan.depth in (None, depth), "schedule", rule, f"those that a preset chooses for {plan.depth}, {blocks}")
 
 
 def _needs(plan: Schedule) -> frozenset[str]:

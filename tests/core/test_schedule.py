@@ -454,6 +454,10 @@ def test_blocks_that_a_preset_chooses_are_of_the_depth_they_are_chosen_for(prese
         schedule.require_fits(plan, depth=24, **given)
     schedule.require_fits(Schedule.from_dict(plan.to_dict()), depth=24, **given)  # named, in a file
     assert Schedule.from_dict(plan.to_dict()) == plan
+    gates = range(1, 24)
+    with pytest.raises(TokenExitError, match=r"`schedule` must have blocks for a model of 24: .* chooses for 12, \["):
+        schedule.require_gates_fit(schedule.svit(), depth=24, after=gates)
+    schedule.require_gates_fit(schedule.svit(after=range(3, 24)), depth=24, after=gates)
     named = schedule.dtop(after=(8, 16))
     assert named.depth is None
     schedule.require_fits(named, depth=24, **given)
