@@ -129,6 +129,9 @@ def counts_batches(module: nn.Module) -> bool:
     return any(isinstance(part, BatchNorm) and part.training for part in module.modules())
 
 
+NEW = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+"""Whether PyTorch has one attention kernel for images of all lengths, and makes one program of a static pass."""
+
 EXPORT = "use export_program(StaticModel(model, ...), images)"
 
 

@@ -19,10 +19,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from tokenexit import TokenExitError
+from tokenexit_torch._modules import NEW
 
-try:
+if NEW:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before PyTorch 2.10: images of a row attend by `scaled_dot_product_attention`, length by length
+else:  # images of a row attend by `scaled_dot_product_attention`, length by length
     varlen_attn = None
 
 __all__ = ["attending_per_image"]

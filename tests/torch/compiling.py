@@ -219,3 +219,12 @@ def test_a_drawn_rule_of_the_benchmarks_is_part_of_the_program():
     wanted, found = static(images), torch.compile(static, fullgraph=True, dynamic=False, backend="eager")(images)
     assert torch.equal(found.logits, wanted.logits)
     assert torch.equal(found.exit_depth, wanted.exit_depth)
+
+
+@torch.no_grad()
+def test_a_static_pass_is_not_compiled_by_a_compiler_that_gives_up_in_the_midst(monkeypatch):
+    monkeypatch.setattr("tokenexit_torch.exits.static.NEW", False)  # as before PyTorch 2.11
+    static = tet.StaticModel(models.wrapped(models.timm_vit, SOME["cells"], **SMALL), capacities=0.7)
+    with pytest.raises(Unsupported, match="_require_compiler"):
+        torch.compile(static, fullgraph=True, backend="eager")(models.images(1))
+    static(models.images(1))

@@ -144,7 +144,7 @@ def test_which_calls_the_kernel_takes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_exporting", lambda: True)
         assert not has_varlen(*call())
-    with pytest.MonkeyPatch.context() as patch:  # as in PyTorch 2.9
+    with pytest.MonkeyPatch.context() as patch:  # as before PyTorch 2.11
         patch.setattr(attention, "varlen_attn", None)
         assert not has_varlen(*call())
     assert not has_varlen(*(torch.empty(1, 2, 7, 64, dtype=torch.bfloat16) for _ in range(3)), {})

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenexit.errors import require
 from tokenexit.schedule import Schedule
-from tokenexit_torch._modules import require_not_traced
+from tokenexit_torch._modules import NEW, require_not_traced
 from tokenexit_torch.exits.decoder import DecodingModel, decoded_output
 from tokenexit_torch.exits.forward import Heads, State, run_pass
 from tokenexit_torch.exits.layouts import Static
@@ -104,6 +105,8 @@ class StaticModel(nn.Module):
             TokenExitError: If the images or the plan do not fit the model.
         """
         require_not_traced("StaticModel")
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            _require_compiler()
         taps = self.model.host.taps if isinstance(self.model, DecodingModel) else ()
         return run_pass(self.model, images, schedule, layout=Static(self.capacities), heads=heads, taps=taps)
 
@@ -143,3 +146,9 @@ def needed_capacity(output: Output | DecodedOutput, /) -> dict[int, float]:
     require(len(counts) > 0, "output", "be of at least one image", "none")
     slots, blocks = int(counts[0, 0]), sorted({*output.exits, *output.merges})
     return {after: max(int(counts[:, after].max()), 1) / slots for after in blocks}
+
+
+def _require_compiler() -> None:
+    """Raise where a compiler would give up in the midst of a pass: it cannot make one program of it before 2.11."""
+    rule = "be compiled by PyTorch 2.11 or later; a packed model, and export, do with an older one"
+    require(NEW, "static", rule, torch.__version__)
