@@ -21,7 +21,7 @@ from tokenexit.schedule import Schedule
 
 SHIPPED = Path(__file__).parent / "scenes" / "model"
 AT_ONCE = 8  # pictures may be many
-_TIMES = "(ms: medians of the rounds; x: dense / tokenexit in each round, median [quartiles])"
+_TIMES = "(ms: medians of rounds; x: dense / tokenexit in each, median [quartiles])"
 _UNSEEN = 3  # a stream of scenes that examples.scenes.train never draws from
 
 

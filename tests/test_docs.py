@@ -170,7 +170,8 @@ def test_what_is_read_first_is_short() -> None:
     assert sum(len((DOCS / page).read_text().split()) for page in read) <= 20_000
 
 
-def test_the_code_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     import_timm()
     fit = functools.partial(tokenexit_torch.fit_exits, steps=3, patches_per_step=64, progress=iter)
     monkeypatch.setattr(tokenexit_torch, "fit_exits", fit)  # the reader's is longer
