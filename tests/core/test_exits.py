@@ -96,6 +96,17 @@ def test_a_replay_is_a_pass_token_by_token(backend, drawn, prefix):
     np.testing.assert_array_equal(backend.numpy(found.tokens_per_block), expected.tokens_per_block)
 
 
+@each_backend
+def test_a_replay_has_the_classes_of_earlier_heads_and_not_of_the_last(backend):
+    """Patience waits for two heads of one class: the first token has them, the second only by the final head."""
+    sure = 9 * np.eye(2, dtype=np.float32)
+    logits = {2: sure[[0, 0]], 3: sure[[0, 1]], DEPTH: sure[[1, 1]]}
+    given_ = {after: backend.array(table[None]) for after, table in logits.items()}
+    plan = Schedule((Exit(2, Patience(1)), Exit(3, Patience(1))))
+    found = replay.replay(given_, plan, grid=(1, 2), prefix=0)
+    np.testing.assert_array_equal(backend.numpy(found.exit_depth), [[3, DEPTH]])
+
+
 @each_layout
 @each_backend
 @strategies.fewer(6)
