@@ -258,6 +258,15 @@ def test_a_damaged_row_is_refused(change, message):
         options_from({})
 
 
+@pytest.mark.parametrize("depth", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("by", ["confidence", "error"])
+def test_a_shallow_network_tries_no_plan_twice(depth, by):
+    chains = plans_to_try(depth=depth, heads=exit_blocks(depth), by=by)
+    names = [one.name for chain in chains for one in chain]
+    assert sorted(names) == sorted(set(names))
+    assert all(chains)
+
+
 @given(st.integers(1, 48), st.data())
 def test_plans_to_try_fit_the_network_and_grow_bolder(depth, data):
     heads = exit_blocks(depth)

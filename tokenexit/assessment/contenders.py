@@ -124,7 +124,10 @@ def plans_to_try(
     if heads:
         cut = [replace(truncated(after=block), carry=carry) for block in sorted(heads, reverse=True)]
         chains.append([Planned(f"cut short after block {plan.after[0]}", "truncation", plan) for plan in cut])
-    return tuple(tuple({one.name: one for one in chain}.values()) for chain in chains)
+    # In a shallow network early exits are late ones, and plans of two chains are one.
+    once = {one.name: place for place, chain in reversed(list(enumerate(chains))) for one in chain}
+    kept = [{one.name: one for one in chain if once[one.name] == place} for place, chain in enumerate(chains)]
+    return tuple(tuple(chain.values()) for chain in kept if chain)
 
 
 def _after(depth: int, part: float) -> int:
