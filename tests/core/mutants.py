@@ -48,6 +48,34 @@ ASSESSMENT = ("test_assessment",)
 
 MUTANTS = (
     Mutant(
+        "of two that are as fast the one a hundredth ahead is better",
+        "assessment/results.py",
+        "return rival.loss <= chosen.loss if tie else times > middle",
+        "return times > middle",
+        ASSESSMENT,
+    ),
+    Mutant(
+        "two chains try one plan",
+        "assessment/contenders.py",
+        "for one in chain if once[one.name] == place}",
+        "for one in chain}",
+        ASSESSMENT,
+    ),
+    Mutant(
+        "a preset for another depth is followed",
+        "schedule.py",
+        "plan.depth in (None, depth),",
+        "True,",
+        ("test_schedule",),
+    ),
+    Mutant(
+        "a policy that does not say what it reads reads no classes",
+        "policies/policy.py",
+        "return silent or not read.isdisjoint(SCORES)",
+        "return not read.isdisjoint(SCORES)",
+        ("test_policies",),
+    ),
+    Mutant(
         "a target that a plan just reaches is out of reach",
         "assessment/results.py",
         "if one.saving >= saving]",
