@@ -65,6 +65,8 @@ class PerClass:
         return xp.reshape(take(given, flat), label.shape)
 
 
+_READABLE = frozenset({*SCORES, *(field.name for field in dataclasses.fields(Evidence))})
+
 Threshold = float | Float[Array, ""] | PerClass
 """What a policy compares a score with: a number in [0, 1], an array without axes, or one for every class."""
 
@@ -233,8 +235,7 @@ class Policy(ABC):
     def asks_classes(self) -> bool:
         """Whether this policy, or one inside it, reads class scores, or does not say what it reads."""
         read = self._reads()
-        known = {*SCORES, *(field.name for field in dataclasses.fields(Evidence))}
-        silent = self.reads is None and not self._inside and read.isdisjoint(known)
+        silent = self.reads is None and not self._inside and read.isdisjoint(_READABLE)
         return silent or not read.isdisjoint(SCORES) or any(one.asks_classes for one in self._inside)
 
     @property
