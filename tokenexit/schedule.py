@@ -810,9 +810,11 @@ def _require_schedule(plan: Any) -> None:
 
 def _require_depth(plan: Schedule, depth: int) -> None:
     """Raise for blocks that a preset chose for a network of another depth."""
+    if plan.depth in (None, depth):  # every pass asks: nothing is written out for a plan that is right
+        return
     rule = f"have blocks for a model of {depth}: name them, or give the preset `depth={depth}` where it takes one"
-    blocks = sorted({*plan.after, *plan.merged_after})
-    require(plan.depth in (None, depth), "schedule", rule, f"those that a preset chooses for {plan.depth}, {blocks}")
+    got = f"those that a preset chooses for {plan.depth}, {sorted({*plan.after, *plan.merged_after})}"
+    raise TokenExitError(f"`schedule` must {rule}, got {got}")
 
 
 def _needs(plan: Schedule) -> frozenset[str]:

@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "a preset for another depth is followed",
         "schedule.py",
-        "plan.depth in (None, depth),",
-        "True,",
+        "if plan.depth in (None, depth):",
+        "if True:",
         ("test_schedule",),
     ),
     Mutant(

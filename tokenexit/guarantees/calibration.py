@@ -161,7 +161,7 @@ class Report:
         if any(point.certified for point in self.curve):
             failed = next((point for point in self.curve if not point.certified), None)
             measured = "" if failed is None else f"{_percent(failed.loss)}, p = {failed.p_value:.3g}"
-            bolder = "" if failed is None else f"; the first that is not measured {measured}"
+            bolder = "" if failed is None else f"; the first setting that is not certified measured {measured}"
             return f"Never exit: what is certified saves nothing{bolder}. Asked for: {self._level}."
         first = self.curve[0]
         measured = f"the first setting measured {_percent(first.loss)}, p = {first.p_value:.3g}"

@@ -512,6 +512,8 @@ def _mentions(method: Callable[..., Any], name: str) -> bool:
 
 def _require_mask(policy: Policy, leave: Any) -> None:
     """Raise for a policy of one's own that gives scores where it must give a mask."""
-    mask = is_array(leave) and leave.dtype == array_namespace(leave).bool
+    if is_array(leave) and leave.dtype == array_namespace(leave).bool:
+        return
     kind = getattr(leave, "dtype", type(leave).__name__)
-    require(mask, f"{type(policy).__name__}.leaves", "give booleans, True for each token that exits", kind)
+    rule = "give booleans, True for each token that exits"
+    raise TokenExitError(f"`{type(policy).__name__}.leaves` must {rule}, got {kind}")
